@@ -1,0 +1,98 @@
+"""One Megatron-core for every machine: NCCL on CUDA, gloo on a CPU.
+
+Megatron-core writes `device="cuda"` in some two hundred places. Without CUDA this module answers
+those with the CPU, so that models, schedules, DDP, optimizer and checkpoints run unchanged. With
+CUDA nothing is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from datetime import timedelta
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def device() -> torch.device:
+    """The device of this rank's tensors."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a timer read next is true."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def initialize(timeout_s: float = 1800.0) -> None:
+    """Join the process group that torchrun described (RANK, WORLD_SIZE, MASTER_ADDR, …).
+
+    A process that was not started by torchrun becomes a world of one.
+    """
+    emulate_cuda()
+    if torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Answers every torch call that names a CUDA device with the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        result = func(*args, **kwargs)
+        # The optimizer sorts its parameters by these names and refuses those of CPU tensors.
+        if func is torch.Tensor.type and isinstance(result, str):
+            result = result.replace("torch.", "torch.cuda.")
+        return result
+
+
+def _is_cuda(value) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+_mode: _CudaIsCpu | None = None
+
+
+def emulate_cuda() -> None:
+    """Without CUDA, let the CPU stand in for it in this process (once; a no-op with CUDA)."""
+    global _mode
+    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated.*", category=FutureWarning)
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    warnings.filterwarnings("ignore", message=".*(Apex|TransformerEngine|Transformer Engine).*")
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *_, **__: None
+    torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # A mode is a thread-local stack entry: it stays for the life of the process.
+    _mode = _CudaIsCpu()
+    _mode.__enter__()

@@ -1,0 +1,116 @@
+"""The values that travel between the steps of the loop.
+
+Shape legend, used throughout the package:
+    N sequences · T packed tokens · R response rows · V vocabulary columns of this shard · K top-k
+    D model width · L layers
+
+A *response row* is the position **before** the token it predicts: a sequence of prompt length p and
+total length n has its rows at positions p-1 … n-2, one for each response token. Batch-wide vectors
+are [R] in canonical order: the rows of sequence 0, then of sequence 1, and so on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """All sequences of one step, identical on every rank (token ids are small).
+
+    Attributes:
+        tokens: [T] int64, the sequences end to end, each prompt followed by its response.
+        cu_seqlens: [N+1] int64, where each sequence starts; the last entry is T.
+        prompt_lengths: [N] int64.
+        log_probs: [R] float32, the engine's log-probability of each response token under its full
+            distribution at temperature 1 (natural log).
+        truncated: [N] bool, the response hit the length limit before a stop token.
+        prompts: [N] int64, which prompt of the data each sequence answers.
+        weight_version: the optimizer step whose weights generated the batch.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    prompt_lengths: Tensor
+    log_probs: Tensor
+    truncated: Tensor
+    prompts: Tensor
+    weight_version: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64, prompt and response tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[N] int64, which is also the number of response rows of each sequence."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def cu_rows(self) -> Tensor:
+        """[N+1] int64, where each sequence's rows start in a canonical [R] vector."""
+        return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.response_lengths.sum())
+
+    def sequence(self, index: int) -> Tensor:
+        """[n] int64, the tokens of one sequence."""
+        return self.tokens[self.cu_seqlens[index] : self.cu_seqlens[index + 1]]
+
+    def row_sequences(self) -> Tensor:
+        """[R] int64, the sequence each row belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_sequences), self.response_lengths)
+
+    def row_positions(self) -> Tensor:
+        """[R] int64, the position of each row inside its sequence (p-1 … n-2)."""
+        starts = self.cu_rows[:-1] - (self.prompt_lengths - 1)
+        return torch.arange(self.num_rows) - starts[self.row_sequences()]
+
+    def response_tokens(self) -> Tensor:
+        """[R] int64, the token that each row predicts."""
+        starts = self.cu_seqlens[:-1]
+        return self.tokens[starts[self.row_sequences()] + self.row_positions() + 1]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the selection needs to know of each row, on the device of the heads.
+
+    Attributes:
+        disagreement: [R] float32, D (Eq. 9): KL(teacher ‖ student) on the union of both top-K sets,
+            both renormalised there, in nats.
+        compatibility: [R] float32, C (Eq. 4): teacher mass on the student's top-K ids, in [0, 1].
+        student_entropy: [R] float32, H(p_S) over the whole common vocabulary, in nats.
+        teacher_entropy: [R] float32, likewise for the teacher.
+        student_topk_ids: [R, K] int64, highest logit first, on request.
+        teacher_topk_ids: [R, K] int64, on request.
+    """
+
+    disagreement: Tensor
+    compatibility: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_topk_ids: Tensor | None = None
+    teacher_topk_ids: Tensor | None = None
+
+    def __getitem__(self, rows) -> TokenScores:
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TokenScores(**{n: None if v is None else v[rows] for n, v in picked.items()})
+
+    @classmethod
+    def cat(cls, chunks: list[TokenScores]) -> TokenScores:
+        """Concatenate along rows; a field that any chunk lacks is absent."""
+        columns = {f.name: [getattr(c, f.name) for c in chunks] for f in fields(cls)}
+        return cls(
+            **{n: None if any(v is None for v in vs) else torch.cat(vs) for n, vs in columns.items()}
+        )
