@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -20,7 +19,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose weight gradient Megatron sums over TP under sequence parallelism."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        device = torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 
 
@@ -70,14 +70,3 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
-
-
-class PackedSpecProvider(LocalSpecProvider):
-    """Megatron's layers of plain torch, with the two modules above."""
-
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        assert rms_norm, "every family here normalises with RMSNorm"
-        return RMSNorm
-
-    def core_attention(self) -> type:
-        return PackedAttention

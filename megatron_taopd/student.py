@@ -1,0 +1,129 @@
+"""The model that learns: trunk and head, distributed optimizer, learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_taopd.batching import MicroBatch
+from megatron_taopd.models import gpt, hf_map, pipeline, weights
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.vocab import VocabShard
+
+if TYPE_CHECKING:
+    from megatron_taopd.config import OptimizerSection
+
+
+class Student:
+    """Megatron model, DDP and distributed optimizer under one roof.
+
+    Args:
+        hf_dir: Hugging Face checkpoint directory to start from.
+        layout: from `student_layout`.
+        dtype: of the parameters; bfloat16 keeps fp32 master weights and gradients.
+        recompute: "none", "selective" or "full".
+        optimizer: learning rate, decay, betas, clipping.
+        steps: optimizer steps of the whole run, the end of the learning-rate decay.
+        common_vocabulary: ids from here on never take part (the teacher does not have them).
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        recompute: str,
+        optimizer: OptimizerSection,
+        steps: int,
+        common_vocabulary: int,
+    ):
+        hf = gpt.load_config(hf_dir)
+        self.layout = layout
+        self.dtype = dtype
+        self.config = gpt.transformer_config(hf, layout, dtype, recompute)
+        self.trunk = gpt.Trunk(hf, self.config, layout)
+        weights.load_weights(self.trunk, hf_dir)
+
+        columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
+        start = layout.tp_rank * columns
+        self.shard = VocabShard(
+            start, start + columns, layout.groups.tp if layout.tp > 1 else None, common_vocabulary
+        )
+
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=torch.cuda.is_available(),
+        )
+        self.model = DistributedDataParallel(
+            self.config, ddp, self.trunk, pg_collection=layout.groups
+        )
+        self.config.no_sync_func = self.model.no_sync
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip,
+                bf16=dtype == torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optimizer.lr,
+            min_lr=optimizer.lr if optimizer.min_lr is None else optimizer.min_lr,
+            lr_warmup_steps=optimizer.warmup_steps,
+            lr_decay_steps=max(steps, optimizer.warmup_steps + 1),
+            lr_decay_style=optimizer.decay,
+            start_wd=optimizer.weight_decay,
+            end_wd=optimizer.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], this rank's columns of the vocabulary; on the last stage."""
+        return self.trunk.head_weight
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under Hugging Face names, on every rank (`weights.export_weights`)."""
+        return weights.export_weights(self.trunk)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], collect: Callable) -> list:
+        """`pipeline.forward` of the trunk."""
+        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Callable) -> list:
+        """`pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step: (gradient norm before clipping, learning rate used)."""
+        self.scheduler.step(increment=1)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _updated, grad_norm, _zeros = self.optimizer.step()
+        return float(grad_norm), learning_rate

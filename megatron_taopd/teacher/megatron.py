@@ -1,0 +1,150 @@
+"""The teacher's trunk in a layout of its own: forward only, tokens in, hidden states out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_taopd import batching
+from megatron_taopd.models import gpt, weights
+from megatron_taopd.models.pipeline import forward
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.exchange import HeldRows, no_rows, send_rows
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.types import RolloutBatch
+
+_CHECKSUM_BLOCK = 1 << 22  # bytes
+
+
+class MegatronTeacher:
+    """A frozen trunk; its head is read apart (`weights.load_head`), in the student's shards.
+
+    Args:
+        hf_dir: Hugging Face checkpoint directory.
+        layout: tensor, pipeline and data parallelism of the teacher, any over the same ranks.
+        dtype: of its weights and activations.
+        micro_batch_tokens: the most tokens in a packed micro-batch.
+        offload: keep the weights in (pinned) CPU memory between uses.
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        micro_batch_tokens: int,
+        offload: bool = False,
+    ):
+        hf = gpt.load_config(hf_dir)
+        self.layout = layout
+        self.dtype = dtype
+        self.micro_batch_tokens = micro_batch_tokens
+        config = gpt.transformer_config(hf, layout, dtype)
+        self.trunk = gpt.Trunk(hf, config, layout, head=False).requires_grad_(False).eval()
+        weights.load_weights(self.trunk, hf_dir)
+        self.host = self._host_copy() if offload else None
+        if offload:
+            self._release()
+
+    @torch.no_grad()
+    def hidden_states(self, batch: RolloutBatch, student: Layout, owner: Tensor) -> HeldRows:
+        """The teacher's hidden states at all response rows, on the ranks that will score them.
+
+        Args:
+            batch: the same on every rank.
+            student: layout of the model whose last stage scores.
+            owner: [N] int64, the student's data-parallel rank that scores each sequence.
+
+        Returns:
+            On the student's last-stage ranks the rows of their sequences, elsewhere none.
+
+        Collectives: those of the trunk's forward; then one all-to-all of R · D · tp elements over
+        all ranks, tp being the student's.
+        """
+        keep_all = torch.ones(batch.num_rows, dtype=torch.bool)
+        lengths = batching.cut_lengths(batch, keep_all)
+        multiple = self.layout.tp if self.layout.sequence else 1
+        plan = batching.plan(lengths, self.layout.dp, self.micro_batch_tokens, multiple)
+        micro_batches = [
+            batching.build_micro_batch(batch, sequences, lengths, keep_all, multiple)
+            for sequences in plan[self.layout.dp_rank]
+        ]
+        with self._resident():
+            held = self._forward(micro_batches)
+
+        runner = batching.owners(plan, batch.num_sequences)
+        return send_rows(held, *self._routes(batch, student, owner, runner))
+
+    def _forward(self, micro_batches: list[batching.MicroBatch]) -> HeldRows:
+        outputs = forward(
+            self.trunk,
+            self.layout,
+            micro_batches,
+            lambda micro_batch, hidden: gpt.pick_rows(hidden, micro_batch.rows, self.layout),
+        )
+        if not outputs:
+            return no_rows(self.trunk.config.hidden_size, self.dtype)
+        ids = torch.cat([m.row_ids for m in micro_batches])
+        return HeldRows.from_unordered(ids, torch.cat(outputs))
+
+    def _routes(self, batch: RolloutBatch, student: Layout, owner: Tensor, runner: Tensor):
+        """(row, source rank, destination rank) of every copy that has to be delivered.
+
+        Each rank of the student's last-stage TP group needs the row; the copies are taken in turn
+        from the teacher's TP ranks, which all have it, and from the destination itself if it does.
+        """
+        sequences = batch.row_sequences()
+        ids = torch.arange(batch.num_rows)
+        sources, destinations = [], []
+        for tp_rank in range(student.tp):
+            destination = student.last_stage_rank(owner, tp_rank)
+            source = self.layout.last_stage_rank(runner, tp_rank % self.layout.tp)
+            for teacher_tp_rank in range(self.layout.tp):
+                same = self.layout.last_stage_rank(runner, teacher_tp_rank) == destination
+                source = torch.where(same, destination, source)
+            sources.append(source[sequences])
+            destinations.append(destination[sequences])
+        return ids.repeat(student.tp), torch.cat(sources), torch.cat(destinations)
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def fingerprint(self) -> int:
+        """A checksum of all weights over all ranks: it changes with any bit of any of them.
+
+        Collectives: an all-reduce of 8 bytes.
+        """
+        total = torch.zeros(1, dtype=torch.int64, device=platform.device())
+        place = self.layout.rank + 1
+        for parameter in self.trunk.parameters():
+            for block in parameter.data.flatten().view(torch.uint8).split(_CHECKSUM_BLOCK):
+                weights = torch.arange(1, len(block) + 1, device=block.device)
+                total += place * (block * weights).sum().to(total.device)
+                place += 1
+        dist.all_reduce(total)
+        return int(total)
+
+    def _host_copy(self) -> list[Tensor]:
+        copies = [p.detach().to("cpu", copy=True) for p in self.trunk.parameters()]
+        return [c.pin_memory() for c in copies] if torch.cuda.is_available() else copies
+
+    def _release(self) -> None:
+        for parameter, host in zip(self.trunk.parameters(), self.host, strict=True):
+            parameter.data = host
+
+    @contextmanager
+    def _resident(self) -> Iterator[None]:
+        """The weights on the device for the time of a forward pass."""
+        if self.host is None:
+            yield
+            return
+        for parameter in self.trunk.parameters():
+            parameter.data = parameter.data.to(platform.device(), non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            self._release()

@@ -1,0 +1,120 @@
+"""The training pass: kept rows only, in sequences cut after their last one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_taopd import batching
+from megatron_taopd.loss import kept_row_loss
+from megatron_taopd.models.gpt import pick_rows
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.exchange import HeldRows, send_rows
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.scoring import Heads
+from megatron_taopd.student import Student
+from megatron_taopd.types import RolloutBatch
+
+
+def backward(
+    batch: RolloutBatch,
+    mask: Tensor,
+    owner: Tensor,
+    student: Student,
+    heads: Heads | None,
+    teacher_rows: HeldRows,
+    micro_batch_tokens: int,
+    loss: dict,
+) -> dict[str, float]:
+    """Gradients of the mean loss over the kept rows of the **whole** batch, ready for a step.
+
+    Args:
+        mask: [R] bool, the kept rows; the same on every rank.
+        owner: [N] int64, the data-parallel rank that scored each sequence and has its teacher rows.
+        heads: None except on the last stage.
+        teacher_rows: on the last stage, hidden states of (at least) the kept rows scored here.
+        micro_batch_tokens: the most tokens in a packed micro-batch.
+        loss: keyword arguments of `kept_row_loss`: `kind` and its parameters.
+
+    Returns:
+        `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
+        every rank.
+
+    Collectives: one all-to-all that takes the kept teacher rows (D_t elements each, per TP rank)
+    to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
+    """
+    layout = student.layout
+    lengths = batching.cut_lengths(batch, mask)
+    multiple = layout.tp if layout.sequence else 1
+    plan = batching.plan(lengths, layout.dp, micro_batch_tokens, multiple)
+    micro_batches = [
+        batching.build_micro_batch(batch, sequences, lengths, mask, multiple)
+        for sequences in plan[layout.dp_rank]
+    ]
+    trainer = batching.owners(plan, batch.num_sequences)
+    teacher_rows = _follow(teacher_rows, batch, mask, owner, trainer, layout)
+
+    device = platform.device()
+
+    def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
+        total, metrics = kept_row_loss(
+            student_hidden=pick_rows(hidden_states, micro_batch.rows, layout),
+            student_weight=heads.student,
+            teacher_hidden=teacher_rows.at(micro_batch.row_ids),
+            teacher_weight=heads.teacher,
+            shard=heads.shard,
+            chunk_rows=heads.chunk_rows,
+            tokens=micro_batch.targets,
+            rollout_log_probs=batch.log_probs[micro_batch.row_ids.cpu()].to(device),
+            **loss,
+        )
+        count = torch.tensor(len(micro_batch.rows), dtype=torch.int, device=device)
+        return total, count, {"loss": total.detach(), **metrics}
+
+    sums = student.forward_backward(micro_batches, loss_func)
+    kept = int(mask.sum())
+    means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
+    return {**means, "kept_rows": kept, "tokens_trained": int(lengths.sum())}
+
+
+def _follow(
+    held: HeldRows,
+    batch: RolloutBatch,
+    mask: Tensor,
+    owner: Tensor,
+    trainer: Tensor,
+    layout: Layout,
+) -> HeldRows:
+    """The kept teacher rows, at the data-parallel rank that trains their sequence."""
+    if torch.equal(owner, trainer):
+        return held
+    kept = mask.nonzero()[:, 0]
+    sequences = batch.row_sequences()[kept]
+    tp_ranks = range(layout.tp)
+    return send_rows(
+        held,
+        kept.repeat(layout.tp),
+        torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
+        torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
+    )
+
+
+def _global_sums(sums: Sequence[dict[str, Tensor]], layout: Layout) -> dict[str, float]:
+    """Sums over micro-batches and data-parallel ranks, on every rank.
+
+    Collectives: a broadcast of the names from a rank of the last stage, an all-reduce of the sums.
+    """
+    local: Counter = Counter()
+    for metrics in sums:
+        local.update({name: float(value) for name, value in metrics.items()})
+    names = [sorted(local)]
+    dist.broadcast_object_list(names, src=layout.last_stage_rank(0, 0))
+    counted = sums and layout.tp_rank == 0
+    values = [local[name] if counted else 0.0 for name in names[0]]
+    table = torch.tensor(values, dtype=torch.float64, device=platform.device())
+    dist.all_reduce(table)
+    return dict(zip(names[0], table.tolist(), strict=True))

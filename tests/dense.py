@@ -1,0 +1,154 @@
+"""The oracle: every formula of the paper, slow and obvious, in float64 on one process.
+
+Nothing here is sharded, chunked, vectorised or clever. Logits are [R, vocabulary] tensors of any
+float type; `size` is the common vocabulary, columns from there on do not exist. Results are float64
+and differentiable where that makes sense.
+"""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, Decimal
+
+import torch
+from torch import Tensor
+
+
+def log_probs(logits: Tensor, size: int | None = None) -> Tensor:
+    """[R, size] log p over the common vocabulary at temperature 1."""
+    return torch.log_softmax(logits.double()[:, :size], dim=-1)
+
+
+def expectation(p: Tensor, f: Tensor) -> Tensor:
+    """Σ_v p(v) f(v) with 0·f = 0, also when f is infinite. Zero gradient through the zero terms."""
+    return (p * f.masked_fill(p == 0, 0)).sum(-1)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[R] KL(p ‖ q) in nats; +inf where p has mass that q lacks."""
+    p = log_p.exp()
+    gone = p == 0
+    # Filled before the subtraction: −inf − −inf is nan, and so is its gradient.
+    return expectation(p, log_p.masked_fill(gone, 0) - log_q.masked_fill(gone, 0))
+
+
+def entropy(logits: Tensor, size: int | None = None) -> Tensor:
+    """[R] H in nats."""
+    log_p = log_probs(logits, size)
+    return -expectation(log_p.exp(), log_p)
+
+
+def topk_ids(logits: Tensor, k: int, size: int | None = None) -> list[list[int]]:
+    """The k ids of highest logit of each row, highest first, equal logits by lowest id."""
+    rows = logits[:, :size].tolist()
+    return [sorted(range(len(z)), key=lambda v: (-z[v], v))[:k] for z in rows]
+
+
+def disagreement(student: Tensor, teacher: Tensor, k: int, size: int | None = None) -> Tensor:
+    """[R] D (Eq. 3, 9): KL(teacher ‖ student), both restricted to U = S_S ∪ S_T, renormalised."""
+    top_s, top_t = topk_ids(student, k, size), topk_ids(teacher, k, size)
+    values = []
+    for row, (ids_s, ids_t) in enumerate(zip(top_s, top_t, strict=True)):
+        union = sorted({*ids_s, *ids_t})
+        log_p_t = log_probs(teacher[row : row + 1, union])
+        log_p_s = log_probs(student[row : row + 1, union])
+        values.append(kl(log_p_t, log_p_s)[0])
+    return torch.stack(values) if values else student.new_zeros(0, dtype=torch.float64)
+
+
+def compatibility(student: Tensor, teacher: Tensor, k: int, size: int | None = None) -> Tensor:
+    """[R] C (Eq. 4, 10): true teacher mass on the student's top-K ids."""
+    p_t = log_probs(teacher, size).exp()
+    top = torch.tensor(topk_ids(student, k, size), dtype=torch.int64).view(len(student), k)
+    return p_t.gather(1, top).sum(1)
+
+
+def compatibility_bound(student: Tensor, teacher: Tensor, k: int, size: int | None = None):
+    """[R] Ĉ (Eq. 17): teacher mass on the ids in both top-K sets, a lower bound of C."""
+    p_t = log_probs(teacher, size).exp()
+    both = zip(topk_ids(student, k, size), topk_ids(teacher, k, size), strict=True)
+    sums = [p_t[r, sorted({*s} & {*t})].sum() for r, (s, t) in enumerate(both)]
+    return torch.stack(sums) if sums else p_t.new_zeros(0)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    kind: str = "reverse_kl",
+    size: int | None = None,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """[R] the full-vocabulary losses (Eq. 6 and its alternatives), in nats."""
+    log_s, log_t = log_probs(student, size), log_probs(teacher, size)
+    if kind == "reverse_kl":
+        return kl(log_s, log_t)
+    if kind == "forward_kl":
+        return kl(log_t, log_s)
+    if kind == "jsd":  # β KL(p_T ‖ m) + (1−β) KL(p_S ‖ m) with m = β p_T + (1−β) p_S
+        log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
+        return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+    if kind == "skewed_reverse_kl":  # KL(p_S ‖ α p_S + (1−α) p_T)
+        log_m = torch.logaddexp(log_s + math.log(alpha), log_t + math.log(1 - alpha))
+        return kl(log_s, log_m)
+    raise AssertionError(kind)
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place - math.floor(place))
+
+
+def robust_normalize(
+    values: Tensor, low: float = 0.05, high: float = 0.95, degenerate: float = 0.0
+) -> Tensor:
+    """[R] Norm (Eq. 11): clip((z − Q05) / (Q95 − Q05 + ε), 0, 1) over the whole batch."""
+    z = values.double().tolist()
+    if not z:
+        return values.double()
+    q_low, q_high = quantile(z, low), quantile(z, high)
+    if q_high - q_low < 1e-6:
+        return torch.full((len(z),), degenerate, dtype=torch.float64)
+    scaled = [min(max((x - q_low) / (q_high - q_low + 1e-8), 0.0), 1.0) for x in z]
+    return torch.tensor(scaled, dtype=torch.float64)
+
+
+def selector_scores(name: str, D: Tensor, C: Tensor, H: Tensor) -> Tensor:
+    """[R] the score of each selector (Eq. 12–16) that ranks rows; −inf never to be kept."""
+    d, h = robust_normalize(D), robust_normalize(H)
+    c = robust_normalize(C, degenerate=1.0)
+    learnable, incompatible = d * c, d * (1 - c)
+    if name.startswith("q3"):
+        inside = {
+            "q3": d, "q3_high_c": c, "q3_high_dl": learnable,
+            "q3_low_dl": -learnable, "q3_high_di": incompatible,
+        }[name]  # fmt: skip
+        median_h, median_d = quantile(H.double().tolist(), 0.5), quantile(D.double().tolist(), 0.5)
+        q3 = (H.double() < median_h) & (D.double() > median_d)
+        return inside.masked_fill(~q3, -math.inf)
+    return {
+        "entropy": h,
+        "divergence": d,
+        "compatibility": c,
+        "tip": h + d - h * d,
+        "teachability": learnable,
+        "teachability_entropy": h + learnable - h * learnable,
+    }[name]
+
+
+def budget(ratio: float, num_rows: int) -> int:
+    """⌈ρ|I|⌉ with ρ as the decimal a person wrote: .07 × 100 is 7."""
+    exact = Decimal(str(ratio)) * num_rows
+    return int(exact.to_integral_value(rounding=ROUND_CEILING))
+
+
+def select(scores: Tensor, ratio: float) -> Tensor:
+    """[R] bool: the ⌈ρ|I|⌉ highest scores, ties by earlier row, −inf never."""
+    ranked = sorted(range(len(scores)), key=lambda r: (-scores[r].item(), r))
+    ranked = [r for r in ranked if scores[r] > -math.inf]
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[ranked[: budget(ratio, len(scores))]] = True
+    return mask

@@ -1,0 +1,148 @@
+"""A pool of gloo ranks that lives as long as the test session.
+
+Starting a process and importing torch (let alone Megatron) takes seconds, so each world size gets
+one pool, started on its first use:
+
+    def total(x):                       # module level: ranks import it by name
+        x = x * (dist.get_rank() + 1)
+        dist.all_reduce(x)
+        return x
+
+    def test_total():
+        assert [int(x) for x in run_ranks(2, total, torch.tensor(3))] == [9, 9]
+
+Arguments and results are pickled; each rank gets its own copy. The default process group spans all
+ranks. What a function leaves behind (groups, globals) is still there for the next one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+
+import torch
+import torch.distributed as dist
+
+START_TIMEOUT_S = 120
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or took too long. The message has that rank's traceback."""
+
+
+def run_ranks(world_size: int, fn, *args, timeout: float = 120) -> list:
+    """Run the module-level `fn(*args)` on every rank; its results, by rank.
+
+    After a failure the other ranks may be stuck in a collective, so the pool is killed; the next
+    call starts a fresh one. `timeout` is in seconds and excludes starting the pool.
+    """
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    try:
+        return _pools[world_size].run(fn, args, timeout)
+    except BaseException:
+        _pools.pop(world_size).kill()
+        raise
+
+
+def close_pools() -> None:
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+class RankPool:
+    def __init__(self, world_size: int):
+        # Spawned, not forked: a forked child inherits torch's thread pools in an unusable state.
+        context = multiprocessing.get_context("spawn")
+        self.directory = tempfile.mkdtemp(prefix="ranks-")
+        self.connections, self.processes = [], []
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                store = os.path.join(self.directory, "store")
+                # Not daemonic: a daemon may have no children, and checkpoint writers fork.
+                process = context.Process(target=_serve, args=(rank, world_size, store, theirs))
+                process.start()
+                theirs.close()
+                self.connections.append(ours)
+                self.processes.append(process)
+            self.collect(START_TIMEOUT_S)
+        except BaseException:
+            self.kill()
+            raise
+
+    def run(self, fn, args: tuple, timeout: float) -> list:
+        call = pickle.dumps((fn, args))
+        for connection in self.connections:
+            connection.send_bytes(call)
+        return self.collect(timeout)
+
+    def collect(self, timeout: float) -> list:
+        """One answer from each rank, or RankError for the first one that fails."""
+        deadline = time.monotonic() + timeout
+        answers: dict[int, object] = {}
+        while waiting := [c for r, c in enumerate(self.connections) if r not in answers]:
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                ranks = [r for r in range(len(self.connections)) if r not in answers]
+                raise RankError(f"no answer from ranks {ranks} within {timeout:g} s")
+            for connection in ready:
+                rank = self.connections.index(connection)
+                try:
+                    answers[rank], error = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self.processes[rank].join(5)
+                    error = f"the process died, exit code {self.processes[rank].exitcode}"
+                if error:
+                    raise RankError(f"rank {rank} of {len(self.connections)}:\n{error}")
+        return [answers[rank] for rank in range(len(self.connections))]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+    """The life of one rank: join the group, then answer calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then kills us
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(OMP_NUM_THREADS="1")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=600),
+    )
+    connection.send_bytes(pickle.dumps((None, None)))
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            os._exit(0)  # the session is over; peers may be gone, so leave without goodbyes
+        try:
+            fn, args = pickle.loads(call)
+            answer = pickle.dumps((fn(*args), None))
+        except BaseException:
+            answer = pickle.dumps((None, traceback.format_exc()))
+        connection.send_bytes(answer)
+
+
+_pools: dict[int, RankPool] = {}
+atexit.register(close_pools)

@@ -1,0 +1,175 @@
+"""One step of the method on ranks, and the same step in dense float64, for the tests to compare."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import dense
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from megatron_taopd.types import RolloutBatch
+
+OPTIMIZER = SimpleNamespace(
+    lr=1e-3, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
+    beta1=0.9, beta2=0.98, eps=1e-8, clip=1.0,
+)  # fmt: skip
+
+
+def make_model(path, vocab_size, hidden_size, layers, seed, tied=True):
+    """A random Qwen3 checkpoint whose 4 KV heads and 4 layers allow TP and PP up to 4."""
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    return str(path)
+
+
+def make_batch(vocab_size, num_sequences=12, seed=0) -> RolloutBatch:
+    """Random prompts of 2–6 and responses of 1–14 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, n):
+        return torch.randint(low, high, (n,), generator=generator)
+
+    prompts, responses = draw(2, 7, num_sequences), draw(1, 15, num_sequences)
+    cu_seqlens = torch.nn.functional.pad((prompts + responses).cumsum(0), (1, 0))
+    rows = int(responses.sum())
+    return RolloutBatch(
+        tokens=draw(0, vocab_size, int(cu_seqlens[-1])),
+        cu_seqlens=cu_seqlens,
+        prompt_lengths=prompts,
+        log_probs=torch.randn(rows, generator=generator) - 3,
+        truncated=torch.zeros(num_sequences, dtype=torch.bool),
+        prompts=torch.arange(num_sequences),
+    )
+
+
+def step_on_ranks(
+    student_dir,
+    teacher_dir,
+    student_parallel,
+    teacher_parallel,
+    batch,
+    size,
+    ratio=0.3,
+    micro_batch_tokens=40,
+    chunk_rows=7,
+    loss=None,
+    mask=None,
+    steps=0,
+    offload=False,
+    recompute="none",
+):
+    """Score, select and back-propagate one batch; on every rank the global results.
+
+    Returns a dict: scores (4 × [R]), mask, metrics, gradients by Hugging Face name, and, after
+    `steps` optimizer steps on the same batch, the weights and the teacher's fingerprints.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_taopd import batching
+    from megatron_taopd.models import weights
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.scoring import Heads, score
+    from megatron_taopd.selection import select
+    from megatron_taopd.student import Student
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.training import backward
+
+    platform.emulate_cuda()
+    try:
+        layout = layouts.student_layout(*student_parallel)
+        teacher_layout = layouts.forward_layout(*teacher_parallel)
+        student = Student(student_dir, layout, torch.float32, recompute, OPTIMIZER, 100, size)
+        teacher = MegatronTeacher(
+            teacher_dir, teacher_layout, torch.float32, micro_batch_tokens, offload
+        )
+        heads = None
+        if layout.is_last_stage:
+            shard = student.shard
+            teacher_head = weights.load_head(teacher_dir, shard.start, shard.stop, torch.float32)
+            heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
+
+        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        lengths = batching.cut_lengths(batch, everything)
+        multiple = layout.tp if layout.sequence else 1
+        plan = batching.plan(lengths, layout.dp, micro_batch_tokens, multiple)
+        owner = batching.owners(plan, batch.num_sequences)
+        fingerprint = teacher.fingerprint()
+        for done in range(steps + 1):
+            teacher_rows = teacher.hidden_states(batch, layout, owner)
+            scores, gap = score(batch, plan, student, heads, teacher_rows, 5)
+            kept = select("teachability", scores, ratio, 0) if mask is None else mask
+            metrics = backward(
+                batch, kept, owner, student, heads, teacher_rows, micro_batch_tokens,
+                loss or {"kind": "reverse_kl"},
+            )  # fmt: skip
+            if done == 0:
+                gradients = gather_gradients(student)
+                first = dict(scores=scores, mask=kept, metrics=metrics, gap=gap)
+            if done < steps:
+                first["grad_norm"], _ = student.step()
+        return {
+            **first,
+            "gradients": gradients,
+            "weights": dict(student.named_tensors()),
+            "fingerprints": (fingerprint, teacher.fingerprint()),
+            "layout": str(layout),
+        }
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def gather_gradients(student):
+    """Whole gradients by Hugging Face name. The distributed optimizer leaves each data-parallel
+    rank only its share of every bucket reduced, so the shares are gathered first."""
+    from megatron_taopd.models import weights
+
+    groups = student.layout.groups
+    for buffer in student.model.buffers:
+        for bucket in buffer.buckets:
+            share = bucket.grad_data.view(student.layout.dp, -1)[student.layout.dp_rank].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=groups.dp_cp)
+    exported = weights.export_weights(student.trunk, read=lambda p: p.main_grad.clone())
+    return dict(exported)
+
+
+def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None):
+    """The same step with whole models in float64 and one sequence at a time."""
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
+    student_logits, teacher_logits = [], []
+    for i in range(batch.num_sequences):
+        tokens = batch.sequence(i)[None]
+        rows = slice(int(batch.prompt_lengths[i]) - 1, tokens.shape[1] - 1)
+        student_logits.append(student(tokens).logits[0, rows, :size])
+        with torch.no_grad():
+            teacher_logits.append(teacher(tokens).logits[0, rows, :size])
+    z_s, z_t = torch.cat(student_logits), torch.cat(teacher_logits)
+    d = dense.disagreement(z_s.detach(), z_t, 5)
+    c = dense.compatibility(z_s.detach(), z_t, 5)
+    h_s, h_t = dense.entropy(z_s.detach()), dense.entropy(z_t)
+    if mask is None:
+        mask = dense.select(dense.selector_scores("teachability", d, c, h_s), ratio)
+    kind = (loss or {"kind": "reverse_kl"})["kind"]
+    value = dense.divergence(z_s[mask], z_t[mask], kind).mean()
+    value.backward()
+    return {
+        "scores": (d, c, h_s, h_t),
+        "mask": mask,
+        "loss": value.item(),
+        "gradients": {name: p.grad for name, p in student.named_parameters()},
+    }
