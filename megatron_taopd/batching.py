@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_taopd.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from megatron_taopd.parallel.layout import Layout
 
 
 def cut_lengths(batch: RolloutBatch, mask: Tensor) -> Tensor:
@@ -147,14 +151,6 @@ def plan(
     return [_split(micro_batches, lengths, count) for micro_batches in ranks]
 
 
-def owners(plan: Sequence[Sequence[tuple[int, ...]]], num_sequences: int) -> Tensor:
-    """[N] int64, the rank that a plan gives each sequence to; 0 for those it does not run."""
-    ranks = torch.zeros(num_sequences, dtype=torch.int64)
-    for rank, micro_batches in enumerate(plan):
-        ranks[[sequence for packed in micro_batches for sequence in packed]] = rank
-    return ranks
-
-
 def _split(
     micro_batches: list[tuple[int, ...]], lengths: Sequence[int], count: int
 ) -> list[tuple[int, ...]]:
@@ -248,6 +244,46 @@ def build_micro_batch(
         row_ids=row_ids,
         targets=batch.tokens[batch.cu_seqlens[chosen][owner] + positions + 1],
     )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who runs what in one pass of a model over the wanted rows of a batch.
+
+    Attributes:
+        lengths: [N] int64, tokens run of each sequence, 0 for those without a wanted row.
+        owner: [N] int64, the data-parallel rank that runs each sequence (0 for those not run).
+        micro_batches: those of this rank; every rank has equally many.
+    """
+
+    lengths: Tensor
+    owner: Tensor
+    micro_batches: list[MicroBatch]
+
+
+def assign(
+    batch: RolloutBatch, mask: Tensor, layout: Layout, micro_batch_tokens: int
+) -> Assignment:
+    """Cut, drop, balance and pack the batch for a model's layout; the same plan on every rank.
+
+    Args:
+        mask: [R] bool, the wanted rows.
+        micro_batch_tokens: the most tokens in a micro-batch.
+
+    Raises:
+        ValueError: a sequence is longer than a micro-batch.
+    """
+    lengths = cut_lengths(batch, mask)
+    multiple = layout.tp if layout.sequence else 1
+    ranks = plan(lengths, layout.dp, micro_batch_tokens, multiple)
+    owner = torch.zeros_like(lengths)
+    for rank, micro_batches in enumerate(ranks):
+        owner[[sequence for packed in micro_batches for sequence in packed]] = rank
+    own = [
+        build_micro_batch(batch, sequences, lengths, mask, multiple)
+        for sequences in ranks[layout.dp_rank]
+    ]
+    return Assignment(lengths, owner, own)
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ under another name and renamed when whole, so that every directory of that name 
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from megatron_taopd.student import Student
@@ -47,6 +50,9 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
         aside.mkdir(parents=True)
     dist.barrier()
     sharded = _sharded_state(student, loading=False)
+    # Saves are synchronous: results come back inside this process, for which Megatron would start a
+    # manager process that imports everything anew.
+    filesystem_async._results_queue = queue.Queue()
     sharded["run"] = {**state, "step": step, "rng": _random_states()}
     dist_checkpointing.save(sharded, str(aside), content_metadata=_OPTIMIZER)
     dist.barrier()
@@ -102,10 +108,10 @@ def _random_states() -> list[Tensor]:
 
 def _allocate_optimizer_state(student: Student) -> None:
     """Zero moments, so that there is something to load into before the first step."""
-    adam = student.optimizer.optimizer
-    for group in adam.param_groups:
+    (distributed,) = student.optimizer.chained_optimizers
+    for group in distributed.optimizer.param_groups:
         for parameter in group["params"]:
-            state = adam.state[parameter]
+            state = distributed.optimizer.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"] = torch.zeros_like(parameter)
@@ -113,19 +119,17 @@ def _allocate_optimizer_state(student: Student) -> None:
 
 
 def _load_optimizer(student: Student, state: dict) -> None:
-    optimizer = student.optimizer
-    optimizer._set_main_param_and_optimizer_states = lambda parameter, tensors: _set_state(
-        optimizer, parameter, tensors
-    )
-    optimizer.load_state_dict(state)
-    for parameter_state in optimizer.optimizer.state.values():
+    (distributed,) = student.optimizer.chained_optimizers
+    distributed._set_main_param_and_optimizer_states = partial(_set_state, distributed)
+    student.optimizer.load_state_dict(state)
+    for parameter_state in distributed.optimizer.state.values():
         parameter_state["step"] = parameter_state["step"].clone()
 
 
 @torch.no_grad()
-def _set_state(optimizer, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-    group, order = optimizer.model_param_group_index_map[parameter]
-    main = optimizer.optimizer.param_groups[group]["params"][order]
-    targets = {"param": main, **optimizer.optimizer.state[main]}
+def _set_state(distributed, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    group, order = distributed.model_param_group_index_map[parameter]
+    main = distributed.optimizer.param_groups[group]["params"][order]
+    targets = {"param": main, **distributed.optimizer.state[main]}
     for name, tensor in tensors.items():
         targets[name].copy_(tensor)

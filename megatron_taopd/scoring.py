@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +36,7 @@ class Heads:
 
 def score(
     batch: RolloutBatch,
-    plan: Sequence[Sequence[tuple[int, ...]]],
+    assigned: batching.Assignment,
     student: Student,
     heads: Heads | None,
     teacher_rows: HeldRows,
@@ -47,7 +46,7 @@ def score(
     """Score every response row of the batch with the current student.
 
     Args:
-        plan: `batching.plan` over the student's data-parallel ranks.
+        assigned: of all rows, over the student's layout.
         heads: None except on the last stage.
         teacher_rows: on the last stage, the teacher's hidden states of this rank's sequences.
         k: size of the top-K sets.
@@ -62,13 +61,6 @@ def score(
     all-reduce of 20 bytes per row over all ranks.
     """
     layout = student.layout
-    keep_all = torch.ones(batch.num_rows, dtype=torch.bool)
-    lengths = batching.cut_lengths(batch, keep_all)
-    multiple = layout.tp if layout.sequence else 1
-    micro_batches = [
-        batching.build_micro_batch(batch, sequences, lengths, keep_all, multiple)
-        for sequences in plan[layout.dp_rank]
-    ]
     stride = max(1, batch.num_rows // probe_rows)
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
@@ -97,12 +89,12 @@ def score(
             ]
         )
 
-    columns = student.forward(micro_batches, score_micro_batch)
+    columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     # Each row is written by one rank, so the sum over all ranks is a gather.
     table = torch.zeros(5, batch.num_rows, device=platform.device())
     if columns and layout.tp_rank == 0:
-        ids = torch.cat([m.row_ids for m in micro_batches]).to(table.device)
+        ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
         table[:, ids] = torch.cat(columns, dim=1)
     dist.all_reduce(table)
     *scores, log_probs = table.cpu()

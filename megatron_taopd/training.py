@@ -20,6 +20,46 @@ from megatron_taopd.student import Student
 from megatron_taopd.types import RolloutBatch
 
 
+def train_on(
+    batch: RolloutBatch,
+    mask: Tensor,
+    owner: Tensor,
+    student: Student,
+    heads: Heads | None,
+    teacher_rows: HeldRows,
+    micro_batch_tokens: int,
+    mini_batches: int,
+    loss: dict,
+) -> dict[str, float]:
+    """`mini_batches` optimizer steps over the kept rows, whole sequences each.
+
+    Selection was over the whole batch; each step's loss is the mean over its own kept rows. A step
+    that has none is not taken.
+
+    Returns:
+        Metrics of `backward`, means weighted by kept rows and counts summed; `grad_norm` (the mean
+        over the steps, before clipping) and `lr` (of the last step). Without kept rows only counts.
+    """
+    kept, trained, sums, grad_norms = 0, 0, Counter(), []
+    for part in batching.split_mini_batches(batch, mask, mini_batches):
+        if not part.any():
+            continue
+        metrics = backward(
+            batch, part, owner, student, heads, teacher_rows, micro_batch_tokens, loss
+        )
+        grad_norm, lr = student.step()
+        rows = metrics.pop("kept_rows")
+        kept += rows
+        trained += metrics.pop("tokens_trained")
+        sums.update({name: rows * value for name, value in metrics.items()})
+        grad_norms.append(grad_norm)
+    counts = {"kept_rows": kept, "tokens_trained": trained}
+    if not grad_norms:
+        return counts
+    means = {name: value / kept for name, value in sums.items()}
+    return {**counts, **means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
+
+
 def backward(
     batch: RolloutBatch,
     mask: Tensor,
@@ -48,15 +88,8 @@ def backward(
     to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
     """
     layout = student.layout
-    lengths = batching.cut_lengths(batch, mask)
-    multiple = layout.tp if layout.sequence else 1
-    plan = batching.plan(lengths, layout.dp, micro_batch_tokens, multiple)
-    micro_batches = [
-        batching.build_micro_batch(batch, sequences, lengths, mask, multiple)
-        for sequences in plan[layout.dp_rank]
-    ]
-    trainer = batching.owners(plan, batch.num_sequences)
-    teacher_rows = _follow(teacher_rows, batch, mask, owner, trainer, layout)
+    assigned = batching.assign(batch, mask, layout, micro_batch_tokens)
+    teacher_rows = _follow(teacher_rows, batch, mask, owner, assigned.owner, layout)
 
     device = platform.device()
 
@@ -75,10 +108,10 @@ def backward(
         count = torch.tensor(len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
 
-    sums = student.forward_backward(micro_batches, loss_func)
+    sums = student.forward_backward(assigned.micro_batches, loss_func)
     kept = int(mask.sum())
     means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
-    return {**means, "kept_rows": kept, "tokens_trained": int(lengths.sum())}
+    return {**means, "kept_rows": kept, "tokens_trained": int(assigned.lengths.sum())}
 
 
 def _follow(

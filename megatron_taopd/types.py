@@ -110,7 +110,8 @@ class TokenScores:
     @classmethod
     def cat(cls, chunks: list[TokenScores]) -> TokenScores:
         """Concatenate along rows; a field that any chunk lacks is absent."""
-        columns = {f.name: [getattr(c, f.name) for c in chunks] for f in fields(cls)}
-        return cls(
-            **{n: None if any(v is None for v in vs) else torch.cat(vs) for n, vs in columns.items()}
-        )
+        joined = {}
+        for field in fields(cls):
+            values = [getattr(chunk, field.name) for chunk in chunks]
+            joined[field.name] = None if any(v is None for v in values) else torch.cat(values)
+        return cls(**joined)

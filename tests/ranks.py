@@ -1,7 +1,7 @@
 """A pool of gloo ranks that lives as long as the test session.
 
-Starting a process and importing torch (let alone Megatron) takes seconds, so each world size gets
-one pool, started on its first use:
+Importing torch and Megatron takes many seconds. So one server process imports them, once, and each
+world size gets one pool of ranks forked from it, on its first use:
 
     def total(x):                       # module level: ranks import it by name
         x = x * (dist.get_rank() + 1)
@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 START_TIMEOUT_S = 120
+PRELOAD = ["torch.distributed", "megatron.core.models.gpt", "megatron.core.optimizer"]
 
 
 class RankError(RuntimeError):
@@ -62,8 +63,10 @@ def close_pools() -> None:
 
 class RankPool:
     def __init__(self, world_size: int):
-        # Spawned, not forked: a forked child inherits torch's thread pools in an unusable state.
-        context = multiprocessing.get_context("spawn")
+        # Not forked from this process: torch's thread pools do not survive that. The fork server
+        # only imports, so it has no threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self.directory = tempfile.mkdtemp(prefix="ranks-")
         self.connections, self.processes = [], []
         try:
@@ -88,24 +91,32 @@ class RankPool:
         return self.collect(timeout)
 
     def collect(self, timeout: float) -> list:
-        """One answer from each rank, or RankError for the first one that fails."""
+        """One answer from each rank, or RankError with the traceback of every rank that failed."""
         deadline = time.monotonic() + timeout
-        answers: dict[int, object] = {}
-        while waiting := [c for r, c in enumerate(self.connections) if r not in answers]:
+        answers, errors = {}, {}
+        while waiting := [c for r, c in enumerate(self.connections) if r not in answers | errors]:
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                ranks = [r for r in range(len(self.connections)) if r not in answers]
-                raise RankError(f"no answer from ranks {ranks} within {timeout:g} s")
-            for connection in ready:
-                rank = self.connections.index(connection)
+                break
+            for rank in map(self.connections.index, ready):
                 try:
-                    answers[rank], error = pickle.loads(connection.recv_bytes())
+                    answer, error = pickle.loads(self.connections[rank].recv_bytes())
                 except (EOFError, ConnectionError):
                     self.processes[rank].join(5)
-                    error = f"the process died, exit code {self.processes[rank].exitcode}"
-                if error:
-                    raise RankError(f"rank {rank} of {len(self.connections)}:\n{error}")
-        return [answers[rank] for rank in range(len(self.connections))]
+                    answer, error = None, f"died, exit code {self.processes[rank].exitcode}\n"
+                if error is None:
+                    answers[rank] = answer
+                else:
+                    errors[rank] = error
+                    # The others may never answer; but the first to fail need not be the cause.
+                    deadline = min(deadline, time.monotonic() + 1)
+        world_size = len(self.connections)
+        if errors:
+            raise RankError("\n".join(f"rank {r} of {world_size}: {e}" for r, e in errors.items()))
+        if len(answers) < world_size:
+            late = sorted(set(range(world_size)) - set(answers))
+            raise RankError(f"no answer from ranks {late} of {world_size} within {timeout:g} s")
+        return [answers[rank] for rank in range(world_size)]
 
     def kill(self) -> None:
         for process in self.processes:

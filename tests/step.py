@@ -68,7 +68,7 @@ def step_on_ranks(
     chunk_rows=7,
     loss=None,
     mask=None,
-    steps=0,
+    steps=1,
     offload=False,
     recompute="none",
 ):
@@ -104,24 +104,21 @@ def step_on_ranks(
             heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        lengths = batching.cut_lengths(batch, everything)
-        multiple = layout.tp if layout.sequence else 1
-        plan = batching.plan(lengths, layout.dp, micro_batch_tokens, multiple)
-        owner = batching.owners(plan, batch.num_sequences)
+        assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
         fingerprint = teacher.fingerprint()
-        for done in range(steps + 1):
-            teacher_rows = teacher.hidden_states(batch, layout, owner)
-            scores, gap = score(batch, plan, student, heads, teacher_rows, 5)
+        for done in range(steps):
+            teacher_rows = teacher.hidden_states(batch, layout, assigned.owner)
+            scores, gap = score(batch, assigned, student, heads, teacher_rows, 5)
             kept = select("teachability", scores, ratio, 0) if mask is None else mask
             metrics = backward(
-                batch, kept, owner, student, heads, teacher_rows, micro_batch_tokens,
+                batch, kept, assigned.owner, student, heads, teacher_rows, micro_batch_tokens,
                 loss or {"kind": "reverse_kl"},
             )  # fmt: skip
             if done == 0:
                 gradients = gather_gradients(student)
                 first = dict(scores=scores, mask=kept, metrics=metrics, gap=gap)
-            if done < steps:
-                first["grad_norm"], _ = student.step()
+            grad_norm, _ = student.step()
+            first.setdefault("grad_norm", grad_norm)
         return {
             **first,
             "gradients": gradients,
@@ -167,9 +164,11 @@ def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss
     kind = (loss or {"kind": "reverse_kl"})["kind"]
     value = dense.divergence(z_s[mask], z_t[mask], kind).mean()
     value.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
     return {
         "scores": (d, c, h_s, h_t),
         "mask": mask,
         "loss": value.item(),
-        "gradients": {name: p.grad for name, p in student.named_parameters()},
+        "gradients": gradients,
+        "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
     }

@@ -57,7 +57,7 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths):
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_taopd.models import gpt
+    from megatron_taopd.models import gpt, weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
@@ -67,7 +67,7 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths):
         hf = gpt.load_config(hf_dir)
         config = gpt.transformer_config(hf, layout, torch.float32)
         model = gpt.Trunk(hf, config, layout)
-        gpt.load_weights(model, hf_dir)
+        weights.load_weights(model, hf_dir)
         tokens, positions, cu_seqlens = packed(lengths, hf.vocab_size)
 
         def forward_step(_, model):
@@ -90,7 +90,7 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths):
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return (outputs[0] if outputs else None), dict(gpt.export_weights(model)), str(layout)
+        return (outputs[0] if outputs else None), dict(weights.export_weights(model)), str(layout)
     finally:
         parallel_state.destroy_model_parallel()
 

@@ -60,6 +60,8 @@ def assert_agrees(result, oracle):
     assert result["metrics"]["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
     assert result["metrics"]["kept_rows"] == int(oracle["mask"].sum())
     assert relative_error(result["gradients"], oracle["gradients"]) < 1e-5
+    # Clipping goes by this norm; shards must all be counted, and replicas once.
+    assert result["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
 
 
 def relative_error(gradients, expected) -> float:

@@ -97,8 +97,12 @@ def transformer_config(
         # Megatron asks for this one together with variable lengths, also of dense models.
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        # All weights are read from a checkpoint.
-        perform_initialization=False,
+        # All weights are read from a checkpoint, but the initialisation has to be "performed":
+        # Megatron marks tensor-parallel parameters only there, and a gradient norm without the
+        # marks counts only one rank's shard of them (a third too small at TP2).
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         # Kernels of Apex and TransformerEngine, where they are.
         gradient_accumulation_fusion=bool(
             importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
@@ -109,6 +113,10 @@ def transformer_config(
         persist_layer_norm=engine,
         **RECOMPUTE[recompute],
     )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
 
 
 class Trunk(GPTModel):

@@ -12,6 +12,7 @@ import warnings
 from datetime import timedelta
 
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 
 
@@ -28,14 +29,28 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def initialize(timeout_s: float = 1800.0) -> None:
+def quiet() -> None:
+    """Silence what libraries print at every step or rank and no user can act on."""
+    warnings.filterwarnings("ignore", message=".*deprecat", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    transformers.utils.logging.disable_progress_bar()
+
+
+def initialize(timeout_s: float = 1800.0) -> bool:
     """Join the process group that torchrun described (RANK, WORLD_SIZE, MASTER_ADDR, …).
 
     A process that was not started by torchrun becomes a world of one.
+
+    Returns:
+        Whether this call joined; False if the process was in a group already.
     """
+    quiet()
     emulate_cuda()
     if torch.distributed.is_initialized():
-        return
+        return False
+    # Megatron overlaps its communication by the order of launches, which needs a single queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -47,6 +62,7 @@ def initialize(timeout_s: float = 1800.0) -> None:
         torch.distributed.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=timeout
         )
+    return True
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -77,10 +93,8 @@ _mode: _CudaIsCpu | None = None
 def emulate_cuda() -> None:
     """Without CUDA, let the CPU stand in for it in this process (once; a no-op with CUDA)."""
     global _mode
-    warnings.filterwarnings("ignore", message=".*_tensor` is deprecated.*", category=FutureWarning)
     if torch.cuda.is_available() or _mode is not None:
         return
-    warnings.filterwarnings("ignore", message=".*(Apex|TransformerEngine|Transformer Engine).*")
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *_, **__: None

@@ -101,12 +101,13 @@ def _hidden_grad(logits_grad: Tensor, weight: Tensor) -> Tensor:
     return sum(grad @ block.float() for grad, block in blocks).to(weight.dtype)
 
 
-def _weight_grad(logits_grad: Tensor, hidden: Tensor) -> Tensor:
-    """logits_grad [R, V] · hidden [R, D] → [V, D], fp32 when the inputs are narrower."""
+def _add_weight_grad(total: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
+    """Add logits_grad [R, V] · hidden [R, D] to total [V, D], at least fp32."""
     if _is_narrow(hidden.dtype) and hidden.is_cuda:
         narrow = logits_grad.to(hidden.dtype)
-        return torch.mm(narrow.t(), hidden, out_dtype=torch.float32)
-    return logits_grad.t() @ hidden.to(logits_grad.dtype)
+        total += torch.mm(narrow.t(), hidden, out_dtype=torch.float32)
+    else:
+        total.addmm_(logits_grad.t(), hidden.to(logits_grad.dtype))
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
@@ -219,10 +220,9 @@ def local_candidates(
 
 def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
     """[tp, R, 6K+6] candidates of every rank → scores. A pure function."""
-    num_rows = gathered.shape[1]
     candidates, sums = gathered[..., : 6 * k], gathered[..., 6 * k :]
     ids, own, other, ids_t, own_t, other_t = (
-        field.permute(1, 0, 2).reshape(num_rows, -1) for field in candidates.split(k, dim=2)
+        field.transpose(0, 1).flatten(1) for field in candidates.split(k, dim=2)
     )
     student_ids, z_s, z_t = _best(ids, own, other, k)
     teacher_ids, z_t_too, z_s_too = _best(ids_t, own_t, other_t, k)
@@ -354,12 +354,8 @@ class _Normalizers(NamedTuple):
     def of(cls, student_logits: Tensor, teacher_logits: Tensor) -> _Normalizers:
         student_top, log_sum = _log_normalizer(student_logits)
         teacher_top, teacher_log_sum = _log_normalizer(teacher_logits)
-        return cls(student_top, teacher_top, log_sum, log_sum - teacher_log_sum).to(
-            student_logits.dtype
-        )
-
-    def to(self, dtype: torch.dtype) -> _Normalizers:
-        return _Normalizers(*(part.to(dtype) for part in self))
+        parts = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
+        return cls(*(part.to(student_logits.dtype) for part in parts))
 
     def student_log_probs(self, logits: Tensor) -> Tensor:
         return (logits - self.student_top).sub_(self.log_sum)
@@ -433,8 +429,8 @@ class _Divergence:
         teacher_top, teacher_log_sum, teacher_mass = _merge_normalizers(
             teacher_tops, log_sums - excesses
         )
-        normalizers = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
-        normalizers = _Normalizers(*(part[:, None].to(dtype) for part in normalizers))
+        parts = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
+        normalizers = _Normalizers(*(part[:, None].to(dtype) for part in parts))
 
         if self.kind == "reverse_kl":
             loss = mean = _chain_rule(student_mass, teacher_mass, gathered[4])
@@ -513,6 +509,7 @@ class _LogitDivergence(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return ctx.divergence.gradient(*ctx.saved_tensors, grad), None, None
 
@@ -561,13 +558,14 @@ class _DivergenceRows:
     teacher_hidden: Tensor
     teacher_head: Tensor
 
-    def forward(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        teacher_logits = _logits(self.teacher_hidden[rows], self.teacher_head)
-        return self.divergence.forward(logits, teacher_logits)
+    def targets(self, rows: slice) -> Tensor:
+        return _logits(self.teacher_hidden[rows], self.teacher_head)
 
-    def gradient(self, logits: Tensor, rows: slice, saved: Tensor, grad: Tensor) -> Tensor:
-        teacher_logits = _logits(self.teacher_hidden[rows], self.teacher_head)
-        return self.divergence.gradient(logits, teacher_logits, saved, grad)
+    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.divergence.forward(logits, targets)
+
+    def gradient(self, logits: Tensor, targets: Tensor, saved: Tensor, grad: Tensor) -> Tensor:
+        return self.divergence.gradient(logits, targets, saved, grad)
 
 
 @dataclass(frozen=True)
@@ -577,15 +575,15 @@ class _TokenRows:
     shard: VocabShard
     tokens: Tensor
 
-    def _columns(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def targets(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The rows [n] whose token is one of this shard's columns, and that column [n]."""
         columns = self.tokens[rows] - self.shard.start
         here = ((columns >= 0) & (columns < self.shard.width)).nonzero()[:, 0]
         return here, columns[here]
 
-    def forward(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor, targets: tuple) -> tuple[Tensor, Tensor]:
         token_logit = logits.new_full((len(logits), 1), -torch.inf)
-        here, columns = self._columns(rows)
+        here, columns = targets
         token_logit[here, 0] = logits[here, columns]
         top, log_sum = _log_normalizer(logits)
         sent = torch.cat([top, log_sum.to(logits.dtype), token_logit], dim=1)
@@ -594,11 +592,11 @@ class _TokenRows:
         log_probs = token_logits.amax(0) - top - log_sum
         return log_probs.to(logits.dtype), torch.stack([top, log_sum], dim=1).to(logits.dtype)
 
-    def gradient(self, logits: Tensor, rows: slice, saved: Tensor, grad: Tensor) -> Tensor:
+    def gradient(self, logits: Tensor, targets: tuple, saved: Tensor, grad: Tensor) -> Tensor:
         """grad·(1[v = token] − p(v))."""
         top, log_sum = saved.split(1, dim=1)
         logits_grad = (logits - top).sub_(log_sum).exp_().mul_(-grad[:, None])
-        here, columns = self._columns(rows)
+        here, columns = targets
         logits_grad[here, columns] += grad[here]
         return logits_grad
 
@@ -616,7 +614,7 @@ class _HeadGradients:
         if self.hidden is not None:
             self.hidden[rows] = _hidden_grad(logits_grad, self.head)
         if self.weight is not None:
-            self.weight[: len(self.head)] += _weight_grad(logits_grad, self.inputs[rows])
+            _add_weight_grad(self.weight[: len(self.head)], logits_grad, self.inputs[rows])
 
     def get(self) -> tuple[Tensor | None, Tensor | None]:
         return self.hidden, None if self.weight is None else self.weight.to(self.head.dtype)
@@ -638,13 +636,13 @@ class _Head(torch.autograd.Function):
         values = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
         saved = []
         for rows in _chunks(len(hidden), chunk_rows):
-            logits = _logits(hidden[rows], head)
-            chunk_values, chunk_saved = values_of.forward(logits, rows)
+            logits, targets = _logits(hidden[rows], head), values_of.targets(rows)
+            chunk_values, chunk_saved = values_of.forward(logits, targets)
             values.append(chunk_values)
             saved.append(chunk_saved)
             if at_once:
                 grad = row_weight[rows].to(logits.dtype)
-                grads.add(values_of.gradient(logits, rows, chunk_saved, grad), rows)
+                grads.add(values_of.gradient(logits, targets, chunk_saved, grad), rows)
         ctx.at_once = row_weight is not None
         if ctx.at_once:
             ctx.save_for_backward(*(grads.get() if grads else ()))
@@ -666,8 +664,8 @@ class _Head(torch.autograd.Function):
         grads = _HeadGradients(hidden, weight, ctx.shard, ctx.needs_input_grad[:2])
         chunks = _chunks(len(hidden), ctx.chunk_rows)
         for rows, chunk_saved in zip(chunks, saved, strict=True):
-            logits = _logits(hidden[rows], head)
-            grads.add(ctx.values_of.gradient(logits, rows, chunk_saved, grad[rows]), rows)
+            logits, targets = _logits(hidden[rows], head), ctx.values_of.targets(rows)
+            grads.add(ctx.values_of.gradient(logits, targets, chunk_saved, grad[rows]), rows)
         return *grads.get(), None, None, None, None
 
 

@@ -66,19 +66,11 @@ class MegatronTeacher:
         Collectives: those of the trunk's forward; then one all-to-all of R · D · tp elements over
         all ranks, tp being the student's.
         """
-        keep_all = torch.ones(batch.num_rows, dtype=torch.bool)
-        lengths = batching.cut_lengths(batch, keep_all)
-        multiple = self.layout.tp if self.layout.sequence else 1
-        plan = batching.plan(lengths, self.layout.dp, self.micro_batch_tokens, multiple)
-        micro_batches = [
-            batching.build_micro_batch(batch, sequences, lengths, keep_all, multiple)
-            for sequences in plan[self.layout.dp_rank]
-        ]
+        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        own = batching.assign(batch, everything, self.layout, self.micro_batch_tokens)
         with self._resident():
-            held = self._forward(micro_batches)
-
-        runner = batching.owners(plan, batch.num_sequences)
-        return send_rows(held, *self._routes(batch, student, owner, runner))
+            held = self._forward(own.micro_batches)
+        return send_rows(held, *self._routes(batch, student, owner, own.owner))
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> HeldRows:
         outputs = forward(

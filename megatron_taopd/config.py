@@ -1,0 +1,562 @@
+"""The whole configuration: these dataclasses, a YAML file with the same keys, dotted overrides.
+
+`load` reads a file, `check` refuses what cannot run, before any model is built. Both raise
+ValueError with one line that names the key, its value and what would be right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from functools import reduce
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from yaml import YAMLError
+
+from megatron_taopd.loss import LOSSES
+from megatron_taopd.models.hf_map import padded_vocab_size
+from megatron_taopd.selection import SELECTORS
+
+
+@dataclass(frozen=True)
+class RunSection:
+    dir: str = MISSING  # logs, checkpoints, report; a run that is there already is resumed
+    seed: int = 0
+    name: str | None = None  # null: the directory's name
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """One model's layout; data parallelism is what remains of the ranks."""
+
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline parallel
+    sequence: bool = False  # sequence parallel, over the TP group
+
+
+@dataclass(frozen=True)
+class StudentSection:
+    path: str = MISSING  # Hugging Face checkpoint directory
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    path: str = MISSING  # Hugging Face checkpoint directory
+    engine: Literal["megatron"] = "megatron"
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    offload: bool = False  # weights in CPU memory between uses
+
+
+@dataclass(frozen=True)
+class DataSection:
+    prompts: str = MISSING  # .jsonl or .parquet
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    template: Literal["auto", "chat", "plain"] = "auto"  # auto: chat if the tokenizer has one
+    system: str | None = None  # system message of the chat template
+    max_prompt_tokens: int = 1024  # longer prompts are dropped
+    shuffle: bool = True
+    limit: int | None = None  # use the first prompts only
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    engine: Literal["local"] = "local"
+    prompts: int = 64  # per step
+    samples: int = 1  # responses per prompt
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
+    batch_size: int = 64  # sequences that a rank generates at a time
+    ahead: int = 0  # steps that rollouts may run ahead of training
+
+
+@dataclass(frozen=True)
+class SelectionSection:
+    selector: str = "teachability"  # one of SELECTORS
+    ratio: float = 0.10  # ρ, the share of response rows that is trained on
+    k: int = 16  # top-K of both models, for D and C
+    concentrate: float = 0.0  # preference for few sequences
+
+
+@dataclass(frozen=True)
+class LossSection:
+    kind: str = "reverse_kl"  # one of LOSSES
+    beta: float = 0.5  # jsd: the teacher's share in the mixture
+    alpha: float = 0.1  # skewed_reverse_kl: the student's share in the mixture
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    steps: int = 100  # rollout batches
+    micro_batch_tokens: int = 4096  # the most tokens a rank runs at a time
+    mini_batches: int = 1  # optimizer steps per rollout batch
+    schedule: Literal["two_pass"] = "two_pass"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    chunk_rows: int = 1024  # response rows whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float = 1e-6
+    min_lr: float | None = None  # where cosine or linear decay ends; null: constant
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip: float = 1.0  # global gradient norm; 0: off
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    every: int = 50  # steps; 0: at the end only
+    keep: int = 3  # the newest ones
+    export_hf: bool = True  # the final student as a Hugging Face directory
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    every: int = 20  # steps; 0: at the start and the end only
+    prompts: str | None = None  # null: no evaluation; columns and template as in `data`
+    max_new_tokens: int | None = None  # null: as in `rollout`
+    limit: int | None = None  # use the first prompts only
+    at_start: bool = True
+
+
+@dataclass(frozen=True)
+class LogSection:
+    tensorboard: bool = True
+    wandb_project: str | None = None  # null: no W&B
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on. `load` makes all its paths absolute."""
+
+    run: RunSection = field(default_factory=RunSection)
+    student: StudentSection = field(default_factory=StudentSection)
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
+    loss: LossSection = field(default_factory=LossSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    log: LogSection = field(default_factory=LogSection)
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, then `section.key=value` overrides (YAML values); defaults fill the rest.
+
+    A relative path is relative to where it is written: an input in the file to the file's
+    directory, one on the command line to the working directory. `run.dir` is an output and always
+    relative to the working directory. `~` is the home directory, `${oc.env:NAME}` an environment
+    variable, `${section.key}` another key.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
+            key without a value.
+    """
+    written, given = _read_yaml(Path(path)), _read_overrides(overrides)
+    tree = OmegaConf.to_container(OmegaConf.merge(written, given))
+    context_parallel = _pop_context_parallel(tree)
+    _check_keys(tree, Config)
+    schema = OmegaConf.structured(Config)
+    try:
+        values = OmegaConf.to_container(
+            OmegaConf.merge(schema, tree), resolve=True, throw_on_missing=True
+        )
+        for key in ("run.dir", *_INPUT_PATHS):
+            section, name = key.split(".")
+            in_file = key in _INPUT_PATHS and OmegaConf.select(given, key) is None
+            if value := values[section][name]:
+                base = Path(path).parent if in_file else Path()
+                values[section][name] = os.path.abspath(base / Path(value).expanduser())
+        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        if OmegaConf.is_missing(error.parent_node, error.key):
+            reason = "required; set it in the file or on the command line"
+        raise ValueError(f"{error.full_key}: {reason}") from None
+    if context_parallel:
+        tokens, prompt = config.train.micro_batch_tokens, config.data.max_prompt_tokens
+        raise ValueError(
+            f"{context_parallel}: context parallelism is not offered; without it the longest "
+            f"response is train.micro_batch_tokens {tokens} − data.max_prompt_tokens {prompt} = "
+            f"{tokens - prompt} tokens"
+        )
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a YAML file that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: Path):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a YAML configuration")
+    try:
+        written = OmegaConf.load(path)
+    except YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(written):
+        raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
+    return written
+
+
+def _read_overrides(overrides: Sequence[str]):
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override}: not an override; write section.key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except YAMLError as error:
+        message = f"{' '.join(overrides)}: a value is not YAML: {' '.join(str(error).split())}"
+        raise ValueError(message) from None
+
+
+def _pop_context_parallel(tree: dict) -> str | None:
+    """Take every key that asks for context parallelism out of the tree; return the first."""
+    found = []
+    for model in ("student", "teacher"):
+        parallel = tree[model].get("parallel") if isinstance(tree.get(model), dict) else None
+        for name in list(parallel) if isinstance(parallel, dict) else ():
+            if name == "cp" or str(name).startswith("context"):
+                found.append(f"{model}.parallel.{name}: {parallel.pop(name)}")
+    return found[0] if found else None
+
+
+def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
+    types = get_type_hints(section)
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            raise ValueError(f"{key}: unknown key; {_suggestion(key, types, prefix)}")
+        if is_dataclass(types[name]):
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{key}.{f.name}" for f in fields(types[name]))
+                raise ValueError(f"{key}: {value!r} is not a section; its keys are {inside}")
+            _check_keys(value, types[name], f"{key}.")
+        elif isinstance(value, dict):
+            raise ValueError(f"{key}: {value!r} is a section; one value is expected")
+
+
+def _suggestion(key: str, siblings: dict[str, Any], prefix: str) -> str:
+    by_name: dict[str, list[str]] = {}
+    for known in _leaf_keys(Config):
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    name = key.removeprefix(prefix)
+    if name in by_name:
+        return f"did you mean {' or '.join(by_name[name])}?"
+    if close := get_close_matches(name, siblings, n=1, cutoff=0.7):
+        return f"did you mean {prefix}{close[0]}?"
+    if close := get_close_matches(name, by_name, n=1, cutoff=0.7):
+        return f"did you mean {' or '.join(by_name[close[0]])}?"
+    return f"known here: {', '.join(prefix + sibling for sibling in siblings)}"
+
+
+def _leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            yield from _leaf_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+# --------------------------------------------------------------------------------------- checking
+
+_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
+_ROPE_TYPES = ("default", "linear", "llama3")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+_Rule = tuple[Callable[[Any], bool], str]
+_COUNT: _Rule = (lambda v: v >= 1, "at least 1")
+_NOT_NEGATIVE: _Rule = (lambda v: 0 <= v < math.inf, "0 or more")
+_SHARE: _Rule = (lambda v: 0 < v <= 1, "in (0, 1]")
+_INSIDE: _Rule = (lambda v: 0 < v < 1, "strictly between 0 and 1")
+_DECAY: _Rule = (lambda v: 0 <= v < 1, "in [0, 1)")
+_POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "more than 0")
+_NOT_YET: _Rule = (lambda v: v == 0, "0: it is not offered yet")
+
+_RULES: dict[str, _Rule] = {
+    "run.seed": _NOT_NEGATIVE,
+    "student.parallel.tp": _COUNT,
+    "student.parallel.pp": _COUNT,
+    "teacher.parallel.tp": _COUNT,
+    "teacher.parallel.pp": _COUNT,
+    "data.max_prompt_tokens": _COUNT,
+    "data.limit": _COUNT,
+    "rollout.prompts": _COUNT,
+    "rollout.samples": _COUNT,
+    "rollout.max_new_tokens": _COUNT,
+    "rollout.temperature": _POSITIVE,
+    "rollout.top_p": _SHARE,
+    "rollout.top_k": _NOT_NEGATIVE,
+    "rollout.batch_size": _COUNT,
+    "rollout.ahead": _NOT_YET,
+    "selection.ratio": _SHARE,
+    "selection.k": _COUNT,
+    "selection.concentrate": _NOT_YET,
+    "loss.beta": _INSIDE,
+    "loss.alpha": _INSIDE,
+    "train.steps": _COUNT,
+    "train.micro_batch_tokens": _COUNT,
+    "train.mini_batches": _COUNT,
+    "train.chunk_rows": _COUNT,
+    "optimizer.lr": _POSITIVE,
+    "optimizer.min_lr": _NOT_NEGATIVE,
+    "optimizer.warmup_steps": _NOT_NEGATIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.beta1": _DECAY,
+    "optimizer.beta2": _DECAY,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.clip": _NOT_NEGATIVE,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.keep": _COUNT,
+    "eval.every": _NOT_NEGATIVE,
+    "eval.max_new_tokens": _COUNT,
+    "eval.limit": _COUNT,
+}
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse a configuration that cannot run on `world_size` ranks.
+
+    Reads config.json and the tokenizer of both models and looks whether files are there; builds no
+    model, needs no process group.
+
+    Raises:
+        ValueError: one line with the key, its value and what would be right.
+    """
+    _check_values(config)
+    _check_files(config)
+    student = _check_model("student", config, world_size)
+    teacher = _check_model("teacher", config, world_size)
+    _check_batch(config, world_size)
+    _check_vocabulary(config, student, teacher)
+
+
+def _check_values(config: Config) -> None:
+    for key, (holds, right) in _RULES.items():
+        value = reduce(getattr, key.split("."), config)
+        if value is not None and not holds(value):
+            raise ValueError(f"{key}: {value}; it has to be {right}")
+    names = {
+        "selection.selector": (config.selection.selector, SELECTORS),
+        "loss.kind": (config.loss.kind, LOSSES),
+    }
+    for key, (name, known) in names.items():
+        if name not in known:
+            raise ValueError(f"{key}: {name!r} is unknown; one of {', '.join(known)}")
+    lr, min_lr, decay = config.optimizer.lr, config.optimizer.min_lr, config.optimizer.decay
+    if (min_lr is None) != (decay == "constant"):
+        raise ValueError(
+            f"optimizer.min_lr: {min_lr} with optimizer.decay {decay}; "
+            "cosine and linear need the rate they end at, constant needs null"
+        )
+    if min_lr is not None and min_lr > lr:
+        raise ValueError(f"optimizer.min_lr: {min_lr} is above optimizer.lr {lr}")
+    for model in ("student", "teacher"):
+        parallel = getattr(config, model).parallel
+        if parallel.sequence and parallel.tp == 1:
+            raise ValueError(
+                f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
+            )
+
+
+def _check_files(config: Config) -> None:
+    if Path(config.run.dir).exists() and not Path(config.run.dir).is_dir():
+        raise ValueError(f"run.dir: {config.run.dir} is a file; give a directory")
+    for key, path in ("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{key}: {path}: no such file; give a .jsonl or .parquet file")
+    for model in ("student", "teacher"):
+        key, path = f"{model}.path", Path(getattr(config, model).path)
+        wanted = "give a Hugging Face checkpoint directory"
+        if not path.is_dir():
+            raise ValueError(f"{key}: {path}: no such directory; {wanted}")
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{key}: {path} has no config.json; {wanted}")
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"{key}: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
+                "copy the files of the model's own tokenizer there"
+            )
+        weights = [path / "model.safetensors"]
+        if (index := path / "model.safetensors.index.json").is_file():
+            names = _read_json(key, index).get("weight_map", {}).values()
+            weights = [path / name for name in sorted(set(names))]
+        for file in weights:
+            if not file.is_file():
+                raise ValueError(f"{key}: {file} is missing; {wanted} with safetensors weights")
+
+
+def _check_model(model: str, config: Config, world_size: int) -> PretrainedConfig:
+    section = getattr(config, model)
+    key, path, parallel = f"{model}.path", section.path, section.parallel
+
+    declared = _read_json(key, Path(path) / "config.json").get("architectures") or ["?"]
+    architecture = declared[0]
+    if architecture not in _ARCHITECTURES:
+        raise ValueError(
+            f"{key}: {path} is of architecture {architecture}; "
+            f"supported: {', '.join(_ARCHITECTURES)}"
+        )
+    hf = _read_pretrained(AutoConfig, key, path)
+    for unsupported in _unsupported(hf):
+        raise ValueError(f"{key}: {path} uses {unsupported}, which is not supported")
+
+    sizes = {
+        "attention heads": hf.num_attention_heads,
+        "key-value heads": hf.num_key_value_heads,
+        "MLP columns": hf.intermediate_size,
+        "vocabulary rows": padded_vocab_size(hf.vocab_size),
+    }
+    for what, size in sizes.items():
+        if size % parallel.tp:
+            raise ValueError(
+                f"{model}.parallel.tp: {parallel.tp} does not divide the {size} {what} of {path}; "
+                f"one of {_divisors(math.gcd(*sizes.values()))}"
+            )
+    if hf.num_hidden_layers % parallel.pp:
+        raise ValueError(
+            f"{model}.parallel.pp: {parallel.pp} does not divide the {hf.num_hidden_layers} layers "
+            f"of {path}; one of {_divisors(hf.num_hidden_layers)}"
+        )
+    if world_size % (ranks := parallel.tp * parallel.pp):
+        raise ValueError(
+            f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {ranks} does not divide the "
+            f"number of ranks, {world_size}; start a multiple of {ranks}"
+        )
+
+    responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    if model == "student" and config.eval.max_new_tokens is not None:
+        responses["eval.max_new_tokens"] = config.eval.max_new_tokens
+    for response_key, response in responses.items():
+        longest = config.data.max_prompt_tokens + response
+        if longest > hf.max_position_embeddings:
+            raise ValueError(
+                f"{response_key}: {response} after data.max_prompt_tokens "
+                f"{config.data.max_prompt_tokens} make {longest} tokens; {path} takes "
+                f"{hf.max_position_embeddings}"
+            )
+    multiple = parallel.tp if parallel.sequence else 1
+    capacity = config.train.micro_batch_tokens // multiple * multiple
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > capacity:
+        raise ValueError(
+            f"train.micro_batch_tokens: {config.train.micro_batch_tokens} does not hold "
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
+        )
+    return hf
+
+
+def _read_json(key: str, path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{key}: {path}: not JSON: {error}") from None
+
+
+def _read_pretrained(auto_class, key: str, path: str):
+    try:
+        return auto_class.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever transformers trips over in the user's files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{key}: {path}: transformers cannot read it: {reason}") from error
+
+
+def _unsupported(hf: PretrainedConfig) -> Iterator[str]:
+    """What of this model the trunk cannot run, in words."""
+    rope = hf.rope_parameters or {}
+    if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
+        yield f"rope_type {kind} (only {', '.join(_ROPE_TYPES)})"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
+    if "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
+        yield f"sliding-window attention (window {hf.sliding_window})"
+    if getattr(hf, "attention_bias", False):
+        yield "attention_bias"
+    if getattr(hf, "mlp_bias", False):
+        yield "mlp_bias"
+    if hf.hidden_act != "silu":
+        yield f"hidden_act {hf.hidden_act} (only silu)"
+    if getattr(hf, "quantization_config", None):
+        yield "quantised weights"
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    sequences = config.rollout.prompts * config.rollout.samples
+    data_parallel = world_size // (config.student.parallel.tp * config.student.parallel.pp)
+    if sequences < data_parallel:
+        raise ValueError(
+            f"rollout.prompts: {config.rollout.prompts} × rollout.samples {config.rollout.samples} "
+            f"are fewer than the {data_parallel} data-parallel ranks of the student"
+        )
+    if config.train.mini_batches > sequences:
+        raise ValueError(
+            f"train.mini_batches: {config.train.mini_batches} is more than the {sequences} "
+            "sequences of a step (rollout.prompts × rollout.samples)"
+        )
+
+
+def _check_vocabulary(config: Config, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
+    size = min(student.vocab_size, teacher.vocab_size)
+    if config.selection.k > size:
+        raise ValueError(
+            f"selection.k: {config.selection.k} is more than the {size} ids that both vocabularies "
+            "have"
+        )
+    tokenizer = _read_pretrained(AutoTokenizer, "student.path", config.student.path)
+    ours = {index: token for token, index in tokenizer.get_vocab().items()}
+    teachers = _read_pretrained(AutoTokenizer, "teacher.path", config.teacher.path)
+    theirs = {index: token for token, index in teachers.get_vocab().items()}
+    for index in sorted(ours.keys() | theirs.keys()):
+        if ours.get(index) != theirs.get(index):
+            raise ValueError(
+                f"teacher.path: {config.teacher.path}: id {index} is {theirs.get(index)!r}, "
+                f"{ours.get(index)!r} in the student's tokenizer; both have to be the same"
+            )
+    if (last := max(ours)) >= size:
+        small = "student" if student.vocab_size == size else "teacher"
+        raise ValueError(
+            f"{small}.path: {getattr(config, small).path}: the tokenizer's id {last} lies outside "
+            f"the model's vocabulary of {size}"
+        )
+    for index in config.rollout.stop_token_ids:
+        if not 0 <= index < size:
+            raise ValueError(
+                f"rollout.stop_token_ids: {index} is not an id of the vocabulary, 0 … {size - 1}"
+            )
+    if config.data.template == "chat" and not tokenizer.chat_template:
+        raise ValueError(
+            f"data.template: chat, but the tokenizer of {config.student.path} has no chat template;"
+            " use plain"
+        )

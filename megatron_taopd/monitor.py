@@ -1,0 +1,282 @@
+"""What a run leaves behind for people and programs, and what it shows while it goes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_taopd.report import Sample, number, percent, seconds, summarize, write_report
+
+PLAIN_LINES = 20  # about this many progress lines where there is no terminal to redraw
+
+
+class Monitor:
+    """Metrics of each step → metrics.jsonl, TensorBoard, W&B, a progress line, report.html.
+
+    Every rank may hold one, so that the loop needs no case distinctions: all ranks time their
+    spans, rank 0 writes.
+
+    Args:
+        run_dir: created if need be; holds metrics.jsonl, tensorboard/ and report.html.
+        steps: of the whole run.
+        tensorboard: write scalars for TensorBoard.
+        wandb_project: log there, too; None for not.
+        rank: of this process.
+        first_step: the step that is logged first. Records of this step and later ones, which a
+            run killed after its last checkpoint has left, are removed.
+        name: of the run; the directory's name if None.
+        config_yaml: the configuration, for the report and W&B.
+        synchronize: waits for the device, so that spans count the work they started
+            (torch.cuda.synchronize).
+        console: for the progress line.
+
+    Raises:
+        ValueError: TensorBoard or W&B is asked for and not installed (on every rank alike).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        steps: int,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+        rank: int = 0,
+        first_step: int = 0,
+        name: str | None = None,
+        config_yaml: str = "",
+        synchronize: Callable[[], None] | None = None,
+        console: Console | None = None,
+    ):
+        if tensorboard:
+            _require("tensorboard", "log.tensorboard: true")
+        if wandb_project is not None:
+            _require("wandb", f"log.wandb_project: {wandb_project}")
+        self.run_dir = Path(run_dir)
+        self.steps = steps
+        self.name = name or self.run_dir.resolve().name
+        self.config_yaml = config_yaml
+        self.records: list[dict[str, Any]] = []
+        self.samples: Sequence[Sample] = ()
+        self._synchronize = synchronize or (lambda: None)
+        self._times: dict[str, float] = defaultdict(float)
+        self._writes = rank == 0
+        if not self._writes:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.records = truncate_records(self.run_dir / "metrics.jsonl", first_step)
+        self._file = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                self.run_dir / "tensorboard", purge_step=first_step or None
+            )
+        if wandb_project is not None:
+            import wandb
+
+            # A resumed run goes on in the same W&B run: the id is the directory's, not the name's.
+            id_file = self.run_dir / "wandb_id"
+            if not id_file.exists():
+                id_file.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(
+                project=wandb_project,
+                name=self.name,
+                id=id_file.read_text(),
+                dir=self.run_dir,
+                resume="allow",
+                config=yaml.safe_load(config_yaml),
+            )
+        self._progress = ProgressLine(steps, first_step, console or Console())
+
+    @property
+    def report_path(self) -> Path:
+        return self.run_dir / "report.html"
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `time/<phase>` of the step that is logged next."""
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._times[f"time/{phase}"] += time.perf_counter() - start
+
+    def seconds(self, phase: str) -> float:
+        """Time spent in a phase of the step that is logged next, so far."""
+        return self._times[f"time/{phase}"]
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Record one step; call once per step, in order, on every rank.
+
+        Args:
+            metrics: plain numbers or one-element tensors; the spans since the last step are added.
+                A value that is not finite becomes null.
+
+        Returns:
+            The record.
+        """
+        record = {"step": step} | {
+            k: _plain(v) for k, v in (*metrics.items(), *self._times.items())
+        }
+        self._times.clear()
+        if not self._writes:
+            return record
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        values = {key: value for key, value in record.items() if value is not None}
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+        self._progress.update(record)
+        if "eval/accuracy" in record:
+            self.write_report()
+        return record
+
+    def write_report(self, samples: Sequence[Sample] | None = None) -> None:
+        """Write report.html anew; `samples` are shown from now on."""
+        if samples is not None:
+            self.samples = samples
+        if self._writes:
+            write_report(self.report_path, self.records, self.name, self.config_yaml, self.samples)
+
+    def close(self) -> None:
+        """Write the report and close everything."""
+        if not self._writes:
+            return
+        self._progress.close()
+        self.write_report()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class ProgressLine:
+    """One line that redraws itself in a terminal; elsewhere about PLAIN_LINES lines for a run."""
+
+    def __init__(self, steps: int, first_step: int, console: Console):
+        self.steps = steps
+        self.console = console
+        self.every = max(1, math.ceil(steps / PLAIN_LINES))
+        self.accuracy: float | None = None
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=console,
+            )
+            self.task = self.bar.add_task("starting", total=steps, completed=first_step)
+            self.bar.start()
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        step = record["step"]
+        evaluated = record.get("eval/accuracy") is not None
+        self.accuracy = record["eval/accuracy"] if evaluated else self.accuracy
+        text = self.text(record)
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=text)
+        elif evaluated or step % self.every == 0 or step >= self.steps:
+            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+
+    def text(self, record: Mapping[str, Any]) -> str:
+        parts = []
+        if record.get("loss") is not None:
+            parts.append(f"loss {number(record['loss'])}")
+        if self.accuracy is not None:
+            parts.append(f"accuracy {percent(self.accuracy)}")
+        if record.get("kept_rows") is not None and record.get("valid_rows"):
+            parts.append(f"kept {record['kept_rows']:,.0f} of {record['valid_rows']:,.0f} rows")
+        if record.get("time/step") is not None:
+            parts.append(f"{seconds(record['time/step'])}/step")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def truncate_records(path: Path, first_step: int) -> list[dict[str, Any]]:
+    """Remove the records of `first_step` and later, and a line cut off by a kill, in one move.
+
+    Returns:
+        The records that stay.
+    """
+    if not path.exists():
+        return []
+    kept = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            record = json.loads(line)
+            if record["step"] < first_step:
+                kept.append(record)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
+
+
+def summary_table(records: Sequence[Mapping[str, Any]], report: str | Path | None = None) -> Table:
+    """The end of a run in a few lines, for the terminal."""
+    s = summarize(records)
+    table = Table(title=f"{s['steps']} steps", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    if s["accuracy_first"] is not None:
+        last = s["accuracy_first"] if s["accuracy_last"] is None else s["accuracy_last"]
+        table.add_row(
+            "held-out accuracy",
+            f"{percent(s['accuracy_first'])} → {percent(last)}",
+            f"{100 * (last - s['accuracy_first']):+.1f} points",
+        )
+    if s["loss_first"] is not None:
+        table.add_row("loss", f"{number(s['loss_first'])} → {number(s['loss_last'])}", "")
+    for label, part, whole in (
+        ("rows kept", s["kept_rows"], s["valid_rows"]),
+        ("tokens trained", s["tokens_trained"], s["tokens_rolled_out"]),
+    ):
+        if part is not None and whole:
+            table.add_row(label, f"{part:,} of {whole:,}", percent(part / whole))
+    table.add_section()
+    total = sum(s["phases"].values())
+    for phase, spent in s["phases"].items():
+        table.add_row(phase, seconds(spent), percent(spent / total))
+    if report is not None:
+        table.add_section()
+        table.add_row("report", str(report), "")
+    return table
+
+
+def _plain(value: Any) -> int | float | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if math.isfinite(value) else None
+
+
+def _require(module: str, key: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{key}: {module} is not installed; pip install {module}, or leave it out")

@@ -1,0 +1,110 @@
+"""What the loop asks of whatever generates the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    Attributes:
+        max_new_tokens: longest response, its stop token included.
+        samples: responses per prompt.
+        temperature: 0 is greedy.
+        top_p, top_k: keep the smallest set of tokens with at least this mass, and this many tokens;
+            1.0 and 0 keep all. Applied in the order temperature, top-k, top-p.
+        stop_token_ids: end a response, besides the end-of-sequence tokens the engine's model names.
+    """
+
+    max_new_tokens: int
+    samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+class RolloutEngine(Protocol):
+    """Generates with the student's weights. Every method is collective: all ranks call it, with the
+    same arguments, in the same order."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_indices: Sequence[int],
+        step: int,
+        sampling: Sampling,
+    ) -> RolloutBatch:
+        """The responses to `prompts`, in (prompt, sample) order, the same on every rank.
+
+        Args:
+            prompts: token ids of each prompt.
+            prompt_indices: the place of each prompt in the data, for the record and the randomness.
+            step: of the run, for the randomness.
+
+        Returns:
+            The batch, on the CPU. A stop token is the last token of its response, so its row is
+            trained; a response without one is `truncated`.
+        """
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights by whole tensors under their Hugging Face names.
+
+        Args:
+            named_tensors: consumed one by one, so that they need not exist all at once.
+            version: becomes `weight_version` of the batches generated from now on.
+
+        Raises:
+            ValueError: a name is unknown or missing, or a shape differs.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the engine's memory and processes. The engine cannot be used afterwards."""
+        ...
+
+
+def make_rollout_batch(
+    prompts: Sequence[Sequence[int]],
+    prompt_indices: Sequence[int],
+    responses: Sequence[Tensor],
+    log_probs: Sequence[Tensor],
+    truncated: Sequence[bool],
+    weight_version: int,
+) -> RolloutBatch:
+    """Lay N sequences end to end.
+
+    Args:
+        prompts, prompt_indices: of each sequence (a prompt with n samples comes n times).
+        responses: N tensors [n] of token ids.
+        log_probs: N tensors [n], the log-probability of each of these tokens.
+    """
+    pieces = [
+        piece
+        for prompt, response in zip(prompts, responses, strict=True)
+        for piece in (torch.tensor(prompt, dtype=torch.int64), response.to("cpu", torch.int64))
+    ]
+    lengths = torch.tensor([0] + [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    return RolloutBatch(
+        tokens=torch.cat(pieces),
+        cu_seqlens=lengths.cumsum(0),
+        prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
+        log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs]),
+        truncated=torch.tensor(truncated, dtype=torch.bool),
+        prompts=torch.tensor(prompt_indices, dtype=torch.int64),
+        weight_version=weight_version,
+    )

@@ -1,0 +1,200 @@
+"""`torchrun --nproc-per-node N -m megatron_taopd.train CONFIG.yaml section.key=value …`
+
+Reads the configuration, builds both models, the rollout engine and the monitor, and runs the loop.
+A rerun with the same `run.dir` resumes from its last checkpoint. Ctrl-C and SIGTERM end the run
+after the step at hand, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from megatron_taopd import config as configuration
+from megatron_taopd.parallel import platform
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a training; the exit status of the process."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config = configuration.load(arguments[0], arguments[1:])
+        configuration.check(config, int(os.environ.get("WORLD_SIZE", 1)))
+        joined = platform.initialize()
+        run = build(config)
+    except ValueError as error:
+        # One line from one rank: what a user can put right needs no traceback.
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    from megatron.core import parallel_state
+
+    from megatron_taopd.loop import distill
+
+    try:
+        distill(run)
+    finally:
+        run.engine.close()
+        run.monitor.close()
+        parallel_state.destroy_model_parallel()
+    if joined:
+        dist.destroy_process_group()
+    return 0
+
+
+def build(config: configuration.Config):
+    """Put a run together from its configuration, and resume it if it has a checkpoint."""
+    from megatron_taopd import checkpoint
+    from megatron_taopd.evaluation import evaluate
+    from megatron_taopd.loop import Run
+    from megatron_taopd.models import gpt, weights
+    from megatron_taopd.monitor import Monitor
+    from megatron_taopd.parallel.layout import forward_layout, student_layout
+    from megatron_taopd.prompts import PromptStream, load_prompts
+    from megatron_taopd.rollout.engine import Sampling
+    from megatron_taopd.rollout.local import LocalEngine
+    from megatron_taopd.scoring import Heads
+    from megatron_taopd.student import Student
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    dtype = DTYPES[config.train.precision]
+    rollout, train = config.rollout, config.train
+    torch.manual_seed(config.run.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+    data = {
+        "prompt_column": config.data.prompt_column,
+        "template": config.data.template,
+        "system": config.data.system,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+    }
+    prompts = load_prompts(
+        config.data.prompts, tokenizer, answer_column=None, limit=config.data.limit, **data
+    )
+
+    vocabularies = [gpt.load_config(m.path).vocab_size for m in (config.student, config.teacher)]
+    layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
+    student = Student(
+        config.student.path,
+        layout,
+        dtype,
+        train.recompute,
+        config.optimizer,
+        train.steps * train.mini_batches,
+        common_vocabulary=min(vocabularies),
+    )
+    teacher = MegatronTeacher(
+        config.teacher.path,
+        forward_layout(**vars(config.teacher.parallel)),
+        dtype,
+        train.micro_batch_tokens,
+        config.teacher.offload,
+    )
+    heads = None
+    if layout.is_last_stage:
+        shard = student.shard
+        teacher_head = weights.load_head(config.teacher.path, shard.start, shard.stop, dtype)
+        heads = Heads(student.head_weight, teacher_head, shard, train.chunk_rows)
+
+    engine = LocalEngine.from_hf(
+        config.student.path,
+        dtype,
+        platform.device(),
+        batch_size=rollout.batch_size,
+        seed=config.run.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        vocab_size=min(vocabularies),
+    )
+    sampling = Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        samples=rollout.samples,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=rollout.stop_token_ids,
+    )
+
+    directory = Path(config.run.dir)
+    saved = checkpoint.steps(directory / "checkpoints")
+    first_step, state = (saved[-1], {}) if saved else (0, {"prompts_consumed": 0})
+    if saved:
+        state = checkpoint.load(directory / "checkpoints", first_step, student)
+        engine.update_weights(student.named_tensors(), version=first_step)
+    monitor = Monitor(
+        directory,
+        train.steps,
+        config.log.tensorboard,
+        config.log.wandb_project,
+        rank=dist.get_rank(),
+        first_step=first_step + 1 if saved else 0,
+        name=config.run.name,
+        config_yaml=configuration.to_yaml(config),
+        synchronize=platform.synchronize,
+    )
+
+    evaluation = None
+    if config.eval.prompts is not None:
+        held_out = load_prompts(
+            config.eval.prompts,
+            tokenizer,
+            answer_column=config.data.answer_column,
+            limit=config.eval.limit,
+            **data,
+        )
+
+        def evaluation(step: int):
+            return evaluate(engine, held_out, tokenizer, sampling, step)
+
+    return Run(
+        config,
+        student,
+        teacher,
+        heads,
+        engine,
+        sampling,
+        prompts,
+        PromptStream(len(prompts), config.run.seed, config.data.shuffle, state["prompts_consumed"]),
+        evaluation,
+        monitor,
+        first_step,
+        catch_signals(),
+    )
+
+
+def catch_signals():
+    """Let SIGINT and SIGTERM end the run after its step; a second SIGINT ends it at once.
+
+    Returns:
+        A function that says whether any rank was signalled, the same on every rank. Collective: an
+        all-reduce of one integer.
+    """
+    received = torch.zeros(1, dtype=torch.int32)
+
+    def handler(number, _frame):
+        received[0] = 1
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+    def interrupted() -> bool:
+        any_rank = received.to(platform.device(), copy=True)
+        dist.all_reduce(any_rank, op=dist.ReduceOp.MAX)
+        return bool(any_rank.item())
+
+    return interrupted
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

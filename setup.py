@@ -1,0 +1,37 @@
+from setuptools import find_packages, setup
+
+# The first three were tried together and depend on each other's internals: they move as one.
+# constraints.txt has the exact versions of everything of one tried set-up.
+REQUIRED = [
+    "torch==2.13.0",
+    "megatron-core==0.16.1",
+    "transformers==5.12.1",  # the one that SGLang 0.5.20 pins
+    "safetensors>=0.5",
+    "omegaconf>=2.4",
+    "numpy>=1.26",
+    "pyarrow>=15",
+    "matplotlib>=3.8",
+    "rich>=13",
+    "tensorboard>=2.16",
+    "einops>=0.7",  # megatron-core needs these two and does not say so
+    "psutil>=5.9",
+]
+EXTRAS = {
+    "sglang": ["sglang==0.5.20"],
+    "te": ["transformer-engine[pytorch]>=2.4"],
+    "eval": ["evalscope>=1.14"],
+    "wandb": ["wandb>=0.19"],
+    "smollm2": ["gguf>=0.17"],  # tools/prepare_smollm2.py
+    "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"],
+}
+
+setup(
+    name="megatron-taopd",
+    version="0.1.0",
+    description="Token-teachability-aware on-policy distillation on Megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,440 @@
+"""Every refusal of a configuration, by example."""
+
+import json
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+
+from megatron_taopd.config import Config, check, load, to_yaml
+
+WORDS = ["<eos>", *(f"w{i}" for i in range(99))]
+ARCHITECTURES = {
+    Qwen2Config: "Qwen2ForCausalLM",
+    Qwen3Config: "Qwen3ForCausalLM",
+    LlamaConfig: "LlamaForCausalLM",
+}
+YAML = """
+run: {dir: runs/demo, seed: 1}
+student: {path: ../models/student, parallel: {tp: 2}}
+teacher: {path: ../models/teacher, parallel: {pp: 2}}
+data: {prompts: train.jsonl, max_prompt_tokens: 32}
+rollout: {prompts: 8, max_new_tokens: 16}
+train: {steps: 3, micro_batch_tokens: 64}
+optimizer: {lr: 1e-4}
+eval: {prompts: test.jsonl}
+"""
+
+
+def make_model(directory: Path, config_class=Qwen3Config, words=WORDS, **changes) -> None:
+    """A Hugging Face directory as far as `check` looks: config, tokenizer, a file for weights."""
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    architectures = [ARCHITECTURES[config_class]]
+    config_class(**(sizes | {"architectures": architectures} | changes)).save_pretrained(directory)
+    tokenizer = Tokenizer(
+        models.WordLevel(dict(zip(words, range(len(words)), strict=True)), words[0])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[0]).save_pretrained(
+        directory
+    )
+    (directory / "model.safetensors").touch()
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A user with a configuration, a pair of models and prompts, who runs from `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.jsonl").touch()
+    (tmp_path / "conf" / "test.jsonl").touch()
+    (tmp_path / "conf" / "run.yaml").write_text(YAML)
+    make_model(tmp_path / "models" / "student", num_hidden_layers=2)
+    make_model(tmp_path / "models" / "teacher")
+
+    def check_run(*overrides: str, world_size: int = 2) -> Config:
+        config = load("conf/run.yaml", overrides)
+        check(config, world_size)
+        return config
+
+    def write(text: str) -> None:
+        (tmp_path / "conf" / "run.yaml").write_text(text)
+
+    def model(name: str, *args, **changes) -> None:
+        make_model(tmp_path / "models" / name, *args, **changes)
+
+    return SimpleNamespace(dir=tmp_path, check=check_run, write=write, model=model)
+
+
+def refused(call, *parts: str) -> str:
+    """`call()` raises ValueError; its message is one line and has the parts, in this order."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(".*".join(map(re.escape, parts)), message), message
+    return message
+
+
+# What works
+
+
+def test_a_file_with_overrides(user):
+    config = user.check("selection.ratio=0.05", "rollout.stop_token_ids=[3,4]", "run.name=a b")
+    assert (config.student.parallel.tp, config.teacher.parallel.pp) == (2, 2)
+    assert config.selection.ratio == 0.05
+    assert config.rollout.stop_token_ids == (3, 4)
+    assert config.run.name == "a b"
+    assert config.optimizer.lr == 1e-4 and config.optimizer.min_lr is None
+    assert config.selection.selector == "teachability" and config.selection.k == 16
+    with pytest.raises(FrozenInstanceError):
+        config.train.steps = 5
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [((1, 1), 1), ((4, 2), 8), ((2, 2), 12)])
+def test_layouts(user, layout, world_size):
+    tp, pp = layout
+    user.check(
+        f"student.parallel={{tp: {tp}, pp: {pp}, sequence: {str(tp > 1).lower()}}}",
+        "teacher.parallel={tp: 1, pp: 1}",
+        world_size=world_size,
+    )
+
+
+@pytest.mark.parametrize("config_class", ARCHITECTURES)
+def test_families(user, config_class):
+    for name in ("student", "teacher"):
+        user.model(name, config_class, vocab_size=128)  # Qwen2's tokenizer class adds an id
+    user.check()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_rope_types(user, rope):
+    user.model("teacher", LlamaConfig, rope_parameters=rope)
+    user.check()
+
+
+def test_vocabularies_may_be_padded_differently(user):
+    user.model("teacher", vocab_size=128)
+    user.check()
+
+
+def test_weights_in_shards(user):
+    directory = user.dir / "models" / "teacher"
+    (directory / "model.safetensors").rename(directory / "a.safetensors")
+    index = {"weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(user.check, "teacher.path", "b.safetensors", "is missing")
+    (directory / "b.safetensors").touch()
+    user.check()
+
+
+def test_evaluation_may_be_left_out(user):
+    assert user.check("eval.prompts=null").eval.prompts is None
+
+
+# Paths
+
+
+def test_inputs_are_relative_to_the_file_and_outputs_to_the_working_directory(user):
+    config = user.check()
+    assert config.student.path == str(user.dir / "models" / "student")
+    assert config.data.prompts == str(user.dir / "conf" / "train.jsonl")
+    assert config.run.dir == str(user.dir / "runs" / "demo")
+
+
+def test_a_path_on_the_command_line_is_relative_to_the_working_directory(user):
+    (user.dir / "mine.jsonl").touch()
+    config = user.check("data.prompts=mine.jsonl", f"run.dir={user.dir}/elsewhere")
+    assert config.data.prompts == str(user.dir / "mine.jsonl")
+    assert config.run.dir == str(user.dir / "elsewhere")
+
+
+def test_home_and_environment_and_other_keys_in_values(user, monkeypatch):
+    monkeypatch.setenv("HOME", str(user.dir))
+    monkeypatch.setenv("MODELS", str(user.dir / "models"))
+    config = load(
+        "conf/run.yaml",
+        [
+            "run.dir=~/out",
+            "student.path=${oc.env:MODELS}/student",
+            "teacher.path=${student.path}",
+            "checkpoint.every=${train.steps}",
+        ],
+    )
+    assert config.run.dir == str(user.dir / "out")
+    assert config.student.path == config.teacher.path == str(user.dir / "models" / "student")
+    assert config.checkpoint.every == 3
+
+
+def test_the_written_configuration_is_read_back_the_same_from_anywhere(user, tmp_path):
+    config = user.check("rollout.stop_token_ids=[3]")
+    saved = tmp_path / "runs" / "demo" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(to_yaml(config))
+    assert load(saved) == config
+
+
+# The file and the command line
+
+
+def test_no_such_file(user):
+    refused(lambda: load("conf/rnu.yaml"), "conf/rnu.yaml: no such file", "YAML")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a: [1", ("conf/run.yaml: not YAML",)),
+        ("- a\n- b", ("conf/run.yaml: a list; sections", "student:")),
+        ("run: {dir: a}\nrun: {dir: b}", ("conf/run.yaml: not YAML", "duplicate key run")),
+        (YAML.replace("dir: runs/demo, ", ""), ("run.dir: required",)),
+        (YAML.replace("path: ../models/teacher, ", ""), ("teacher.path: required",)),
+        (YAML + "log: yes", ("log: True is not a section", "log.tensorboard, log.wandb_project")),
+        (YAML + "log:", ("log: None is not a section",)),
+        (YAML.replace("seed: 1", "seed: {a: 1}"), ("run.seed: {'a': 1} is a section", "one value")),
+        (
+            YAML.replace("train.jsonl", "'${oc.env:NOT_SET}/a'"),
+            ("data.prompts", "'NOT_SET' not"),
+        ),
+        (YAML.replace("train.jsonl", "'${data.nope}'"), ("data.prompts", "'data.nope' not")),
+    ],
+)
+def test_files_that_are_refused(user, text, parts):
+    user.write(text)
+    refused(user.check, *parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("selection.ratio", ("selection.ratio: not an override", "section.key=value")),
+        ("train.steps=[1", ("train.steps=[1", "not YAML")),
+        ("selection.ration=0.1", ("selection.ration: unknown key", "mean selection.ratio?")),
+        ("--selection.ratio=0.1", ("--selection: unknown key", "did you mean selection?")),
+        ("temprature=1", ("temprature: unknown key", "did you mean rollout.temperature?")),
+        ("rollout.limit=5", ("rollout.limit: unknown", "mean data.limit or eval.limit?")),
+        ("ratio=0.1", ("ratio: unknown key", "did you mean selection.ratio?")),
+        ("optimizer.momentum=0.9", ("optimizer.momentum: unknown key", "optimizer.lr,")),
+        ("trian.steps=3", ("trian: unknown key", "did you mean train?")),
+        ("train.steps=many", ("train.steps: Value 'many'", "Integer")),
+        ("train.steps=1.5", ("train.steps: Value '1.5'", "Integer")),
+        ("selection.ratio=null", ("selection.ratio: ", "None")),
+        ("student.parallel.sequence=3x", ("student.parallel.sequence", "3x", "bool")),
+        ("student.parallel=2", ("student.parallel: 2 is not a section", "student.parallel.tp")),
+        ("rollout.stop_token_ids=5", ("rollout.stop_token_ids", "list")),
+    ],
+)
+def test_overrides_that_are_refused(user, override, parts):
+    refused(lambda: user.check(override), *parts)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        # Not offered
+        ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
+        ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
+        ("rollout.engine=sglang", ("rollout.engine", "'sglang'", "expected one of ['local']")),
+        ("teacher.engine=sglang", ("teacher.engine", "'sglang'", "expected one of ['megatron']")),
+        ("train.schedule=replay", ("train.schedule", "'replay'", "one of ['two_pass']")),
+        ("rollout.ahead=1", ("rollout.ahead: 1", "has to be 0", "not offered yet")),
+        ("selection.concentrate=0.5", ("selection.concentrate: 0.5", "has to be 0")),
+        # Names
+        ("selection.selector=tipp", ("selection.selector: 'tipp' is unknown", "tip, teachability")),
+        ("loss.kind=kl", ("loss.kind: 'kl' is unknown", "reverse_kl, forward_kl")),
+        ("train.precision=fp16", ("train.precision", "'fp16'", "['fp32', 'bf16']")),
+        ("train.recompute=some", ("train.recompute", "'some'", "['none', 'selective', 'full']")),
+        ("data.template=jinja", ("data.template", "'jinja'", "['auto', 'chat', 'plain']")),
+        ("optimizer.decay=step", ("optimizer.decay", "'step'", "['constant', 'cosine', 'linear']")),
+        # Ranges
+        ("selection.ratio=0", ("selection.ratio: 0.0", "in (0, 1]")),
+        ("selection.ratio=10", ("selection.ratio: 10.0", "in (0, 1]")),
+        ("selection.ratio=.nan", ("selection.ratio: nan", "in (0, 1]")),
+        ("selection.k=0", ("selection.k: 0", "at least 1")),
+        ("rollout.temperature=0", ("rollout.temperature: 0.0", "more than 0")),
+        ("rollout.top_p=0", ("rollout.top_p: 0.0", "in (0, 1]")),
+        ("rollout.top_k=-1", ("rollout.top_k: -1", "0 or more")),
+        ("rollout.prompts=0", ("rollout.prompts: 0", "at least 1")),
+        ("train.steps=0", ("train.steps: 0", "at least 1")),
+        ("train.chunk_rows=0", ("train.chunk_rows: 0", "at least 1")),
+        ("student.parallel.tp=0", ("student.parallel.tp: 0", "at least 1")),
+        ("loss.beta=1", ("loss.beta: 1.0", "strictly between 0 and 1")),
+        ("optimizer.lr=0", ("optimizer.lr: 0.0", "more than 0")),
+        ("optimizer.lr=.inf", ("optimizer.lr: inf", "more than 0")),
+        ("optimizer.beta2=1", ("optimizer.beta2: 1.0", "in [0, 1)")),
+        ("optimizer.clip=-1", ("optimizer.clip: -1.0", "0 or more")),
+        ("checkpoint.keep=0", ("checkpoint.keep: 0", "at least 1")),
+        ("eval.limit=0", ("eval.limit: 0", "at least 1")),
+        # Combinations
+        ("optimizer.decay=cosine", ("optimizer.min_lr: None with optimizer.decay cosine",)),
+        ("optimizer.min_lr=0", ("optimizer.min_lr: 0.0 with optimizer.decay constant", "null")),
+        ("optimizer.decay=linear optimizer.min_lr=1", ("1.0 is above optimizer.lr 0.0001",)),
+        ("rollout.prompts=1 train.mini_batches=2", ("train.mini_batches: 2", "1 sequences")),
+        # Lengths
+        ("train.micro_batch_tokens=47", ("micro_batch_tokens: 47", "32", "16", "at least 48")),
+        ("rollout.max_new_tokens=97", ("max_new_tokens: 97", "32 make 129", "student takes 128")),
+        ("eval.max_new_tokens=97", ("eval.max_new_tokens: 97", "make 129", "takes 128")),
+        # Vocabulary
+        ("selection.k=101", ("selection.k: 101", "100 ids")),
+        ("rollout.stop_token_ids=[5,100]", ("rollout.stop_token_ids: 100", "0 … 99")),
+        ("data.template=chat", ("data.template: chat", "no chat template", "plain")),
+        # Files
+        ("student.path=nowhere", ("student.path", "nowhere: no such directory", "Hugging Face")),
+        ("student.path=conf", ("student.path", "conf has no config.json", "Hugging Face")),
+        ("data.prompts=nope.jsonl", ("data.prompts", "nope.jsonl: no such file", ".parquet")),
+        ("eval.prompts=nope.jsonl", ("eval.prompts", "nope.jsonl: no such file")),
+        ("run.dir=conf/run.yaml", ("run.dir", "conf/run.yaml is a file", "directory")),
+    ],
+)  # fmt: skip
+def test_values_that_are_refused(user, overrides, parts):
+    refused(lambda: user.check(*overrides.split()), *parts)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        ("student.parallel.tp=3", 3, ("student.parallel.tp: 3", "4 attention heads", "1, 2, 4")),
+        ("teacher.parallel.pp=3", 6, ("teacher.parallel.pp: 3", "4 layers", "1, 2, 4")),
+        ("", 3, ("student.parallel: tp 2 × pp 1 = 2", "ranks, 3", "a multiple of 2")),
+        ("teacher.parallel.tp=2", 2, ("teacher.parallel: tp 2 × pp 2 = 4", "ranks, 2")),
+        ("teacher.parallel.sequence=true", 2, ("teacher.parallel.sequence: true", "tp > 1")),
+        ("rollout.prompts=1", 4, ("rollout.prompts: 1 × rollout.samples 1", "the 2 data-parallel")),
+    ],
+)
+def test_layouts_that_are_refused(user, overrides, world_size, parts):
+    refused(lambda: user.check(*overrides.split(), world_size=world_size), *parts)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({"num_key_value_heads": 1}, ("tp: 2 does not divide the 1 key-value heads", "one of 1")),
+        ({"intermediate_size": 65}, ("tp: 2 does not divide the 65 MLP columns", "one of 1")),
+    ],
+)
+def test_tensor_parallelism_needs_all_of_a_layer_to_be_divisible(user, sizes, parts):
+    user.model("student", **sizes)
+    refused(user.check, "student.parallel.", *parts)
+
+
+def test_sequence_parallel_padding_counts(user):
+    """49 tokens fit 49, but TP2 with sequence parallelism runs even numbers of them."""
+    overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
+    user.check(*overrides)
+    refused(
+        lambda: user.check(*overrides, "student.parallel.sequence=true"),
+        "train.micro_batch_tokens: 49",
+        "at least 50",
+    )
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "parts"),
+    [
+        (Qwen3Config, {"architectures": ["MixtralForCausalLM"]}, ("MixtralForCausalLM", "Qwen2")),
+        (Qwen3Config, {"architectures": None}, ("architecture ?", "supported: Qwen2ForCausalLM")),
+        (Qwen3Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+         ("sliding-window attention (window 8)",)),
+        (Qwen3Config, {"attention_bias": True}, ("attention_bias", "not supported")),
+        (LlamaConfig, {"mlp_bias": True}, ("mlp_bias", "not supported")),
+        (LlamaConfig, {"hidden_act": "gelu"}, ("hidden_act gelu (only silu)",)),
+        (LlamaConfig, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+         ("rope_type yarn (only default, linear, llama3)",)),
+        (Qwen2Config, {"quantization_config": {"quant_method": "awq"}}, ("quantised weights",)),
+    ],
+)  # fmt: skip
+def test_models_that_are_refused(user, config_class, changes, parts):
+    user.model("teacher", config_class, **changes)
+    refused(user.check, "teacher.path", "models/teacher", *parts)
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("model.safetensors", ("model.safetensors is missing", "safetensors weights")),
+        ("tokenizer.json", ("has no tokenizer (tokenizer.json", "copy")),
+        ("config.json", ("has no config.json",)),
+    ],
+)
+def test_files_of_a_model_that_are_missing(user, file, parts):
+    (user.dir / "models" / "teacher" / file).unlink()
+    refused(user.check, "teacher.path", *parts)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "parts"),
+    [
+        ("config.json", "{", ("config.json: not JSON",)),
+        ("tokenizer.json", "{", ("transformers cannot read it",)),
+        ("model.safetensors.index.json", "", ("model.safetensors.index.json: not JSON",)),
+    ],
+)
+def test_files_of_a_model_that_are_damaged(user, file, text, parts):
+    (user.dir / "models" / "teacher" / file).write_text(text)
+    refused(user.check, "teacher.path", *parts)
+
+
+# Vocabularies
+
+
+def test_tokenizers_that_differ_in_a_token(user):
+    user.model("teacher", words=[*WORDS[:7], "other", *WORDS[8:]])
+    refused(user.check, "teacher.path", "id 7 is 'other', 'w6' in the student's", "the same")
+
+
+def test_tokenizers_that_differ_in_length(user):
+    user.model("teacher", words=[*WORDS, "more"], vocab_size=101)
+    refused(user.check, "teacher.path", "id 100 is 'more', None in the student's", "the same")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(user):
+    user.model("student", vocab_size=99)
+    refused(user.check, "student.path", "id 99 lies outside the model's vocabulary of 99")
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("examples/*.yaml")), ids=str)
+def test_shipped_configurations_load(path, monkeypatch):
+    monkeypatch.setenv("TAOPD_DATA", "/data")
+    config = load(path)
+    assert config.selection.selector == "teachability"
+    assert Path(config.student.path).is_absolute() and config.student.path != config.teacher.path

@@ -1,0 +1,426 @@
+import importlib.machinery
+import importlib.util
+import io
+import json
+import re
+import sys
+import time
+import types
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from megatron_taopd.monitor import PLAIN_LINES, Monitor, summary_table, truncate_records
+from megatron_taopd.report import (
+    HEIGHT,
+    MOST_POINTS,
+    PHASES,
+    WIDTH,
+    Sample,
+    column,
+    number,
+    percent,
+    render_report,
+    seconds,
+    summarize,
+    ticks,
+)
+
+CONFIG = """\
+run: {dir: runs/tiny, seed: 0}
+student: {path: pairs/small, parallel: {tp: 2, pp: 1}}
+teacher: {path: pairs/large, parallel: {tp: 1, pp: 2}}
+selection: {selector: teachability, ratio: 0.10, k: 16}
+loss: {kind: reverse_kl}  # <not a tag>
+"""
+
+
+def fake_metrics(step):
+    """What the loop logs at one step; step 0 is the evaluation before training."""
+    if step == 0:
+        return {"eval/accuracy": 0.25, "time/eval": 1.0}
+    metrics = {
+        "loss": 2.0 / step,
+        "grad_norm": 3.0 / step,
+        "lr": 1e-3,
+        "kept_rows": 10,
+        "valid_rows": 100,
+        "tokens_trained": 80,
+        "tokens_rolled_out": 160,
+        "time/step": 0.5,
+        "rollout/logprob_gap_mean": 1e-7,
+        "rollout/logprob_gap_max": 1e-6,
+        "rollout/response_length_mean": 20.0,
+        "rollout/truncated_share": 0.0,
+    }
+    metrics |= {f"time/{phase}": 0.05 * i for i, phase in enumerate(PHASES[:6], 1)}
+    for score in ("disagreement", "compatibility", "student_entropy", "teacher_entropy"):
+        metrics |= {f"scores/{score}_{q}": v for q, v in (("q05", 0.0), ("q50", 0.3), ("q95", 0.9))}
+    if step % 10 == 0:
+        metrics["eval/accuracy"] = 0.25 + step / 100
+    return metrics
+
+
+def fake_records(steps=30):
+    return [{"step": step} | fake_metrics(step) for step in range(steps + 1)]
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture
+def make_monitor(tmp_path):
+    def make(steps=30, tensorboard=False, console=None, **options):
+        console = console or quiet()
+        return Monitor(tmp_path / "run", steps, tensorboard=tensorboard, console=console, **options)
+
+    return make
+
+
+def read(monitor):
+    return [json.loads(line) for line in (monitor.run_dir / "metrics.jsonl").open()]
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+def test_each_step_is_one_json_object(make_monitor):
+    monitor = make_monitor()
+    monitor.log(0, {"loss": torch.tensor(1.5), "kept_rows": 7})
+    monitor.log(1, {"loss": 1.25, "grad_norm": float("nan"), "lr": float("inf")})
+    assert read(monitor) == [
+        {"step": 0, "loss": 1.5, "kept_rows": 7},
+        {"step": 1, "loss": 1.25, "grad_norm": None, "lr": None},
+    ]
+    assert isinstance(read(monitor)[0]["kept_rows"], int)
+
+
+def test_spans_of_a_step_add_up_and_start_anew_with_the_next(make_monitor):
+    calls = []
+    monitor = make_monitor(synchronize=lambda: calls.append("sync"))
+    for _ in range(2):
+        with monitor.span("rollout"):
+            calls.append("work")
+            time.sleep(0.02)
+    with pytest.raises(RuntimeError), monitor.span("training"):
+        raise RuntimeError
+    assert calls[:3] == ["sync", "work", "sync"]
+    first, second = monitor.log(0, {}), monitor.log(1, {})
+    assert 0.04 <= first["time/rollout"] < 0.4
+    assert first.keys() == {"step", "time/rollout", "time/training"}
+    assert second.keys() == {"step"}
+
+
+def test_a_resumed_run_takes_back_what_its_checkpoint_does_not_know(make_monitor):
+    monitor = make_monitor()
+    for step in range(6):
+        monitor.log(step, {"loss": float(step)})
+    with (monitor.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+
+    resumed = make_monitor(first_step=4)
+    assert [record["step"] for record in resumed.records] == [0, 1, 2, 3]
+    resumed.log(4, {"loss": -4.0})
+    assert [record["loss"] for record in read(resumed)] == [0, 1, 2, 3, -4]
+    assert not list(resumed.run_dir.glob("*.tmp"))
+
+
+def test_only_the_torn_line_is_lost_when_nothing_is_taken_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step"')
+    assert truncate_records(path, first_step=9) == [{"step": 0}, {"step": 1}]
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_other_ranks_time_their_spans_and_write_nothing(make_monitor, tmp_path):
+    monitor = make_monitor(rank=1, tensorboard=True)
+    with monitor.span("rollout"):
+        pass
+    assert "time/rollout" in monitor.log(0, {"eval/accuracy": 0.5})
+    monitor.write_report()
+    monitor.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_every_finite_scalar(make_monitor):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = make_monitor(tensorboard=True)
+    for step in range(3):
+        monitor.log(step, {"loss": 3.0 - step, "lr": float("nan")})
+    monitor.close()
+    events = EventAccumulator(str(monitor.run_dir / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert "lr" not in events.Tags()["scalars"]
+
+
+def test_wandb_resumes_the_run_of_the_directory(make_monitor, monkeypatch):
+    runs, logged = [], []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.util = types.SimpleNamespace(generate_id=lambda: f"id{len(runs)}")
+    run = types.SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    wandb.init = lambda **options: runs.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    for first_step in (0, 1):
+        monitor = make_monitor(wandb_project="p", config_yaml=CONFIG, first_step=first_step)
+        monitor.log(first_step, {"loss": 1.0})
+        monitor.close()
+    assert [(r["project"], r["id"], r["name"]) for r in runs] == [("p", "id0", "run")] * 2
+    assert runs[0]["config"]["selection"]["k"] == 16
+    assert logged == [(0, {"step": 0, "loss": 1.0}), "end", (1, {"step": 1, "loss": 1.0}), "end"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tensorboard": True}, "log.tensorboard: true: tensorboard is not installed; pip install"),
+        ({"wandb_project": "p"}, "log.wandb_project: p: wandb is not installed; pip install wandb"),
+    ],
+)
+def test_a_missing_logger_is_refused_on_every_rank(
+    make_monitor, monkeypatch, tmp_path, options, message, rank
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        make_monitor(rank=rank, **options)
+    assert not (tmp_path / "run").exists()
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [5, 160, 3000])
+def test_without_a_terminal_progress_is_a_bounded_number_of_lines(make_monitor, steps):
+    console = quiet()
+    monitor = make_monitor(steps=steps, console=console)
+    for step in range(1, steps + 1):
+        monitor.log(step, {"loss": 1.0, "kept_rows": 10, "valid_rows": 1000})
+    lines = console.file.getvalue().splitlines()
+    assert min(steps, PLAIN_LINES) / 2 <= len(lines) <= PLAIN_LINES + 1
+    assert lines[-1] == f"step {steps}/{steps}  loss 1  kept 10 of 1,000 rows"
+
+
+def test_an_evaluation_always_gets_its_line(make_monitor):
+    console = quiet()
+    monitor = make_monitor(steps=1000, console=console)
+    monitor.log(7, {"eval/accuracy": 0.296})
+    assert console.file.getvalue() == "step 7/1000  accuracy 29.6 %\n"
+
+
+def test_in_a_terminal_one_line_redraws_itself(make_monitor):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monitor = make_monitor(steps=40, console=console)
+    for step in range(1, 41):
+        monitor.log(step, {"loss": 0.5, "time/step": 0.25})
+    monitor.close()
+    assert re.search(r"40/40.*loss 0\.5  250 ms/step", console.file.getvalue())
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a page is made of."""
+
+    VOID = ("meta", "br", "path", "circle")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.titles, self.text = [], [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.titles.append(data)
+
+
+def test_the_report_needs_nothing_but_itself():
+    html = render_report(fake_records(), "tiny", CONFIG)
+    assert "http:" not in html and "https:" not in html and "url(" not in html
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in Page(html).tags)
+
+
+def test_the_report_states_the_figures_of_the_run():
+    text = Page(render_report(fake_records(), "tiny run", CONFIG)).text
+    for figure in (
+        "tiny run",
+        "large TP1 PP2 → small TP2 PP1",
+        "selector teachability at 10 % of rows",
+        "25 % → 55 %",
+        "+30.0 points",
+        "300 of 3,000 response rows",
+        "2,400 of 4,800 rolled out",
+        "500 ms",
+        "ratio: 0.10",
+        "<not a tag>",
+    ):
+        assert figure in text, figure
+
+
+def test_a_chart_is_drawn_for_what_was_logged_and_only_that():
+    titles = Page(render_report(fake_records(), "tiny")).titles
+    assert len(titles) == 13  # 12 charts and the table of times
+    titles = Page(render_report([{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}], "t")).titles
+    assert titles == ["Loss"]
+    assert Page(render_report([], "empty")).titles == []
+
+
+def test_a_run_without_loss_or_change_can_be_drawn():
+    """A model distilled from itself: zeros, and numbers near the end of what floats resolve."""
+    for value in (0.0, 1e-15, 1e-38):
+        records = [{"step": s} | {k: value for k in fake_metrics(1)} for s in (1, 2)]
+        assert "Disagreement D" in Page(render_report(records, "self")).titles
+
+
+@pytest.mark.parametrize("steps", [1, 30, 2000])
+def test_every_curve_stays_inside_its_frame(steps):
+    page = Page(render_report(fake_records(steps), "tiny"))
+    paths = [a["d"] for tag, a in page.tags if tag == "path" and a["class"] in ("line", "area")]
+    assert len(paths) >= 14
+    for path in paths:
+        points = [tuple(map(float, p.split())) for p in re.split("[MLZ]", path) if p]
+        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+        assert len(points) <= 2 * MOST_POINTS
+
+
+def test_hovering_a_chart_has_its_values_to_show():
+    html = render_report(fake_records(), "tiny")
+    chart = html[html.index("Disagreement D") :]
+    data = json.loads(re.search(r"<script type=application/json>(.*?)</script>", chart)[1])
+    assert data["labels"] == ["D"]
+    step, x, values = data["at"][0]
+    assert (step, values) == (1, {"0": "0.3 (0 – 0.9)"})
+    assert 0 < x < WIDTH
+
+
+def test_samples_highlight_the_kept_tokens_and_escape_their_text():
+    sample = Sample(
+        prompt="is 1 < 2?",
+        tokens=["<b>", "yes", "\n", "</script>"],
+        kept=[False, True, False, True],
+        scores=[0.0, 0.75, 0.0, 0.5],
+        correct=True,
+    )
+    html = render_report(fake_records(), "tiny", samples=[sample])
+    assert "<mark title='score 0.750'>yes</mark>" in html
+    page = Page(html)
+    assert "is 1 < 2?" in page.text and "<b>yes⏎\n</script>" in page.text
+    assert "2 of 4 tokens keptright" in page.text
+
+
+def test_the_report_is_there_after_each_evaluation_and_at_the_end(make_monitor):
+    monitor = make_monitor(config_yaml=CONFIG)
+    monitor.log(1, fake_metrics(1))
+    assert not monitor.report_path.exists()
+    monitor.log(10, fake_metrics(10))
+    assert "Held-out accuracy" in monitor.report_path.read_text()
+    monitor.log(11, fake_metrics(11))
+    monitor.write_report(samples=[Sample("why?", ["because"], [True])])
+    monitor.close()
+    assert "because" in monitor.report_path.read_text()
+    assert "Megatron TA-OPD" in monitor.report_path.read_text()
+    assert sorted(path.name for path in monitor.run_dir.iterdir()) == [
+        "metrics.jsonl",
+        "report.html",
+    ]
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def test_summary_of_a_run():
+    summary = summarize(fake_records(30))
+    assert (summary["accuracy_first"], summary["accuracy_last"]) == (0.25, 0.55)
+    assert summary["loss_first"] == pytest.approx((2 + 1 + 2 / 3) / 3)
+    assert (summary["kept_rows"], summary["valid_rows"]) == (300, 3000)
+    assert summary["step_time"] == 0.5
+    assert list(summary["phases"]) == [*reversed(PHASES[:6]), "eval"]
+    assert summary["phases"]["rollout"] == pytest.approx(30 * 0.05)
+
+
+def test_summary_of_what_was_not_logged_is_none():
+    summary = summarize([{"step": 1, "loss": None}])
+    assert {key for key, value in summary.items() if value is not None} == {"steps", "phases"}
+
+
+def test_the_summary_table_tells_the_end_of_the_run():
+    console = quiet()
+    console.print(summary_table(fake_records(), "runs/tiny/report.html"))
+    text = re.sub(r"[ │]+", " ", console.file.getvalue())
+    for line in (
+        "held-out accuracy 25 % → 55 % +30.0 points",
+        "rows kept 300 of 3,000 10 %",
+        "tokens trained 2,400 of 4,800 50 %",
+        "rollout 1.5 s",
+        "report runs/tiny/report.html",
+    ):
+        assert line in text
+
+
+def test_a_column_leaves_out_what_is_missing_or_not_finite():
+    records = [
+        {"step": 0},
+        {"step": 1, "a": None},
+        {"step": 2, "a": 3},
+        {"step": 3, "a": torch.nan},
+    ]
+    assert column(records, "a") == [(2, 3.0)]
+
+
+@given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
+@example(0.0, 1e-15)  # the loss of a model distilled from itself
+@example(0.0, 0.0)
+def test_ticks_are_few_and_enclose_the_range(low, span):
+    high = low + span
+    values = ticks(low, high)
+    assert 2 <= len(values) <= 7
+    slack = 1e-6 * max(abs(low), abs(high))
+    assert values[0] <= low + slack and values[-1] >= high - slack
+    assert values == sorted(set(values))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (number(0), "0"),
+        (number(0.48571), "0.486"),
+        (number(2.1e-7), "2.1e−7"),
+        (number(1480), "1,480"),
+        (number(23_791), "23.8k"),
+        (number(-1.5e6), "-1.5M"),
+        (percent(0.494), "49.4 %"),
+        (percent(0.1), "10 %"),
+        (percent(0.0002), "0.02 %"),
+        (percent(0), "0 %"),
+        (seconds(0.0042), "4.2 ms"),
+        (seconds(12.34), "12.3 s"),
+        (seconds(91), "1.52 min"),
+        (seconds(7200), "2 h"),
+    ],
+)
+def test_figures_read_well(text, expected):
+    assert text == expected

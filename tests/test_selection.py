@@ -1,0 +1,241 @@
+import math
+
+import dense
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_taopd.selection import SELECTORS, budget, select, selection_metrics
+from megatron_taopd.types import TokenScores
+
+SCORED = [name for name in SELECTORS if name not in ("full", "random")]
+Q3 = [name for name in SELECTORS if name.startswith("q3")]
+
+
+def random_scores(rows: int, seed: int = 0, levels: int | None = None) -> TokenScores:
+    """D ≥ 0, C in [0, 1], H ≥ 0; rounded to a few levels, most rows tie with others."""
+    generator = torch.Generator().manual_seed(seed)
+    d, c, h, t = torch.rand(4, rows, generator=generator)
+    if levels:
+        d, c, h, t = ((x * levels).round() / levels for x in (d, c, h, t))
+    return TokenScores(3 * d**3, c, 5 * h**2, 5 * t)
+
+
+batches = st.builds(
+    random_scores,
+    rows=st.integers(1, 300),
+    seed=st.integers(0, 1000),
+    levels=st.sampled_from([None, 2, 10]),
+)
+ratios = st.sampled_from([0.01, 0.03, 0.05, 0.07, 0.1, 0.3, 0.5, 1.0]) | st.floats(1e-6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rows", "kept"),
+    [
+        (0.07, 100, 7),  # floats say 7.000000000000001
+        (0.29, 100, 29),  # floats say 28.999999999999996
+        (0.1, 30, 3),
+        (0.1, 31, 4),
+        (0.1, 1, 1),
+        (1e-06, 3_000_000, 3),
+        (1.0, 5, 5),
+        (0.1, 0, 0),
+    ],
+)
+def test_the_budget_reads_the_ratio_as_a_decimal(ratio, rows, kept):
+    assert budget(ratio, rows) == kept
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, 10, math.nan])
+def test_a_ratio_that_is_no_share_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"^selection\.ratio: .* is outside \(0, 1\]$"):
+        select("teachability", random_scores(10), ratio, seed=0)
+
+
+def test_an_unknown_selector_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"'teachabilty' is unknown; one of full, random, .*q3"):
+        select("teachabilty", random_scores(10), 0.1, seed=0)
+
+
+@pytest.mark.parametrize("name", SCORED)
+@given(scores=batches)
+def test_every_score_is_the_one_of_the_paper(name, scores):
+    expected = dense.selector_scores(
+        name, scores.disagreement, scores.compatibility, scores.student_entropy
+    )
+    actual = SELECTORS[name](scores, 0).double()
+    assert torch.equal(actual == -math.inf, expected == -math.inf)
+    finite = expected > -math.inf
+    assert torch.allclose(actual[finite], expected[finite], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@given(scores=batches, ratio=ratios)
+def test_exactly_the_budget_is_kept_and_nothing_better_is_left_out(name, scores, ratio):
+    rows = len(scores.disagreement)
+    priority, mask = SELECTORS[name](scores, 3), select(name, scores, ratio, seed=3)
+    eligible = int((priority > -math.inf).sum())
+    expected = rows if name == "full" else min(dense.budget(ratio, rows), eligible)
+    assert mask.sum() == expected
+    if 0 < expected < rows:
+        worst_kept, best_left = priority[mask].min(), priority[~mask].max()
+        assert worst_kept >= best_left
+        at_the_threshold = (priority == worst_kept).nonzero().squeeze(1)
+        kept = mask[at_the_threshold]
+        assert not (~kept[:-1] & kept[1:]).any()  # ties: the earlier rows
+
+
+@settings(max_examples=30)
+@given(scores=batches, ratio=ratios)
+@example(scores=random_scores(50, levels=2), ratio=0.1)
+def test_the_mask_is_the_oracles(scores, ratio):
+    """From the same scores; the selectors' float32 scores may differ from float64 by rounding."""
+    for name in SCORED:
+        priority = SELECTORS[name](scores, 0)
+        assert torch.equal(select(name, scores, ratio, seed=0), dense.select(priority, ratio))
+
+
+def test_q3_is_low_entropy_and_high_divergence():
+    """Medians 2 and 2, both exclusive: only row 3 has H below and D above."""
+    scores = TokenScores(
+        disagreement=torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]),
+        compatibility=torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]),
+        student_entropy=torch.tensor([0.0, 4.0, 2.0, 1.0, 3.0]),
+        teacher_entropy=torch.zeros(5),
+    )
+    for name in Q3:
+        assert select(name, scores, 1.0, seed=0).tolist() == [False, False, False, True, False]
+
+
+def test_an_empty_q3_keeps_nothing():
+    scores = random_scores(20)
+    flat = TokenScores(
+        scores.disagreement, scores.compatibility, torch.zeros(20), scores.teacher_entropy
+    )
+    assert not select("q3", flat, 0.5, seed=0).any()
+
+
+def test_rows_of_infinite_divergence_are_in_q3_however_many():
+    d = torch.tensor([0.0, 1.0, math.inf, math.inf, math.inf])
+    h = torch.tensor([2.0, 3.0, 0.0, 0.5, 4.0])
+    scores = TokenScores(d, torch.rand(5), h, torch.zeros(5))
+    assert select("q3", scores, 1.0, seed=0).nonzero().flatten().tolist() == [2, 3]
+
+
+def test_teachability_entropy_mixes_products_of_normalised_scores():
+    """H̃ + s − H̃s with s = D̃C̃, not Norm(D·C)."""
+    scores = random_scores(200, seed=5)
+    d, c, h = scores.disagreement, scores.compatibility, scores.student_entropy
+    s = dense.robust_normalize(d) * dense.robust_normalize(c, degenerate=1.0)
+    h = dense.robust_normalize(h)
+    wrong = dense.robust_normalize(d * c)
+    expected = dense.select(h + s - h * s, 0.1)
+    assert torch.equal(select("teachability_entropy", scores, 0.1, seed=0), expected)
+    assert not torch.equal(expected, dense.select(h + wrong - h * wrong, 0.1))
+
+
+def test_self_distillation_still_fills_the_budget():
+    """D = 0 and C constant everywhere: all rows tie, the first ones are kept."""
+    n = 100
+    scores = TokenScores(torch.zeros(n), torch.ones(n), torch.rand(n), torch.rand(n))
+    assert select("teachability", scores, 0.07, seed=0).nonzero().flatten().tolist() == [*range(7)]
+
+
+def test_full_keeps_all_whatever_the_ratio():
+    assert select("full", random_scores(33), 0.1, seed=0).all()
+
+
+def test_random_depends_on_the_seed_alone():
+    a, b = random_scores(1000, seed=1), random_scores(1000, seed=2)
+    assert torch.equal(select("random", a, 0.1, seed=7), select("random", b, 0.1, seed=7))
+    assert not torch.equal(select("random", a, 0.1, seed=7), select("random", a, 0.1, seed=8))
+
+
+def test_random_is_uniform_over_positions():
+    counts = sum(select("random", random_scores(50), 0.2, seed=s).double() for s in range(2000))
+    # Binomial(2000, .2): mean 400, standard deviation 18.
+    assert counts.sum() == 2000 * 10
+    assert (counts - 400).abs().max() < 5 * 18
+
+
+def test_selection_leaves_the_callers_random_state_alone():
+    state = torch.get_rng_state()
+    select("random", random_scores(10), 0.5, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nan_is_refused_by_the_name_of_the_score():
+    scores = random_scores(10)
+    scores.compatibility[3] = math.nan
+    with pytest.raises(ValueError, match=r"^compatibility: 1 of 10 values are NaN"):
+        select("teachability", scores, 0.1, seed=0)
+
+
+def test_no_rows():
+    for name in SELECTORS:
+        assert select(name, random_scores(0), 0.1, seed=0).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_device_does_not_change_the_choice():
+    scores = random_scores(100_000, levels=1000)
+    moved = TokenScores(*(v.cuda() for v in vars(scores).values() if v is not None))
+    for name in SELECTORS:
+        mask = select(name, moved, 0.1, seed=0)
+        assert mask.is_cuda
+        assert torch.equal(mask.cpu(), select(name, scores, 0.1, seed=0)), name
+
+
+# Two sequences of 4 and 1 rows.
+CU_ROWS = torch.tensor([0, 4, 5])
+SMALL = TokenScores(
+    disagreement=torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]),
+    compatibility=torch.ones(5),
+    student_entropy=torch.tensor([1.0, 1.0, 1.0, 1.0, 6.0]),
+    teacher_entropy=torch.zeros(5),
+)
+
+
+def test_metrics_of_a_small_batch():
+    mask = torch.tensor([True, False, False, False, True])
+    metrics = selection_metrics("divergence", SMALL, mask, CU_ROWS, seed=0)
+    d = metrics["scores/disagreement_q05"], metrics["scores/disagreement_q95"]
+    assert d == pytest.approx((0.2, 3.8))
+    assert metrics["scores/student_entropy_q50"] == 1
+    assert metrics["selection/kept_share"] == pytest.approx(2 / 5)
+    assert metrics["selection/kept_disagreement"] == pytest.approx(2)
+    assert metrics["selection/kept_student_entropy"] == pytest.approx(3.5)
+    # Row 0 stands at 1/8 of its response, row 4 in the middle of one token.
+    assert metrics["selection/relative_position"] == pytest.approx((0.125 + 0.5) / 2)
+    # C is constant, so D^L = D̃ = 0, .8/3.6, .5, 2.8/3.6, 1.
+    assert metrics["selection/mass_retained"] == pytest.approx(1 / 2.5)
+    assert metrics["selection/threshold"] == pytest.approx(0)
+
+
+def test_metrics_of_everything_kept():
+    metrics = selection_metrics("full", SMALL, torch.ones(5, dtype=torch.bool), CU_ROWS, seed=0)
+    assert metrics["selection/kept_share"] == metrics["selection/mass_retained"] == 1
+    assert metrics["selection/relative_position"] == pytest.approx(0.5)
+    assert "selection/threshold" not in metrics
+
+
+def test_metrics_of_nothing_kept_leave_out_what_has_no_value():
+    metrics = selection_metrics("q3", SMALL, torch.zeros(5, dtype=torch.bool), CU_ROWS, seed=0)
+    assert metrics["selection/kept_share"] == metrics["selection/mass_retained"] == 0
+    assert "selection/kept_disagreement" not in metrics
+    assert "selection/relative_position" not in metrics
+
+
+def test_metrics_stay_finite():
+    scores = TokenScores(
+        torch.tensor([0.0, 1.0, 2.0, math.inf, math.inf]),
+        SMALL.compatibility,
+        SMALL.student_entropy,
+        SMALL.teacher_entropy,
+    )
+    mask = select("divergence", scores, 0.4, seed=0)
+    metrics = selection_metrics("divergence", scores, mask, CU_ROWS, seed=0)
+    assert all(math.isfinite(v) for v in metrics.values())
+    assert metrics["selection/kept_disagreement"] == 2  # the largest finite one stands in

@@ -1,0 +1,183 @@
+"""The real loop on real ranks: it learns, resumes bit for bit, and ends cleanly when told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "examples" / "tiny_pair.yaml")
+SHORT = ["rollout.prompts=16", "eval.every=0", "eval.limit=16", "log.tensorboard=false"]
+
+
+def train(overrides, die_in=None):
+    """`main` on every rank; `die_in` = (phase, step) raises there, as a crash would.
+
+    Returns (exit status, records of metrics.jsonl)."""
+    from contextlib import contextmanager
+
+    from megatron_taopd import monitor
+    from megatron_taopd.train import main
+
+    span = monitor.Monitor.span
+    entered = 0
+
+    @contextmanager
+    def dying(self, phase):
+        nonlocal entered
+        entered += die_in is not None and phase == die_in[0]
+        with span(self, phase):
+            if die_in is not None and phase == die_in[0] and entered == die_in[1]:
+                raise KeyboardInterrupt
+            yield
+
+    monitor.Monitor.span = dying
+    try:
+        status = main([TINY, *SHORT, *overrides])
+    except KeyboardInterrupt:
+        status = "died"
+    finally:
+        monitor.Monitor.span = span
+    directory = next(o for o in overrides if o.startswith("run.dir=")).removeprefix("run.dir=")
+    return status, read_metrics(directory)
+
+
+def read_metrics(directory):
+    path = Path(directory) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(records):
+    """Everything a step computed; times aside, resuming must not change a bit of it."""
+    return [
+        {
+            k: v
+            for k, v in record.items()
+            if not k.startswith(("time/", "eval/")) and "tokens_per_second" not in k
+        }
+        for record in records
+        if record["step"] > 0
+    ]
+
+
+LAYOUTS = {
+    "TP2 | PP2": (2, []),
+    "DP2 | TP2": (2, ["student.parallel.tp=1", "teacher.parallel={tp: 2, pp: 1}"]),
+    "PP2 | TP1": (2, ["student.parallel={tp: 1, pp: 2}", "teacher.parallel.pp=1"]),
+}
+
+
+def test_loss_falls_with_the_teacher_in_another_layout(tmp_path):
+    options = [f"run.dir={tmp_path}/run", "train.steps=24", "optimizer.warmup_steps=4"]
+    (status, records), _ = run_ranks(2, train, [*options, "rollout.prompts=32"], timeout=300)
+    assert status == 0
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    for record in records[1:]:
+        assert record["kept_rows"] == -(-record["valid_rows"] // 10)
+        assert record["tokens_trained"] < record["tokens_rolled_out"]
+        assert record["rollout/weight_version"] == record["step"] - 1
+        assert record["rollout/logprob_gap_max"] < 1e-4  # Invariant 9: the engine is the student
+    for name in ("report.html", "student/model.safetensors", "checkpoints/step_00000024"):
+        assert (tmp_path / "run" / name).exists()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("phase", ["rollout", "training", "checkpoint"])
+def test_resume_is_bit_identical(tmp_path, name, phase):
+    """Invariant 6: a run that dies in some phase continues the curve of one that does not."""
+    world_size, layout = LAYOUTS[name]
+    options = ["train.steps=5", "checkpoint.every=2", *layout]
+    (_, whole), *_ = run_ranks(world_size, train, [f"run.dir={tmp_path}/whole", *options])
+
+    broken = [f"run.dir={tmp_path}/broken", *options]
+    died_at = 2 if phase == "checkpoint" else 4  # the second checkpoint, or the fourth step
+    (status, partial_records), *_ = run_ranks(
+        world_size, partial(train, die_in=(phase, died_at)), broken
+    )
+    assert status == "died"
+    assert len(partial_records) < len(whole)
+    (status, resumed), *_ = run_ranks(world_size, train, broken)
+    assert status == 0
+    assert curve(resumed) == curve(whole)
+
+
+def test_resume_on_another_layout(tmp_path):
+    """TP2 → DP2: the same curve up to rounding."""
+    options = ["checkpoint.every=2", "train.steps=4"]
+    (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
+    broken = [f"run.dir={tmp_path}/broken", *options]
+    run_ranks(2, partial(train, die_in=("rollout", 4)), broken)
+    layout = ["student.parallel.tp=1", "teacher.parallel={tp: 2, pp: 1}"]
+    (_, resumed), _ = run_ranks(2, train, [*broken, *layout])
+    assert [r["step"] for r in resumed] == [r["step"] for r in whole]
+    for ours, theirs in zip(curve(resumed), curve(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def start(*overrides):
+    """A run of its own, as a user starts one, in a process group that can be killed whole."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_taopd.train", TINY, *SHORT, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(process, directory, step, timeout=180):
+    deadline = time.monotonic() + timeout
+    while not any(record["step"] >= step for record in read_metrics(directory)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.05)
+
+
+def kill_all(process):
+    """SIGKILL for torchrun and for its workers, which have sessions of their own."""
+    import psutil
+
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+
+
+def test_kill_9_and_sigterm(tmp_path):
+    """A killed run loses at most the steps since its last checkpoint; a terminated one none."""
+    directory = tmp_path / "run"
+    options = [f"run.dir={directory}", "train.steps=200", "checkpoint.every=2"]
+    process = start(*options)
+    wait_for_step(process, directory, 3)
+    kill_all(process)
+    before = curve(read_metrics(directory))
+
+    process = start(*options)
+    wait_for_step(process, directory, len(before) + 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    records = read_metrics(directory)
+    assert curve(records)[: len(before)] == before
+    last = records[-1]["step"]
+    assert last < 200
+    assert (directory / "checkpoints" / f"step_{last:08d}" / "metadata.json").exists()
+
+
+def test_user_errors_are_one_line(capsys, tmp_path):
+    from megatron_taopd.train import main
+
+    assert main([TINY, f"run.dir={tmp_path}/run", "selection.ratio=1.5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: selection.ratio: 1.5") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
