@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_taopd import batching, checkpoint
 from megatron_taopd.config import Config
@@ -13,10 +15,12 @@ from megatron_taopd.evaluation import Evaluation
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
 from megatron_taopd.prompts import Prompts, PromptStream
+from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.scoring import Heads, score
 from megatron_taopd.selection import select, selection_metrics
 from megatron_taopd.student import Student
+from megatron_taopd.teachability import learnable_disagreement
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch
@@ -33,6 +37,7 @@ class Run:
     engine: RolloutEngine
     sampling: Sampling
     prompts: Prompts
+    tokenizer: PreTrainedTokenizerBase
     stream: PromptStream
     evaluate: Callable[[int], Evaluation] | None
     monitor: Monitor
@@ -45,18 +50,12 @@ def distill(run: Run) -> None:
     config, student, monitor = run.config, run.student, run.monitor
     teacher_fingerprint = run.teacher.fingerprint()
     step = run.first_step
-    if run.first_step == 0 and config.eval.at_start:
+    if step == 0 and config.eval.at_start:
         monitor.log(0, _evaluation(run, 0))
 
     for step in range(run.first_step + 1, config.train.steps + 1):
         with monitor.span("step"):
-            with monitor.span("rollout"):
-                batch = rollout(run, step)
-            metrics = learn(run, batch, step)
-            with monitor.span("sync"):
-                run.engine.update_weights(student.named_tensors(), version=step)
-        metrics |= rollout_metrics(batch, monitor.seconds("rollout"))
-
+            metrics, samples = take_step(run, step)
         last = step == config.train.steps or run.interrupted()
         if last or _due(step, config.eval.every):
             metrics |= _evaluation(run, step)
@@ -67,55 +66,75 @@ def distill(run: Run) -> None:
                 _save(run, step)
         monitor.log(step, metrics)
         if last:
+            monitor.write_report(samples())
             break
 
     if step == config.train.steps and config.checkpoint.export_hf:
         save_hf(student.named_tensors(), config.student.path, f"{config.run.dir}/student")
 
 
-def rollout(run: Run, step: int) -> RolloutBatch:
-    """The student's responses to the next prompts."""
-    indices = run.stream.take(run.config.rollout.prompts)
-    prompts = [run.prompts.token_ids[i] for i in indices]
-    return run.engine.generate(prompts, indices, step, run.sampling)
+def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[Sample]]]:
+    """One step of the method: its metrics, and a function that picks samples for the report."""
+    config, student, layout, span = run.config, run.student, run.student.layout, run.monitor.span
+    micro_batch_tokens = config.train.micro_batch_tokens
 
-
-def learn(run: Run, batch: RolloutBatch, step: int) -> dict[str, float]:
-    """Score every response row, keep the teachable ones, and train on those."""
-    config, student, layout = run.config, run.student, run.student.layout
-    selection, tokens = config.selection, config.train.micro_batch_tokens
+    # The student answers the next prompts …
+    with span("rollout"):
+        indices = run.stream.take(config.rollout.prompts)
+        prompts = [run.prompts.token_ids[i] for i in indices]
+        batch = run.engine.generate(prompts, indices, step, run.sampling)
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
-    assigned = batching.assign(batch, everything, layout, tokens)
+    assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
 
-    with run.monitor.span("teacher"):
+    # … the teacher reads the answers, and each response row gets its D, C and H (Eq. 3–5) …
+    with span("teacher"):
         teacher_rows = run.teacher.hidden_states(batch, layout, assigned.owner)
-    with run.monitor.span("scoring"):
-        scores, gap = score(batch, assigned, student, run.heads, teacher_rows, selection.k)
-    with run.monitor.span("selection"):
-        seed = config.run.seed * 1_000_003 + step
-        mask = select(selection.selector, scores, selection.ratio, seed)
-    with run.monitor.span("training"):
-        trained = train_on(
-            batch, mask, assigned.owner, student, run.heads, teacher_rows, tokens,
-            config.train.mini_batches, vars(config.loss),
-        )  # fmt: skip
-    return {
-        **trained,
-        **selection_metrics(selection.selector, scores, mask, batch.cu_rows, seed),
-        "rollout/logprob_gap_mean": gap.mean().item(),
-        "rollout/logprob_gap_max": gap.max().item(),
-    }
+    with span("scoring"):
+        scores, gap = score(batch, assigned, student, run.heads, teacher_rows, config.selection.k)
+
+    # … of which the ⌈ρ|I|⌉ most teachable of the whole batch are kept (Eq. 12–13) …
+    with span("selection"):
+        selector, seed = config.selection.selector, config.run.seed * 1_000_003 + step
+        mask = select(selector, scores, config.selection.ratio, seed)
+
+    # … and the loss falls on these alone (Eq. 6–7).
+    with span("training"):
+        metrics = train_on(
+            batch,
+            mask,
+            assigned.owner,
+            student,
+            run.heads,
+            teacher_rows,
+            micro_batch_tokens,
+            config.train.mini_batches,
+            vars(config.loss),
+        )
+    with span("sync"):
+        run.engine.update_weights(student.named_tensors(), version=step)
+
+    metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
+    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout"))
+    teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
+    return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
 
 
-def rollout_metrics(batch: RolloutBatch, seconds: float) -> dict[str, float]:
-    lengths = batch.response_lengths.double()
+def rollout_metrics(batch: RolloutBatch, gap: Tensor, seconds: float) -> dict[str, float]:
+    """What the log says of the responses and of the engine that made them.
+
+    Args:
+        gap: |log p_trainer − log p_engine| of some sampled tokens.
+        seconds: that the generation took.
+    """
     return {
         "valid_rows": batch.num_rows,
         "tokens_rolled_out": int(batch.lengths.sum()),
-        "rollout/response_length_mean": lengths.mean().item(),
+        "rollout/response_length_mean": batch.response_lengths.double().mean().item(),
         "rollout/truncated_share": batch.truncated.double().mean().item(),
-        "rollout/tokens_per_second": batch.num_rows / max(seconds, 1e-9),
+        "rollout/tokens_per_second": batch.num_rows / seconds,
         "rollout/weight_version": batch.weight_version,
+        "rollout/logprob_gap_mean": gap.mean().item(),
+        "rollout/logprob_gap_max": gap.max().item(),
     }
 
 

@@ -12,11 +12,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import yaml
+from torch import Tensor
+
+from megatron_taopd.types import RolloutBatch
 
 PHASES = (
     "rollout",
@@ -54,6 +58,43 @@ class Sample:
     kept: Sequence[bool]
     scores: Sequence[float] | None = None
     correct: bool | None = None
+
+
+def sample_rollouts(
+    batch: RolloutBatch,
+    kept: Tensor,
+    tokenizer,
+    count: int = 6,
+    scores: Tensor | None = None,
+    most_tokens: int = 400,
+) -> list[Sample]:
+    """The first `count` sequences of a batch of which a row was kept, to show in the report.
+
+    Args:
+        kept: [R] bool, the rows trained on.
+        scores: [R] float32, what to show of each row under the pointer.
+        most_tokens: shown of a response.
+    """
+    samples = []
+    cu_rows = batch.cu_rows.tolist()
+    for i in range(batch.num_sequences):
+        if len(samples) == count:
+            break
+        rows = slice(cu_rows[i], min(cu_rows[i + 1], cu_rows[i] + most_tokens))
+        if not kept[rows].any():
+            continue
+        prompt, response = batch.sequence(i).tensor_split([int(batch.prompt_lengths[i])])
+        # A token's text can depend on those before it (spaces, bytes of one character).
+        texts = [tokenizer.decode(response[:n]) for n in range(len(kept[rows]) + 1)]
+        samples.append(
+            Sample(
+                prompt=tokenizer.decode(prompt, skip_special_tokens=True),
+                tokens=[after[len(before) :] for before, after in pairwise(texts)],
+                kept=kept[rows].tolist(),
+                scores=None if scores is None else scores[rows].tolist(),
+            )
+        )
+    return samples
 
 
 def write_report(
@@ -133,9 +174,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "step_time": median(step_times) if step_times else None,
         "gap": fmean(gap) if gap else None,
         "phases": {
-            phase: seconds
-            for phase, seconds in sorted(phases.items(), key=lambda item: -item[1])
-            if seconds > 0
+            phase: spent
+            for phase, spent in sorted(phases.items(), key=lambda item: -item[1])
+            if spent > 0
         },
     }
 
@@ -424,7 +465,7 @@ def _chart(chart: Chart) -> str:
     ys += [y for line in lines if line.band for edge in line.band for _, y in edge]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     if chart.log:
-        positive = [y for y in ys if y > 0] or [1.0]
+        positive = [y for y in ys if y > 1e-30] or [1.0]
         top = math.ceil(math.log10(max(positive)))
         bottom = max(math.floor(math.log10(min(positive))), top - LOG_DECADES)
         y_ticks = [10.0**power for power in range(min(bottom, top - 1), top + 1)]
@@ -548,7 +589,9 @@ def _smooth(points: Points) -> Points:
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` + 1 round values that enclose [low, high]."""
     size = max(abs(low), abs(high))
-    span = high - low if high - low > 1e-9 * size else size or 1.0
+    if size < 1e-300:
+        return [0.0, 1.0]
+    span = high - low if high - low > 1e-9 * size else size
     magnitude = 10.0 ** math.floor(math.log10(span / count))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude * count >= span * 0.999)
     first = math.floor(low / step + 1e-9)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         distill(run)
+        summarize(run.monitor)
     finally:
         run.engine.close()
         run.monitor.close()
@@ -141,6 +143,11 @@ def build(config: configuration.Config):
         config_yaml=configuration.to_yaml(config),
         synchronize=platform.synchronize,
     )
+    say(f"student {layout}, teacher {teacher.layout}, {train.precision}, {platform.device().type}")
+    if prompts.dropped:
+        say(f"{prompts.dropped} prompts dropped: over data.max_prompt_tokens")
+    if saved:
+        say(f"resuming after step {first_step}")
 
     evaluation = None
     if config.eval.prompts is not None:
@@ -152,8 +159,11 @@ def build(config: configuration.Config):
             **data,
         )
 
+        longest = config.eval.max_new_tokens or rollout.max_new_tokens
+        eval_sampling = replace(sampling, max_new_tokens=longest)
+
         def evaluation(step: int):
-            return evaluate(engine, held_out, tokenizer, sampling, step)
+            return evaluate(engine, held_out, tokenizer, eval_sampling, step)
 
     return Run(
         config,
@@ -163,12 +173,30 @@ def build(config: configuration.Config):
         engine,
         sampling,
         prompts,
+        tokenizer,
         PromptStream(len(prompts), config.run.seed, config.data.shuffle, state["prompts_consumed"]),
         evaluation,
         monitor,
         first_step,
         catch_signals(),
     )
+
+
+def say(line: str) -> None:
+    """Print a line once."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def summarize(monitor) -> None:
+    """The run in a few lines, from rank 0."""
+    from rich.console import Console
+
+    from megatron_taopd.monitor import summary_table
+
+    if dist.get_rank() == 0:
+        monitor.close()
+        Console().print(summary_table(monitor.records, monitor.report_path))
 
 
 def catch_signals():

@@ -144,8 +144,8 @@ def gather_gradients(student):
     return dict(exported)
 
 
-def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None):
-    """The same step with whole models in float64 and one sequence at a time."""
+def row_logits(student_dir, teacher_dir, batch, size):
+    """Float64 logits of both models at all response rows, whole models, a sequence at a time."""
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
     student_logits, teacher_logits = [], []
@@ -155,7 +155,12 @@ def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss
         student_logits.append(student(tokens).logits[0, rows, :size])
         with torch.no_grad():
             teacher_logits.append(teacher(tokens).logits[0, rows, :size])
-    z_s, z_t = torch.cat(student_logits), torch.cat(teacher_logits)
+    return torch.cat(student_logits), torch.cat(teacher_logits), student
+
+
+def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None):
+    """The same step in float64: no cuts, no packing, no shards."""
+    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, size)
     d = dense.disagreement(z_s.detach(), z_t, 5)
     c = dense.compatibility(z_s.detach(), z_t, 5)
     h_s, h_t = dense.entropy(z_s.detach()), dense.entropy(z_t)

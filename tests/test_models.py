@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -131,3 +131,104 @@ def test_logits_and_round_trip(hf_dirs, family, tp, pp, sequence):
         assert exported.keys() == original.keys()
         for name, tensor in original.items():
             assert torch.equal(exported[name], tensor), name
+
+
+def test_rope_as_transformers_4_wrote_it(hf_dirs, tmp_path):
+    """rope_theta and rope_scaling beside each other, instead of rope_parameters."""
+    import json
+    import shutil
+
+    shutil.copytree(hf_dirs["llama"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    lengths = [90, 7]
+    ((logits, _, _),) = run_ranks(1, trunk_on_ranks, str(tmp_path), 1, 1, False, lengths)
+    expected = transformers_logits(hf_dirs["llama"], lengths)
+    assert (logits[:, : expected.shape[-1]] - expected).abs().max() < 1e-4
+
+
+def save_from_ranks(hf_dir, out, max_file_bytes):
+    from megatron.core import parallel_state
+
+    from megatron_taopd.models import gpt, weights
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+
+    platform.emulate_cuda()
+    try:
+        layout = layouts.student_layout(1, 2)
+        hf = gpt.load_config(hf_dir)
+        model = gpt.Trunk(hf, gpt.transformer_config(hf, layout, torch.float32), layout)
+        weights.load_weights(model, hf_dir)
+        weights.save_hf(weights.export_weights(model), hf_dir, out, max_file_bytes)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
+def test_saved_directory_loads_in_transformers(hf_dirs, tmp_path, max_file_bytes):
+    out = tmp_path / "out"
+    run_ranks(2, save_from_ranks, hf_dirs["qwen2"], str(out), max_file_bytes)
+    assert (out / "model.safetensors.index.json").exists() == (max_file_bytes < 10**9)
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, tensor in load_file(f"{hf_dirs['qwen2']}/model.safetensors").items():
+        assert torch.equal(saved[name], tensor), name
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def damage_truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def damage_drop(path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+
+
+def damage_extra(path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(path / "model.safetensors") | {"model.layers.9.bias": torch.zeros(3)}
+    save_file(tensors, path / "model.safetensors")
+
+
+def damage_shape(path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(31)
+    save_file(tensors, path / "model.safetensors")
+
+
+def damage_index(path):
+    (path / "model.safetensors").unlink()
+    index = '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
+    (path / "model.safetensors.index.json").write_text(index)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "damaged safetensors"),
+        (damage_drop, "model.layers.1.mlp.up_proj.weight"),
+        (damage_extra, "model.layers.9.bias"),
+        (damage_shape, r"model.norm.weight give \[31\] where config.json asks for \[32\]"),
+        (damage_index, "names model-00001-of-00002.safetensors, which is not there"),
+    ],
+)
+def test_bad_checkpoints_are_refused(hf_dirs, tmp_path, damage, message):
+    import shutil
+
+    path = tmp_path / "bad"
+    shutil.copytree(hf_dirs["qwen3"], path)
+    damage(path)
+    with pytest.raises(RankError, match=message):
+        run_ranks(1, trunk_on_ranks, str(path), 1, 1, False, [4])

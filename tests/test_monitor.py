@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -25,10 +25,12 @@ from megatron_taopd.report import (
     number,
     percent,
     render_report,
+    sample_rollouts,
     seconds,
     summarize,
     ticks,
 )
+from megatron_taopd.rollout.engine import make_rollout_batch
 
 CONFIG = """\
 run: {dir: runs/tiny, seed: 0}
@@ -291,7 +293,7 @@ def test_a_chart_is_drawn_for_what_was_logged_and_only_that():
 
 def test_a_run_without_loss_or_change_can_be_drawn():
     """A model distilled from itself: zeros, and numbers near the end of what floats resolve."""
-    for value in (0.0, 1e-15, 1e-38):
+    for value in (0.0, 1e-15, 5e-324):
         records = [{"step": s} | {k: value for k in fake_metrics(1)} for s in (1, 2)]
         assert "Disagreement D" in Page(render_report(records, "self")).titles
 
@@ -330,6 +332,30 @@ def test_samples_highlight_the_kept_tokens_and_escape_their_text():
     page = Page(html)
     assert "is 1 < 2?" in page.text and "<b>yes⏎\n</script>" in page.text
     assert "2 of 4 tokens keptright" in page.text
+
+
+class Spelling:
+    """A tokenizer whose tokens are words, put together with spaces; 0 is special."""
+
+    def decode(self, tokens, skip_special_tokens=False):
+        words = ["<s>", "one", "two", "three", "four", "five"]
+        return " ".join(words[t] for t in tokens.tolist() if t or not skip_special_tokens)
+
+
+def test_samples_are_cut_out_of_a_batch_by_its_rows():
+    responses = [torch.tensor(r) for r in ([2, 3, 0], [4, 0], [5, 5, 5, 0])]
+    log_probs = [torch.zeros(len(r)) for r in responses]
+    batch = make_rollout_batch([[0, 1]] * 3, [0, 1, 2], responses, log_probs, [False] * 3, 0)
+    kept = torch.zeros(9, dtype=torch.bool)
+    kept[[1, 5, 8]] = True  # one of the first sequence's three rows, two of the last one's four
+    scores = torch.arange(9) / 8
+    first, second = sample_rollouts(batch, kept, Spelling(), scores=scores, most_tokens=3)
+    assert first == Sample(
+        "one", ["two", " three", " <s>"], [False, True, False], [0.0, 0.125, 0.25]
+    )
+    assert second.tokens == ["five", " five", " five"]  # the fourth is cut off
+    assert second.scores == [0.625, 0.75, 0.875]
+    assert len(sample_rollouts(batch, kept, Spelling(), count=1)) == 1
 
 
 def test_the_report_is_there_after_each_evaluation_and_at_the_end(make_monitor):
@@ -391,14 +417,16 @@ def test_a_column_leaves_out_what_is_missing_or_not_finite():
     assert column(records, "a") == [(2, 3.0)]
 
 
+@settings(derandomize=True, max_examples=500, deadline=None)
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
 @example(0.0, 1e-15)  # the loss of a model distilled from itself
 @example(0.0, 0.0)
+@example(0.0, 5e-324)
 def test_ticks_are_few_and_enclose_the_range(low, span):
     high = low + span
     values = ticks(low, high)
     assert 2 <= len(values) <= 7
-    slack = 1e-6 * max(abs(low), abs(high))
+    slack = max(1e-6 * max(abs(low), abs(high)), 1e-300)
     assert values[0] <= low + slack and values[-1] >= high - slack
     assert values == sorted(set(values))
 

@@ -3,6 +3,8 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -121,7 +123,6 @@ def test_too_long_prompts_are_dropped_and_counted(tokenizer, write):
 
 
 def test_every_file_type_reads_the_same(tokenizer, write, tmp_path):
-    pandas = pytest.importorskip("pandas")
     records = [
         {"prompt": [{"role": "user", "content": c}], "reward_model": {"ground_truth": c}}
         for c in "abc"
@@ -129,7 +130,7 @@ def test_every_file_type_reads_the_same(tokenizer, write, tmp_path):
     jsonl = write(*records)
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(jsonl.read_bytes()))
     (tmp_path / "p.json").write_bytes(jsonl.read_bytes())
-    pandas.DataFrame(records).to_parquet(tmp_path / "p.parquet")
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "p.parquet")
     for name in ("p.jsonl.gz", "p.json", "p.parquet"):
         read = load_prompts(tmp_path / name, tokenizer, answer_column="reward_model.ground_truth")
         assert read == load_prompts(jsonl, tokenizer, answer_column="reward_model.ground_truth")

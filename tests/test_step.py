@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from ranks import run_ranks
-from step import dense_step, make_batch, make_model, step_on_ranks
+from safetensors.torch import load_file
+from step import dense_step, make_batch, make_model, row_logits, step_on_ranks
 
 SIZE = 200  # the student's vocabulary; the teacher has 216 tokens, of which these are common
 
@@ -88,3 +89,73 @@ def test_micro_batch_packing_and_chunks_change_nothing(pair, oracle, change):
     step = partial(step_on_ranks, **change)
     for result in run_ranks(2, step, *pair, *layout, make_batch(SIZE), SIZE):
         assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(pair, oracle, recompute):
+    step = partial(step_on_ranks, recompute=recompute)
+    for result in run_ranks(2, step, *pair, (2, 1, True), (1, 2, False), make_batch(SIZE), SIZE):
+        assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skewed_reverse_kl"])
+def test_other_divergences(pair, kind):
+    loss = {"kind": kind, "beta": 0.5, "alpha": 0.1}
+    batch = make_batch(SIZE)
+    step = partial(step_on_ranks, loss=loss)
+    expected = dense_step(*pair, batch, SIZE, loss=loss)
+    for result in run_ranks(2, step, *pair, (1, 2, False), (1, 1, False), batch, SIZE):
+        assert_agrees(result, expected)
+
+
+def test_sampled_token_loss_is_a_policy_gradient(pair):
+    """Σ over kept rows of −(ratio)·A·∇log p_S(y), A = −(log p_S − log p_T) held fixed."""
+    student_dir, teacher_dir = pair
+    batch = make_batch(SIZE)
+    mask = torch.rand(batch.num_rows, generator=torch.Generator().manual_seed(3)) < 0.4
+    step = partial(step_on_ranks, loss={"kind": "sampled_token"}, mask=mask)
+    results = run_ranks(2, step, *pair, (2, 1, False), (1, 2, False), batch, SIZE)
+
+    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, SIZE)
+    tokens = batch.response_tokens()[:, None]
+    log_p = torch.log_softmax(z_s, -1).gather(1, tokens)[:, 0]
+    log_q = torch.log_softmax(z_t, -1).gather(1, tokens)[:, 0]
+    advantage = (log_q - log_p).detach()
+    ratio = (log_p - batch.log_probs.double()).exp()
+    (-(ratio * advantage)[mask].mean()).backward()
+    expected = {name: p.grad for name, p in student.named_parameters()}
+    for result in results:
+        assert relative_error(result["gradients"], expected) < 1e-5
+
+
+def test_the_teacher_does_not_change(pair):
+    """A hundred optimizer steps of the student, the teacher moving to the CPU and back in each."""
+    step = partial(step_on_ranks, steps=100, offload=True)
+    for result in run_ranks(
+        2, step, *pair, (2, 1, False), (1, 2, False), make_batch(SIZE, 4), SIZE, timeout=300
+    ):
+        before, after = result["fingerprints"]
+        assert before == after
+        weights = result["weights"]
+        original = load_file(f"{pair[0]}/model.safetensors")
+        assert any(not torch.equal(weights[name], original[name]) for name in original)
+
+
+def test_the_fingerprint_sees_a_flipped_bit(pair):
+    (same, changed), _ = run_ranks(2, fingerprints_around_a_change, pair[1])
+    assert same and changed
+
+
+def fingerprints_around_a_change(teacher_dir):
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.emulate_cuda()
+    layout = layouts.forward_layout(1, 2)
+    teacher = MegatronTeacher(teacher_dir, layout, torch.float32, 64)
+    first, again = teacher.fingerprint(), teacher.fingerprint()
+    if layout.rank == 1:
+        weight = next(teacher.trunk.parameters()).data
+        weight.view(torch.int32).flatten()[-1] ^= 1
+    return first == again, teacher.fingerprint() != first

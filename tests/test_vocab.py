@@ -220,6 +220,18 @@ def test_ids_of_no_probability_contribute_nothing_or_infinity(kind):
             assert (both[0][0] == torch.inf).all()
 
 
+@pytest.mark.parametrize("kind", ["jsd", "skewed_reverse_kl"])
+def test_a_ratio_beyond_the_range_of_fp32_is_harmless_in_a_mixture(kind):
+    """exp(−95) is still a probability > 0 in fp32, exp(+95) is not a number any more."""
+    student = torch.tensor([[0.0, -95.0]], requires_grad=True)
+    teacher = student.detach().flip(1)
+    loss = divergence(student, teacher, VocabShard(0, 2, None, 2), kind)
+    loss.sum().backward()
+    want = dense.divergence(student.detach(), teacher, kind)
+    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-6, atol=0)
+    assert student.grad.abs().max() < 1e-30
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_divergence_passes_gradcheck(kind):
     student, teacher = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.manual_seed(0))

@@ -496,8 +496,11 @@ def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """log(p/q) within ±80, in place: beyond, one of the two is 0 in any sum over a mixture."""
-    return log_ratio.nan_to_num_(nan=0.0).clamp_(-80, 80)  # nan: both are 0
+    """log(p/q) within ±80, in place, so that exp is finite in fp32; nan, where both are 0, is 0.
+
+    Beyond that the smaller of the two is nothing in a sum over the mixture.
+    """
+    return log_ratio.nan_to_num_(nan=0.0).clamp_(-80, 80)
 
 
 class _LogitDivergence(torch.autograd.Function):

@@ -1,0 +1,128 @@
+"""Train one configuration with several selectors and seeds, and compare the held-out accuracy.
+
+    python tools/compare_selectors.py examples/tiny_pair.yaml --out runs/selectors --seeds 0 1 2
+
+Every run is a process of its own on one rank; finished runs in --out are not repeated. Settings
+after `--` go to each run: `-- train.steps=80 optimizer.lr=3e-4`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+from rich.console import Console
+from rich.table import Table
+
+SELECTORS = (
+    "full",
+    "random",
+    "entropy",
+    "divergence",
+    "tip",
+    "teachability",
+    "teachability_entropy",
+)
+ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
+    parser.add_argument("--selectors", nargs="+", default=SELECTORS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
+    arguments = parser.parse_args()
+
+    def run(selector: str, seed: int) -> dict:
+        directory = arguments.out / f"{selector}-{seed}"
+        overrides = [
+            *ONE_RANK,
+            *arguments.overrides,
+            f"run.dir={directory}",
+            f"run.seed={seed}",
+            f"selection.selector={selector}",
+        ]
+        return train(arguments.config, directory, overrides)
+
+    jobs = list(product(arguments.selectors, arguments.seeds))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        results = dict(zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True))
+    rows = [
+        summarize(s, [results[s, seed] for seed in arguments.seeds]) for s in arguments.selectors
+    ]
+    Console().print(as_table(rows, len(arguments.seeds)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def train(config: str, directory: Path, overrides: list[str]) -> dict:
+    """Run the trainer to its end (or find it there) and read what it logged."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "student").is_dir():
+        command = [sys.executable, "-m", "megatron_taopd.train", config, *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(directory / "output.txt", "w") as output:
+            code = subprocess.run(
+                command, env=environment, stdout=output, stderr=subprocess.STDOUT
+            ).returncode
+        if code:
+            raise SystemExit(f"{directory}: exit status {code}; see {directory / 'output.txt'}")
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    steps = [record for record in records if record.get("grad_norm") is not None]
+    accuracies = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
+    return {
+        "before": accuracies[0],
+        "after": accuracies[-1],
+        "worst": min(accuracies),
+        "grad_norm": mean(r["grad_norm"] for r in steps),
+        "tokens_trained": sum(r["tokens_trained"] for r in steps)
+        / sum(r["tokens_rolled_out"] for r in steps),
+    }
+
+
+def summarize(selector: str, runs: list[dict]) -> dict:
+    after = [run["after"] for run in runs]
+    return {
+        "selector": selector,
+        "before": mean(run["before"] for run in runs),
+        "after": after,
+        "mean": mean(after),
+        "std": stdev(after) if len(after) > 1 else None,
+        "worst": min(run["worst"] for run in runs),
+        "grad_norm": mean(run["grad_norm"] for run in runs),
+        "tokens_trained": mean(run["tokens_trained"] for run in runs),
+    }
+
+
+def as_table(rows: list[dict], seeds: int) -> Table:
+    table = Table(title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}")
+    table.add_column("selector")
+    for header in ("each seed", "mean", "std", "worst eval", "grad norm", "tokens trained"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        table.add_row(
+            row["selector"],
+            "  ".join(f"{100 * value:.1f}" for value in row["after"]),
+            f"{100 * row['mean']:.1f}",
+            "–" if row["std"] is None else f"{100 * row['std']:.1f}",
+            f"{100 * row['worst']:.1f}",
+            f"{row['grad_norm']:.1f}",
+            f"{row['tokens_trained']:.0%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
