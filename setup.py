@@ -21,7 +21,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.4"],
     "eval": ["evalscope>=1.14"],
     "wandb": ["wandb>=0.19"],
-    "smollm2": ["gguf>=0.17"],  # tools/prepare_smollm2.py
+    "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
     "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"],
 }
 

@@ -36,7 +36,9 @@ def steps(directory: str | Path) -> list[int]:
 
 
 def save(directory: str | Path, step: int, student: Student, state: dict, keep: int) -> Path:
-    """Save the run after `step` optimizer steps, then delete all but the newest `keep`.
+    """Save the run after `step` steps, then delete all but the newest `keep` checkpoints.
+
+    A checkpoint of that step that is there already is left as it is.
 
     Args:
         state: what the run needs besides the student; ints, floats and strings, equal on all ranks.
@@ -44,6 +46,8 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
     Collectives: gathers of the optimizer state to data-parallel rank 0, and barriers.
     """
     final = path(directory, step)
+    if final.exists():
+        return final
     aside = final.with_name(final.name + ".incomplete")
     if dist.get_rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -57,7 +61,6 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
     dist_checkpointing.save(sharded, str(aside), content_metadata=_OPTIMIZER)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in steps(directory)[:-keep]:
             shutil.rmtree(path(directory, old))

@@ -370,6 +370,15 @@ def _check_values(config: Config) -> None:
     for key, (name, known) in names.items():
         if name not in known:
             raise ValueError(f"{key}: {name!r} is unknown; one of {', '.join(known)}")
+    rollout = config.rollout
+    if config.loss.kind == "sampled_token":
+        plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        for name, wanted in plain.items():
+            if (value := getattr(rollout, name)) != wanted:
+                raise ValueError(
+                    f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
+                    f"is that of unwarped sampling; it has to be {wanted}"
+                )
     lr, min_lr, decay = config.optimizer.lr, config.optimizer.min_lr, config.optimizer.decay
     if (min_lr is None) != (decay == "constant"):
         raise ValueError(

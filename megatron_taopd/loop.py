@@ -26,6 +26,10 @@ from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch
 
 
+class Interrupted(Exception):
+    """Someone asked the run to end."""
+
+
 @dataclass
 class Run:
     """What a run is made of; `train.build` puts it together."""
@@ -45,17 +49,25 @@ class Run:
     interrupted: Callable[[], bool]
 
 
-def distill(run: Run) -> None:
-    """Distil until `train.steps` are done, or until someone interrupts."""
+def distill(run: Run) -> int:
+    """Distil until `train.steps` are done, or until someone interrupts; the steps done."""
     config, student, monitor = run.config, run.student, run.monitor
     teacher_fingerprint = run.teacher.fingerprint()
-    step = run.first_step
-    if step == 0 and config.eval.at_start:
+    done = run.first_step
+    if done == 0 and config.eval.at_start:
         monitor.log(0, _evaluation(run, 0))
 
     for step in range(run.first_step + 1, config.train.steps + 1):
-        with monitor.span("step"):
-            metrics, samples = take_step(run, step)
+        consumed = run.stream.consumed
+        try:
+            with monitor.span("step"):
+                metrics, samples = take_step(run, step)
+        except Interrupted:
+            # Nothing has been learned from this step's prompts: it will be done again.
+            run.stream.consumed = consumed
+            _save(run, done)
+            return done
+        done = step
         last = step == config.train.steps or run.interrupted()
         if last or _due(step, config.eval.every):
             metrics |= _evaluation(run, step)
@@ -69,8 +81,9 @@ def distill(run: Run) -> None:
             monitor.write_report(samples())
             break
 
-    if step == config.train.steps and config.checkpoint.export_hf:
+    if done == config.train.steps and config.checkpoint.export_hf:
         save_hf(student.named_tensors(), config.student.path, f"{config.run.dir}/student")
+    return done
 
 
 def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[Sample]]]:
@@ -78,8 +91,14 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     config, student, layout, span = run.config, run.student, run.student.layout, run.monitor.span
     micro_batch_tokens = config.train.micro_batch_tokens
 
+    def phase(name: str):
+        """Before the student changes, an interrupted run need not finish the step."""
+        if run.interrupted():
+            raise Interrupted
+        return span(name)
+
     # The student answers the next prompts …
-    with span("rollout"):
+    with phase("rollout"):
         indices = run.stream.take(config.rollout.prompts)
         prompts = [run.prompts.token_ids[i] for i in indices]
         batch = run.engine.generate(prompts, indices, step, run.sampling)
@@ -87,13 +106,13 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
 
     # … the teacher reads the answers, and each response row gets its D, C and H (Eq. 3–5) …
-    with span("teacher"):
+    with phase("teacher"):
         teacher_rows = run.teacher.hidden_states(batch, layout, assigned.owner)
-    with span("scoring"):
+    with phase("scoring"):
         scores, gap = score(batch, assigned, student, run.heads, teacher_rows, config.selection.k)
 
     # … of which the ⌈ρ|I|⌉ most teachable of the whole batch are kept (Eq. 12–13) …
-    with span("selection"):
+    with phase("selection"):
         selector, seed = config.selection.selector, config.run.seed * 1_000_003 + step
         mask = select(selector, scores, config.selection.ratio, seed)
 
@@ -151,7 +170,10 @@ def _evaluation(run: Run, step: int) -> dict[str, float]:
 
 
 def _save(run: Run, step: int) -> None:
+    """A checkpoint of the run after this many steps; of none there is nothing to save."""
     config = run.config.checkpoint
+    if step == 0:
+        return
     state = {"prompts_consumed": run.stream.consumed}
     checkpoint.save(f"{run.config.run.dir}/checkpoints", step, run.student, state, config.keep)
 

@@ -45,9 +45,9 @@ def kept_row_loss(
 
     Returns:
         The scalar loss, differentiable in student_hidden (this shard's part: see
-        `linear_divergence`) and student_weight; and detached fp32 scalars. For a divergence
-        `divergence`, the loss itself. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y),
-        which is the one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y).
+        `linear_divergence`) and student_weight; and detached fp32 scalars. For a divergence there
+        are none. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the one-sample
+        estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y).
 
     Collectives: for every chunk those of `linear_divergence`, or for sampled_token two all-gathers
     of 12 bytes a row and rank.
@@ -74,7 +74,7 @@ def kept_row_loss(
         beta=beta,
         alpha=alpha,
     )
-    return loss, {"divergence": loss.detach()}
+    return loss, {}
 
 
 def sampled_token_loss(

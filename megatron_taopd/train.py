@@ -2,7 +2,7 @@
 
 Reads the configuration, builds both models, the rollout engine and the monitor, and runs the loop.
 A rerun with the same `run.dir` resumes from its last checkpoint. Ctrl-C and SIGTERM end the run
-after the step at hand, with a checkpoint.
+between two phases of a step, with a checkpoint; the exit status is then 3.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from megatron_taopd import config as configuration
 from megatron_taopd.parallel import platform
 
+INTERRUPTED = 3  # exit status of a run that was asked to end and can be resumed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,15 +44,17 @@ def main(arguments: list[str]) -> int:
     from megatron_taopd.loop import distill
 
     try:
-        distill(run)
+        done = distill(run)
         summarize(run.monitor)
+        if interrupted := done < config.train.steps:
+            say(f"stopped after step {done} of {config.train.steps}; the same command resumes")
     finally:
         run.engine.close()
         run.monitor.close()
         parallel_state.destroy_model_parallel()
     if joined:
         dist.destroy_process_group()
-    return 0
+    return INTERRUPTED if interrupted else 0
 
 
 def build(config: configuration.Config):

@@ -438,3 +438,14 @@ def test_shipped_configurations_load(path, monkeypatch):
     config = load(path)
     assert config.selection.selector == "teachability"
     assert Path(config.student.path).is_absolute() and config.student.path != config.teacher.path
+
+
+@pytest.mark.parametrize("warped", ["temperature=0.7", "top_p=0.9", "top_k=20"])
+def test_the_policy_gradient_needs_unwarped_sampling(user, warped):
+    refused(
+        lambda: user.check("loss.kind=sampled_token", f"rollout.{warped}"),
+        f"rollout.{warped.split('=')[0]}: ",
+        "sampled_token",
+        "has to be",
+    )
+    user.check("loss.kind=sampled_token")

@@ -112,6 +112,36 @@ def test_resume_is_bit_identical(tmp_path, name, phase):
     assert curve(resumed) == curve(whole)
 
 
+def interrupted_train(overrides, at_call):
+    """`train`, asked to end when the loop looks for the n-th time (five times a step)."""
+    from itertools import count
+
+    from megatron_taopd import train as module
+
+    calls = count(1)
+    catch_signals = module.catch_signals
+    module.catch_signals = lambda: lambda: next(calls) == at_call
+    try:
+        return train(overrides)
+    finally:
+        module.catch_signals = catch_signals
+
+
+@pytest.mark.parametrize(("at_call", "done"), [(13, 2), (15, 3)])
+def test_interrupted_in_or_after_a_step(tmp_path, at_call, done):
+    """In a step before its training: as if it had not begun. After: with the step's checkpoint."""
+    options = ["train.steps=4", "checkpoint.every=0"]
+    (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
+    stopped = [f"run.dir={tmp_path}/stopped", *options]
+    (status, records), _ = run_ranks(2, partial(interrupted_train, at_call=at_call), stopped)
+    assert (status, len(curve(records))) == (3, done)
+    assert not (tmp_path / "stopped" / "student").exists()
+    assert (tmp_path / "stopped" / "checkpoints" / f"step_{done:08d}").exists()
+    (status, resumed), _ = run_ranks(2, train, stopped)
+    assert status == 0
+    assert curve(resumed) == curve(whole)
+
+
 def test_resume_on_another_layout(tmp_path):
     """TP2 → DP2: the same curve up to rounding."""
     options = ["checkpoint.every=2", "train.steps=4"]

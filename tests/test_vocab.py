@@ -81,38 +81,42 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 # ----------------------------------------------------------------------------------------- scores
 
 
-def scores_on_rank(bounds, student, teacher, k):
+def scores_on_rank(bounds, logits, k):
+    """Scores of several (student, teacher) pairs: one call costs more than one pair."""
     shard = shard_of(bounds)
-    return score_rows(columns(student, shard), columns(teacher, shard), k, shard, return_ids=True)
+    return [
+        score_rows(columns(student, shard), columns(teacher, shard), k, shard, return_ids=True)
+        for student, teacher in logits
+    ]
 
 
-@pytest.mark.parametrize("kind", ["flat", "plain", "peaked", "huge", "tied", "impossible"])
 @pytest.mark.parametrize("k", [1, 16, SIZE])
-def test_scores_match_the_oracle_on_every_layout(bounds, kind, k):
-    student, teacher = make_logits(kind)
-    by_rank = run_ranks(len(bounds) - 1, scores_on_rank, bounds, student, teacher, k)
-    for scores in by_rank[1:]:  # bit for bit, or the ranks would select different rows
-        for field in vars(scores):
-            assert torch.equal(getattr(scores, field), getattr(by_rank[0], field))
+def test_scores_match_the_oracle_on_every_layout(bounds, k):
+    kinds = ("flat", "plain", "peaked", "huge", "tied", "impossible")
+    logits = [make_logits(kind) for kind in kinds]
+    by_rank = run_ranks(len(bounds) - 1, scores_on_rank, bounds, logits, k)
+    for kind, (student, teacher), scores, *others in zip(kinds, logits, *by_rank, strict=True):
+        for other in others:  # bit for bit, or the ranks would select different rows
+            for field in vars(scores):
+                assert torch.equal(getattr(scores, field), getattr(other, field)), (kind, field)
 
-    scores = by_rank[0]
-    assert scores.student_topk_ids.tolist() == dense.topk_ids(student, k, SIZE)
-    assert scores.teacher_topk_ids.tolist() == dense.topk_ids(teacher, k, SIZE)
-    expected = {
-        "disagreement": dense.disagreement(student, teacher, k, SIZE),
-        "compatibility": dense.compatibility(student, teacher, k, SIZE),
-        "student_entropy": dense.entropy(student, SIZE),
-        "teacher_entropy": dense.entropy(teacher, SIZE),
-    }
-    for name, want in expected.items():
-        assert getattr(scores, name).dtype == torch.float32
-        assert relative_error(getattr(scores, name), want) <= 1e-5, name
+        assert scores.student_topk_ids.tolist() == dense.topk_ids(student, k, SIZE), kind
+        assert scores.teacher_topk_ids.tolist() == dense.topk_ids(teacher, k, SIZE), kind
+        expected = {
+            "disagreement": dense.disagreement(student, teacher, k, SIZE),
+            "compatibility": dense.compatibility(student, teacher, k, SIZE),
+            "student_entropy": dense.entropy(student, SIZE),
+            "teacher_entropy": dense.entropy(teacher, SIZE),
+        }
+        for name, want in expected.items():
+            assert getattr(scores, name).dtype == torch.float32
+            assert relative_error(getattr(scores, name), want) <= 1e-5, (kind, name)
 
 
 def test_scores_of_eight_ranks_equal_those_of_one():
-    logits = make_logits("tied")
-    eight = run_ranks(8, scores_on_rank, EIGHTHS, *logits, 16)[5]
-    one = run_ranks(1, scores_on_rank, LAYOUTS["one"], *logits, 16)[0]
+    logits = [make_logits("tied")]
+    (eight,) = run_ranks(8, scores_on_rank, EIGHTHS, logits, 16)[5]
+    (one,) = run_ranks(1, scores_on_rank, LAYOUTS["one"], logits, 16)[0]
     assert torch.equal(eight.student_topk_ids, one.student_topk_ids)
     torch.testing.assert_close(eight.disagreement, one.disagreement, rtol=1e-6, atol=1e-8)
 
@@ -172,52 +176,63 @@ def test_k_beyond_the_common_vocabulary_is_refused(k):
 # ------------------------------------------------------------------------------------ divergences
 
 
-def divergence_on_rank(bounds, student, teacher, kind, grad):
+def divergence_on_rank(bounds, logits, kind, grad):
+    """(loss, gradient of this rank's columns) of several (student, teacher) pairs."""
     shard = shard_of(bounds)
-    local = columns(student, shard).requires_grad_()
-    loss = divergence(local, columns(teacher, shard), shard, kind, beta=0.3, alpha=0.2)
-    loss.backward(grad)
-    return loss.detach(), local.grad
+    results = []
+    for student, teacher in logits:
+        local = columns(student, shard).requires_grad_()
+        loss = divergence(local, columns(teacher, shard), shard, kind, beta=0.3, alpha=0.2)
+        loss.backward(grad)
+        results.append((loss.detach(), local.grad))
+    return results
 
 
-@pytest.mark.parametrize("logits", ["flat", "plain", "peaked", "huge", "tied"])
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergence_and_gradient_match_the_oracle_on_every_layout(bounds, kind, logits):
-    student, teacher = make_logits(logits)
-    grad = torch.linspace(-1, 2, len(student))
-    exact = student.double().requires_grad_()
-    want = dense.divergence(exact, teacher, kind, SIZE, beta=0.3, alpha=0.2)
-    want.backward(grad.double())
-
-    by_rank = run_ranks(len(bounds) - 1, divergence_on_rank, bounds, student, teacher, kind, grad)
-    for loss, _ in by_rank:
-        assert torch.equal(loss, by_rank[0][0])
-    torch.testing.assert_close(by_rank[0][0].double(), want.detach(), rtol=2e-6, atol=2e-7)
-    got_grad = torch.cat([g for _, g in by_rank], dim=1)
-    assert (got_grad[:, SIZE:] == 0).all()
-    atol = 2e-6 * exact.grad.abs().amax().item() + 1e-7
-    torch.testing.assert_close(got_grad.double(), exact.grad, rtol=2e-6, atol=atol)
+def sharded_divergence(bounds, logits, kind, grad):
+    """(loss, gradient of all columns) of several (student, teacher) pairs."""
+    by_rank = run_ranks(len(bounds) - 1, divergence_on_rank, bounds, logits, kind, grad)
+    for results in by_rank:
+        for (loss, _), (first, _) in zip(results, by_rank[0], strict=True):
+            assert torch.equal(loss, first)
+    return [
+        (pair[0][0], torch.cat([g for _, g in pair], dim=1)) for pair in zip(*by_rank, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_ids_of_no_probability_contribute_nothing_or_infinity(kind):
-    """Against a teacher that allows all the student allows, everything is finite."""
-    student, teacher = make_logits("impossible")
-    for possible, impossible in (("reverse_kl", student), ("forward_kl", teacher)):
-        if kind == possible or kind not in ("reverse_kl", "forward_kl"):
-            other = make_logits("plain")[1]
-            pair = (impossible, other) if impossible is student else (other, impossible)
-            for bounds in LAYOUTS["one"], LAYOUTS["some empty"]:
-                grad = torch.ones(12)
-                by_rank = run_ranks(len(bounds) - 1, divergence_on_rank, bounds, *pair, kind, grad)
-                want = dense.divergence(*pair, kind, SIZE, beta=0.3, alpha=0.2)
-                torch.testing.assert_close(by_rank[0][0].double(), want, rtol=2e-6, atol=2e-7)
-                assert all(g.isfinite().all() for _, g in by_rank)
-        else:
-            both = run_ranks(
-                2, divergence_on_rank, LAYOUTS["halves"], student, teacher, kind, torch.ones(12)
-            )
-            assert (both[0][0] == torch.inf).all()
+def test_divergence_and_gradient_match_the_oracle_on_every_layout(bounds, kind):
+    logits = [make_logits(k) for k in ("flat", "plain", "peaked", "huge", "tied")]
+    grad = torch.linspace(-1, 2, 12)
+    results = sharded_divergence(bounds, logits, kind, grad)
+    for (student, teacher), (loss, got_grad) in zip(logits, results, strict=True):
+        exact = student.double().requires_grad_()
+        want = dense.divergence(exact, teacher, kind, SIZE, beta=0.3, alpha=0.2)
+        want.backward(grad.double())
+        torch.testing.assert_close(loss.double(), want.detach(), rtol=2e-6, atol=2e-7)
+        assert (got_grad[:, SIZE:] == 0).all()
+        atol = 2e-6 * exact.grad.abs().amax().item() + 1e-7
+        torch.testing.assert_close(got_grad.double(), exact.grad, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("layout", ["one", "some empty"])
+def test_ids_of_no_probability_contribute_nothing_or_infinity(kind, layout):
+    zeros_s, zeros_t = make_logits("impossible")
+    plain_s, plain_t = make_logits("plain")
+    finite = {  # reverse KL only minds the student's choices, forward KL only the teacher's
+        "reverse_kl": [(zeros_s, plain_t)],
+        "forward_kl": [(plain_s, zeros_t)],
+    }.get(kind, [(zeros_s, plain_t), (plain_s, zeros_t), (zeros_s, zeros_t)])
+    results = sharded_divergence(LAYOUTS[layout], finite, kind, torch.ones(12))
+    for pair, (loss, grad) in zip(finite, results, strict=True):
+        want = dense.divergence(*pair, kind, SIZE, beta=0.3, alpha=0.2)
+        torch.testing.assert_close(loss.double(), want, rtol=2e-6, atol=2e-7)
+        assert grad.isfinite().all()
+    if kind in ("reverse_kl", "forward_kl"):
+        ((loss, _),) = sharded_divergence(
+            LAYOUTS[layout], [(zeros_s, zeros_t)], kind, torch.ones(12)
+        )
+        assert (loss == torch.inf).all()
 
 
 @pytest.mark.parametrize("kind", ["jsd", "skewed_reverse_kl"])
@@ -246,12 +261,11 @@ def test_small_divergences_keep_their_digits(kind):
     """A difference of log-sum-exps in fp32 would be off by up to 1e-6 here."""
     student = make_logits("plain")[0]
     teacher = student + 1e-3 * make_logits("flat")[0] + 7  # the shift makes the log-sums differ
-    by_rank = run_ranks(
-        2, divergence_on_rank, LAYOUTS["unequal"], student, teacher, kind, torch.ones(12)
-    )
-    want = dense.divergence(student, teacher, kind, SIZE, beta=0.3, alpha=0.2)
+    pair = (student, teacher)
+    ((loss, _),) = sharded_divergence(LAYOUTS["unequal"], [pair], kind, torch.ones(12))
+    want = dense.divergence(*pair, kind, SIZE, beta=0.3, alpha=0.2)
     assert want.max() < 1e-7
-    torch.testing.assert_close(by_rank[0][0].double(), want, rtol=0, atol=1e-7)
+    torch.testing.assert_close(loss.double(), want, rtol=0, atol=1e-7)
 
 
 def test_divergence_refuses_what_it_does_not_know():

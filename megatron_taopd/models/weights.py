@@ -127,10 +127,14 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's tensors under their Hugging Face names, whole, on **every** rank.
 
-       Every rank has to run the iterator to its end. `read` picks what is exported of a parameter, of
-       its shape and dtype: its value, or say its gradient.
-    Collectives, per parameter: an all-gather over
-       the owners' TP group and a broadcast over the pipeline group, of the parameter's bytes each.
+    Every rank has to run the iterator to its end.
+
+    Args:
+        read: picks what is exported of a parameter, of its shape and dtype: its value, or say its
+            gradient.
+
+    Collectives, per parameter: an all-gather over the owners' TP group and a broadcast over the
+    pipeline group, of the parameter's bytes each.
     """
     layout = model.layout
     own = {_global_name(model, name): read(p) for name, p in model.named_parameters()}

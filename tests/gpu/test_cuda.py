@@ -1,0 +1,75 @@
+"""What only a GPU can tell: kernels that the CPU path does not take, and NCCL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import dense
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_pair.yaml"
+
+
+def test_varlen_attention_agrees_with_segment_by_segment():
+    from megatron_taopd.models.attention import PackedAttention
+
+    lengths = [5, 64, 1, 130]
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(sum(lengths), heads, 64, device="cuda", generator=generator).bfloat16()
+        for heads in (8, 2, 2)
+    )
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    packing = SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths))
+    attention = PackedAttention(SimpleNamespace(kv_channels=64))
+    flash = attention(query, key, value, packed_seq_params=packing)
+    wide = attention(query.float(), key.float(), value.float(), packed_seq_params=packing)
+    torch.testing.assert_close(flash.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+def test_bf16_heads_score_and_lose_like_float64_fed_the_same_hidden_states():
+    from megatron_taopd.parallel.vocab import VocabShard, linear_divergence, score_hidden
+
+    size, rows, generator = 4096, 64, torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    hidden_s, weight_s = draw(rows, 256), draw(size, 256) / 8
+    hidden_t, weight_t = draw(rows, 512), draw(size, 512) / 8
+    z_s, z_t = hidden_s.double() @ weight_s.double().T, hidden_t.double() @ weight_t.double().T
+    shard = VocabShard(0, size, None, size)
+    tensors = [t.cuda() for t in (hidden_s, weight_s, hidden_t, weight_t)]
+    scores = score_hidden(*tensors, 16, shard, chunk_rows=24)
+    for ours, expected in (
+        (scores.disagreement, dense.disagreement(z_s, z_t, 16)),
+        (scores.compatibility, dense.compatibility(z_s, z_t, 16)),
+        (scores.student_entropy, dense.entropy(z_s)),
+    ):
+        torch.testing.assert_close(ours.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+    loss = linear_divergence(*tensors, shard, "reverse_kl", chunk_rows=24)
+    expected = dense.divergence(z_s, z_t, "reverse_kl")
+    torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_short_run_with_nccl(tmp_path, precision):
+    from megatron_taopd.train import main
+
+    one_rank = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
+    status = main(
+        [
+            str(TINY),
+            *one_rank,
+            f"run.dir={tmp_path}/run",
+            f"train.precision={precision}",
+            "train.steps=3",
+            "eval.limit=16",
+        ]
+    )
+    assert status == 0
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()

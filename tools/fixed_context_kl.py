@@ -1,0 +1,125 @@
+"""How far students are from the teacher on the same contexts, with an interval over prompts.
+
+    python tools/fixed_context_kl.py --teacher DIR --students BEFORE AFTER --prompts test.jsonl
+
+The first student answers the prompts once; on those answers every student is compared with the
+teacher, so that the figures differ by the weights alone. One process, plain transformers models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
+from megatron_taopd.prompts import load_prompts
+from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.types import RolloutBatch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--students", nargs="+", required=True, help="the first one writes")
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--template", default="auto")
+    parser.add_argument("--system")
+    parser.add_argument("--limit", type=int, default=32, help="prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    arguments = parser.parse_args()
+
+    batch = contexts(arguments)
+    teacher = load(arguments.teacher)
+    rows = []
+    first: dict[str, Tensor] = {}
+    for path in arguments.students:
+        divergences = {
+            kind: kl(load(path), teacher, batch, kind) for kind in ("reverse_kl", "forward_kl")
+        }
+        first = first or divergences
+        row: dict = {"student": path, "rows": batch.num_rows}
+        for kind, values in divergences.items():
+            row[kind] = values.mean().item()
+            row[f"{kind}_change"] = interval(values - first[kind], batch)
+        rows.append(row)
+    Console().print(as_table(rows, batch))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def load(path: str):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def contexts(arguments) -> RolloutBatch:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.students[0])
+    prompts = load_prompts(
+        arguments.prompts,
+        tokenizer,
+        arguments.prompt_column,
+        answer_column=None,
+        template=arguments.template,
+        system=arguments.system,
+        limit=arguments.limit,
+    )
+    engine = LocalEngine(load(arguments.students[0]), seed=arguments.seed)
+    sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
+    return engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
+
+
+@torch.no_grad()
+def kl(student, teacher, batch: RolloutBatch, kind: str) -> Tensor:
+    """[R] full-vocabulary divergence at every response row, in nats."""
+    size = min(student.config.vocab_size, teacher.config.vocab_size)
+    heads = [model.get_output_embeddings().weight[:size] for model in (student, teacher)]
+    shard = VocabShard(0, size, None, size)
+    values = []
+    for i in range(batch.num_sequences):
+        tokens = batch.sequence(i)[None]
+        rows = slice(int(batch.prompt_lengths[i]) - 1, tokens.shape[1] - 1)
+        hidden = [m.model(tokens).last_hidden_state[0, rows] for m in (student, teacher)]
+        values.append(
+            linear_divergence(hidden[0], heads[0], hidden[1], heads[1], shard, kind, chunk_rows=256)
+        )
+    return torch.cat(values)
+
+
+def interval(values: Tensor, batch: RolloutBatch, resamples: int = 2000) -> list[float]:
+    """Mean over rows, and its 95 % bootstrap interval over prompts."""
+    sums = torch.zeros(batch.num_sequences).index_add_(0, batch.row_sequences(), values)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(sums), (resamples, len(sums)), generator=generator)
+    means = sums[drawn].sum(1) / batch.response_lengths[drawn].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [values.mean().item(), low, high]
+
+
+def as_table(rows: list[dict], batch: RolloutBatch) -> Table:
+    table = Table(
+        title=f"{batch.num_sequences} prompts, {batch.num_rows} rows, sampled by the first; nats"
+    )
+    table.add_column("student")
+    for header in ("KL(S‖T)", "change [95 %]", "KL(T‖S)", "change [95 %]"):
+        table.add_column(header, justify="right")
+    for row in rows:
+        cells = [row["student"]]
+        for kind in ("reverse_kl", "forward_kl"):
+            change, low, high = row[f"{kind}_change"]
+            cells += [f"{row[kind]:.4f}", f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"]
+        table.add_row(*cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()
