@@ -107,22 +107,23 @@ def _random_states() -> list[Tensor]:
 # Megatron's distributed optimizer saves the state of torch's Adam but does not load it: it looks
 # for Adam's `step` among the sharded tensors, where it is not, and then gives all parameters one
 # shared `step` tensor, which every one of them increments. The three functions below repair that.
+# (Apex's and TransformerEngine's Adam keep `step` elsewhere and need none of it.)
 
 
 def _allocate_optimizer_state(student: Student) -> None:
     """Zero moments, so that there is something to load into before the first step."""
     (distributed,) = student.optimizer.chained_optimizers
-    for group in distributed.optimizer.param_groups:
-        for parameter in group["params"]:
-            state = distributed.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+    distributed.init_state_fn(distributed.optimizer, distributed.config)
+    if isinstance(distributed.optimizer, torch.optim.AdamW):
+        for parameter_state in distributed.optimizer.state.values():
+            parameter_state.setdefault("step", torch.zeros((), dtype=torch.float32))
 
 
 def _load_optimizer(student: Student, state: dict) -> None:
     (distributed,) = student.optimizer.chained_optimizers
+    if not isinstance(distributed.optimizer, torch.optim.AdamW):
+        student.optimizer.load_state_dict(state)
+        return
     distributed._set_main_param_and_optimizer_states = partial(_set_state, distributed)
     student.optimizer.load_state_dict(state)
     for parameter_state in distributed.optimizer.state.values():

