@@ -24,6 +24,8 @@ from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.types import RolloutBatch
 
+KINDS = ("reverse_kl", "forward_kl")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -44,9 +46,7 @@ def main() -> None:
     rows = []
     first: dict[str, Tensor] = {}
     for path in arguments.students:
-        divergences = {
-            kind: kl(load(path), teacher, batch, kind) for kind in ("reverse_kl", "forward_kl")
-        }
+        divergences = compare(load(path), teacher, batch)
         first = first or divergences
         row: dict = {"student": path, "rows": batch.num_rows}
         for kind, values in divergences.items():
@@ -79,20 +79,21 @@ def contexts(arguments) -> RolloutBatch:
 
 
 @torch.no_grad()
-def kl(student, teacher, batch: RolloutBatch, kind: str) -> Tensor:
-    """[R] full-vocabulary divergence at every response row, in nats."""
+def compare(student, teacher, batch: RolloutBatch) -> dict[str, Tensor]:
+    """Full-vocabulary divergences at every response row, [R] in nats, by kind."""
     size = min(student.config.vocab_size, teacher.config.vocab_size)
     heads = [model.get_output_embeddings().weight[:size] for model in (student, teacher)]
     shard = VocabShard(0, size, None, size)
-    values = []
+    values: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for i in range(batch.num_sequences):
         tokens = batch.sequence(i)[None]
         rows = slice(int(batch.prompt_lengths[i]) - 1, tokens.shape[1] - 1)
         hidden = [m.model(tokens).last_hidden_state[0, rows] for m in (student, teacher)]
-        values.append(
-            linear_divergence(hidden[0], heads[0], hidden[1], heads[1], shard, kind, chunk_rows=256)
-        )
-    return torch.cat(values)
+        for kind, parts in values.items():
+            parts.append(
+                linear_divergence(hidden[0], heads[0], hidden[1], heads[1], shard, kind, 256)
+            )
+    return {kind: torch.cat(parts) for kind, parts in values.items()}
 
 
 def interval(values: Tensor, batch: RolloutBatch, resamples: int = 2000) -> list[float]:
@@ -109,14 +110,15 @@ def as_table(rows: list[dict], batch: RolloutBatch) -> Table:
     table = Table(
         title=f"{batch.num_sequences} prompts, {batch.num_rows} rows, sampled by the first; nats"
     )
-    table.add_column("student")
+    table.add_column("student", no_wrap=True)
     for header in ("KL(S‖T)", "change [95 %]", "KL(T‖S)", "change [95 %]"):
-        table.add_column(header, justify="right")
-    for row in rows:
-        cells = [row["student"]]
-        for kind in ("reverse_kl", "forward_kl"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        cells = ["/".join(Path(row["student"]).parts[-2:])]
+        for kind in KINDS:
             change, low, high = row[f"{kind}_change"]
-            cells += [f"{row[kind]:.4f}", f"{change:+.4f} [{low:+.4f}, {high:+.4f}]"]
+            cells.append(f"{row[kind]:.3f}")
+            cells.append(f"{change:+.3f} [{low:+.3f}, {high:+.3f}]" if i else "–")
         table.add_row(*cells)
     return table
 
