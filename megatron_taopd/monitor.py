@@ -267,8 +267,8 @@ def summary_table(records: Sequence[Mapping[str, Any]], report: str | Path | Non
     for phase, spent in s["phases"].items():
         table.add_row(phase, seconds(spent), percent(spent / total))
     if report is not None:
-        table.add_section()
-        table.add_row("report", str(report), "")
+        table.caption = f"report: {os.path.relpath(report)}"
+        table.caption_justify = "left"
     return table
 
 

@@ -402,7 +402,7 @@ def test_the_summary_table_tells_the_end_of_the_run():
         "rows kept 300 of 3,000 10 %",
         "tokens trained 2,400 of 4,800 50 %",
         "rollout 1.5 s",
-        "report runs/tiny/report.html",
+        "report: runs/tiny/report.html",
     ):
         assert line in text
 

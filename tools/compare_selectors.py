@@ -107,14 +107,17 @@ def summarize(selector: str, runs: list[dict]) -> dict:
 
 
 def as_table(rows: list[dict], seeds: int) -> Table:
-    table = Table(title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}")
-    table.add_column("selector")
-    for header in ("each seed", "mean", "std", "worst eval", "grad norm", "tokens trained"):
-        table.add_column(header, justify="right")
+    table = Table(
+        title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}",
+        caption="worst: of all evaluations · grad norm: before clipping · trained: share of tokens",
+    )
+    table.add_column("selector", no_wrap=True)
+    for header in ("each seed", "mean", "std", "worst", "grad norm", "trained"):
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["selector"],
-            "  ".join(f"{100 * value:.1f}" for value in row["after"]),
+            " ".join(f"{100 * value:.1f}" for value in row["after"]),
             f"{100 * row['mean']:.1f}",
             "–" if row["std"] is None else f"{100 * row['std']:.1f}",
             f"{100 * row['worst']:.1f}",
