@@ -12,7 +12,7 @@ world size gets one pool of ranks forked from it, on its first use:
         assert [int(x) for x in run_ranks(2, total, torch.tensor(3))] == [9, 9]
 
 Arguments and results are pickled; each rank gets its own copy. The default process group spans all
-ranks. What a function leaves behind (groups, globals) is still there for the next one.
+ranks. What a function leaves behind is still there for the next one, but for Megatron's groups.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
         world_size=world_size,
         timeout=timedelta(seconds=600),
     )
+    _share_groups()
     connection.send_bytes(pickle.dumps((None, None)))
     while True:
         try:
@@ -152,7 +153,27 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             answer = pickle.dumps((fn(*args), None))
         except BaseException:
             answer = pickle.dumps((None, traceback.format_exc()))
+        if (megatron := sys.modules.get("megatron.core.parallel_state")) is not None:
+            megatron.destroy_model_parallel()
         connection.send_bytes(answer)
+
+
+def _share_groups() -> None:
+    """Make one group of each set of ranks and hand it out again.
+
+    A gloo group has three threads, Megatron makes some twenty-five for each model, and its DDP is
+    never collected (a cycle through autograd's C++ nodes), so they would pile up over the tests.
+    """
+    create, groups = dist.new_group, {}
+
+    def new_group(ranks=None, *args, **kwargs):
+        key = None if ranks is None else tuple(ranks)
+        if key not in groups:
+            groups[key] = create(ranks, backend="gloo")
+        return groups[key]
+
+    dist.new_group = dist.distributed_c10d.new_group = new_group
+    dist.destroy_process_group = lambda group=None: None
 
 
 _pools: dict[int, RankPool] = {}

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -108,11 +109,12 @@ def summarize(selector: str, runs: list[dict]) -> dict:
 
 def as_table(rows: list[dict], seeds: int) -> Table:
     table = Table(
+        box=SIMPLE,
         title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}",
-        caption="worst: of all evaluations · grad norm: before clipping · trained: share of tokens",
+        caption="‖g‖ before clipping; trained: share of the tokens rolled out",
     )
     table.add_column("selector", no_wrap=True)
-    for header in ("each seed", "mean", "std", "worst", "grad norm", "trained"):
+    for header in ("each seed", "mean", "std", "worst", "‖g‖", "trained"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
