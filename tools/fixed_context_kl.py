@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,7 +25,7 @@ from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.types import RolloutBatch
 
-KINDS = ("reverse_kl", "forward_kl")
+KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 
 
 def main() -> None:
@@ -108,18 +109,20 @@ def interval(values: Tensor, batch: RolloutBatch, resamples: int = 2000) -> list
 
 def as_table(rows: list[dict], batch: RolloutBatch) -> Table:
     table = Table(
-        title=f"{batch.num_sequences} prompts, {batch.num_rows} rows, sampled by the first; nats"
+        title=f"{batch.num_sequences} prompts, {batch.num_rows} rows, sampled by the first; nats",
+        box=SIMPLE,
     )
-    table.add_column("student", no_wrap=True)
-    for header in ("KL(S‖T)", "change [95 %]", "KL(T‖S)", "change [95 %]"):
-        table.add_column(header, justify="right", no_wrap=True)
+    for header in ("student", "divergence", "mean", "change [95 %]"):
+        table.add_column(header, justify="left" if header in ("student", "divergence") else "right")
     for i, row in enumerate(rows):
-        cells = ["/".join(Path(row["student"]).parts[-2:])]
-        for kind in KINDS:
+        for kind, formula in KINDS.items():
             change, low, high = row[f"{kind}_change"]
-            cells.append(f"{row[kind]:.3f}")
-            cells.append(f"{change:+.3f} [{low:+.3f}, {high:+.3f}]" if i else "–")
-        table.add_row(*cells)
+            table.add_row(
+                "/".join(Path(row["student"]).parts[-2:]),
+                formula,
+                f"{row[kind]:.4f}",
+                f"{change:+.4f} [{low:+.4f}, {high:+.4f}]" if i else "–",
+            )
     return table
 
 
