@@ -59,6 +59,8 @@ class TeacherSection:
 @dataclass(frozen=True)
 class DataSection:
     prompts: str = MISSING  # .jsonl or .parquet
+    # Dots reach into nested columns. GSM8K: question and answer; DAPO-Math-17k: prompt (messages)
+    # and reward_model.ground_truth.
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     template: Literal["auto", "chat", "plain"] = "auto"  # auto: chat if the tokenizer has one
