@@ -32,12 +32,17 @@ def main(arguments: list[str]) -> int:
     try:
         config = configuration.load(arguments[0], arguments[1:])
         configuration.check(config, int(os.environ.get("WORLD_SIZE", 1)))
-        joined = platform.initialize()
-        run = build(config)
     except ValueError as error:
-        # One line from one rank: what a user can put right needs no traceback.
+        # Every rank has come to the same one line, which needs no traceback: one of them says it.
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
+        return 2
+    joined = platform.initialize()
+    try:
+        run = build(config)
+    except ValueError as error:
+        # A damaged file, say, which the rank that reads it is alone to know of.
+        print(f"error on rank {dist.get_rank()}: {error}", file=sys.stderr)
         return 2
     from megatron.core import parallel_state
 

@@ -275,3 +275,25 @@ def test_user_errors_are_one_line(capsys, tmp_path):
     error = capsys.readouterr().err
     assert error.startswith("error: selection.ratio: 1.5") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_told_by_the_rank_that_reads_it(capfd, tmp_path):
+    """The last stage's norm has a wrong shape: only that stage's rank can know."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "student"
+    shutil.copytree(ROOT / "examples" / "tiny_pair" / "student", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    process = start(
+        f"run.dir={tmp_path}/run",
+        f"student.path={damaged}",
+        "student.parallel={tp: 1, pp: 2}",
+        "teacher.parallel.pp=1",
+    )
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode != 0
+    assert "error on rank 1: " in output and "model.norm.weight give [95]" in output
