@@ -2,8 +2,8 @@
 
     python tools/compare_selectors.py examples/tiny_pair.yaml --out runs/selectors --seeds 0 1 2
 
-Every run is a process of its own on one rank; finished runs in --out are not repeated. Settings
-after `--` go to each run: `-- train.steps=80 optimizer.lr=3e-4`.
+Every run is a process of its own on one rank; finished runs in --out are not repeated. Settings of
+each run: `--set train.steps=80 optimizer.lr=3e-4`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("overrides", nargs="*", help="section.key=value for every run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every run")
     arguments = parser.parse_args()
 
     def run(selector: str, seed: int) -> dict:
         directory = arguments.out / f"{selector}-{seed}"
         overrides = [
             *ONE_RANK,
-            *arguments.overrides,
+            *arguments.set,
             f"run.dir={directory}",
             f"run.seed={seed}",
             f"selection.selector={selector}",
