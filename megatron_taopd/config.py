@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from yaml import YAMLError
 
 from megatron_taopd.loss import LOSSES
-from megatron_taopd.models.hf_map import padded_vocab_size
+from megatron_taopd.models.hf_map import ROPE_TYPES, padded_vocab_size
 from megatron_taopd.selection import SELECTORS
 
 
@@ -290,7 +290,6 @@ def _leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
 # --------------------------------------------------------------------------------------- checking
 
 _ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
-_ROPE_TYPES = ("default", "linear", "llama3")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _Rule = tuple[Callable[[Any], bool], str]
@@ -503,8 +502,8 @@ def _read_pretrained(auto_class, key: str, path: str):
 def _unsupported(hf: PretrainedConfig) -> Iterator[str]:
     """What of this model the trunk cannot run, in words."""
     rope = hf.rope_parameters or {}
-    if (kind := rope.get("rope_type", "default")) not in _ROPE_TYPES:
-        yield f"rope_type {kind} (only {', '.join(_ROPE_TYPES)})"
+    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
+        yield f"rope_type {kind} (only {', '.join(ROPE_TYPES)})"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
     if "sliding_attention" in (getattr(hf, "layer_types", None) or ()):

@@ -230,7 +230,8 @@ def rope_frequencies(hf: PretrainedConfig) -> Tensor:
     if kind == "default":
         width = hf_map.head_dim(hf)
         return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    if kind not in hf_map.ROPE_TYPES:
+        supported = ", ".join(hf_map.ROPE_TYPES)
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: {supported}")
     frequencies, _attention_scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
     return frequencies

@@ -141,6 +141,7 @@ QWEN3 = LLAMA | {
     _MEGATRON + "self_attention.q_layernorm.weight": Mapping(_HF + "self_attn.q_norm.weight"),
     _MEGATRON + "self_attention.k_layernorm.weight": Mapping(_HF + "self_attn.k_norm.weight"),
 }
+ROPE_TYPES = ("default", "linear", "llama3")
 FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
 # TransformerEngine fuses a norm into the projection after it and names it there.
