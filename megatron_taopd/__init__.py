@@ -4,9 +4,11 @@ from megatron_taopd.parallel.vocab import (
     VocabShard,
     divergence,
     linear_divergence,
+    linear_topk_divergence,
     score_hidden,
     score_rows,
     token_log_probs,
+    topk_divergence,
 )
 from megatron_taopd.selection import SELECTORS, select
 from megatron_taopd.teachability import robust_normalize
@@ -19,9 +21,11 @@ __all__ = [
     "VocabShard",
     "divergence",
     "linear_divergence",
+    "linear_topk_divergence",
     "robust_normalize",
     "score_hidden",
     "score_rows",
     "select",
     "token_log_probs",
+    "topk_divergence",
 ]

@@ -94,6 +94,36 @@ def divergence(
     raise AssertionError(kind)
 
 
+def topk_divergence(
+    student: Tensor,
+    ids: Tensor,
+    log_probs: Tensor,
+    kind: str,
+    size: int,
+    absent: tuple[int, ...] = (),
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """[R] the divergence over the ids that a teacher reports [R, K] and all others together."""
+    values = []
+    for z, row_ids, row_log_probs in zip(student, ids.tolist(), log_probs.double(), strict=True):
+        common = [v for v in range(size) if v not in absent]
+        p = dict(zip(common, log_probs_of(z, common).exp(), strict=True))
+        known = [i for i, v in enumerate(row_ids) if v in p]
+        rest = [p[v] for v in common if v not in row_ids]
+        events = [p[row_ids[i]] for i in known] + [torch.stack(rest).sum()]
+        tail = (1 - row_log_probs.exp().sum()).clamp(min=1e-6)
+        targets = torch.cat([row_log_probs[known].exp(), tail[None]])
+        pair = torch.stack(events)[None].log(), targets[None].log()
+        values.append(divergence(*pair, kind, None, beta, alpha)[0])
+    return torch.stack(values)
+
+
+def log_probs_of(z: Tensor, ids: list[int]) -> Tensor:
+    """[len(ids)] log p of one row, over these ids alone."""
+    return torch.log_softmax(z.double()[ids], dim=0)
+
+
 def quantile(values: list[float], q: float) -> float:
     """Linear interpolation between order statistics."""
     ordered = sorted(values)

@@ -2,7 +2,7 @@
 
 A *trunk* is a GPTModel whose last stage returns the normed hidden states instead of logits. The
 head, its output projection, is a plain weight: everything vocabulary-wide happens in
-`parallel/vocab.py`, on the rows that need it.
+`parallel/vocab/`, on the rows that need it.
 """
 
 from __future__ import annotations

@@ -56,6 +56,34 @@ def test_bf16_heads_score_and_lose_like_float64_fed_the_same_hidden_states():
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl"])
+def test_scores_and_losses_are_those_of_the_cpu(kind):
+    """The same call on both devices, ids without probability and absent ids included."""
+    from megatron_taopd import VocabShard, divergence, score_rows, topk_divergence
+
+    size, rows = 9000, 20
+    logits = torch.randn(2, rows, size + 24, generator=torch.Generator().manual_seed(0)) * 3
+    logits[1] += logits[0] + 5
+    logits[:, 3, 100:4000] = -torch.inf
+    report = logits[1, :, :size].log_softmax(1).topk(16, dim=1)
+    results = []
+    for device in ("cpu", "cuda"):
+        shard = VocabShard(0, size + 24, None, size, torch.tensor([1, 5000], device=device))
+        student, teacher = logits.to(device)
+        student.requires_grad_()
+        ids, log_probs = report.indices.to(device), report.values.to(device)
+        losses = (
+            divergence(student, teacher, shard, kind),
+            topk_divergence(student, ids, log_probs, shard, kind),
+        )
+        sum(loss.sum() for loss in losses).backward()
+        scores = score_rows(student.detach(), teacher, 16, shard, return_ids=True)
+        tensors = [*losses, student.grad, *vars(scores).values()]
+        results.append([t.detach().cpu() for t in tensors])
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_short_run_with_nccl(tmp_path, precision):
     from megatron_taopd.train import main

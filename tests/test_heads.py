@@ -1,294 +1,35 @@
-"""Scores and divergences over sharded heads against the dense float64 oracle."""
+"""Scores and losses of hidden states over sharded heads against the dense float64 oracle."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import dense
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from ranks import run_ranks
+from shards import (
+    LAYOUTS,
+    PADDED,
+    SIZE,
+    local_heads,
+    make_heads,
+    on_every_layout,
+    shard_of,
+)
 
-from megatron_taopd.parallel import vocab
+from megatron_taopd.parallel.memory import peak_memory
 from megatron_taopd.parallel.vocab import (
     DIVERGENCES,
     VocabShard,
-    divergence,
     linear_divergence,
-    local_candidates,
-    merge_candidates,
+    linear_topk_divergence,
+    rows_within,
     score_hidden,
-    score_rows,
     token_log_probs,
 )
-
-SIZE, PADDED = 90, 96
-# Where the shards of a group start and stop. Columns 90 … 95 are outside the common vocabulary.
-LAYOUTS = {
-    "one": [0, 96],
-    "halves": [0, 48, 96],
-    "unequal": [0, 7, 96],
-    "first empty": [0, 0, 96],
-    "last all padding": [0, 91, 96],
-    "quarters": [0, 24, 48, 72, 96],
-    "some empty": [0, 5, 5, 93, 96],
-}
-EIGHTHS = list(range(0, 97, 12))
-
-
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
-def bounds(request):
-    return request.param
-
-
-def shard_of(bounds: list[int], rank: int | None = None, size: int = SIZE) -> VocabShard:
-    """This rank's shard, or a given rank's with no group."""
-    group = dist.group.WORLD if rank is None else None
-    rank = dist.get_rank() if rank is None else rank
-    return VocabShard(bounds[rank], bounds[rank + 1], group, size)
-
-
-def columns(full: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    return full[..., shard.start : shard.stop].clone()
-
-
-def make_logits(kind: str, rows: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, 96] fp32 logits of student and teacher; nan in the columns that must not be read."""
-    generator = torch.Generator().manual_seed(seed)
-    student, noise = torch.randn(2, rows, PADDED, generator=generator)
-    teacher = 0.5 * student + noise + 3
-    scale = {"flat": 0.1, "plain": 2.0, "peaked": 12.0, "huge": 1e4}.get(kind, 2.0)
-    student, teacher = student * scale, teacher * scale
-    if kind == "huge":
-        student, teacher = student.clamp(-1e4, 1e4), teacher.clamp(-1e4, 1e4)
-    if kind == "tied":  # a handful of values: ties at every place, across shards too
-        student, teacher = student.div(4).round(), teacher.div(4).round()
-    if kind == "impossible":  # ids without any probability, different ones for the two models
-        student[:, 3:60:2], teacher[:, ::3] = -torch.inf, -torch.inf
-        student[0, 8:SIZE] = -torch.inf  # fewer than k ids left
-    student[:, SIZE:] = teacher[:, SIZE:] = torch.nan
-    return student, teacher
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest |got − want| / |want|, below 1e-9 absolute; equal infinities agree."""
-    got, want = got.double(), want.double()
-    error = (got - want).abs() / want.abs().clamp(min=1e-9)
-    return error.masked_fill(got == want, 0).amax().item() if got.numel() else 0.0
-
-
-# ----------------------------------------------------------------------------------------- scores
-
-
-def scores_on_rank(bounds, logits, k):
-    """Scores of several (student, teacher) pairs: one call costs more than one pair."""
-    shard = shard_of(bounds)
-    return [
-        score_rows(columns(student, shard), columns(teacher, shard), k, shard, return_ids=True)
-        for student, teacher in logits
-    ]
-
-
-@pytest.mark.parametrize("k", [1, 16, SIZE])
-def test_scores_match_the_oracle_on_every_layout(bounds, k):
-    kinds = ("flat", "plain", "peaked", "huge", "tied", "impossible")
-    logits = [make_logits(kind) for kind in kinds]
-    by_rank = run_ranks(len(bounds) - 1, scores_on_rank, bounds, logits, k)
-    for kind, (student, teacher), scores, *others in zip(kinds, logits, *by_rank, strict=True):
-        for other in others:  # bit for bit, or the ranks would select different rows
-            for field in vars(scores):
-                assert torch.equal(getattr(scores, field), getattr(other, field)), (kind, field)
-
-        assert scores.student_topk_ids.tolist() == dense.topk_ids(student, k, SIZE), kind
-        assert scores.teacher_topk_ids.tolist() == dense.topk_ids(teacher, k, SIZE), kind
-        expected = {
-            "disagreement": dense.disagreement(student, teacher, k, SIZE),
-            "compatibility": dense.compatibility(student, teacher, k, SIZE),
-            "student_entropy": dense.entropy(student, SIZE),
-            "teacher_entropy": dense.entropy(teacher, SIZE),
-        }
-        for name, want in expected.items():
-            assert getattr(scores, name).dtype == torch.float32
-            assert relative_error(getattr(scores, name), want) <= 1e-5, (kind, name)
-
-
-def test_scores_of_eight_ranks_equal_those_of_one():
-    logits = [make_logits("tied")]
-    (eight,) = run_ranks(8, scores_on_rank, EIGHTHS, logits, 16)[5]
-    (one,) = run_ranks(1, scores_on_rank, LAYOUTS["one"], logits, 16)[0]
-    assert torch.equal(eight.student_topk_ids, one.student_topk_ids)
-    torch.testing.assert_close(eight.disagreement, one.disagreement, rtol=1e-6, atol=1e-8)
-
-
-def test_with_the_whole_vocabulary_d_is_the_forward_kl_and_c_is_1():
-    student, teacher = make_logits("plain")
-    shard = VocabShard(0, PADDED, None, SIZE)
-    scores = score_rows(student, teacher, SIZE, shard)
-    forward_kl = divergence(student, teacher, shard, "forward_kl")
-    torch.testing.assert_close(scores.disagreement, forward_kl, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(scores.compatibility, torch.ones(12), rtol=0, atol=1e-6)
-
-
-def test_d_is_infinite_where_the_student_excludes_what_the_teacher_wants():
-    student, teacher = torch.zeros(2, 2, 8)
-    student[0, 5] = -torch.inf
-    teacher[:, 5] = 4.0
-    scores = score_rows(student, teacher, 2, VocabShard(0, 8, None, 8))
-    assert scores.disagreement[0] == torch.inf
-    assert 0 < scores.disagreement[1] < torch.inf
-
-
-@given(
-    logits=st.lists(
-        st.lists(
-            st.sampled_from([-torch.inf, -2.0, -0.0, 0.0, 1.0, 1.5]), min_size=18, max_size=18
-        ),
-        min_size=2,
-        max_size=2,
-    ).filter(lambda models: all(max(z[:15]) > -torch.inf for z in models)),
-    cuts=st.lists(st.integers(0, 18), max_size=4).map(sorted),
-    k=st.integers(1, 15),
-)
-def test_merging_the_candidates_of_any_shards_gives_the_exact_answer(logits, cuts, k):
-    student, teacher = torch.tensor(logits)[:, None]
-    bounds = [0, *cuts, 18]
-    shards = [shard_of(bounds, rank, size=15) for rank in range(len(cuts) + 1)]
-    gathered = torch.stack(
-        [local_candidates(columns(student, s), columns(teacher, s), k, s) for s in shards]
-    )
-    scores = merge_candidates(gathered, k, return_ids=True)
-    assert scores.student_topk_ids.tolist() == dense.topk_ids(student, k, 15)
-    assert scores.teacher_topk_ids.tolist() == dense.topk_ids(teacher, k, 15)
-    assert relative_error(scores.disagreement, dense.disagreement(student, teacher, k, 15)) <= 1e-5
-    assert (
-        relative_error(scores.compatibility, dense.compatibility(student, teacher, k, 15)) <= 1e-5
-    )
-
-
-@pytest.mark.parametrize("k", [0, SIZE + 1])
-def test_k_beyond_the_common_vocabulary_is_refused(k):
-    student, teacher = make_logits("plain")
-    with pytest.raises(ValueError, match=f"k is {k}: must be within 1 … {SIZE}"):
-        score_rows(student, teacher, k, VocabShard(0, PADDED, None, SIZE))
-
-
-# ------------------------------------------------------------------------------------ divergences
-
-
-def divergence_on_rank(bounds, logits, kind, grad):
-    """(loss, gradient of this rank's columns) of several (student, teacher) pairs."""
-    shard = shard_of(bounds)
-    results = []
-    for student, teacher in logits:
-        local = columns(student, shard).requires_grad_()
-        loss = divergence(local, columns(teacher, shard), shard, kind, beta=0.3, alpha=0.2)
-        loss.backward(grad)
-        results.append((loss.detach(), local.grad))
-    return results
-
-
-def sharded_divergence(bounds, logits, kind, grad):
-    """(loss, gradient of all columns) of several (student, teacher) pairs."""
-    by_rank = run_ranks(len(bounds) - 1, divergence_on_rank, bounds, logits, kind, grad)
-    for results in by_rank:
-        for (loss, _), (first, _) in zip(results, by_rank[0], strict=True):
-            assert torch.equal(loss, first)
-    return [
-        (pair[0][0], torch.cat([g for _, g in pair], dim=1)) for pair in zip(*by_rank, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergence_and_gradient_match_the_oracle_on_every_layout(bounds, kind):
-    logits = [make_logits(k) for k in ("flat", "plain", "peaked", "huge", "tied")]
-    grad = torch.linspace(-1, 2, 12)
-    results = sharded_divergence(bounds, logits, kind, grad)
-    for (student, teacher), (loss, got_grad) in zip(logits, results, strict=True):
-        exact = student.double().requires_grad_()
-        want = dense.divergence(exact, teacher, kind, SIZE, beta=0.3, alpha=0.2)
-        want.backward(grad.double())
-        torch.testing.assert_close(loss.double(), want.detach(), rtol=2e-6, atol=2e-7)
-        assert (got_grad[:, SIZE:] == 0).all()
-        atol = 2e-6 * exact.grad.abs().amax().item() + 1e-7
-        torch.testing.assert_close(got_grad.double(), exact.grad, rtol=2e-6, atol=atol)
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize("layout", ["one", "some empty"])
-def test_ids_of_no_probability_contribute_nothing_or_infinity(kind, layout):
-    zeros_s, zeros_t = make_logits("impossible")
-    plain_s, plain_t = make_logits("plain")
-    finite = {  # reverse KL only minds the student's choices, forward KL only the teacher's
-        "reverse_kl": [(zeros_s, plain_t)],
-        "forward_kl": [(plain_s, zeros_t)],
-    }.get(kind, [(zeros_s, plain_t), (plain_s, zeros_t), (zeros_s, zeros_t)])
-    results = sharded_divergence(LAYOUTS[layout], finite, kind, torch.ones(12))
-    for pair, (loss, grad) in zip(finite, results, strict=True):
-        want = dense.divergence(*pair, kind, SIZE, beta=0.3, alpha=0.2)
-        torch.testing.assert_close(loss.double(), want, rtol=2e-6, atol=2e-7)
-        assert grad.isfinite().all()
-    if kind in ("reverse_kl", "forward_kl"):
-        ((loss, _),) = sharded_divergence(
-            LAYOUTS[layout], [(zeros_s, zeros_t)], kind, torch.ones(12)
-        )
-        assert (loss == torch.inf).all()
-
-
-@pytest.mark.parametrize("kind", ["jsd", "skewed_reverse_kl"])
-def test_a_ratio_beyond_the_range_of_fp32_is_harmless_in_a_mixture(kind):
-    """exp(−95) is still a probability > 0 in fp32, exp(+95) is not a number any more."""
-    student = torch.tensor([[0.0, -95.0]], requires_grad=True)
-    teacher = student.detach().flip(1)
-    loss = divergence(student, teacher, VocabShard(0, 2, None, 2), kind)
-    loss.sum().backward()
-    want = dense.divergence(student.detach(), teacher, kind)
-    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-6, atol=0)
-    assert student.grad.abs().max() < 1e-30
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_divergence_passes_gradcheck(kind):
-    student, teacher = torch.randn(2, 4, 9, dtype=torch.float64, generator=torch.manual_seed(0))
-    shard = VocabShard(0, 9, None, 8)
-    torch.autograd.gradcheck(
-        lambda z: divergence(z, teacher, shard, kind), student.requires_grad_(), atol=1e-8
-    )
-
-
-@pytest.mark.parametrize("kind", DIVERGENCES)
-def test_small_divergences_keep_their_digits(kind):
-    """A difference of log-sum-exps in fp32 would be off by up to 1e-6 here."""
-    student = make_logits("plain")[0]
-    teacher = student + 1e-3 * make_logits("flat")[0] + 7  # the shift makes the log-sums differ
-    pair = (student, teacher)
-    ((loss, _),) = sharded_divergence(LAYOUTS["unequal"], [pair], kind, torch.ones(12))
-    want = dense.divergence(*pair, kind, SIZE, beta=0.3, alpha=0.2)
-    assert want.max() < 1e-7
-    torch.testing.assert_close(loss.double(), want, rtol=0, atol=1e-7)
-
-
-def test_divergence_refuses_what_it_does_not_know():
-    student, teacher = make_logits("plain")
-    shard = VocabShard(0, PADDED, None, SIZE)
-    with pytest.raises(ValueError, match="kind is 'mse': must be one of reverse_kl, forward_kl"):
-        divergence(student, teacher, shard, "mse")
-    with pytest.raises(ValueError, match=r"beta is 1.0: must be inside \(0, 1\)"):
-        divergence(student, teacher, shard, "jsd", beta=1.0)
-
-
-# ------------------------------------------------------------- divergences of hidden states
-
-
-def make_heads(rows: int = 11, seed: int = 0, dtype=torch.float32):
-    """Student and teacher hidden states (of other widths) and heads, nan where padded."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = ((rows, 24), (PADDED, 24), (rows, 40), (PADDED, 40))
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes]
-    for weight in tensors[1::2]:
-        weight[SIZE:] = torch.nan
-        weight *= 0.5
-    return [t.to(dtype) for t in tensors]
+from megatron_taopd.parallel.vocab import heads as vocab_heads
 
 
 def dense_linear_divergence(heads, kind, row_weight):
@@ -299,17 +40,6 @@ def dense_linear_divergence(heads, kind, row_weight):
     losses = dense.divergence(hidden @ weight[:SIZE].t(), teacher, kind)
     (losses * row_weight.double()).sum().backward()
     return losses.detach(), hidden.grad, weight.grad
-
-
-def local_heads(heads, shard):
-    hidden, weight, teacher_hidden, teacher_weight = heads
-    here = slice(shard.start, shard.stop)
-    return (
-        hidden.clone().requires_grad_(),
-        weight[here].clone().requires_grad_(),
-        teacher_hidden,
-        teacher_weight[here],
-    )
 
 
 def linear_divergence_on_rank(bounds, heads, kind, chunk_rows, row_weight, at_once):
@@ -324,6 +54,7 @@ def linear_divergence_on_rank(bounds, heads, kind, chunk_rows, row_weight, at_on
     return loss.detach(), local[0].grad / 3, local[1].grad / 3
 
 
+@on_every_layout
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_linear_divergence_matches_the_oracle_on_every_layout(bounds, kind, at_once):
@@ -383,30 +114,31 @@ class ReduceFromGroup(torch.autograd.Function):
         return grad
 
 
-def tied_on_rank(bounds, embedding, tokens, teacher_hidden, teacher_weight, at_once):
+def tied_on_rank(bounds, embedding, tokens, teacher_hidden, teacher_weight, kind, at_once):
     shard = shard_of(bounds)
     weight = embedding[shard.start : shard.stop].clone().requires_grad_()
     local = torch.nn.functional.one_hot(tokens, PADDED)[:, shard.start : shard.stop].float()
     hidden = CopyToGroup.apply(ReduceFromGroup.apply(local @ weight).tanh())
     row_weight = torch.ones(len(tokens)) if at_once else None
     teacher = (teacher_hidden, teacher_weight[shard.start : shard.stop])
-    linear_divergence(hidden, weight, *teacher, shard, "reverse_kl", 4, row_weight).sum().backward()
+    linear_divergence(hidden, weight, *teacher, shard, kind, 4, row_weight).sum().backward()
     return weight.grad
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_gradients_meet_in_a_tied_embedding(at_once):
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_gradients_meet_in_a_tied_embedding(kind, at_once):
     _, embedding, teacher_hidden, teacher_weight = make_heads()
     embedding = embedding.nan_to_num(0.0)  # one row is looked up by a matrix product here
     tokens = torch.tensor([3, 70, 3, 20, 89, 0, 50, 51, 20, 7, 88])
     exact = embedding.double().requires_grad_()
     student = exact[tokens].tanh() @ exact[:SIZE].t()
     teacher = teacher_hidden.double() @ teacher_weight[:SIZE].double().t()
-    dense.divergence(student, teacher).sum().backward()
-    for bounds in LAYOUTS["one"], LAYOUTS["quarters"]:
+    dense.divergence(student, teacher, kind).sum().backward()
+    for bounds in LAYOUTS["one"], LAYOUTS["halves"], LAYOUTS["quarters"]:
         by_rank = run_ranks(
             len(bounds) - 1,
-            tied_on_rank, bounds, embedding, tokens, teacher_hidden, teacher_weight, at_once,
+            tied_on_rank, bounds, embedding, tokens, teacher_hidden, teacher_weight, kind, at_once,
         )  # fmt: skip
         torch.testing.assert_close(torch.cat(by_rank).double(), exact.grad, rtol=1e-5, atol=2e-6)
 
@@ -467,8 +199,13 @@ def test_bf16_heads_give_fp32_logits():
 
 def test_no_more_than_chunk_rows_of_logits_ever_exist(monkeypatch):
     seen = []
-    project = vocab._logits
-    monkeypatch.setattr(vocab, "_logits", lambda h, w: seen.append(len(h)) or project(h, w))
+
+    class Recorded(vocab_heads._Projection):
+        def __call__(self, rows):
+            seen.append(rows.stop - rows.start)
+            return super().__call__(rows)
+
+    monkeypatch.setattr(vocab_heads, "_Projection", Recorded)
     heads, shard = make_heads(rows=10), VocabShard(0, PADDED, None, SIZE)
     score_hidden(*heads, 4, shard, chunk_rows=4)
     assert seen == [4, 4] * 2 + [2, 2]
@@ -491,7 +228,7 @@ def test_one_backward_pass_when_gradients_are_formed_at_once():
 
 
 def test_without_grad_no_gradient_is_formed(monkeypatch):
-    monkeypatch.setattr(vocab, "_HeadGradients", None)
+    monkeypatch.setattr(vocab_heads, "_HeadGradients", None)
     shard = VocabShard(0, PADDED, None, SIZE)
     local = local_heads(make_heads(), shard)
     with torch.no_grad():
@@ -499,6 +236,79 @@ def test_without_grad_no_gradient_is_formed(monkeypatch):
     frozen = [t.detach() for t in local]
     assert torch.equal(linear_divergence(*frozen, shard, "reverse_kl", 4, torch.ones(11)), loss)
     assert not loss.requires_grad
+
+
+# ---------------------------------------------------------------- absent ids, and top-K teachers
+
+ABSENT = torch.tensor([0, 3, 47, 48, 89])
+
+
+def absent_on_rank(bounds, heads, kind):
+    shard = replace(shard_of(bounds), absent=ABSENT)
+    local = local_heads(heads, shard)
+    losses = linear_divergence(*local, shard, kind, 4)
+    losses.sum().backward()
+    scores = score_hidden(*local, 16, shard, chunk_rows=4)
+    tokens = torch.full((len(losses),), 47)
+    log_probs = token_log_probs(*local[:2], tokens, shard).detach()
+    return losses.detach(), local[0].grad, local[1].grad, scores, log_probs
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("layout", ["one", "unequal", "quarters"])
+def test_absent_ids_take_part_in_nothing(layout, kind):
+    heads = make_heads()
+    present = [v for v in range(SIZE) if v not in ABSENT]
+    exact = [t.double().requires_grad_() for t in heads]
+    student, teacher = exact[0] @ exact[1][present].t(), exact[2] @ exact[3][present].t()
+    want = dense.divergence(student, teacher.detach(), kind)
+    want.sum().backward()
+    by_rank = run_ranks(len(LAYOUTS[layout]) - 1, absent_on_rank, LAYOUTS[layout], heads, kind)
+    losses, _, _, scores, log_probs = by_rank[0]
+    torch.testing.assert_close(losses.double(), want.detach(), rtol=2e-6, atol=2e-7)
+    hidden_grad = sum(h for _, h, _, _, _ in by_rank)
+    torch.testing.assert_close(hidden_grad.double(), exact[0].grad, rtol=1e-5, atol=2e-6)
+    weight_grad = torch.cat([w for _, _, w, _, _ in by_rank])
+    torch.testing.assert_close(weight_grad.double(), exact[1].grad, rtol=1e-5, atol=2e-6)
+    compatibility = dense.compatibility(student.detach(), teacher.detach(), 16)
+    torch.testing.assert_close(scores.compatibility.double(), compatibility, rtol=1e-5, atol=1e-6)
+    assert (log_probs == -torch.inf).all()
+
+
+def make_reports(heads, k: int = 6):
+    """The top-K of the teacher's head, whose columns from SIZE on are ids of its own."""
+    teacher = heads[2] @ heads[3].nan_to_num(0.3).t()
+    log_probs, ids = teacher.log_softmax(1).topk(k, dim=1)
+    return ids, log_probs
+
+
+def topk_on_rank(bounds, heads, reports, kind, chunk_rows, row_weight, at_once):
+    shard = shard_of(bounds)
+    student = local_heads(heads, shard)[:2]
+    weights = row_weight if at_once else None
+    loss = linear_topk_divergence(*student, *reports, shard, kind, chunk_rows, weights)
+    (3 * loss).backward(None if at_once else row_weight)
+    return loss.detach(), student[0].grad / 3, student[1].grad / 3
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@on_every_layout
+def test_linear_topk_divergence_matches_the_oracle(bounds, kind, at_once):
+    heads, row_weight = make_heads(), torch.linspace(-0.5, 1, 11)
+    reports = make_reports(heads)
+    hidden, weight = (t.double().requires_grad_() for t in heads[:2])
+    want = dense.topk_divergence(hidden @ weight[:SIZE].t(), *reports, kind, SIZE)
+    (want * row_weight.double()).sum().backward()
+    by_rank = run_ranks(
+        len(bounds) - 1, topk_on_rank, bounds, heads, reports, kind, 4, row_weight, at_once
+    )
+    value = want.detach() if not at_once else (want.detach() * row_weight).sum()
+    torch.testing.assert_close(by_rank[0][0].double(), value, rtol=2e-6, atol=1e-6)
+    hidden_grad = sum(h for _, h, _ in by_rank)
+    torch.testing.assert_close(hidden_grad.double(), hidden.grad, rtol=1e-5, atol=3e-6)
+    weight_grad = torch.cat([w for _, _, w in by_rank])
+    torch.testing.assert_close(weight_grad.double(), weight.grad, rtol=1e-5, atol=3e-6)
 
 
 # ------------------------------------------------------------------------------------- token log p
@@ -513,6 +323,7 @@ def token_log_probs_on_rank(bounds, hidden, weight, tokens, grad):
     return log_probs.detach(), hidden.grad, weight.grad
 
 
+@on_every_layout
 def test_token_log_probs_match_the_oracle_on_every_layout(bounds):
     hidden, weight, _, _ = make_heads()
     tokens = torch.tensor([0, 4, 5, 6, 7, 24, 47, 48, 72, 88, 89])
@@ -585,6 +396,11 @@ def communication_on_rank(bounds, heads, k):
                 )
             )
             calls[f"{name} backward"] = record_collectives(losses[0].backward)
+    reports, losses = (torch.zeros(len(hidden), k, dtype=torch.int64),) * 2, []
+    calls["topk"] = record_collectives(
+        lambda: losses.append(linear_topk_divergence(hidden, weight, *reports, shard, "jsd", 4))
+    )
+    calls["topk backward"] = record_collectives(losses[0].sum().backward)
     calls["tokens"] = record_collectives(lambda: token_log_probs(hidden, weight, tokens, shard, 4))
     log_probs = token_log_probs(hidden, weight, tokens, shard, 4).sum()
     calls["tokens backward"] = record_collectives(log_probs.backward)
@@ -595,7 +411,7 @@ def test_collectives_and_their_bytes():
     """11 rows in chunks of 4, 4, 3; the same on all ranks, whatever their number of columns."""
     k = 16
     by_rank = run_ranks(2, communication_on_rank, LAYOUTS["unequal"], make_heads(), k)
-    per_row = {"score": [24 * k + 24], "tokens": [12]}
+    per_row = {"score": [24 * k + 24], "topk": [4 * k + 8], "tokens": [12]}
     for kind in DIVERGENCES:
         per_row[kind] = [20] if kind in ("reverse_kl", "forward_kl") else [16, 8]
         per_row[f"{kind} at once"] = per_row[kind]
@@ -634,3 +450,34 @@ def test_no_rows_are_no_loss_no_gradient_and_no_communication():
             assert hidden_grad.shape == (0, 24)
             assert weight_grad.shape == (48, 24), start
             assert (weight_grad == 0).all()
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def test_a_byte_budget_gives_rows():
+    assert rows_within(1 << 30, 151_936) == 704  # in tiles of 64
+    assert rows_within(1 << 30, 151_936 // 8) == 5632
+    assert rows_within(50_000_000, 151_936) == 32
+    assert rows_within(1, 151_936) == 1
+
+
+@pytest.mark.parametrize("rows", [64, 1024])
+def test_memory_does_not_grow_with_the_rows(rows):
+    """Beyond inputs and gradients: logits of a chunk of both models, and a few rows more."""
+    generator = torch.Generator().manual_seed(0)
+    width, chunk_rows = 20_000, 32
+    heads = [torch.randn(s, generator=generator) for s in ((rows, 8), (width, 8)) * 2]
+    shard = VocabShard(0, width, None, width)
+    logits_bytes = 2 * chunk_rows * width * 4
+    with peak_memory() as scoring:
+        score_hidden(*heads, 16, shard, chunk_rows)
+    assert logits_bytes <= scoring.peak <= 1.5 * logits_bytes
+    for kind in DIVERGENCES:
+        for row_weight in (None, torch.ones(rows)):
+            student = [t.clone().requires_grad_() for t in heads[:2]]
+            with peak_memory() as loss:
+                linear_divergence(
+                    *student, *heads[2:], shard, kind, chunk_rows, row_weight
+                ).sum().backward()
+            assert loss.temporaries <= 2.5 * logits_bytes, kind

@@ -1,0 +1,298 @@
+"""Divergences of rows of logits: values in one or two small all-gathers, gradients in none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.parallel.vocab import reductions
+from megatron_taopd.parallel.vocab.reductions import Normalizers
+from megatron_taopd.parallel.vocab.shard import VocabShard
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl")
+
+# What fp32 log-probabilities leave of 1 − Σ p when they cover a row.
+SMALLEST_TAIL = 1e-6
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One kind of divergence of rows of logits: its value, and its gradient in the student's.
+
+    With m = w·p_T + (1−w)·p_S the kinds are
+
+        reverse_kl          KL(p_S ‖ p_T)
+        forward_kl          KL(p_T ‖ p_S)
+        jsd                 w·KL(p_T ‖ m) + (1−w)·KL(p_S ‖ m)       w = beta
+        skewed_reverse_kl   KL(p_S ‖ m)                             w = 1 − alpha
+
+    and all gradients but forward KL's (p_S − p_T) are p_S·(h − E[h]), E being under p_S, with
+
+        reverse_kl          h = log(p_S/p_T)                        E[h] = the loss
+        jsd                 h = (1−w)·log(p_S/m)
+        skewed_reverse_kl   h = log(p_S/m) − (1−w)·p_S/m
+
+    so that a row's two normalisers and E[h], known from the forward pass, leave nothing to
+    communicate in the backward pass.
+    """
+
+    shard: VocabShard
+    kind: str = "reverse_kl"
+    beta: float = 0.5
+    alpha: float = 0.1
+
+    def __post_init__(self):
+        if self.kind not in DIVERGENCES:
+            raise ValueError(f"kind is {self.kind!r}: must be one of {', '.join(DIVERGENCES)}")
+        for name in ("beta", "alpha"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be inside (0, 1)")
+
+    @property
+    def teacher_share(self) -> float:
+        return self.beta if self.kind == "jsd" else 1 - self.alpha
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [R], and [R, 5] what the gradient needs: the normalisers and E[h].
+
+        Args:
+            student, teacher: [R, width] logits of the columns that take part.
+        """
+        dtype = student.dtype
+        of_shard = _normalizers(
+            *reductions.log_normalizer(student).split(1, dim=1),
+            *reductions.log_normalizer(teacher).split(1, dim=1),
+            dtype=dtype,
+        )
+        sent = [*of_shard]
+        if self.kind in ("reverse_kl", "forward_kl"):
+            sent.append(reductions.kl_within(self.kind, student, teacher, of_shard)[:, None])
+        gathered = self.shard.all_gather(torch.cat(sent, dim=1)).double().unbind(2)
+        student_tops, teacher_tops, log_sums, excesses = gathered[:4]
+        student_top, log_sum, student_mass = merge_normalizers(student_tops, log_sums)
+        teacher_top, teacher_log_sum, teacher_mass = merge_normalizers(
+            teacher_tops, log_sums - excesses
+        )
+        merged = (student_top, log_sum, teacher_top, teacher_log_sum)
+        normalizers = _normalizers(*(part[:, None] for part in merged), dtype=dtype)
+
+        if self.kind == "reverse_kl":
+            loss = mean = _chain_rule(student_mass, teacher_mass, gathered[4])
+        elif self.kind == "forward_kl":
+            loss = mean = _chain_rule(teacher_mass, student_mass, gathered[4])
+        else:
+            sums = reductions.mixture_sums(
+                self.kind, self.teacher_share, student, teacher, normalizers
+            )
+            student_kl, other = self.shard.all_gather(sums).double().sum(0).unbind(1)
+            loss, mean = student_kl, other
+            if self.kind == "jsd":
+                mean = (1 - self.beta) * student_kl
+                loss = self.beta * other + mean
+        return loss.to(dtype), torch.cat([*normalizers, mean[:, None].to(dtype)], dim=1)
+
+    def gradient(
+        self, student: Tensor, teacher: Tensor, saved: Tensor, grad: Tensor, out: Tensor
+    ) -> Tensor:
+        """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
+        *normalizers, mean = saved.split(1, dim=1)
+        return reductions.logits_gradient(
+            self.kind,
+            self.teacher_share,
+            student,
+            teacher,
+            Normalizers(*normalizers),
+            mean,
+            grad,
+            out,
+        )
+
+
+def _normalizers(student_top, log_sum, teacher_top, teacher_log_sum, dtype) -> Normalizers:
+    parts = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
+    return Normalizers(*(part.to(dtype) for part in parts))
+
+
+def merge_normalizers(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[tp, R] float64 of the shards → those of the whole rows [R], and log p(shard) [tp, R]."""
+    top = tops.amax(0)
+    log_totals = tops - top + log_sums
+    log_sum = log_totals.logsumexp(0)
+    return top, log_sum, log_totals - log_sum
+
+
+def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
+    """[R] KL(p ‖ q) from the log masses of the shards and the KLs within them, [tp, R] each.
+
+    KL = Σ_shards p(shard)·(log p(shard) − log q(shard) + KL within), in which no term is big when
+    the distributions are close, as the terms of Σ p·(z_p − z_q) − log Z_p + log Z_q would be.
+    """
+    return reductions.weighted_sum(log_p.exp().t(), (log_p - log_q + within).t())
+
+
+@dataclass(frozen=True)
+class TopkDivergence:
+    """`Divergence` over K+1 events: each id that the teacher reports, and any other id, the tail.
+
+    As a row of K+1 logits u (the ids' own, the tail's log-sum-exp) the student's distribution is
+    one that `Divergence` knows; a column v of event b then gets du_b · exp(z_v − u_b), which is
+    du_b for the only column of an id.
+    """
+
+    events: Divergence
+    shard: VocabShard
+
+    @classmethod
+    def of(cls, shard: VocabShard, k: int, kind: str, beta: float, alpha: float) -> TopkDivergence:
+        whole = VocabShard(0, k + 1, None, k + 1)
+        return cls(Divergence(whole, kind, beta, alpha), shard)
+
+    def forward(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss [R], and [R, K+3] what the gradient needs: du, and the tail's normaliser.
+
+        Args:
+            student: [R, width] logits.
+            targets: [R, K] ids and the teacher's log-probabilities of them.
+        """
+        ids, log_probs = targets
+        columns, here = self._columns(ids)
+        ids_logits = student.new_full(ids.shape, -torch.inf)
+        if student.shape[1]:
+            ids_logits = student.gather(1, columns).masked_fill_(~here, -torch.inf)
+        tail = reductions.log_normalizer(self._without_ids(student.clone(), columns, here))
+        gathered = self.shard.all_gather(torch.cat([tail.to(student.dtype), ids_logits], dim=1))
+        tail_tops, tail_log_sums = gathered[..., 0].double(), gathered[..., 1].double()
+        tail_top, tail_log_sum, _ = merge_normalizers(tail_tops, tail_log_sums)
+        ids_logits = gathered[..., 2:].double().amax(0)
+        top = torch.maximum(tail_top, ids_logits.amax(1))
+        tail_logit = tail_top - top + tail_log_sum
+        u = torch.cat([ids_logits - top[:, None], tail_logit[:, None]], dim=1)
+
+        loss, saved = self.events.forward(u, self._teacher(ids, log_probs))
+        du = self.events.gradient(
+            u, self._teacher(ids, log_probs), saved, u.new_ones(len(u)), torch.empty_like(u)
+        )
+        parts = [du, tail_top[:, None], tail_log_sum[:, None]]
+        return loss.to(student.dtype), torch.cat(parts, dim=1).to(student.dtype)
+
+    def gradient(
+        self, student: Tensor, targets: tuple, saved: Tensor, grad: Tensor, out: Tensor
+    ) -> Tensor:
+        """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
+        columns, here = self._columns(targets[0])
+        k = columns.shape[1]
+        du = saved[:, : k + 1] * grad[:, None]
+        tail_top, tail_log_sum = saved[:, k + 1 :].split(1, dim=1)
+        logits = self._without_ids(student if out is student else student.clone(), columns, here)
+        logits.sub_(tail_top).sub_(tail_log_sum).exp_().mul_(du[:, k:])
+        if student.shape[1]:
+            logits.scatter_add_(1, columns, du[:, :k].masked_fill(~here, 0))
+        return logits if out is student else out.copy_(logits)
+
+    def _columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, K] this shard's columns of ids, 0 for ids elsewhere; and which ids are here."""
+        columns = ids - self.shard.start
+        here = (columns >= 0) & (columns < self.shard.width)
+        return columns.masked_fill(~here, 0), here
+
+    def _without_ids(self, logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
+        """Their columns become −inf, in place."""
+        if logits.shape[1] == 0:
+            return logits
+        bound = logits.new_full(columns.shape, torch.inf).masked_fill_(here, -torch.inf)
+        return logits.scatter_reduce_(1, columns, bound, "amin")
+
+    def _teacher(self, ids: Tensor, log_probs: Tensor) -> Tensor:
+        """[R, K+1] float64 log masses of the events; of ids that do not take part, none."""
+        log_probs = log_probs.double()
+        tail = (1 - log_probs.exp().sum(1, keepdim=True)).clamp_(min=SMALLEST_TAIL).log_()
+        known = (ids >= 0) & (ids < self.shard.size)
+        if self.shard.absent is not None:
+            known &= ~torch.isin(ids, self.shard.absent.to(ids.device))
+        return torch.cat([log_probs.masked_fill(~known, -torch.inf), tail], dim=1)
+
+
+class _OfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, targets, divergence):
+        loss, saved = divergence.forward(student, targets)
+        ctx.save_for_backward(student, saved)
+        ctx.targets, ctx.divergence = targets, divergence
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        student, saved = ctx.saved_tensors
+        out = torch.empty_like(student)
+        return ctx.divergence.gradient(student, ctx.targets, saved, grad, out), None, None
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    shard: VocabShard,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """[R] the divergence of each row over the common vocabulary, in nats (Eq. 6).
+
+    reverse_kl is KL(p_S ‖ p_T), forward_kl is KL(p_T ‖ p_S), jsd is β·KL(p_T ‖ m) +
+    (1−β)·KL(p_S ‖ m) with m = β·p_T + (1−β)·p_S, and skewed_reverse_kl is KL(p_S ‖ m) with
+    m = α·p_S + (1−α)·p_T. The teacher is a constant. A probability of exactly 0 (logit −inf)
+    contributes 0; where only the second argument of a KL has it, that KL is +inf.
+
+    Args:
+        student_logits, teacher_logits: [R, V] this rank's columns. fp32, or float64 throughout;
+            narrower ones are widened to fp32.
+
+    Collectives: forward, one all-gather of 20 bytes a row and rank; for jsd and skewed_reverse_kl
+    two, of 16 and 8 bytes. Backward, none.
+
+    Raises:
+        ValueError: an unknown kind; beta or alpha outside (0, 1).
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    return _OfLogits.apply(
+        shard.columns(student_logits).to(wide),
+        shard.columns(teacher_logits.detach()).to(wide),
+        Divergence(shard, kind, beta, alpha),
+    )
+
+
+def topk_divergence(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    shard: VocabShard,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """[R] `divergence` from a teacher that reports its top-K only, in nats.
+
+    The distributions compared are those of K+1 events: each reported id, and all other ids
+    together. Merging events can only shrink a divergence, so this is a lower bound of the one over
+    the whole vocabulary, equal to it where teacher and student agree within the tail.
+
+    Args:
+        student_logits: [R, V] this rank's columns.
+        teacher_ids: [R, K] int64 global ids, all different within a row; negative ones, those
+            ≥ shard.size and absent ones are left out, and the rest is renormalised.
+        teacher_log_probs: [R, K] of these ids over the teacher's whole vocabulary (natural log;
+            −inf in places that are not used). The tail has what they leave of 1, at least 1e-6.
+
+    Collectives: forward, one all-gather of 4K+8 bytes a row and rank. Backward, none.
+
+    Raises:
+        ValueError: an unknown kind; beta or alpha outside (0, 1).
+    """
+    wide = torch.promote_types(student_logits.dtype, torch.float32)
+    return _OfLogits.apply(
+        shard.columns(student_logits).to(wide),
+        (teacher_ids, teacher_log_probs.detach()),
+        TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha),
+    )

@@ -1,0 +1,377 @@
+"""Scores and losses from hidden states: the heads, a bounded number of rows at a time.
+
+Three matmuls a row and model are all that a head needs (one for the teacher's and for scores): bf16
+operands, fp32 accumulation and output. Gradients of the weight add up over the chunks in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.parallel.vocab import reductions
+from megatron_taopd.parallel.vocab.divergences import (
+    Divergence,
+    TopkDivergence,
+    merge_normalizers,
+)
+from megatron_taopd.parallel.vocab.scores import check_k, local_candidates, merge_candidates
+from megatron_taopd.parallel.vocab.shard import VocabShard
+from megatron_taopd.types import TokenScores
+
+# Per row and column of a shard: fp32 logits of both models, and on CUDA a narrow gradient.
+_BYTES_PER_LOGIT = 4 + 4 + 2
+_WEIGHT_BLOCK = 8192  # rows of a head that are widened, or whose gradient is formed, at a time
+
+
+def rows_within(budget_bytes: int, num_columns: int) -> int:
+    """How many rows' logits of both models fit the budget, at least one.
+
+    All ranks of a group must come to the same number, as every chunk is a collective: num_columns
+    is that of the widest shard.
+    """
+    rows = budget_bytes // (_BYTES_PER_LOGIT * max(1, num_columns))
+    return max(1, rows // 64 * 64 or rows)
+
+
+def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    assert chunk_rows > 0, chunk_rows
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, num_rows))
+
+
+def _is_narrow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+class _Projection:
+    """Logits of the rows asked for, of the columns of one shard, at least fp32.
+
+    On the CPU they lie in one buffer, so that each answer overwrites the one before.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, chunk_rows: int):
+        self.hidden, self.weight, self.shard = hidden, shard.rows(weight), shard
+        self.buffer = None
+        if not hidden.is_cuda:
+            rows = min(chunk_rows, len(hidden))
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            self.buffer = hidden.new_empty(rows, len(self.weight), dtype=wide)
+
+    def __call__(self, rows: slice) -> Tensor:
+        hidden = self.hidden[rows]
+        if self.buffer is None:
+            narrow = _is_narrow(hidden.dtype)
+            logits = torch.mm(
+                hidden, self.weight.t(), **({"out_dtype": torch.float32} if narrow else {})
+            )
+        else:
+            logits = self.buffer[: len(hidden)]
+            if _is_narrow(hidden.dtype):  # the head is widened block by block, never as a whole
+                hidden = hidden.float()
+                for start in range(0, len(self.weight), _WEIGHT_BLOCK):
+                    block = slice(start, start + _WEIGHT_BLOCK)
+                    logits[:, block] = hidden @ self.weight[block].float().t()
+            else:
+                torch.mm(hidden, self.weight.t(), out=logits)
+        if self.shard.absent_columns is not None:
+            logits.index_fill_(1, self.shard.absent_columns.to(logits.device), -torch.inf)
+        return logits
+
+
+# ----------------------------------------------------------------------------------------- scores
+
+
+@torch.no_grad()
+def score_hidden(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    k: int,
+    shard: VocabShard,
+    chunk_rows: int,
+    return_ids: bool = False,
+) -> TokenScores:
+    """`score_rows` of hidden states: logits exist for chunk_rows rows at a time only.
+
+    Args:
+        student_hidden: [R, D_s], and teacher_hidden: [R, D_t], the same rows on every rank.
+        student_weight: [V, D_s], and teacher_weight: [V, D_t], this rank's rows of the heads.
+
+    Memory: logits of chunk_rows rows of both models.
+
+    Collectives: for every chunk, one all-gather of 24K+24 bytes a row and rank.
+
+    Raises:
+        ValueError: k is not within 1 … shard.size.
+    """
+    check_k(k, shard)
+    student = _Projection(student_hidden, student_weight, shard, chunk_rows)
+    teacher = _Projection(teacher_hidden, teacher_weight, shard, chunk_rows)
+    scores = []
+    for rows in list(_chunks(len(student_hidden), chunk_rows)) or [slice(0, 0)]:
+        local = local_candidates(student(rows).float(), teacher(rows).float(), k, shard.start)
+        scores.append(merge_candidates(shard.all_gather(local), k, return_ids))
+    return TokenScores.cat(scores)
+
+
+# ----------------------------------------------------------------------------------------- losses
+
+
+@dataclass(frozen=True)
+class _TokenLogProb:
+    """The log-probability of one given token a row."""
+
+    shard: VocabShard
+
+    def forward(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        columns, here = self._columns(tokens)
+        token_logit = logits.new_full((len(logits), 1), -torch.inf)
+        if logits.shape[1]:
+            token_logit = logits.gather(1, columns).masked_fill_(~here, -torch.inf)
+        sent = torch.cat([reductions.log_normalizer(logits).to(logits.dtype), token_logit], dim=1)
+        tops, log_sums, token_logits = self.shard.all_gather(sent).double().unbind(2)
+        top, log_sum, _ = merge_normalizers(tops, log_sums)
+        log_probs = token_logits.amax(0) - top - log_sum
+        return log_probs.to(logits.dtype), torch.stack([top, log_sum], dim=1).to(logits.dtype)
+
+    def gradient(
+        self, logits: Tensor, tokens: Tensor, saved: Tensor, grad: Tensor, out: Tensor
+    ) -> Tensor:
+        """grad·(1[v = token] − p(v))."""
+        columns, here = self._columns(tokens)
+        top, log_sum = saved.split(1, dim=1)
+        logits.sub_(top).sub_(log_sum).exp_().mul_(-grad[:, None])
+        if logits.shape[1]:
+            logits.scatter_add_(1, columns, grad[:, None].masked_fill(~here, 0))
+        return logits if out is logits else out.copy_(logits)
+
+    def _columns(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, 1] this shard's column of each token, 0 for tokens elsewhere; and which are here."""
+        columns = (tokens - self.shard.start)[:, None]
+        here = (columns >= 0) & (columns < self.shard.width)
+        return columns.masked_fill(~here, 0), here
+
+
+class _HeadGradients:
+    """Gradients of hidden [R, D] and weight [V, D], filled chunk by chunk where they are needed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, needed: tuple):
+        wide = torch.promote_types(weight.dtype, torch.float32)  # chunks add up in fp32
+        self.inputs, self.head = hidden, shard.rows(weight)
+        self.hidden = torch.empty_like(hidden) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        self.narrow = _is_narrow(weight.dtype)
+
+    def buffer(self, logits: Tensor) -> Tensor:
+        """Where the gradient of these logits is to be written: in their place, unless it is to be
+        an operand of another dtype."""
+        if self.narrow and logits.is_cuda:
+            return torch.empty_like(logits, dtype=self.head.dtype)
+        return logits
+
+    def add(self, logits_grad: Tensor, rows: slice) -> None:
+        """Args: logits_grad: [n, V] of these rows, as it was written to `buffer`."""
+        inputs = self.inputs[rows]
+        blocks = [*range(0, len(self.head), _WEIGHT_BLOCK)] if self.narrow else [0]
+        if self.hidden is not None and (logits_grad.is_cuda or not self.narrow):
+            self.hidden[rows] = logits_grad @ self.head
+        elif self.hidden is not None:
+            pairs = zip(
+                logits_grad.split(_WEIGHT_BLOCK, dim=1), self.head.split(_WEIGHT_BLOCK), strict=True
+            )
+            self.hidden[rows] = sum(grad @ head.float() for grad, head in pairs)
+        if self.weight is None:
+            return
+        total = self.weight[: len(self.head)]
+        if self.narrow and logits_grad.is_cuda:  # a block at a time: the product is not in place
+            for start in blocks:
+                block = slice(start, start + _WEIGHT_BLOCK)
+                total[block] += torch.mm(logits_grad[:, block].t(), inputs, out_dtype=torch.float32)
+        else:
+            total.addmm_(logits_grad.t(), inputs.to(logits_grad.dtype))
+
+    def get(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.hidden, None if self.weight is None else self.weight.to(self.head.dtype)
+
+
+class _Head(torch.autograd.Function):
+    """hidden [R, D] → logits → a value a row [R], or Σ row_weight·value, chunk by chunk.
+
+    Without row_weight the backward pass computes the logits again. With it, a chunk's gradient is
+    formed while its logits are there; only one factor, the gradient of the sum, comes later.
+
+    `open_targets()` gives a function from a slice of rows to what `value` compares their logits
+    with. It is called anew for each pass, since it may hold a buffer.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, value, open_targets, shard, chunk_rows, row_weight):
+        needed = ctx.needs_input_grad[:2]
+        at_once = row_weight is not None and any(needed)
+        grads = _HeadGradients(hidden, weight, shard, needed) if at_once else None
+        project, targets = _Projection(hidden, weight, shard, chunk_rows), open_targets()
+        values = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
+        saved = []
+        for rows in _chunks(len(hidden), chunk_rows):
+            logits, chunk_targets = project(rows), targets(rows)
+            chunk_values, chunk_saved = value.forward(logits, chunk_targets)
+            values.append(chunk_values)
+            if at_once:
+                grad, out = row_weight[rows].to(logits.dtype), grads.buffer(logits)
+                grads.add(value.gradient(logits, chunk_targets, chunk_saved, grad, out), rows)
+            else:
+                saved.append(chunk_saved)
+        ctx.at_once = row_weight is not None
+        if ctx.at_once:
+            ctx.save_for_backward(*(grads.get() if grads else ()))
+            return torch.cat(values).mul_(row_weight).sum()
+        ctx.save_for_backward(hidden, weight, *saved)
+        ctx.value, ctx.open_targets, ctx.shard, ctx.chunk_rows = (
+            value, open_targets, shard, chunk_rows,
+        )  # fmt: skip
+        return torch.cat(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.at_once:
+            # In place: the head's gradient is as large as the head. (A second backward pass through
+            # the same graph is refused by autograd, which sees that a saved tensor has changed.)
+            hidden_grad, weight_grad = (g if g is None else g.mul_(grad) for g in ctx.saved_tensors)
+            return hidden_grad, weight_grad, None, None, None, None, None
+        hidden, weight, *saved = ctx.saved_tensors
+        grads = _HeadGradients(hidden, weight, ctx.shard, ctx.needs_input_grad[:2])
+        project = _Projection(hidden, weight, ctx.shard, ctx.chunk_rows)
+        targets = ctx.open_targets()
+        chunks = _chunks(len(hidden), ctx.chunk_rows)
+        for rows, chunk_saved in zip(chunks, saved, strict=True):
+            logits = project(rows)
+            out = grads.buffer(logits)
+            grads.add(ctx.value.gradient(logits, targets(rows), chunk_saved, grad[rows], out), rows)
+        return *grads.get(), None, None, None, None, None
+
+
+def _through_head(
+    hidden, weight, value, open_targets, shard, chunk_rows, row_weight=None
+) -> Tensor:
+    if not torch.is_grad_enabled():  # which needs_input_grad does not tell
+        hidden, weight = hidden.detach(), weight.detach()
+    return _Head.apply(hidden, weight, value, open_targets, shard, chunk_rows, row_weight)
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    shard: VocabShard,
+    kind: str = "reverse_kl",
+    chunk_rows: int = 1024,
+    row_weight: Tensor | None = None,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """`divergence` of hidden states: logits exist for chunk_rows rows at a time only.
+
+    Differentiable in student_hidden and student_weight. The gradient of student_hidden is this
+    shard's part of the sum over the vocabulary: **the caller adds the parts up over the group**
+    (Megatron's copy to the tensor-parallel region does). The gradient of student_weight is
+    complete. The teacher is a constant.
+
+    Args:
+        student_hidden: [R, D_s], and teacher_hidden: [R, D_t], the same rows on every rank of the
+            group; possibly none.
+        student_weight: [V, D_s], and teacher_weight: [V, D_t], this rank's rows of the heads, each
+            in the dtype of its hidden states.
+        kind, beta, alpha: as for `divergence`.
+        row_weight: [R], constants. With them, gradients are formed in the forward pass, nothing is
+            computed twice, and one backward pass is possible.
+
+    Returns:
+        [R] fp32 divergences in nats; with row_weight the scalar Σ row_weight·divergence.
+
+    Memory: logits of chunk_rows rows of both models, in whose place the gradient is formed.
+
+    Collectives: for every chunk those of `divergence`; none in the backward pass.
+
+    Raises:
+        ValueError: an unknown kind; beta or alpha outside (0, 1).
+    """
+    value = Divergence(shard, kind, beta, alpha)
+    teacher = (teacher_hidden.detach(), teacher_weight.detach(), shard, chunk_rows)
+    return _through_head(
+        student_hidden,
+        student_weight,
+        value,
+        partial(_Projection, *teacher),
+        shard,
+        chunk_rows,
+        row_weight,
+    )
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    shard: VocabShard,
+    kind: str = "reverse_kl",
+    chunk_rows: int = 1024,
+    row_weight: Tensor | None = None,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+) -> Tensor:
+    """`topk_divergence` of hidden states: logits exist for chunk_rows rows at a time only.
+
+    Args:
+        student_hidden, student_weight, chunk_rows, row_weight: as for `linear_divergence`, in whose
+            way it is differentiable too.
+        teacher_ids, teacher_log_probs: [R, K] as for `topk_divergence`.
+
+    Returns:
+        [R] fp32 divergences in nats; with row_weight the scalar Σ row_weight·divergence.
+
+    Collectives: for every chunk, one all-gather of 4K+8 bytes a row and rank; none in the backward
+    pass.
+
+    Raises:
+        ValueError: an unknown kind; beta or alpha outside (0, 1).
+    """
+    value = TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha)
+
+    def open_targets():
+        return lambda rows: (teacher_ids[rows], teacher_log_probs.detach()[rows])
+
+    return _through_head(
+        student_hidden, student_weight, value, open_targets, shard, chunk_rows, row_weight
+    )
+
+
+def token_log_probs(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, shard: VocabShard, chunk_rows: int = 1024
+) -> Tensor:
+    """[R] fp32 log-probability of one token a row, at temperature 1 over the common vocabulary.
+
+    −inf for tokens outside the common vocabulary. Differentiable as `linear_divergence` is without
+    row_weight: hidden gets this shard's part of its gradient.
+
+    Args:
+        hidden: [R, D].
+        weight: [V, D], this rank's rows of the head.
+        tokens: [R] int64 global ids.
+
+    Collectives: for every chunk, one all-gather of 12 bytes a row and rank; none in the backward
+    pass.
+    """
+
+    def open_targets():
+        return lambda rows: tokens[rows]
+
+    return _through_head(hidden, weight, _TokenLogProb(shard), open_targets, shard, chunk_rows)

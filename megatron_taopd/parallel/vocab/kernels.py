@@ -1,0 +1,267 @@
+"""`reductions` on CUDA, in Triton: a program a row, which reads each logit once.
+
+A program walks along its row in steps of STEP columns. Each of its lanes reduces every STEP-th
+column on its own, with a running max; the lanes are brought together at the end of the row.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS, Normalizers
+
+STEP = 4096
+NUM_WARPS = 8
+
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the max of nothing, as in the reference
+_KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "skewed_reverse_kl": 3}
+_REVERSE, _FORWARD, _JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+def _grid(*logits: Tensor) -> tuple[int]:
+    for tensor in logits:
+        assert tensor.stride(1) == 1, tensor.stride()
+    return (len(logits[0]),)
+
+
+@triton.jit
+def _row_of(logits, stride, columns, num_columns):
+    """One step of this program's row; −inf past its end."""
+    start = logits + tl.program_id(0).to(tl.int64) * stride
+    return tl.load(start + columns, mask=columns < num_columns, other=-float("inf"))
+
+
+@triton.jit
+def _scale(top, top_of_all):
+    """What exp(z − top) of a lane has to be multiplied by; 0 for a lane that has seen nothing."""
+    return tl.where(top > _LOWEST, tl.exp(tl.maximum(top - top_of_all, -200.0)), 0.0)
+
+
+@triton.jit
+def _entropy_sums_kernel(
+    logits, stride, num_columns, sums, tops, num_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, STEP)
+    top = tl.full([STEP], _LOWEST, tl.float32)
+    rest = tl.zeros([STEP], tl.float32)
+    weighted = tl.zeros([STEP], tl.float32)
+    for start in range(0, num_columns, STEP):
+        z = _row_of(logits, stride, start + lanes, num_columns)
+
+        blocks = start // BLOCK + tl.arange(0, STEP // BLOCK)
+        block_tops = tl.max(tl.reshape(z, [STEP // BLOCK, BLOCK]), axis=1)
+        tl.store(tops + row * num_blocks + blocks, block_tops, mask=blocks < num_blocks)
+
+        # The lane's max counts as a 1 that is not in `rest`. A higher logit takes its place.
+        higher = z > top
+        gap = tl.maximum(-tl.abs(z - top), -200.0)
+        weight = tl.where(z > _LOWEST, tl.exp(gap), 0.0)
+        moved = weight * (weighted + gap * (1 + rest))
+        weighted = tl.where(higher, moved, weighted + weight * gap)
+        rest = tl.where(higher, weight * (1 + rest), rest + weight)
+        top = tl.maximum(top, z)
+
+    top_of_all = tl.max(top, axis=0)
+    scale = _scale(top, top_of_all)
+    shift = tl.maximum(top - top_of_all, -200.0)
+    own_max = tl.where(lanes == tl.argmax(top, axis=0), 0.0, 1.0)
+    tl.store(sums + row * 3, top_of_all)
+    tl.store(sums + row * 3 + 1, tl.sum(scale * (rest + own_max), axis=0))
+    tl.store(sums + row * 3 + 2, tl.sum(scale * (weighted + shift * (1 + rest)), axis=0))
+
+
+def entropy_sums_and_block_tops(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`reductions._entropy_sums` and `reductions._block_tops` of [R, V] fp32 logits."""
+    num_columns = logits.shape[1]
+    num_blocks = -(-num_columns // BLOCK_COLUMNS)
+    sums = logits.new_empty(len(logits), 3)
+    tops = logits.new_empty(len(logits), num_blocks)
+    _entropy_sums_kernel[_grid(logits)](
+        logits, logits.stride(0), num_columns, sums, tops, num_blocks,
+        BLOCK=BLOCK_COLUMNS, STEP=STEP, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return sums, tops
+
+
+@triton.jit
+def _log_normalizer_kernel(logits, stride, num_columns, out, STEP: tl.constexpr):
+    lanes = tl.arange(0, STEP)
+    top = tl.full([STEP], _LOWEST, tl.float32)
+    total = tl.zeros([STEP], tl.float32)
+    for start in range(0, num_columns, STEP):
+        z = _row_of(logits, stride, start + lanes, num_columns)
+        weight = tl.where(z > _LOWEST, tl.exp(tl.maximum(-tl.abs(z - top), -200.0)), 0.0)
+        total = tl.where(z > top, total * weight + 1, total + weight)
+        top = tl.maximum(top, z)
+    top_of_all = tl.max(top, axis=0)
+    total = tl.sum((_scale(top, top_of_all) * total).to(tl.float64), axis=0)
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(out + row * 2, top_of_all.to(tl.float64))
+    tl.store(out + row * 2 + 1, total)
+
+
+def log_normalizer(logits: Tensor) -> Tensor:
+    """`reductions.log_normalizer` of [R, V] fp32 logits."""
+    out = logits.new_empty(len(logits), 2, dtype=torch.float64)
+    _log_normalizer_kernel[_grid(logits)](
+        logits, logits.stride(0), logits.shape[1], out, STEP=STEP, num_warps=NUM_WARPS
+    )
+    out[:, 1].clamp_(min=1).log_()
+    return out
+
+
+@triton.jit
+def _load(numbers, index: tl.constexpr, count: tl.constexpr):
+    """The index-th of the `count` numbers that this program's row comes with."""
+    return tl.load(numbers + tl.program_id(0).to(tl.int64) * count + index)
+
+
+@triton.jit
+def _probs(z, top, log_sum):
+    return tl.exp(z - top - log_sum)
+
+
+@triton.jit
+def _log_ratio(z_s, z_t, top_s, top_t, excess):
+    return (z_s - top_s) - (z_t - top_t) - excess
+
+
+@triton.jit
+def _bounded(ratio):
+    """`reductions._bounded`; only nan differs from itself."""
+    return tl.minimum(tl.maximum(tl.where(ratio == ratio, ratio, 0.0), -80.0), 80.0)
+
+
+@triton.jit
+def _mixture_log_ratio(ratio, weight):
+    return -tl.log(tl.exp(-ratio) * weight + (1 - weight))
+
+
+@triton.jit
+def _mixture_h(to_mixture, teacher_share, KIND: tl.constexpr):
+    if KIND == _JSD:
+        h = to_mixture * (1 - teacher_share)
+    else:
+        h = to_mixture - tl.exp(to_mixture) * (1 - teacher_share)
+    return h
+
+
+@triton.jit
+def _kl_within_kernel(
+    student, stride_s, teacher, stride_t, num_columns, numbers, out,
+    KIND: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    top_s, top_t = _load(numbers, 0, 4), _load(numbers, 1, 4)
+    log_sum, excess = _load(numbers, 2, 4), _load(numbers, 3, 4)
+    total = tl.zeros([STEP], tl.float32)
+    for start in range(0, num_columns, STEP):
+        columns = start + tl.arange(0, STEP)
+        z_s = _row_of(student, stride_s, columns, num_columns)
+        z_t = _row_of(teacher, stride_t, columns, num_columns)
+        ratio = _log_ratio(z_s, z_t, top_s, top_t, excess)
+        if KIND == _REVERSE:
+            p = _probs(z_s, top_s, log_sum)
+            total += tl.where(p == 0, 0.0, p * ratio)
+        else:
+            p = _probs(z_t, top_t, log_sum - excess)
+            total -= tl.where(p == 0, 0.0, p * ratio)
+    tl.store(out + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0).to(tl.float32))
+
+
+def kl_within(kind: str, student: Tensor, teacher: Tensor, normalizers: Normalizers) -> Tensor:
+    """`reductions.kl_within` of [R, V] fp32 logits."""
+    out = student.new_empty(len(student))
+    _kl_within_kernel[_grid(student, teacher)](
+        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
+        torch.cat(normalizers, dim=1), out,
+        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _mixture_sums_kernel(
+    student, stride_s, teacher, stride_t, num_columns, numbers, teacher_share, out,
+    KIND: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    top_s, top_t = _load(numbers, 0, 4), _load(numbers, 1, 4)
+    log_sum, excess = _load(numbers, 2, 4), _load(numbers, 3, 4)
+    student_kl = tl.zeros([STEP], tl.float32)
+    other = tl.zeros([STEP], tl.float32)
+    for start in range(0, num_columns, STEP):
+        columns = start + tl.arange(0, STEP)
+        z_s = _row_of(student, stride_s, columns, num_columns)
+        z_t = _row_of(teacher, stride_t, columns, num_columns)
+        p_s = _probs(z_s, top_s, log_sum)
+        ratio = _bounded(_log_ratio(z_s, z_t, top_s, top_t, excess))
+        to_mixture = _mixture_log_ratio(ratio, teacher_share)
+        student_kl += p_s * to_mixture
+        if KIND == _JSD:
+            p_t = _probs(z_t, top_t, log_sum - excess)
+            other += p_t * _mixture_log_ratio(-ratio, 1 - teacher_share)
+        else:
+            other += p_s * _mixture_h(to_mixture, teacher_share, KIND)
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(out + row * 2, tl.sum(student_kl.to(tl.float64), axis=0).to(tl.float32))
+    tl.store(out + row * 2 + 1, tl.sum(other.to(tl.float64), axis=0).to(tl.float32))
+
+
+def mixture_sums(
+    kind: str, teacher_share: float, student: Tensor, teacher: Tensor, normalizers: Normalizers
+) -> Tensor:
+    """`reductions.mixture_sums` of [R, V] fp32 logits."""
+    out = student.new_empty(len(student), 2)
+    _mixture_sums_kernel[_grid(student, teacher)](
+        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
+        torch.cat(normalizers, dim=1), teacher_share, out,
+        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _logits_gradient_kernel(
+    student, stride_s, teacher, stride_t, num_columns, numbers, teacher_share, out, stride_out,
+    KIND: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    top_s, top_t = _load(numbers, 0, 6), _load(numbers, 1, 6)
+    log_sum, excess = _load(numbers, 2, 6), _load(numbers, 3, 6)
+    mean, grad = _load(numbers, 4, 6), _load(numbers, 5, 6)
+    z_s = _row_of(student, stride_s, columns, num_columns)
+    z_t = _row_of(teacher, stride_t, columns, num_columns)
+    p_s = _probs(z_s, top_s, log_sum)
+    if KIND == _FORWARD:
+        value = p_s - _probs(z_t, top_t, log_sum - excess)
+    else:
+        h = _log_ratio(z_s, z_t, top_s, top_t, excess)
+        if KIND != _REVERSE:
+            h = _mixture_h(_mixture_log_ratio(_bounded(h), teacher_share), teacher_share, KIND)
+        value = tl.where(p_s == 0, 0.0, p_s * (h - mean))
+    row_out = out + tl.program_id(0).to(tl.int64) * stride_out
+    tl.store(row_out + columns, (value * grad).to(out.dtype.element_ty), mask=columns < num_columns)
+
+
+def logits_gradient(
+    kind: str,
+    teacher_share: float,
+    student: Tensor,
+    teacher: Tensor,
+    normalizers: Normalizers,
+    mean: Tensor,
+    grad: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """`reductions.logits_gradient` of [R, V] fp32 logits; out may be narrower."""
+    (rows,) = _grid(student, teacher, out)
+    _logits_gradient_kernel[(rows, triton.cdiv(student.shape[1], STEP))](
+        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
+        torch.cat([*normalizers, mean, grad[:, None]], dim=1), teacher_share,
+        out, out.stride(0),
+        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,127 @@
+"""D, C, entropies and top-K sets of rows of logits, exactly, in one all-gather."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.parallel.vocab.reductions import (
+    NO_ID,
+    order_key,
+    top_columns_and_entropy_sums,
+)
+from megatron_taopd.parallel.vocab.shard import VocabShard
+from megatron_taopd.types import TokenScores
+
+
+@torch.no_grad()
+def score_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    k: int,
+    shard: VocabShard,
+    return_ids: bool = False,
+) -> TokenScores:
+    """D, C and both entropies of each row (Eq. 9, 10), exactly, in one all-gather.
+
+    Every rank sends its local top-K of both models, each candidate with the logits of both, and
+    per model the max, Σe and Σe·z of its columns. The global top-K are among the candidates, D
+    needs nothing but their logits, and C needs the teacher's normaliser besides.
+
+    Equal logits rank by lowest id. A logit of −inf is a probability of 0; where the student has
+    that on an id of U to which the teacher gives mass, D is +inf.
+
+    Args:
+        student_logits, teacher_logits: [R, V] this rank's columns, used in fp32.
+        k: size of the top-K sets.
+        return_ids: whether to fill in student_topk_ids and teacher_topk_ids.
+
+    Collectives: one all-gather of 24K+24 bytes a row and rank.
+
+    Raises:
+        ValueError: k is not within 1 … shard.size.
+    """
+    check_k(k, shard)
+    local = local_candidates(
+        shard.columns(student_logits).float(), shard.columns(teacher_logits).float(), k, shard.start
+    )
+    return merge_candidates(shard.all_gather(local), k, return_ids)
+
+
+def check_k(k: int, shard: VocabShard) -> None:
+    if not 1 <= k <= shard.size:
+        raise ValueError(f"k is {k}: must be within 1 … {shard.size}, the common vocabulary")
+
+
+def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Tensor:
+    """[R, 6K+6] int32, what a rank sends: floats and ids by their bits.
+
+    Fields: the student's top ids, its logits there, the teacher's logits there (K each); the same
+    with the models exchanged; then (max, Σe, Σe·z) of the student and of the teacher.
+
+    Args:
+        student, teacher: [R, width] fp32 logits of the columns that take part.
+        start: id of the first of them.
+    """
+    fields, sums = [], []
+    for own, other in ((student, teacher), (teacher, student)):
+        columns, own_sums = top_columns_and_entropy_sums(own, k)
+        empty = k - columns.shape[1]
+        fields.append(torch.nn.functional.pad((columns + start).int(), (0, empty), value=NO_ID))
+        for logits in (own, other):
+            at_ids = logits.gather(1, columns)
+            at_ids = torch.nn.functional.pad(at_ids, (0, empty), value=-torch.inf)
+            fields.append(at_ids.view(torch.int32))
+        sums.append(own_sums)
+    return torch.cat([*fields, *(s.view(torch.int32) for s in sums)], dim=1)
+
+
+def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
+    """[tp, R, 6K+6] candidates of every rank → scores. A pure function."""
+    candidates, sums = gathered[..., : 6 * k], gathered[..., 6 * k :]
+    ids, own, other, ids_t, own_t, other_t = (
+        field.transpose(0, 1).flatten(1) for field in candidates.split(k, dim=2)
+    )
+    student_ids, z_s, z_t = _best(ids, own, other, k)
+    teacher_ids, z_t_too, z_s_too = _best(ids_t, own_t, other_t, k)
+    sums = sums.view(torch.float32).double()
+    student_entropy, _, _ = _merge_entropy_sums(sums[..., :3])
+    teacher_entropy, teacher_max, teacher_sum = _merge_entropy_sums(sums[..., 3:])
+
+    compatibility = (z_t - teacher_max[:, None]).exp().sum(1) / teacher_sum
+
+    # An id in both sets must count once: sorted by id, its second copy gets no mass from anyone.
+    union, order = torch.cat([student_ids, teacher_ids], dim=1).sort(dim=1)
+    again = torch.nn.functional.pad(union.diff(dim=1) == 0, (1, 0))
+    z_s = torch.cat([z_s, z_s_too], dim=1).gather(1, order).masked_fill(again, -torch.inf)
+    z_t = torch.cat([z_t, z_t_too], dim=1).gather(1, order).masked_fill(again, -torch.inf)
+    log_p_t, log_p_s = z_t.log_softmax(1), z_s.log_softmax(1)
+    p_t = log_p_t.exp()
+    disagreement = (log_p_t - log_p_s).mul_(p_t).masked_fill_(p_t == 0, 0).sum(1)
+
+    return TokenScores(
+        disagreement=disagreement.clamp(min=0).float(),
+        compatibility=compatibility.clamp(max=1).float(),
+        student_entropy=student_entropy.float(),
+        teacher_entropy=teacher_entropy.float(),
+        student_topk_ids=student_ids.long() if return_ids else None,
+        teacher_topk_ids=teacher_ids.long() if return_ids else None,
+    )
+
+
+def _best(ids: Tensor, own: Tensor, other: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best of the candidates [R, tp·K] (int32 bits): ids, and both logits in float64."""
+    own, other = own.view(torch.float32), other.view(torch.float32)
+    best = order_key(own, ids).topk(k, dim=1).indices
+    return ids.gather(1, best), own.gather(1, best).double(), other.gather(1, best).double()
+
+
+def _merge_entropy_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[tp, R, 3] float64 → entropy, max and Σ exp(z − max), each [R]."""
+    top, rest, weighted = sums.unbind(2)
+    mass = 1 + rest
+    top_of_all = top.amax(0)
+    shift = top - top_of_all
+    total = (shift.exp() * mass).sum(0)
+    mean = (shift.exp() * (weighted + shift * mass)).sum(0) / total
+    return total.log() - mean, top_of_all, total  # both terms ≥ 0: nothing cancels

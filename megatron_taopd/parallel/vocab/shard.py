@@ -1,0 +1,70 @@
+"""The columns of the vocabulary that a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The columns [start, stop) of both heads that this rank holds.
+
+    Attributes:
+        start, stop: global ids of the first column and of the one past the last. The shards of a
+            group do not overlap and cover [0, size) together; they may be unequal, or empty.
+        group: the ranks that hold the other shards; None when this shard is all there is.
+        size: the common vocabulary. Columns of ids ≥ size (padding, or tokens that only one model
+            has) never take part in anything, and get zero gradients.
+        absent: [n] int64, ids below size that do not take part either, because only one of the
+            models knows them: to both they have no probability. The same on every rank.
+    """
+
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None
+    size: int
+    absent: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def width(self) -> int:
+        """How many columns of this shard lie below size. They are its first ones."""
+        return max(0, min(self.stop, self.size) - self.start)
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @cached_property
+    def absent_columns(self) -> Tensor | None:
+        """[n] int64, the absent ids among this shard's columns; None if there are none."""
+        if self.absent is None:
+            return None
+        columns = self.absent - self.start
+        columns = columns[(columns >= 0) & (columns < self.width)]
+        return columns if len(columns) else None
+
+    def columns(self, logits: Tensor) -> Tensor:
+        """[R, V] → [R, width], −inf where a column is absent; a view if none is."""
+        assert logits.shape[1] == self.stop - self.start, (logits.shape, self)
+        logits = logits[:, : self.width]
+        if self.absent_columns is None:
+            return logits
+        return logits.index_fill(1, self.absent_columns.to(logits.device), -torch.inf)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """[V, D] → [width, D], a view."""
+        assert weight.shape[0] == self.stop - self.start, (weight.shape, self)
+        return weight[: self.width]
+
+    def all_gather(self, local: Tensor) -> Tensor:
+        """[R, n] of this rank → [tp, R, n] of all of them, by rank. No collective for no rows."""
+        if self.world_size == 1 or local.numel() == 0:
+            return local.expand(self.world_size, *local.shape)
+        gathered = local.new_empty(self.world_size * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        return gathered.view(self.world_size, *local.shape)
