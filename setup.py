@@ -22,7 +22,16 @@ EXTRAS = {
     "eval": ["evalscope>=1.14"],
     "wandb": ["wandb>=0.19"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
-    "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.9"],
+    # Rivals in tools/bench_vocab_parallel.py. With constraints.txt, so that torch stays what it is.
+    "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
+    # Triton comes with torch for CUDA; on a machine without one its kernels are tested interpreted.
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "hypothesis>=6",
+        "ruff>=0.9",
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
 }
 
 setup(

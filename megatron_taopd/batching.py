@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, Sequences
 
 if TYPE_CHECKING:
     from megatron_taopd.parallel.layout import Layout
 
 
-def cut_lengths(batch: RolloutBatch, mask: Tensor) -> Tensor:
+def cut_lengths(batch: Sequences, mask: Tensor) -> Tensor:
     """[N] int64, how many tokens of each sequence a pass runs to reach its last wanted row.
 
     A row at position t sees the tokens 0 … t, so its sequence runs t+1 of them; a sequence without
@@ -34,8 +34,8 @@ def cut_lengths(batch: RolloutBatch, mask: Tensor) -> Tensor:
         mask: [R] bool, the wanted rows.
     """
     rows = mask.to(batch.tokens.device).nonzero().squeeze(1)
-    needed = batch.row_positions()[rows] + 1
-    lengths = torch.zeros_like(batch.prompt_lengths)
+    needed = batch.row_positions[rows] + 1
+    lengths = torch.zeros_like(batch.lengths)
     return lengths.scatter_reduce_(0, batch.row_sequences()[rows], needed, "amax")
 
 
@@ -180,7 +180,7 @@ class MicroBatch:
         max_seqlen: the longest segment, padding included.
         rows: [r] int64, packed positions of the wanted rows, in canonical order.
         row_ids: [r] int64, where these rows stand in the batch-wide [R] vectors.
-        targets: [r] int64, the response token that each row predicts.
+        targets: [r] int64, the token after each row: the response token that it predicts.
     """
 
     tokens: Tensor
@@ -199,7 +199,7 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    batch: RolloutBatch,
+    batch: Sequences,
     sequences: Sequence[int],
     lengths: Tensor,
     mask: Tensor,
@@ -227,13 +227,13 @@ def build_micro_batch(
     sources = batch.cu_seqlens[chosen][segment[:num_tokens]] + position_ids[:num_tokens]
     tokens = torch.nn.functional.pad(batch.tokens[sources], (0, padding))
 
-    counts = batch.response_lengths[chosen]
+    counts = batch.cu_rows.diff()[chosen]
     owner = torch.repeat_interleave(counts)
     offset = torch.arange(len(owner)) - _starts(counts)[owner]
     row_ids = batch.cu_rows[chosen][owner] + offset
     wanted = mask.to(row_ids.device)[row_ids]
     owner, row_ids = owner[wanted], row_ids[wanted]
-    positions = (batch.prompt_lengths[chosen][owner] - 1) + offset[wanted]
+    positions = batch.row_positions[row_ids]
     assert (positions < kept[owner]).all(), "a wanted row lies behind the cut"
     return MicroBatch(
         tokens=tokens,
@@ -261,9 +261,7 @@ class Assignment:
     micro_batches: list[MicroBatch]
 
 
-def assign(
-    batch: RolloutBatch, mask: Tensor, layout: Layout, micro_batch_tokens: int
-) -> Assignment:
+def assign(batch: Sequences, mask: Tensor, layout: Layout, micro_batch_tokens: int) -> Assignment:
     """Cut, drop, balance and pack the batch for a model's layout; the same plan on every rank.
 
     Args:

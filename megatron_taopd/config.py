@@ -12,18 +12,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from yaml import YAMLError
 
 from megatron_taopd.loss import LOSSES
 from megatron_taopd.models.hf_map import ROPE_TYPES, padded_vocab_size
+from megatron_taopd.prompts import read_texts
 from megatron_taopd.selection import SELECTORS
+from megatron_taopd.vocab_map import MIN_SHARED, VocabMap, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class StudentSection:
 class TeacherSection:
     path: str = MISSING  # Hugging Face checkpoint directory
     engine: Literal["megatron"] = "megatron"
+    # Whose chat template and tokenizer render what the teacher reads before the response.
+    prompt: Literal["own", "student"] = "own"
     parallel: ParallelSection = field(default_factory=ParallelSection)
     offload: bool = False  # weights in CPU memory between uses
 
@@ -65,7 +70,7 @@ class DataSection:
     answer_column: str = "answer"
     template: Literal["auto", "chat", "plain"] = "auto"  # auto: chat if the tokenizer has one
     system: str | None = None  # system message of the chat template
-    max_prompt_tokens: int = 1024  # longer prompts are dropped
+    max_prompt_tokens: int = 1024  # prompts that are longer for either model are dropped
     shuffle: bool = True
     limit: int | None = None  # use the first prompts only
 
@@ -107,7 +112,7 @@ class TrainSection:
     schedule: Literal["two_pass"] = "two_pass"
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
-    chunk_rows: int = 1024  # response rows whose logits exist at a time
+    head_memory_mib: int = 1024  # for the logits of both models that exist at a time, per rank
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,7 @@ def _leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
 
 _ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SAMPLED_RECORDS = 1000  # of the prompts, to see how much two tokenizers share
 
 _Rule = tuple[Callable[[Any], bool], str]
 _COUNT: _Rule = (lambda v: v >= 1, "at least 1")
@@ -325,7 +331,7 @@ _RULES: dict[str, _Rule] = {
     "train.steps": _COUNT,
     "train.micro_batch_tokens": _COUNT,
     "train.mini_batches": _COUNT,
-    "train.chunk_rows": _COUNT,
+    "train.head_memory_mib": _COUNT,
     "optimizer.lr": _POSITIVE,
     "optimizer.min_lr": _NOT_NEGATIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,
@@ -345,18 +351,18 @@ _RULES: dict[str, _Rule] = {
 def check(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on `world_size` ranks.
 
-    Reads config.json and the tokenizer of both models and looks whether files are there; builds no
-    model, needs no process group.
+    Reads config.json and the tokenizer of both models, and the first prompts if the tokenizers
+    differ, and looks whether files are there; builds no model, needs no process group.
 
     Raises:
         ValueError: one line with the key, its value and what would be right.
     """
     _check_values(config)
     _check_files(config)
-    student = _check_model("student", config, world_size)
-    teacher = _check_model("teacher", config, world_size)
+    _check_model("student", config, world_size)
+    _check_model("teacher", config, world_size)
     _check_batch(config, world_size)
-    _check_vocabulary(config, student, teacher)
+    _check_vocabulary(config)
 
 
 def _check_values(config: Config) -> None:
@@ -423,7 +429,7 @@ def _check_files(config: Config) -> None:
                 raise ValueError(f"{key}: {file} is missing; {wanted} with safetensors weights")
 
 
-def _check_model(model: str, config: Config, world_size: int) -> PretrainedConfig:
+def _check_model(model: str, config: Config, world_size: int) -> None:
     section = getattr(config, model)
     key, path, parallel = f"{model}.path", section.path, section.parallel
 
@@ -434,7 +440,7 @@ def _check_model(model: str, config: Config, world_size: int) -> PretrainedConfi
             f"{key}: {path} is of architecture {architecture}; "
             f"supported: {', '.join(_ARCHITECTURES)}"
         )
-    hf = _read_pretrained(AutoConfig, key, path)
+    hf = _read_pretrained(partial(AutoConfig.from_pretrained, local_files_only=True), key, path)
     for unsupported in _unsupported(hf):
         raise ValueError(f"{key}: {path} uses {unsupported}, which is not supported")
 
@@ -481,7 +487,6 @@ def _check_model(model: str, config: Config, world_size: int) -> PretrainedConfi
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
             f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
         )
-    return hf
 
 
 def _read_json(key: str, path: Path) -> dict:
@@ -491,9 +496,9 @@ def _read_json(key: str, path: Path) -> dict:
         raise ValueError(f"{key}: {path}: not JSON: {error}") from None
 
 
-def _read_pretrained(auto_class, key: str, path: str):
+def _read_pretrained(read: Callable, key: str, path: str):
     try:
-        return auto_class.from_pretrained(path, local_files_only=True)
+        return read(path)
     except Exception as error:  # whatever transformers trips over in the user's files
         reason = " ".join(str(error).split())
         raise ValueError(f"{key}: {path}: transformers cannot read it: {reason}") from error
@@ -537,36 +542,57 @@ def _check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def _check_vocabulary(config: Config, student: PretrainedConfig, teacher: PretrainedConfig) -> None:
-    size = min(student.vocab_size, teacher.vocab_size)
-    if config.selection.k > size:
-        raise ValueError(
-            f"selection.k: {config.selection.k} is more than the {size} ids that both vocabularies "
-            "have"
-        )
-    tokenizer = _read_pretrained(AutoTokenizer, "student.path", config.student.path)
-    ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    teachers = _read_pretrained(AutoTokenizer, "teacher.path", config.teacher.path)
-    theirs = {index: token for token, index in teachers.get_vocab().items()}
-    for index in sorted(ours.keys() | theirs.keys()):
-        if ours.get(index) != theirs.get(index):
+def _check_vocabulary(config: Config) -> None:
+    vocabularies = []
+    for model in ("student", "teacher"):
+        key, path = f"{model}.path", getattr(config, model).path
+        vocabulary = _read_pretrained(Vocabulary.from_pretrained, key, path)
+        if (last := max(vocabulary.tokenizer.get_vocab().values())) >= vocabulary.size:
             raise ValueError(
-                f"teacher.path: {config.teacher.path}: id {index} is {theirs.get(index)!r}, "
-                f"{ours.get(index)!r} in the student's tokenizer; both have to be the same"
+                f"{key}: {path}: the tokenizer's id {last} lies outside the model's vocabulary of "
+                f"{vocabulary.size}"
             )
-    if (last := max(ours)) >= size:
-        small = "student" if student.vocab_size == size else "teacher"
-        raise ValueError(
-            f"{small}.path: {getattr(config, small).path}: the tokenizer's id {last} lies outside "
-            f"the model's vocabulary of {size}"
-        )
+        vocabularies.append(vocabulary)
+    student, teacher = vocabularies
+    vocab_map = VocabMap.between(student.ending_at(config.rollout.stop_token_ids), teacher)
     for index in config.rollout.stop_token_ids:
-        if not 0 <= index < size:
+        if not 0 <= index < vocab_map.size:
             raise ValueError(
-                f"rollout.stop_token_ids: {index} is not an id of the vocabulary, 0 … {size - 1}"
+                f"rollout.stop_token_ids: {index} is not an id of the vocabulary, "
+                f"0 … {vocab_map.size - 1}"
             )
-    if config.data.template == "chat" and not tokenizer.chat_template:
+    if config.teacher.prompt == "student" and not vocab_map.is_identity:
         raise ValueError(
-            f"data.template: chat, but the tokenizer of {config.student.path} has no chat template;"
-            " use plain"
+            f"teacher.prompt: student, but ids of {config.student.path} mean something else to "
+            f"{config.teacher.path}; it has to be own"
+        )
+    rendering = {config.student.path: student}
+    if config.teacher.prompt == "own":
+        rendering[config.teacher.path] = teacher
+    for path, vocabulary in rendering.items():
+        if config.data.template == "chat" and not vocabulary.tokenizer.chat_template:
+            raise ValueError(
+                f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"
+            )
+    if not vocab_map.is_identity:
+        _check_shared_tokens(config, student, vocab_map)
+    if config.selection.k > len(vocab_map.common):
+        raise ValueError(
+            f"selection.k: {config.selection.k} is more than the {len(vocab_map.common)} ids that "
+            "both vocabularies have"
+        )
+
+
+def _check_shared_tokens(config: Config, student: Vocabulary, vocab_map: VocabMap) -> None:
+    """Refuse a pair whose tokenizers cut text differently, by the first prompts and answers."""
+    data = config.data
+    texts = read_texts(data.prompts, data.prompt_column, data.answer_column, _SAMPLED_RECORDS)
+    encode = partial(student.tokenizer, add_special_tokens=False, split_special_tokens=True)
+    ids = [i for text in texts for i in encode(text)["input_ids"]]
+    shared = int((vocab_map.to_teacher(torch.tensor(ids, dtype=torch.int64)) >= 0).sum())
+    if shared < MIN_SHARED * len(ids):
+        raise ValueError(
+            f"teacher.path: {config.teacher.path}: of {len(ids)} tokens of prompts and answers in "
+            f"data.prompts, {shared} ({shared / len(ids):.2%}) have a counterpart in its "
+            f"vocabulary; at least {MIN_SHARED:.0%} have to"
         )

@@ -23,7 +23,7 @@ from megatron_taopd.student import Student
 from megatron_taopd.teachability import learnable_disagreement
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.training import train_on
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, Sequences
 
 
 class Interrupted(Exception):
@@ -37,6 +37,7 @@ class Run:
     config: Config
     student: Student
     teacher: MegatronTeacher
+    read: Callable[[RolloutBatch], tuple[Sequences, dict[str, float]]]  # what the teacher reads
     heads: Heads | None  # on the student's last pipeline stage
     engine: RolloutEngine
     sampling: Sampling
@@ -107,7 +108,8 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
 
     # … the teacher reads the answers, and each response row gets its D, C and H (Eq. 3–5) …
     with phase("teacher"):
-        teacher_rows = run.teacher.hidden_states(batch, layout, assigned.owner)
+        reading, reading_metrics = run.read(batch)
+        teacher_rows = run.teacher.hidden_states(reading, layout, assigned.owner)
     with phase("scoring"):
         scores, gap = score(batch, assigned, student, run.heads, teacher_rows, config.selection.k)
 
@@ -133,7 +135,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         run.engine.update_weights(student.named_tensors(), version=step)
 
     metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
-    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout"))
+    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout")) | reading_metrics
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
     return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
 

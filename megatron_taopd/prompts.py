@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,15 @@ class Prompts:
         texts: what the user asks, for people (the last message's text).
         answers: the reference answer of each prompt; None where no answer column was asked for.
         dropped: how many prompts of the file were longer than `max_prompt_tokens`.
+        teacher_token_ids: the same prompts as the teacher reads them; None if those are the same
+            ids.
     """
 
     token_ids: list[list[int]]
     texts: list[str]
     answers: list[str | None]
     dropped: int
+    teacher_token_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -44,6 +50,7 @@ def load_prompts(
     system: str | None = None,
     max_prompt_tokens: int = 1024,
     limit: int | None = None,
+    teacher_tokenizer=None,
 ) -> Prompts:
     """Read prompts from a .jsonl, .json (lines) or .parquet file; the first two also as .gz.
 
@@ -60,19 +67,18 @@ def load_prompts(
             joins the messages by blank lines and adds only what the tokenizer itself adds (a bos);
             `auto` is `chat` where the tokenizer has a chat template.
         system: put before the messages that have no system message of their own.
+        max_prompt_tokens: longer prompts are dropped; with a teacher's tokenizer, those that are
+            longer for either model.
         limit: stop after this many prompts that fit.
+        teacher_tokenizer: renders the same messages, with its own chat template, for a teacher.
 
     Raises:
         ValueError: the file is missing, unreadable or of an unknown type; a column is missing; a
             prompt is neither text nor messages; there is no chat template; no prompt is left.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}")
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("template: chat, but the tokenizer has no chat template; plain works")
-    encode = {"chat": _encode_chat, "plain": _encode_plain}[template]
+    encoders = [
+        _encoder(each, template) for each in (tokenizer, teacher_tokenizer) if each is not None
+    ]
 
     prompts, texts, answers, dropped = [], [], [], 0
     for where, record in _read_records(Path(path)):
@@ -82,11 +88,11 @@ def load_prompts(
         answer = None if answer_column is None else _column(record, answer_column, where)
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        token_ids = encode(tokenizer, messages)
-        if len(token_ids) > max_prompt_tokens:
+        renderings = [encode(messages) for encode in encoders]
+        if max(map(len, renderings)) > max_prompt_tokens:
             dropped += 1
             continue
-        prompts.append(token_ids)
+        prompts.append(renderings)
         texts.append(messages[-1]["content"])
         answers.append(None if answer is None else str(answer))
     if not prompts:
@@ -94,7 +100,20 @@ def load_prompts(
             f"{path}: no prompt is left: {dropped} have more than "
             f"max_prompt_tokens = {max_prompt_tokens} tokens"
         )
-    return Prompts(prompts, texts, answers, dropped)
+    ours, *others = map(list, zip(*prompts, strict=True))
+    theirs = next((other for other in others if other != ours), None)
+    return Prompts(ours, texts, answers, dropped, theirs)
+
+
+def read_texts(
+    path: str | Path, prompt_column: str, answer_column: str, limit: int
+) -> Iterator[str]:
+    """What the messages say, and the answers where there are some, of the first `limit` records."""
+    for where, record in islice(_read_records(Path(path)), limit):
+        prompt = _column(record, prompt_column, where)
+        yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
+        with suppress(ValueError):
+            yield str(_column(record, answer_column, where))
 
 
 def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -157,6 +176,16 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(
         isinstance(message.get(key), str) for key in ("role", "content")
     )
+
+
+def _encoder(tokenizer, template: str) -> Callable[[list[dict[str, str]]], list[int]]:
+    if template not in TEMPLATES:
+        raise ValueError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}")
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "plain"
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError("template: chat, but the tokenizer has no chat template; plain works")
+    return partial({"chat": _encode_chat, "plain": _encode_plain}[template], tokenizer)
 
 
 def _encode_plain(tokenizer, messages: list[dict[str, str]]) -> list[int]:

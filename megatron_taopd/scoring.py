@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,8 @@ def score(
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
+    # The engine draws from all of the student's tokens, those that the teacher lacks included.
+    whole = heads and replace(heads.shard, absent=None)
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
@@ -77,7 +79,7 @@ def score(
         probed = micro_batch.row_ids % stride == 0
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
-            rows[probed], heads.student, micro_batch.targets[probed], heads.shard, heads.chunk_rows
+            rows[probed], heads.student, micro_batch.targets[probed], whole, heads.chunk_rows
         )
         return torch.stack(
             [

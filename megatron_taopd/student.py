@@ -36,6 +36,7 @@ class Student:
         optimizer: learning rate, decay, betas, clipping.
         steps: optimizer steps of the whole run, the end of the learning-rate decay.
         common_vocabulary: ids from here on never take part (the teacher does not have them).
+        absent: [n] int64, ids below that do not either.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Student:
         optimizer: OptimizerSection,
         steps: int,
         common_vocabulary: int,
+        absent: Tensor | None = None,
     ):
         hf = gpt.load_config(hf_dir)
         self.layout = layout
@@ -58,7 +60,11 @@ class Student:
         columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
         start = layout.tp_rank * columns
         self.shard = VocabShard(
-            start, start + columns, layout.groups.tp if layout.tp > 1 else None, common_vocabulary
+            start,
+            start + columns,
+            layout.groups.tp if layout.tp > 1 else None,
+            common_vocabulary,
+            absent,
         )
 
         ddp = DistributedDataParallelConfig(

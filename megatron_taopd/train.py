@@ -11,11 +11,11 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_taopd import config as configuration
 from megatron_taopd.parallel import platform
@@ -67,20 +67,27 @@ def build(config: configuration.Config):
     from megatron_taopd import checkpoint
     from megatron_taopd.evaluation import evaluate
     from megatron_taopd.loop import Run
-    from megatron_taopd.models import gpt, weights
+    from megatron_taopd.models import weights
     from megatron_taopd.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
+    from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.prompts import PromptStream, load_prompts
     from megatron_taopd.rollout.engine import Sampling
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.scoring import Heads
     from megatron_taopd.student import Student
     from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
     dtype = DTYPES[config.train.precision]
     rollout, train = config.rollout, config.train
     torch.manual_seed(config.run.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.student.path)
+    student_vocabulary = Vocabulary.from_pretrained(config.student.path)
+    teacher_vocabulary = Vocabulary.from_pretrained(config.teacher.path)
+    vocab_map = VocabMap.between(
+        student_vocabulary.ending_at(rollout.stop_token_ids), teacher_vocabulary
+    )
+    tokenizer = student_vocabulary.tokenizer
     data = {
         "prompt_column": config.data.prompt_column,
         "template": config.data.template,
@@ -88,10 +95,14 @@ def build(config: configuration.Config):
         "max_prompt_tokens": config.data.max_prompt_tokens,
     }
     prompts = load_prompts(
-        config.data.prompts, tokenizer, answer_column=None, limit=config.data.limit, **data
+        config.data.prompts,
+        tokenizer,
+        answer_column=None,
+        limit=config.data.limit,
+        teacher_tokenizer=teacher_vocabulary.tokenizer if config.teacher.prompt == "own" else None,
+        **data,
     )
 
-    vocabularies = [gpt.load_config(m.path).vocab_size for m in (config.student, config.teacher)]
     layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
     student = Student(
         config.student.path,
@@ -100,7 +111,8 @@ def build(config: configuration.Config):
         train.recompute,
         config.optimizer,
         train.steps * train.mini_batches,
-        common_vocabulary=min(vocabularies),
+        common_vocabulary=vocab_map.size,
+        absent=vocab_map.absent,
     )
     teacher = MegatronTeacher(
         config.teacher.path,
@@ -112,8 +124,10 @@ def build(config: configuration.Config):
     heads = None
     if layout.is_last_stage:
         shard = student.shard
-        teacher_head = weights.load_head(config.teacher.path, shard.start, shard.stop, dtype)
-        heads = Heads(student.head_weight, teacher_head, shard, train.chunk_rows)
+        columns = vocab_map.columns(shard.start, shard.stop)
+        teacher_head = weights.load_head(config.teacher.path, columns, dtype)
+        chunk_rows = rows_within(train.head_memory_mib << 20, shard.stop - shard.start)
+        heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
     engine = LocalEngine.from_hf(
         config.student.path,
@@ -123,7 +137,7 @@ def build(config: configuration.Config):
         seed=config.run.seed,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        vocab_size=min(vocabularies),
+        vocab_size=vocab_map.size,
     )
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
@@ -177,6 +191,9 @@ def build(config: configuration.Config):
         config,
         student,
         teacher,
+        partial(
+            vocab_map.read, prompts=prompts.teacher_token_ids, max_tokens=teacher.longest_sequence
+        ),
         heads,
         engine,
         sampling,

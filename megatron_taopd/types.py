@@ -12,13 +12,52 @@ are [R] in canonical order: the rows of sequence 0, then of sequence 1, and so o
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
+class Sequences:
+    """Sequences of tokens end to end, and where their response rows stand: what a trunk runs.
+
+    A subclass has, besides what follows from them below:
+        tokens: [T] int64.
+        cu_seqlens: [N+1] int64, where each sequence starts; the last entry is T.
+        cu_rows: [N+1] int64, where each sequence's rows start in a canonical [R] vector.
+        row_positions: [R] int64, the position of each row inside its sequence, ascending there and
+            never the last one.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    cu_rows: Tensor
+    row_positions: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.cu_rows[-1])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64, prompt and response tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    def sequence(self, index: int) -> Tensor:
+        """[n] int64, the tokens of one sequence."""
+        return self.tokens[self.cu_seqlens[index] : self.cu_seqlens[index + 1]]
+
+    def row_sequences(self) -> Tensor:
+        """[R] int64, the sequence each row belongs to."""
+        return torch.repeat_interleave(self.cu_rows.diff())
+
+
 @dataclass(frozen=True)
-class RolloutBatch:
+class RolloutBatch(Sequences):
     """All sequences of one step, identical on every rank (token ids are small).
 
     Attributes:
@@ -41,15 +80,6 @@ class RolloutBatch:
     weight_version: int = 0
 
     @property
-    def num_sequences(self) -> int:
-        return len(self.prompt_lengths)
-
-    @property
-    def lengths(self) -> Tensor:
-        """[N] int64, prompt and response tokens of each sequence."""
-        return self.cu_seqlens.diff()
-
-    @property
     def response_lengths(self) -> Tensor:
         """[N] int64, which is also the number of response rows of each sequence."""
         return self.lengths - self.prompt_lengths
@@ -59,18 +89,7 @@ class RolloutBatch:
         """[N+1] int64, where each sequence's rows start in a canonical [R] vector."""
         return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
 
-    @property
-    def num_rows(self) -> int:
-        return int(self.response_lengths.sum())
-
-    def sequence(self, index: int) -> Tensor:
-        """[n] int64, the tokens of one sequence."""
-        return self.tokens[self.cu_seqlens[index] : self.cu_seqlens[index + 1]]
-
-    def row_sequences(self) -> Tensor:
-        """[R] int64, the sequence each row belongs to."""
-        return torch.repeat_interleave(torch.arange(self.num_sequences), self.response_lengths)
-
+    @cached_property
     def row_positions(self) -> Tensor:
         """[R] int64, the position of each row inside its sequence (p-1 … n-2)."""
         starts = self.cu_rows[:-1] - (self.prompt_lengths - 1)
@@ -79,7 +98,27 @@ class RolloutBatch:
     def response_tokens(self) -> Tensor:
         """[R] int64, the token that each row predicts."""
         starts = self.cu_seqlens[:-1]
-        return self.tokens[starts[self.row_sequences()] + self.row_positions() + 1]
+        return self.tokens[starts[self.row_sequences()] + self.row_positions + 1]
+
+
+@dataclass(frozen=True)
+class TeacherSequences(Sequences):
+    """A batch as a teacher with another tokenizer or chat template reads it.
+
+    Its rows are the batch's, one to one: the row of a response token stands on the last of the
+    teacher's tokens before it.
+
+    Attributes:
+        tokens: [T] int64, the teacher's ids, end to end.
+        cu_seqlens: [N+1] int64, where each sequence starts; the last entry is T.
+        cu_rows: [N+1] int64, those of the batch.
+        row_positions: [R] int64, the position of each row inside its sequence.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    cu_rows: Tensor
+    row_positions: Tensor
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_taopd.types import RolloutBatch
+from megatron_taopd.vocab_map import VocabMap
 
 OPTIMIZER = SimpleNamespace(
     lr=1e-3, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
@@ -71,8 +72,12 @@ def step_on_ranks(
     steps=1,
     offload=False,
     recompute="none",
+    vocab_map=None,
+    teacher_prompts=None,
 ):
     """Score, select and back-propagate one batch; on every rank the global results.
+
+    Without a vocab_map, ids below size are the same in both models.
 
     Returns a dict: scores (4 × [R]), mask, metrics, gradients by Hugging Face name, and, after
     `steps` optimizer steps on the same batch, the weights and the teacher's fingerprints.
@@ -90,24 +95,30 @@ def step_on_ranks(
     from megatron_taopd.training import backward
 
     platform.emulate_cuda()
+    vocab_map = vocab_map or VocabMap(torch.arange(size))
     try:
         layout = layouts.student_layout(*student_parallel)
         teacher_layout = layouts.forward_layout(*teacher_parallel)
-        student = Student(student_dir, layout, torch.float32, recompute, OPTIMIZER, 100, size)
+        student = Student(
+            student_dir, layout, torch.float32, recompute, OPTIMIZER, 100,
+            vocab_map.size, vocab_map.absent,
+        )  # fmt: skip
         teacher = MegatronTeacher(
             teacher_dir, teacher_layout, torch.float32, micro_batch_tokens, offload
         )
         heads = None
         if layout.is_last_stage:
             shard = student.shard
-            teacher_head = weights.load_head(teacher_dir, shard.start, shard.stop, torch.float32)
+            columns = vocab_map.columns(shard.start, shard.stop)
+            teacher_head = weights.load_head(teacher_dir, columns, torch.float32)
             heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
         assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
         fingerprint = teacher.fingerprint()
+        reading, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
         for done in range(steps):
-            teacher_rows = teacher.hidden_states(batch, layout, assigned.owner)
+            teacher_rows = teacher.hidden_states(reading, layout, assigned.owner)
             scores, gap = score(batch, assigned, student, heads, teacher_rows, 5)
             kept = select("teachability", scores, ratio, 0) if mask is None else mask
             metrics = backward(
@@ -144,23 +155,30 @@ def gather_gradients(student):
     return dict(exported)
 
 
-def row_logits(student_dir, teacher_dir, batch, size):
-    """Float64 logits of both models at all response rows, whole models, a sequence at a time."""
+def row_logits(student_dir, teacher_dir, batch, size, vocab_map=None, teacher_prompts=None):
+    """Float64 logits of both models at all response rows, whole models, a sequence at a time, for
+    the tokens that both models have."""
+    vocab_map = vocab_map or VocabMap(torch.arange(size))
+    reading, _ = vocab_map.read(batch, teacher_prompts, 128)
+    columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
     student_logits, teacher_logits = [], []
     for i in range(batch.num_sequences):
-        tokens = batch.sequence(i)[None]
-        rows = slice(int(batch.prompt_lengths[i]) - 1, tokens.shape[1] - 1)
-        student_logits.append(student(tokens).logits[0, rows, :size])
+        rows = slice(*batch.cu_rows[i : i + 2].tolist())
+        logits = student(batch.sequence(i)[None]).logits[0, batch.row_positions[rows]]
+        student_logits.append(logits[:, columns[0]])
         with torch.no_grad():
-            teacher_logits.append(teacher(tokens).logits[0, rows, :size])
+            logits = teacher(reading.sequence(i)[None]).logits[0, reading.row_positions[rows]]
+        teacher_logits.append(logits[:, columns[1]])
     return torch.cat(student_logits), torch.cat(teacher_logits), student
 
 
-def dense_step(student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None):
+def dense_step(
+    student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None, **vocabularies
+):
     """The same step in float64: no cuts, no packing, no shards."""
-    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, size)
+    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, size, **vocabularies)
     d = dense.disagreement(z_s.detach(), z_t, 5)
     c = dense.compatibility(z_s.detach(), z_t, 5)
     h_s, h_t = dense.entropy(z_s.detach()), dense.entropy(z_t)

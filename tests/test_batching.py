@@ -245,7 +245,7 @@ def test_together_the_micro_batches_are_the_batch(case, world_size, multiple, cu
             for row, row_id, target in zip(m.rows, m.row_ids, m.targets, strict=True):
                 # Tokens are numbered: the row's own token, then the one it predicts.
                 assert m.tokens[row] + 1 == target == batch.response_tokens()[row_id]
-                assert m.position_ids[row] == batch.row_positions()[row_id]
+                assert m.position_ids[row] == batch.row_positions[row_id]
             assert (m.row_ids.diff() > 0).all()
             seen += m.row_ids.tolist()
     assert sorted(seen) == mask.nonzero().flatten().tolist()

@@ -73,10 +73,14 @@ def user(tmp_path, monkeypatch):
     def write(text: str) -> None:
         (tmp_path / "conf" / "run.yaml").write_text(text)
 
+    def ask(prompt: str, answer: str | None = None) -> None:
+        record = {"prompt": prompt} | ({} if answer is None else {"answer": answer})
+        (tmp_path / "conf" / "train.jsonl").write_text(json.dumps(record))
+
     def model(name: str, *args, **changes) -> None:
         make_model(tmp_path / "models" / name, *args, **changes)
 
-    return SimpleNamespace(dir=tmp_path, check=check_run, write=write, model=model)
+    return SimpleNamespace(dir=tmp_path, check=check_run, write=write, ask=ask, model=model)
 
 
 def refused(call, *parts: str) -> str:
@@ -287,7 +291,7 @@ def test_overrides_that_are_refused(user, override, parts):
         ("rollout.top_k=-1", ("rollout.top_k: -1", "0 or more")),
         ("rollout.prompts=0", ("rollout.prompts: 0", "at least 1")),
         ("train.steps=0", ("train.steps: 0", "at least 1")),
-        ("train.chunk_rows=0", ("train.chunk_rows: 0", "at least 1")),
+        ("train.head_memory_mib=0", ("train.head_memory_mib: 0", "at least 1")),
         ("student.parallel.tp=0", ("student.parallel.tp: 0", "at least 1")),
         ("loss.beta=1", ("loss.beta: 1.0", "strictly between 0 and 1")),
         ("optimizer.lr=0", ("optimizer.lr: 0.0", "more than 0")),
@@ -414,19 +418,55 @@ def test_files_of_a_model_that_are_damaged(user, file, text, parts):
 # Vocabularies
 
 
-def test_tokenizers_that_differ_in_a_token(user):
-    user.model("teacher", words=[*WORDS[:7], "other", *WORDS[8:]])
-    refused(user.check, "teacher.path", "id 7 is 'other', 'w6' in the student's", "the same")
+@pytest.mark.parametrize(
+    "words", [[*WORDS[:7], "other", *WORDS[8:]], [*WORDS, "more"], [WORDS[0], *WORDS[:0:-1]]]
+)
+def test_tokenizers_may_differ(user, words):
+    """In a token, in length, in all ids."""
+    user.ask("w1 w2 w3 w4 w5", answer="w6 w7 w8 w9 w10")
+    user.model("teacher", words=words, vocab_size=101)
+    user.check()
 
 
-def test_tokenizers_that_differ_in_length(user):
-    user.model("teacher", words=[*WORDS, "more"], vocab_size=101)
-    refused(user.check, "teacher.path", "id 100 is 'more', None in the student's", "the same")
+def test_tokenizers_that_share_too_little_are_refused_with_the_figure(user):
+    """w6 is one of the eleven tokens of the question, w7 one of the answer's two."""
+    user.model("teacher", words=[*WORDS[:7], "other", "another", *WORDS[9:]])
+    user.ask("w1 w2 w3 w4 w5 w1 w2 w3 w4 w5 w6", answer="w1 w7")
+    refused(
+        user.check, "teacher.path", "models/teacher: of 13 tokens of prompts and answers",
+        "11 (84.62%) have a counterpart", "at least 90%",
+    )  # fmt: skip
+    user.ask("w1 w2 w3 w4 w5 w1 w2 w3 w4 w5 w6", answer=None)  # 10 of 11
+    user.check()
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_has_rows(user):
-    user.model("student", vocab_size=99)
-    refused(user.check, "student.path", "id 99 lies outside the model's vocabulary of 99")
+def test_the_students_prompt_is_for_a_teacher_with_the_same_ids(user):
+    user.check("teacher.prompt=student")
+    user.ask("w1 w2 w3 w4 w5")
+    user.model("teacher", words=[WORDS[0], *WORDS[:0:-1]])
+    refused(lambda: user.check("teacher.prompt=student"), "teacher.prompt: student", "to be own")
+
+
+def test_a_chat_template_is_needed_of_those_who_render(user):
+    (user.dir / "models" / "student" / "chat_template.jinja").write_text("{{ messages }}")
+    refused(
+        lambda: user.check("data.template=chat"),
+        "data.template: chat, but the tokenizer of",
+        "models/teacher has no chat template",
+    )
+    user.check("data.template=chat", "teacher.prompt=student")
+
+
+def test_ids_without_a_counterpart_do_not_count_for_top_k(user):
+    user.model("teacher", words=[*WORDS[:50], *(f"other{i}" for i in range(50))])
+    user.check("selection.k=50")
+    refused(lambda: user.check("selection.k=51"), "selection.k: 51", "the 50 ids")
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows(user, model):
+    user.model(model, vocab_size=99)
+    refused(user.check, f"{model}.path", "id 99 lies outside the model's vocabulary of 99")
 
 
 # What is shipped

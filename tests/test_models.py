@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import RankError, run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 SIZES = dict(
@@ -232,3 +232,22 @@ def test_bad_checkpoints_are_refused(hf_dirs, tmp_path, damage, message):
     damage(path)
     with pytest.raises(RankError, match=message):
         run_ranks(1, trunk_on_ranks, str(path), 1, 1, False, [4])
+
+
+def rows_on_rank(directory, name, wanted):
+    from megatron_taopd.models.weights import Checkpoint
+
+    return [Checkpoint(directory).rows(name, ids) for ids in wanted]
+
+
+def test_rows_of_a_matrix_come_in_the_order_asked_for(tmp_path):
+    """Runs, single rows, backwards; zeros where none is asked for."""
+    matrix = torch.randn(20, 3).bfloat16()
+    save_file({"w": matrix}, tmp_path / "model.safetensors")
+    wanted = [[], [-1, -1], [*range(20)], [5, 6, 7, -1, 0, 19, 18, 17, -1, 2], [3]]
+    wanted = [torch.tensor(ids, dtype=torch.int64) for ids in wanted]
+    (found,) = run_ranks(1, rows_on_rank, tmp_path, "w", wanted)
+    for ids, rows in zip(wanted, found, strict=True):
+        assert torch.equal(rows, matrix[ids].masked_fill((ids < 0)[:, None], 0))
+    with pytest.raises(RankError, match="tensor v is missing"):
+        run_ranks(1, rows_on_rank, tmp_path, "v", wanted)

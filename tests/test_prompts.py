@@ -1,3 +1,4 @@
+import copy
 import gzip
 import json
 import os
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_taopd.prompts import PromptStream, load_prompts, prompt_order
+from megatron_taopd.prompts import PromptStream, load_prompts, prompt_order, read_texts
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -120,6 +121,45 @@ def test_too_long_prompts_are_dropped_and_counted(tokenizer, write):
     assert (limited.answers, limited.dropped) == (["3", "5"], 1)
     with pytest.raises(ValueError, match=r"no prompt is left: 5 have more than .* = 3 tokens"):
         load_prompts(path, tokenizer, template="plain", max_prompt_tokens=3)
+
+
+def test_a_teacher_gets_the_same_messages_in_its_own_rendering(tokenizer, write):
+    """Characters to the student, words to the teacher; each with its own template."""
+    words = {word: i for i, word in enumerate(["<unk>", "[user]", "[model]", "one", "two"])}
+    backend = Tokenizer(models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}[model]{% endif %}"
+    )
+    teacher = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    path = write({"prompt": "one", "answer": "a"}, {"prompt": "two one", "answer": "b"})
+    prompts = load_prompts(path, tokenizer, teacher_tokenizer=teacher)
+    assert [teacher.convert_ids_to_tokens(ids) for ids in prompts.teacher_token_ids] == [
+        ["[user]", "one", "[model]"],
+        ["[user]", "two", "one", "[model]"],
+    ]
+    assert prompts.token_ids == load_prompts(path, tokenizer).token_ids
+    assert load_prompts(path, tokenizer, teacher_tokenizer=tokenizer).teacher_token_ids is None
+
+
+def test_a_prompt_that_is_too_long_for_either_model_is_dropped(tokenizer, write):
+    teacher = copy.deepcopy(tokenizer)
+    teacher.chat_template = CHAT_TEMPLATE.replace("<|start|>", "<|start|>" * 9)
+    path = write(*({"prompt": "x" * n, "answer": str(n)} for n in (3, 6)))
+    (ours,) = load_prompts(path, tokenizer, limit=1).token_ids
+    assert len(load_prompts(path, tokenizer, max_prompt_tokens=len(ours) + 18)) == 2
+    prompts = load_prompts(
+        path, tokenizer, max_prompt_tokens=len(ours) + 18, teacher_tokenizer=teacher
+    )
+    assert (prompts.answers, prompts.dropped) == (["3"], 1)
+    assert len(prompts.teacher_token_ids) == 1
+
+
+def test_texts_are_what_messages_and_answers_say(write):
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "brief"}]
+    path = write({"prompt": messages, "answer": 7}, {"prompt": "why"}, {"prompt": "no"})
+    assert list(read_texts(path, "prompt", "answer", 2)) == ["be", "brief", "7", "why"]
 
 
 def test_every_file_type_reads_the_same(tokenizer, write, tmp_path):

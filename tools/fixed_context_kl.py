@@ -3,7 +3,8 @@
     python tools/fixed_context_kl.py --teacher DIR --students BEFORE AFTER --prompts test.jsonl
 
 The first student answers the prompts once; on those answers every student is compared with the
-teacher, so that the figures differ by the weights alone. One process, plain transformers models.
+teacher, so that the figures differ by the weights alone. A teacher with another tokenizer or chat
+template reads them as in training. One process, plain transformers models.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
 from megatron_taopd.prompts import load_prompts
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="+", required=True, help="the first one writes")
     parser.add_argument("--prompts", required=True)
+    parser.add_argument("--teacher-prompt", choices=("own", "student"), default="own")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--template", default="auto")
     parser.add_argument("--system")
@@ -42,12 +45,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     arguments = parser.parse_args()
 
-    batch = contexts(arguments)
+    vocabularies = [Vocabulary.from_pretrained(arguments.students[0])]
+    vocabularies.append(Vocabulary.from_pretrained(arguments.teacher))
+    vocab_map = VocabMap.between(*vocabularies)
     teacher = load(arguments.teacher)
+    batch, teacher_prompts = contexts(arguments, vocabularies, vocab_map.size)
+    longest = teacher.config.max_position_embeddings
+    reading, _ = vocab_map.read(batch, teacher_prompts, longest)
     rows = []
     first: dict[str, Tensor] = {}
     for path in arguments.students:
-        divergences = compare(load(path), teacher, batch)
+        divergences = compare(load(path), teacher, batch, reading, vocab_map)
         first = first or divergences
         row: dict = {"student": path, "rows": batch.num_rows}
         for kind, values in divergences.items():
@@ -63,33 +71,41 @@ def load(path: str):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def contexts(arguments) -> RolloutBatch:
-    tokenizer = AutoTokenizer.from_pretrained(arguments.students[0])
+def contexts(arguments, vocabularies: list[Vocabulary], size: int):
+    """The first student's answers, and the prompts as the teacher reads them (None: alike)."""
+    student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
     prompts = load_prompts(
         arguments.prompts,
-        tokenizer,
+        student,
         arguments.prompt_column,
         answer_column=None,
         template=arguments.template,
         system=arguments.system,
         limit=arguments.limit,
+        teacher_tokenizer=teacher if arguments.teacher_prompt == "own" else None,
     )
-    engine = LocalEngine(load(arguments.students[0]), seed=arguments.seed)
+    engine = LocalEngine(load(arguments.students[0]), seed=arguments.seed, vocab_size=size)
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
-    return engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
+    batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
+    return batch, prompts.teacher_token_ids
 
 
 @torch.no_grad()
-def compare(student, teacher, batch: RolloutBatch) -> dict[str, Tensor]:
-    """Full-vocabulary divergences at every response row, [R] in nats, by kind."""
-    size = min(student.config.vocab_size, teacher.config.vocab_size)
-    heads = [model.get_output_embeddings().weight[:size] for model in (student, teacher)]
-    shard = VocabShard(0, size, None, size)
+def compare(
+    student, teacher, batch: RolloutBatch, reading: Sequences, vocab_map: VocabMap
+) -> dict[str, Tensor]:
+    """Divergences over the common vocabulary at every response row, [R] in nats, by kind."""
+    ids = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
+    models = (student, teacher)
+    heads = [m.get_output_embeddings().weight[i] for m, i in zip(models, ids, strict=True)]
+    shard = VocabShard(0, len(ids[0]), None, len(ids[0]))
     values: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for i in range(batch.num_sequences):
-        tokens = batch.sequence(i)[None]
-        rows = slice(int(batch.prompt_lengths[i]) - 1, tokens.shape[1] - 1)
-        hidden = [m.model(tokens).last_hidden_state[0, rows] for m in (student, teacher)]
+        rows = slice(*batch.cu_rows[i : i + 2].tolist())
+        hidden = [
+            model.model(read.sequence(i)[None]).last_hidden_state[0, read.row_positions[rows]]
+            for model, read in zip(models, (batch, reading), strict=True)
+        ]
         for kind, parts in values.items():
             parts.append(
                 linear_divergence(hidden[0], heads[0], hidden[1], heads[1], shard, kind, 256)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,12 +53,27 @@ class Checkpoint:
         with self._open(self.files[name]) as file:
             return file.get_tensor(name)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a matrix, as far as it has them; nothing else is read."""
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """[len(ids), D] these rows of a matrix, zeros for an id of −1; nothing else is read.
+
+        Args:
+            ids: [n] int64. Rows that lie together in the file are read at once, in whatever order
+                they are asked for.
+        """
         if name not in self.files:
             raise ValueError(f"{self.dir}: tensor {name} is missing")
+        ids, places = ids.sort()
+        wanted = ids >= 0
+        ids, places = ids[wanted], places[wanted]
         with self._open(self.files[name]) as file:
-            return file.get_slice(name)[start:stop]
+            matrix = file.get_slice(name)
+            rows = matrix[:0]
+            rows = rows.new_zeros(len(wanted), rows.shape[1])
+            breaks = (ids.diff() != 1).nonzero()[:, 0] + 1
+            for run, at in zip(ids.tensor_split(breaks), places.tensor_split(breaks), strict=True):
+                if len(run):
+                    rows[at] = matrix[int(run[0]) : int(run[-1]) + 1]
+        return rows
 
     def check(self, config: PretrainedConfig) -> None:
         """Raise ValueError unless the tensors are exactly those of the family's table."""
@@ -109,17 +123,15 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
             parameter.copy_(shard)
 
 
-def load_head(hf_dir: str | Path, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """[stop − start, D] rows of a checkpoint's output projection, on this rank's device.
+def load_head(hf_dir: str | Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """[len(ids), D] rows of a checkpoint's output projection, on this rank's device.
 
-    Rows past the checkpoint's vocabulary are zero: the other model's padding reaches further, and
-    they lie outside the common vocabulary.
+    Args:
+        ids: [V] int64, the row for each column; zeros for −1, a column that takes part in nothing.
     """
     hf = load_config(hf_dir)
     name = "model.embed_tokens.weight" if hf.tie_word_embeddings else "lm_head.weight"
-    weight = Checkpoint(hf_dir).rows(name, start, stop)
-    weight = F.pad(weight, (0, 0, 0, stop - start - len(weight)))
-    return weight.to(platform.device(), dtype)
+    return Checkpoint(hf_dir).rows(name, ids).to(platform.device(), dtype)
 
 
 def export_weights(

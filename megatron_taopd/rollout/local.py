@@ -41,7 +41,7 @@ class LocalEngine:
         seed: of all sampling.
         rank, world_size, group: who shares the work; `group` None is the default process group.
         vocab_size: tokens with this id or above are never drawn and take no probability (where the
-            model has more columns than the tokens it shares with the teacher).
+            model has more columns than tokens, or than the teacher).
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, no_rows, send_rows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import Sequences
 
 _CHECKSUM_BLOCK = 1 << 22  # bytes
 
@@ -51,12 +51,19 @@ class MegatronTeacher:
         if offload:
             self._release()
 
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens that a micro-batch and the model's positions take of a sequence."""
+        multiple = self.layout.tp if self.layout.sequence else 1
+        capacity = self.micro_batch_tokens // multiple * multiple
+        return min(capacity, self.trunk.hf.max_position_embeddings)
+
     @torch.no_grad()
-    def hidden_states(self, batch: RolloutBatch, student: Layout, owner: Tensor) -> HeldRows:
+    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
         """The teacher's hidden states at all response rows, on the ranks that will score them.
 
         Args:
-            batch: the same on every rank.
+            batch: in the teacher's ids; the same on every rank.
             student: layout of the model whose last stage scores.
             owner: [N] int64, the student's data-parallel rank that scores each sequence.
 
@@ -84,7 +91,7 @@ class MegatronTeacher:
         ids = torch.cat([m.row_ids for m in micro_batches])
         return HeldRows.from_unordered(ids, torch.cat(outputs))
 
-    def _routes(self, batch: RolloutBatch, student: Layout, owner: Tensor, runner: Tensor):
+    def _routes(self, batch: Sequences, student: Layout, owner: Tensor, runner: Tensor):
         """(row, source rank, destination rank) of every copy that has to be delivered.
 
         Each rank of the student's last-stage TP group needs the row; the copies are taken in turn
