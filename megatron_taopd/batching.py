@@ -175,6 +175,7 @@ class MicroBatch:
     Attributes:
         tokens: [T] int64, T a multiple of what was asked for (and > 0); padding is 0.
         position_ids: [T] int64, from 0 in every segment.
+        sequences: the sequences of the batch that it holds, ascending.
         cu_seqlens: [S+1] int32, where the segments start, the last entry T. Padding is a segment of
             its own, the last one, so that no sequence attends to it.
         max_seqlen: the longest segment, padding included.
@@ -185,6 +186,7 @@ class MicroBatch:
 
     tokens: Tensor
     position_ids: Tensor
+    sequences: tuple[int, ...]
     cu_seqlens: Tensor
     max_seqlen: int
     rows: Tensor
@@ -238,6 +240,7 @@ def build_micro_batch(
     return MicroBatch(
         tokens=tokens,
         position_ids=position_ids,
+        sequences=tuple(sequences),
         cu_seqlens=cu_seqlens.int(),
         max_seqlen=int(segments.max()),
         rows=cu_seqlens[owner] + positions,
@@ -282,6 +285,34 @@ def assign(batch: Sequences, mask: Tensor, layout: Layout, micro_batch_tokens: i
         for sequences in ranks[layout.dp_rank]
     ]
     return Assignment(lengths, owner, own)
+
+
+def shorten(
+    batch: Sequences, assigned: Assignment, mask: Tensor, layout: Layout
+) -> tuple[Assignment, list[Tensor]]:
+    """The same assignment with its sequences cut after their last wanted row; nothing is re-packed.
+
+    Args:
+        assigned: of a pass over these sequences at no shorter lengths.
+        mask: [R] bool, the wanted rows.
+
+    Returns:
+        The assignment, some of whose micro-batches may be padding only; and for each of its
+        micro-batches [T'] int64, where each token stood in the longer one, −1 for padding.
+    """
+    lengths = cut_lengths(batch, mask)
+    multiple = layout.tp if layout.sequence else 1
+    micro_batches, places = [], []
+    for longer in assigned.micro_batches:
+        starts = dict(zip(longer.sequences, longer.cu_seqlens.tolist(), strict=False))
+        sequences = [i for i in longer.sequences if lengths[i] > 0]
+        shorter = build_micro_batch(batch, sequences, lengths, mask, multiple)
+        segments = [torch.arange(int(lengths[i])) + starts[i] for i in sequences]
+        place = torch.cat([*segments, torch.empty(0, dtype=torch.int64)])
+        padding = len(shorter.tokens) - len(place)
+        places.append(torch.nn.functional.pad(place, (0, padding), value=-1))
+        micro_batches.append(shorter)
+    return Assignment(lengths, assigned.owner, micro_batches), places
 
 
 def _starts(lengths: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from yaml import YAMLError
 from megatron_taopd.loss import LOSSES
 from megatron_taopd.models.hf_map import ROPE_TYPES, padded_vocab_size
 from megatron_taopd.prompts import read_texts
-from megatron_taopd.selection import SELECTORS
+from megatron_taopd.selection import CONCENTRATES, SELECTORS
 from megatron_taopd.vocab_map import MIN_SHARED, VocabMap, Vocabulary
 
 
@@ -94,7 +94,9 @@ class SelectionSection:
     selector: str = "teachability"  # one of SELECTORS
     ratio: float = 0.10  # ρ, the share of response rows that is trained on
     k: int = 16  # top-K of both models, for D and C
-    concentrate: float = 0.0  # preference for few sequences
+    # Beyond the paper: at least this share of the response tokens is left out of training. The same
+    # number of rows is kept, from the prefixes of the responses that hold most of their priority.
+    concentrate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class TrainSection:
     steps: int = 100  # rollout batches
     micro_batch_tokens: int = 4096  # the most tokens a rank runs at a time
     mini_batches: int = 1  # optimizer steps per rollout batch
-    schedule: Literal["two_pass"] = "two_pass"
+    # two_pass: the student runs forward over everything for the scores, then forward and backward
+    # over the cut sequences. replay: the layers' outputs of the first pass are kept, and the second
+    # runs each layer in the backward pass only (pp 1, one mini-batch).
+    schedule: Literal["two_pass", "replay"] = "two_pass"
+    replay_memory_mib: int = 8192  # for those outputs, per rank; two_pass where they need more
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
     head_memory_mib: int = 1024  # for the logits of both models that exist at a time, per rank
@@ -325,13 +331,14 @@ _RULES: dict[str, _Rule] = {
     "rollout.ahead": _NOT_YET,
     "selection.ratio": _SHARE,
     "selection.k": _COUNT,
-    "selection.concentrate": _NOT_YET,
+    "selection.concentrate": _DECAY,
     "loss.beta": _INSIDE,
     "loss.alpha": _INSIDE,
     "train.steps": _COUNT,
     "train.micro_batch_tokens": _COUNT,
     "train.mini_batches": _COUNT,
     "train.head_memory_mib": _COUNT,
+    "train.replay_memory_mib": _COUNT,
     "optimizer.lr": _POSITIVE,
     "optimizer.min_lr": _NOT_NEGATIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,
@@ -377,6 +384,27 @@ def _check_values(config: Config) -> None:
     for key, (name, known) in names.items():
         if name not in known:
             raise ValueError(f"{key}: {name!r} is unknown; one of {', '.join(known)}")
+    selection = config.selection
+    if selection.concentrate and selection.selector not in CONCENTRATES:
+        raise ValueError(
+            f"selection.concentrate: {selection.concentrate} with selector {selection.selector}, "
+            f"which has no priorities to add up; one of {', '.join(CONCENTRATES)} is needed"
+        )
+    if selection.ratio > 1 - selection.concentrate:
+        raise ValueError(
+            f"selection.concentrate: {selection.concentrate} leaves fewer rows than "
+            f"selection.ratio {selection.ratio} keeps; it has to be at most {1 - selection.ratio:g}"
+        )
+    if config.train.schedule == "replay":
+        for key, value in (
+            ("student.parallel.pp", config.student.parallel.pp),
+            ("train.mini_batches", config.train.mini_batches),
+        ):
+            if value != 1:
+                raise ValueError(
+                    f"train.schedule: replay with {key} {value}; it has to be 1, or the schedule "
+                    "two_pass"
+                )
     rollout = config.rollout
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}

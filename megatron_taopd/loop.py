@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_taopd import batching, checkpoint
 from megatron_taopd.config import Config
 from megatron_taopd.evaluation import Evaluation
+from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
 from megatron_taopd.prompts import Prompts, PromptStream
@@ -111,25 +112,36 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         reading, reading_metrics = run.read(batch)
         teacher_rows = run.teacher.hidden_states(reading, layout, assigned.owner)
     with phase("scoring"):
-        scores, gap = score(batch, assigned, student, run.heads, teacher_rows, config.selection.k)
+        replay = config.train.schedule == "replay" and replay_fits(run, assigned)
+        scores, gap, kept_outputs = score(
+            batch, assigned, student, run.heads, teacher_rows, config.selection.k, replay
+        )
 
     # … of which the ⌈ρ|I|⌉ most teachable of the whole batch are kept (Eq. 12–13) …
     with phase("selection"):
         selector, seed = config.selection.selector, config.run.seed * 1_000_003 + step
-        mask = select(selector, scores, config.selection.ratio, seed)
+        mask = select(
+            selector,
+            scores,
+            config.selection.ratio,
+            seed,
+            config.selection.concentrate,
+            batch.cu_rows,
+        )
 
     # … and the loss falls on these alone (Eq. 6–7).
     with span("training"):
         metrics = train_on(
             batch,
             mask,
-            assigned.owner,
+            assigned,
             student,
             run.heads,
             teacher_rows,
             micro_batch_tokens,
             config.train.mini_batches,
             vars(config.loss),
+            kept_outputs,
         )
     with span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
@@ -138,6 +150,21 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout")) | reading_metrics
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
     return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
+
+
+def replay_fits(run: Run, assigned: batching.Assignment) -> bool:
+    """Whether the layers' outputs of this batch fit their budget on every rank."""
+    tokens = torch.zeros(run.student.layout.dp, dtype=torch.int64)
+    most = int(tokens.index_add(0, assigned.owner, assigned.lengths).max())
+    needed = kept_bytes(run.student.trunk, most) / 2**20
+    budget = run.config.train.replay_memory_mib
+    if needed > budget:
+        run.monitor.note(
+            "train.replay_memory_mib",
+            f"{budget} is less than the {needed:.0f} MiB of a step's layer outputs; such steps are "
+            "done in two passes",
+        )
+    return needed <= budget
 
 
 def rollout_metrics(batch: RolloutBatch, gap: Tensor, seconds: float) -> dict[str, float]:

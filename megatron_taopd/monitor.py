@@ -72,6 +72,7 @@ class Monitor:
         self.samples: Sequence[Sample] = ()
         self._synchronize = synchronize or (lambda: None)
         self._times: dict[str, float] = defaultdict(float)
+        self._noted: set[str] = set()
         self._writes = rank == 0
         if not self._writes:
             return
@@ -150,6 +151,12 @@ class Monitor:
         if "eval/accuracy" in record:
             self.write_report()
         return record
+
+    def note(self, key: str, text: str) -> None:
+        """Tell the person at the terminal, once for each key."""
+        if self._writes and key not in self._noted:
+            self._noted.add(key)
+            self._progress.console.print(f"{key}: {text}", highlight=False, soft_wrap=True)
 
     def write_report(self, samples: Sequence[Sample] | None = None) -> None:
         """Write report.html anew; `samples` are shown from now on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,8 +42,9 @@ def score(
     heads: Heads | None,
     teacher_rows: HeldRows,
     k: int,
+    keep_outputs: bool = False,
     probe_rows: int = 1024,
-) -> tuple[TokenScores, Tensor]:
+) -> tuple[TokenScores, Tensor, list[list[Tensor]] | None]:
     """Score every response row of the batch with the current student.
 
     Args:
@@ -50,12 +52,13 @@ def score(
         heads: None except on the last stage.
         teacher_rows: on the last stage, the teacher's hidden states of this rank's sequences.
         k: size of the top-K sets.
+        keep_outputs: keep the layers' outputs for a replay (`models.replay`).
         probe_rows: on about so many rows the trainer's log-probability of the sampled token is
             compared with the engine's.
 
     Returns:
         The scores [R], and |log p_trainer − log p_engine| at the probed rows; on the CPU, the same
-        on every rank.
+        on every rank. And the kept outputs of this rank, or None.
 
     Collectives: the trunk's forward; one all-gather of 24K+24 bytes per row and rank over TP; an
     all-reduce of 20 bytes per row over all ranks.
@@ -91,7 +94,8 @@ def score(
             ]
         )
 
-    columns = student.forward(assigned.micro_batches, score_micro_batch)
+    with student.keep_outputs() if keep_outputs else nullcontext() as kept:
+        columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     # Each row is written by one rank, so the sum over all ranks is a gather.
     table = torch.zeros(5, batch.num_rows, device=platform.device())
@@ -101,4 +105,4 @@ def score(
     dist.all_reduce(table)
     *scores, log_probs = table.cpu()
     probed = torch.arange(0, batch.num_rows, stride)
-    return TokenScores(*scores), (log_probs[probed] - batch.log_probs[probed]).abs()
+    return TokenScores(*scores), (log_probs[probed] - batch.log_probs[probed]).abs(), kept

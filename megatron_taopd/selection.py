@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_taopd.concentration import cut_responses
 from megatron_taopd.teachability import (
     bounded,
     either,
@@ -79,6 +81,10 @@ SELECTORS: dict[str, Callable[[TokenScores, int], Tensor]] = {
 }
 
 
+# Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
+CONCENTRATES = tuple(name for name in SELECTORS if name not in ("full", "random", "q3_low_dl"))
+
+
 def budget(ratio: float, num_rows: int) -> int:
     """n = ⌈ρ|I|⌉ with ρ as the decimal a person writes: 7 for .07 × 100, where floats give 8.
 
@@ -90,7 +96,14 @@ def budget(ratio: float, num_rows: int) -> int:
     return math.ceil(Fraction(repr(float(ratio))) * num_rows)
 
 
-def select(selector: str, scores: TokenScores, ratio: float, seed: int) -> Tensor:
+def select(
+    selector: str,
+    scores: TokenScores,
+    ratio: float,
+    seed: int,
+    concentrate: float = 0.0,
+    cu_rows: Tensor | None = None,
+) -> Tensor:
     """The rows to train on: the n = ⌈ρ|I|⌉ of highest priority (Eq. 13), exactly, on every layout.
 
     Args:
@@ -99,13 +112,17 @@ def select(selector: str, scores: TokenScores, ratio: float, seed: int) -> Tenso
         scores: of the whole rollout batch, [R] in canonical order, on any device.
         ratio: ρ in (0, 1].
         seed: of `random`; give each step its own.
+        concentrate: at least this share of the rows lies behind the last that is kept of their
+            sequence, so that training does not run them; not every selector can (CONCENTRATES).
+        cu_rows: [N+1] int64 on the CPU, where each sequence's rows start; for concentrate only.
 
     Returns:
         [R] bool on the device of the scores. Rows of equal priority are kept in canonical order,
         the earlier (sequence, position) first.
 
     Raises:
-        ValueError: unknown selector, ratio outside (0, 1], or a NaN in a score that it uses.
+        ValueError: unknown selector, ratio outside (0, 1], a selector that cannot concentrate, or a
+            NaN in a score that it uses.
     """
     if selector not in SELECTORS:
         raise ValueError(
@@ -113,10 +130,26 @@ def select(selector: str, scores: TokenScores, ratio: float, seed: int) -> Tenso
         )
     priority = SELECTORS[selector](scores, seed)
     keep = len(priority) if selector == "full" else budget(ratio, len(priority))
+    if concentrate:
+        if selector not in CONCENTRATES:
+            raise ValueError(
+                f"selection.concentrate: {concentrate}: {selector} has no priorities to add up; "
+                f"one of {', '.join(CONCENTRATES)}"
+            )
+        max_rows = max(keep, len(priority) - budget(concentrate, len(priority)))
+        cuts = cut_responses(priority.double().cpu().numpy(), cu_rows.numpy(), keep, max_rows)
+        priority = priority.masked_fill(_behind(cuts, cu_rows).to(priority.device), -math.inf)
     first = priority.sort(descending=True, stable=True).indices[:keep]
     mask = torch.zeros_like(priority, dtype=torch.bool)
     mask[first] = priority[first] > -math.inf
     return mask
+
+
+def _behind(cuts: np.ndarray, cu_rows: Tensor) -> Tensor:
+    """[R] bool, the rows behind each sequence's first cuts[i]."""
+    counts = cu_rows.diff()
+    offsets = torch.arange(int(cu_rows[-1])) - cu_rows[:-1].repeat_interleave(counts)
+    return offsets >= torch.from_numpy(cuts).repeat_interleave(counts)
 
 
 def selection_metrics(
@@ -137,6 +170,9 @@ def selection_metrics(
             kept rows, an infinite D counting as the largest finite one.
         selection/mass_retained: the kept rows' share of the batch's learnable disagreement ΣD^L,
             for every selector the same yardstick.
+        selection/mass_of_best: ΣD^L of the kept rows over that of as many rows of highest D^L: what
+            the selector, or concentrating, gives away.
+        selection/trained_share: rows up to the last kept one of their sequence, over all rows.
         selection/relative_position: mean place of the kept rows in their responses, 0 the first
             token, 1 the last; .5 when all rows are kept.
         selection/threshold: the lowest kept priority; not for `full` and `random`, which have none.
@@ -152,11 +188,19 @@ def selection_metrics(
     metrics["selection/kept_share"] = mask.double().mean()
     learnable = _learnable(scores).double()
     if (total := learnable.sum()) > 0:
-        metrics["selection/mass_retained"] = learnable[mask].sum() / total
+        kept = learnable[mask].sum()
+        metrics["selection/mass_retained"] = kept / total
+        if mask.any():
+            best = learnable.topk(int(mask.sum())).values.sum()
+            metrics["selection/mass_of_best"] = kept / best
     if mask.any():
         counts = cu_rows.diff()
         offsets = torch.arange(len(mask)) - cu_rows[:-1].repeat_interleave(counts)
         place = (offsets + 0.5) / counts.repeat_interleave(counts)
+        sequences = torch.arange(len(counts)).repeat_interleave(counts)[mask.cpu()]
+        last = torch.zeros_like(counts)
+        last.scatter_reduce_(0, sequences, offsets[mask.cpu()] + 1, "amax")
+        metrics["selection/trained_share"] = last.sum().double().to(mask.device) / len(mask)
         metrics["selection/relative_position"] = place.to(mask.device)[mask].double().mean()
         if selector not in ("full", "random"):
             metrics["selection/threshold"] = SELECTORS[selector](scores, seed)[mask].min()

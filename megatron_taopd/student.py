@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_taopd.batching import MicroBatch
-from megatron_taopd.models import gpt, hf_map, pipeline, weights
+from megatron_taopd.models import gpt, hf_map, pipeline, replay, weights
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import VocabShard
 
@@ -126,6 +126,14 @@ class Student:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
+
+    def keep_outputs(self):
+        """`replay.keep_outputs` of the trunk."""
+        return replay.keep_outputs(self.trunk)
+
+    def replay_outputs(self, kept: list[list[Tensor]], wanted: list[Tensor]):
+        """`replay.replay_outputs` of the trunk."""
+        return replay.replay_outputs(self.trunk, kept, wanted)
 
     def step(self) -> tuple[float, float]:
         """One optimizer step: (gradient norm before clipping, learning rate used)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -23,30 +24,35 @@ from megatron_taopd.types import RolloutBatch
 def train_on(
     batch: RolloutBatch,
     mask: Tensor,
-    owner: Tensor,
+    scored: batching.Assignment,
     student: Student,
     heads: Heads | None,
     teacher_rows: HeldRows,
     micro_batch_tokens: int,
     mini_batches: int,
     loss: dict,
+    kept_outputs: list[list[Tensor]] | None = None,
 ) -> dict[str, float]:
     """`mini_batches` optimizer steps over the kept rows, whole sequences each.
 
     Selection was over the whole batch; each step's loss is the mean over its own kept rows. A step
     that has none is not taken.
 
+    Args: as of `backward`. With kept_outputs there is one optimizer step.
+
     Returns:
         Metrics of `backward`, means weighted by kept rows and counts summed; `grad_norm` (the mean
         over the steps, before clipping) and `lr` (of the last step). Without kept rows only counts.
     """
+    assert kept_outputs is None or mini_batches == 1, mini_batches
     kept, trained, sums, grad_norms = 0, 0, Counter(), []
     for part in batching.split_mini_batches(batch, mask, mini_batches):
         if not part.any():
             continue
         metrics = backward(
-            batch, part, owner, student, heads, teacher_rows, micro_batch_tokens, loss
-        )
+            batch, part, scored, student, heads, teacher_rows, micro_batch_tokens, loss,
+            kept_outputs,
+        )  # fmt: skip
         grad_norm, lr = student.step()
         rows = metrics.pop("kept_rows")
         kept += rows
@@ -63,22 +69,26 @@ def train_on(
 def backward(
     batch: RolloutBatch,
     mask: Tensor,
-    owner: Tensor,
+    scored: batching.Assignment,
     student: Student,
     heads: Heads | None,
     teacher_rows: HeldRows,
     micro_batch_tokens: int,
     loss: dict,
+    kept_outputs: list[list[Tensor]] | None = None,
 ) -> dict[str, float]:
     """Gradients of the mean loss over the kept rows of the **whole** batch, ready for a step.
 
     Args:
         mask: [R] bool, the kept rows; the same on every rank.
-        owner: [N] int64, the data-parallel rank that scored each sequence and has its teacher rows.
+        scored: who scored each sequence, and so has its teacher rows.
         heads: None except on the last stage.
         teacher_rows: on the last stage, hidden states of (at least) the kept rows scored here.
         micro_batch_tokens: the most tokens in a packed micro-batch.
         loss: keyword arguments of `kept_row_loss`: `kind` and its parameters.
+        kept_outputs: of the layers in the scoring pass. With them the sequences stay where they
+            are, and only the backward pass runs the layers; without, the kept tokens are balanced
+            and packed anew and run forward and backward.
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
@@ -88,8 +98,13 @@ def backward(
     to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
     """
     layout = student.layout
-    assigned = batching.assign(batch, mask, layout, micro_batch_tokens)
-    teacher_rows = _follow(teacher_rows, batch, mask, owner, assigned.owner, layout)
+    if kept_outputs is None:
+        assigned = batching.assign(batch, mask, layout, micro_batch_tokens)
+        teacher_rows = _follow(teacher_rows, batch, mask, scored.owner, assigned.owner, layout)
+        outputs = nullcontext()
+    else:
+        assigned, places = batching.shorten(batch, scored, mask, layout)
+        outputs = student.replay_outputs(kept_outputs, places)
 
     device = platform.device()
 
@@ -108,7 +123,8 @@ def backward(
         count = torch.tensor(len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
 
-    sums = student.forward_backward(assigned.micro_batches, loss_func)
+    with outputs:
+        sums = student.forward_backward(assigned.micro_batches, loss_func)
     kept = int(mask.sum())
     means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
     return {**means, "kept_rows": kept, "tokens_trained": int(assigned.lengths.sum())}

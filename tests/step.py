@@ -74,6 +74,7 @@ def step_on_ranks(
     recompute="none",
     vocab_map=None,
     teacher_prompts=None,
+    replay=False,
 ):
     """Score, select and back-propagate one batch; on every rank the global results.
 
@@ -119,11 +120,13 @@ def step_on_ranks(
         reading, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
         for done in range(steps):
             teacher_rows = teacher.hidden_states(reading, layout, assigned.owner)
-            scores, gap = score(batch, assigned, student, heads, teacher_rows, 5)
+            scores, gap, outputs = score(
+                batch, assigned, student, heads, teacher_rows, 5, keep_outputs=replay
+            )
             kept = select("teachability", scores, ratio, 0) if mask is None else mask
             metrics = backward(
-                batch, kept, assigned.owner, student, heads, teacher_rows, micro_batch_tokens,
-                loss or {"kind": "reverse_kl"},
+                batch, kept, assigned, student, heads, teacher_rows, micro_batch_tokens,
+                loss or {"kind": "reverse_kl"}, outputs,
             )  # fmt: skip
             if done == 0:
                 gradients = gather_gradients(student)

@@ -271,9 +271,24 @@ def test_overrides_that_are_refused(user, override, parts):
         ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
         ("rollout.engine=sglang", ("rollout.engine", "'sglang'", "expected one of ['local']")),
         ("teacher.engine=sglang", ("teacher.engine", "'sglang'", "expected one of ['megatron']")),
-        ("train.schedule=replay", ("train.schedule", "'replay'", "one of ['two_pass']")),
+        ("train.schedule=once", ("train.schedule", "'once'", "one of ['two_pass', 'replay']")),
+        (
+            "train.schedule=replay train.mini_batches=2",
+            ("train.schedule: replay with train.mini_batches 2", "has to be 1"),
+        ),
+        (
+            "train.schedule=replay student.parallel.pp=2",
+            ("train.schedule: replay with student.parallel.pp 2", "has to be 1"),
+        ),
+        (
+            "selection.concentrate=0.5 selection.selector=random",
+            ("selection.concentrate: 0.5 with selector random", "one of entropy"),
+        ),
+        (
+            "selection.concentrate=0.95 selection.ratio=0.1",
+            ("selection.concentrate: 0.95", "selection.ratio 0.1", "at most 0.9"),
+        ),
         ("rollout.ahead=1", ("rollout.ahead: 1", "has to be 0", "not offered yet")),
-        ("selection.concentrate=0.5", ("selection.concentrate: 0.5", "has to be 0")),
         # Names
         ("selection.selector=tipp", ("selection.selector: 'tipp' is unknown", "tip, teachability")),
         ("loss.kind=kl", ("loss.kind: 'kl' is unknown", "reverse_kl, forward_kl")),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_taopd.selection import SELECTORS, budget, select, selection_metrics
+from megatron_taopd.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
 SCORED = [name for name in SELECTORS if name not in ("full", "random")]
@@ -212,6 +212,8 @@ def test_metrics_of_a_small_batch():
     # C is constant, so D^L = D̃ = 0, .8/3.6, .5, 2.8/3.6, 1.
     assert metrics["selection/mass_retained"] == pytest.approx(1 / 2.5)
     assert metrics["selection/threshold"] == pytest.approx(0)
+    assert metrics["selection/mass_of_best"] == pytest.approx(1 / (1 + 2.8 / 3.6))
+    assert metrics["selection/trained_share"] == pytest.approx(2 / 5)  # neither has rows before it
 
 
 def test_metrics_of_everything_kept():
@@ -239,3 +241,44 @@ def test_metrics_stay_finite():
     metrics = selection_metrics("divergence", scores, mask, CU_ROWS, seed=0)
     assert all(math.isfinite(v) for v in metrics.values())
     assert metrics["selection/kept_disagreement"] == 2  # the largest finite one stands in
+
+
+@given(
+    rows=st.integers(20, 200),
+    seed=st.integers(0, 100),
+    concentrate=st.sampled_from([0.1, 0.5, 0.9]),
+    selector=st.sampled_from([name for name in CONCENTRATES if name not in Q3]),
+)
+def test_concentrating_keeps_as_many_rows_in_fewer_tokens(rows, seed, concentrate, selector):
+    scores = random_scores(rows, seed)
+    generator = torch.Generator().manual_seed(seed)
+    cuts = torch.randperm(rows - 1, generator=generator)[:4].sort().values + 1
+    cu_rows = torch.cat([torch.tensor([0]), cuts, torch.tensor([rows])])
+    mask = select(selector, scores, 0.1, seed, concentrate, cu_rows)
+    assert mask.sum() == budget(0.1, rows)
+    metrics = selection_metrics(selector, scores, mask, cu_rows, seed)
+    most = max(1 - concentrate, budget(0.1, rows) / rows)
+    assert metrics["selection/trained_share"] <= most + 1e-9
+    assert metrics["selection/mass_of_best"] <= 1 + 1e-9
+
+
+def test_concentrating_gives_up_late_rows():
+    """Two sequences of 100 rows; what disagrees stands early, but for one lone late row."""
+    scores = random_scores(200)
+    early = [*range(5, 15), *range(105, 114)]
+    d = torch.linspace(0, 0.1, 200)
+    d[[*early, 190]] = 2.0
+    scores = TokenScores(d, torch.ones(200), scores.student_entropy, scores.teacher_entropy)
+    cu_rows = torch.tensor([0, 100, 200])
+    plain = select("divergence", scores, 0.1, 0).nonzero()[:, 0].tolist()
+    concentrated = select("divergence", scores, 0.1, 0, 0.8, cu_rows).nonzero()[:, 0].tolist()
+    assert plain == [*early, 190]
+    assert set(early) < set(concentrated)
+    assert len(concentrated) == 20
+    assert 190 not in concentrated
+
+
+@pytest.mark.parametrize("selector", ["full", "random", "q3_low_dl"])
+def test_a_selector_without_mass_cannot_concentrate(selector):
+    with pytest.raises(ValueError, match=f"selection.concentrate: 0.5: {selector} has no prior"):
+        select(selector, random_scores(10), 0.1, 0, 0.5, torch.tensor([0, 10]))
