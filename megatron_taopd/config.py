@@ -81,6 +81,11 @@ class RolloutSection:
     prompts: int = 64  # per step
     samples: int = 1  # responses per prompt
     max_new_tokens: int = 64
+    # Beyond the paper: training responses end after so many tokens; auto: where they stop to pay
+    # (`rollout.horizon`), at least horizon_floor. Evaluations generate in full.
+    horizon: int | str = "none"
+    horizon_floor: int = 32
+    horizon_prompt_weight: float = 0.5  # auto: cost of a prompt token; a response token's is 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -324,6 +329,8 @@ _RULES: dict[str, _Rule] = {
     "rollout.prompts": _COUNT,
     "rollout.samples": _COUNT,
     "rollout.max_new_tokens": _COUNT,
+    "rollout.horizon_floor": _COUNT,
+    "rollout.horizon_prompt_weight": _NOT_NEGATIVE,
     "rollout.temperature": _POSITIVE,
     "rollout.top_p": _SHARE,
     "rollout.top_k": _NOT_NEGATIVE,
@@ -406,6 +413,16 @@ def _check_values(config: Config) -> None:
                     "two_pass"
                 )
     rollout = config.rollout
+    if rollout.horizon not in ("none", "auto"):
+        if not isinstance(rollout.horizon, int) or rollout.horizon < 1:
+            raise ValueError(
+                f"rollout.horizon: {rollout.horizon!r}; none, auto or a number of tokens is needed"
+            )
+        if rollout.horizon > rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.horizon: {rollout.horizon} is more than rollout.max_new_tokens "
+                f"{rollout.max_new_tokens}"
+            )
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():

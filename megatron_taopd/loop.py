@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_taopd import batching, checkpoint
+from megatron_taopd.accounting import ModelCost, step_operations
 from megatron_taopd.config import Config
 from megatron_taopd.evaluation import Evaluation
 from megatron_taopd.models.replay import kept_bytes
@@ -18,6 +19,7 @@ from megatron_taopd.monitor import Monitor
 from megatron_taopd.prompts import Prompts, PromptStream
 from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
+from megatron_taopd.rollout.horizon import Horizon
 from megatron_taopd.scoring import Heads, score
 from megatron_taopd.selection import select, selection_metrics
 from megatron_taopd.student import Student
@@ -42,6 +44,8 @@ class Run:
     heads: Heads | None  # on the student's last pipeline stage
     engine: RolloutEngine
     sampling: Sampling
+    horizon: Horizon
+    costs: tuple[ModelCost, ModelCost]  # of student and teacher
     prompts: Prompts
     tokenizer: PreTrainedTokenizerBase
     stream: PromptStream
@@ -103,7 +107,9 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     with phase("rollout"):
         indices = run.stream.take(config.rollout.prompts)
         prompts = [run.prompts.token_ids[i] for i in indices]
-        batch = run.engine.generate(prompts, indices, step, run.sampling)
+        length = run.horizon.length(step)
+        sampling = replace(run.sampling, max_new_tokens=length)
+        batch = run.engine.generate(prompts, indices, step, sampling)
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
 
@@ -146,9 +152,22 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     with span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
 
-    metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
-    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout")) | reading_metrics
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
+    metrics |= run.horizon.observe(batch, teachability, length) | reading_metrics
+    metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
+    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout"))
+    replayed = kept_outputs is not None
+    metrics |= {"train/replayed": int(replayed)}
+    metrics |= step_operations(
+        *run.costs,
+        assigned.lengths,
+        batching.cut_lengths(reading, everything),
+        batching.cut_lengths(batch, mask),
+        batch.num_rows,
+        int(mask.sum()),
+        replayed,
+        config.train.recompute,
+    )
     return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
 
 
@@ -203,7 +222,7 @@ def _save(run: Run, step: int) -> None:
     config = run.config.checkpoint
     if step == 0:
         return
-    state = {"prompts_consumed": run.stream.consumed}
+    state = {"prompts_consumed": run.stream.consumed, "horizon": run.horizon.state()}
     checkpoint.save(f"{run.config.run.dir}/checkpoints", step, run.student, state, config.keep)
 
 

@@ -269,6 +269,8 @@ def summary_table(records: Sequence[Mapping[str, Any]], report: str | Path | Non
     ):
         if part is not None and whole:
             table.add_row(label, f"{part:,} of {whole:,}", percent(part / whole))
+    if s["operations"] is not None:
+        table.add_row("operations", percent(s["operations"]), "of full OPD's")
     table.add_section()
     total = sum(s["phases"].values())
     for phase, spent in s["phases"].items():

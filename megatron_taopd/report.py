@@ -151,13 +151,15 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     Returns:
         `steps`, the last step; `accuracy_first`, `accuracy_last`; `loss_first`, `loss_last`, means
         over the first and last tenth of the steps; `kept_rows`, `valid_rows`, `tokens_trained`,
-        `tokens_rolled_out`, sums over the run; `step_time`, the median in seconds; `gap`, the mean
+        `tokens_rolled_out`, sums over the run; `operations`, the mean share of full OPD's;
+        `step_time`, the median in seconds; `gap`, the mean
         engine–trainer gap in nats; `phases`, the total seconds of each phase, longest first.
     """
     accuracy = [value for _, value in column(records, "eval/accuracy")]
     loss = [value for _, value in column(records, "loss")]
     tenth = max(1, len(loss) // 10)
     gap = [value for _, value in column(records, "rollout/logprob_gap_mean")]
+    operations = [value for _, value in column(records, "flops/of_full_opd")]
     step_times = [value for _, value in column(records, "time/step")]
     phases = {phase: sum(v for _, v in column(records, f"time/{phase}")) for phase in PHASES}
     counts = {}
@@ -171,6 +173,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "loss_first": fmean(loss[:tenth]) if loss else None,
         "loss_last": fmean(loss[-tenth:]) if loss else None,
         **counts,
+        "operations": fmean(operations) if operations else None,
         "step_time": median(step_times) if step_times else None,
         "gap": fmean(gap) if gap else None,
         "phases": {
@@ -259,6 +262,10 @@ def _figures(records: Sequence[Record]) -> str:
                 percent(s["tokens_trained"] / s["tokens_rolled_out"]),
                 f"{number(s['tokens_trained'])} of {number(s['tokens_rolled_out'])} rolled out",
             )
+        )
+    if s["operations"] is not None:
+        cards.append(
+            ("Operations", percent(s["operations"]), "of full OPD's, with the same recomputation")
         )
     if s["step_time"] is not None:
         cards.append(("Step", seconds(s["step_time"]), f"median of {s['steps']} steps"))
@@ -392,6 +399,12 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any]) -> list[str]:
             percent,
         ),
         Chart(
+            "Operations",
+            "of teacher, scoring and training, by formula; full OPD is 100 %",
+            [line("flops/of_full_opd", "share of full OPD's operations")],
+            percent,
+        ),
+        Chart(
             "Gradient norm",
             "before clipping",
             [line("grad_norm", "gradient norm", smooth=True)],
@@ -442,7 +455,10 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any]) -> list[str]:
         Chart(
             "Response length",
             "mean tokens, the stop token included",
-            [line("rollout/response_length_mean", "tokens", 4, smooth=True)],
+            [
+                line("rollout/response_length_mean", "tokens", 4, smooth=True),
+                line("rollout/horizon", "horizon", 2),
+            ],
             number,
         ),
         Chart(

@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
 def build(config: configuration.Config):
     """Put a run together from its configuration, and resume it if it has a checkpoint."""
     from megatron_taopd import checkpoint
+    from megatron_taopd.accounting import ModelCost
     from megatron_taopd.evaluation import evaluate
     from megatron_taopd.loop import Run
     from megatron_taopd.models import weights
@@ -73,6 +74,7 @@ def build(config: configuration.Config):
     from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.prompts import PromptStream, load_prompts
     from megatron_taopd.rollout.engine import Sampling
+    from megatron_taopd.rollout.horizon import Horizon
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.scoring import Heads
     from megatron_taopd.student import Student
@@ -148,11 +150,19 @@ def build(config: configuration.Config):
         stop_token_ids=rollout.stop_token_ids,
     )
 
+    horizon = Horizon(
+        rollout.horizon,
+        rollout.max_new_tokens,
+        rollout.horizon_floor,
+        rollout.horizon_prompt_weight,
+    )
+
     directory = Path(config.run.dir)
     saved = checkpoint.steps(directory / "checkpoints")
     first_step, state = (saved[-1], {}) if saved else (0, {"prompts_consumed": 0})
     if saved:
         state = checkpoint.load(directory / "checkpoints", first_step, student)
+        horizon.load(state.get("horizon", {}))
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
         directory,
@@ -197,6 +207,8 @@ def build(config: configuration.Config):
         heads,
         engine,
         sampling,
+        horizon,
+        (ModelCost.of(student.trunk.hf), ModelCost.of(teacher.trunk.hf)),
         prompts,
         tokenizer,
         PromptStream(len(prompts), config.run.seed, config.data.shuffle, state["prompts_consumed"]),

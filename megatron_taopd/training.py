@@ -38,7 +38,7 @@ def train_on(
     Selection was over the whole batch; each step's loss is the mean over its own kept rows. A step
     that has none is not taken.
 
-    Args: as of `backward`. With kept_outputs there is one optimizer step.
+    Args: those of `backward`. With kept_outputs there is one optimizer step.
 
     Returns:
         Metrics of `backward`, means weighted by kept rows and counts summed; `grad_norm` (the mean

@@ -142,6 +142,46 @@ def test_resume_is_bit_identical(tmp_path, name, phase):
     assert curve(resumed) == curve(whole)
 
 
+def test_a_run_that_saves_resumes_bit_for_bit_too(tmp_path):
+    """Replay, concentration and the horizon, whose memory is part of the checkpoint."""
+    options = [
+        "train.steps=4", "checkpoint.every=2", *LAYOUTS["DP2 | TP2"][1],
+        "train.schedule=replay", "selection.concentrate=0.5",
+        "rollout.horizon=auto", "rollout.horizon_floor=4",
+    ]  # fmt: skip
+    (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
+    broken = [f"run.dir={tmp_path}/broken", *options]
+    run_ranks(2, partial(train, die_in=("training", 4)), broken)
+    (_, resumed), _ = run_ranks(2, train, broken)
+    assert curve(resumed) == curve(whole)
+
+    first, *others = curve(whole)
+    assert all(r["rollout/horizon"] < first["rollout/horizon"] for r in others)
+    for record in curve(whole):
+        assert record["selection/trained_share"] <= 0.5
+        assert record["kept_rows"] == -(-record["valid_rows"] // 10)
+        assert 0 < record["flops/training"] < record["flops/full_opd"]
+
+
+def test_both_schedules_take_the_same_steps(tmp_path, reference_curve):
+    options = ["train.steps=3", "train.schedule=replay"]
+    (status, records), _ = run_ranks(2, train, [f"run.dir={tmp_path}/run", *options])
+    assert status == 0
+    for ours, reference in zip(curve(records), reference_curve, strict=True):
+        assert (ours["train/replayed"], reference["train/replayed"]) == (1, 0)
+        for key in ("loss", "grad_norm", "tokens_trained", "flops/training"):
+            assert ours[key] == pytest.approx(reference[key], rel=1e-4), key
+
+
+def test_layer_outputs_that_do_not_fit_are_not_kept(tmp_path):
+    options = ["train.schedule=replay", "train.replay_memory_mib=1", "rollout.prompts=64"]
+    (status, records), _ = run_ranks(
+        2, train, [f"run.dir={tmp_path}/run", "train.steps=2", *options]
+    )
+    assert status == 0
+    assert [record["train/replayed"] for record in curve(records)] == [0, 0]
+
+
 ALL_LAYOUTS = {  # world size, student, teacher
     "one rank": (1, "{tp: 1, pp: 1}", "{tp: 1, pp: 1}"),
     "TP2 | TP2": (2, "{tp: 2, pp: 1}", "{tp: 2, pp: 1}"),

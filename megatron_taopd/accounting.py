@@ -1,0 +1,102 @@
+"""What a step costs in floating-point operations, phase by phase, beside what full OPD would.
+
+By formula, from the models' shapes and the lengths run: the same on every machine. An operation is
+a multiplication or an addition of a matrix product; norms, softmax and the selection are left out.
+The share of positions that is supervised is not the share of this that is spent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_taopd.models.hf_map import head_dim, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Forward operations of a model.
+
+    Attributes:
+        per_token: of the trunk's matrices, for each token.
+        per_pair: of attention, for each pair of a token and one that it sees (itself included).
+        per_row: of the head, for each row.
+    """
+
+    per_token: int
+    per_pair: int
+    per_row: int
+
+    @classmethod
+    def of(cls, hf: PretrainedConfig) -> ModelCost:
+        queries = hf.num_attention_heads * head_dim(hf)
+        keys = hf.num_key_value_heads * head_dim(hf)
+        attention = hf.hidden_size * (2 * queries + 2 * keys)  # q and output, k and v
+        mlp = 3 * hf.hidden_size * hf.intermediate_size
+        return cls(
+            per_token=2 * hf.num_hidden_layers * (attention + mlp),
+            per_pair=4 * hf.num_hidden_layers * queries,  # scores, and the sum of values
+            per_row=2 * hf.hidden_size * padded_vocab_size(hf.vocab_size),
+        )
+
+    def trunk(self, lengths: Tensor) -> int:
+        """One forward pass over sequences of these lengths [N], causal."""
+        lengths = lengths.long()
+        pairs = int((lengths * (lengths + 1)).sum()) // 2
+        return self.per_token * int(lengths.sum()) + self.per_pair * pairs
+
+
+def step_operations(
+    student: ModelCost,
+    teacher: ModelCost,
+    scored: Tensor,
+    read: Tensor,
+    trained: Tensor,
+    num_rows: int,
+    kept_rows: int,
+    replayed: bool,
+    recompute: str,
+) -> dict[str, float]:
+    """Operations of one step, over all ranks.
+
+    Args:
+        scored, read, trained: [N] tokens of each sequence that the student runs for the scores, the
+            teacher reads, and the student runs for training (0: not run).
+        num_rows, kept_rows: response rows of the batch, and those trained on.
+        replayed: the training pass found the layers' outputs (`models.replay`).
+        recompute: none, selective (core attention) or full.
+
+    Returns:
+        flops/{rollout,teacher,scoring,training}: rollout as one forward pass over all tokens and a
+            head per row; scoring with both heads on all rows.
+        flops/full_opd: teacher and training on all rows and tokens, with the same recomputation and
+            no scoring.
+        flops/of_full_opd: teacher, scoring and training over that.
+    """
+
+    def again(lengths: Tensor) -> int:
+        """What recomputation adds to a forward and a backward pass."""
+        if recompute == "full":
+            return student.trunk(lengths)
+        pairs = student.trunk(lengths) - student.per_token * int(lengths.sum())
+        return pairs if recompute == "selective" else 0
+
+    heads = 3 * student.per_row + teacher.per_row  # the student's two gradients are a matmul each
+    reading = teacher.trunk(read)
+    scoring = student.trunk(scored) + num_rows * (student.per_row + teacher.per_row)
+    training = 3 * student.trunk(trained) + kept_rows * heads
+    # A replayed layer runs once forward and once backward; nothing is left to recompute but what
+    # the layer itself does not keep.
+    if not replayed or recompute == "selective":
+        training += again(trained)
+    full = reading + 3 * student.trunk(scored) + again(scored) + num_rows * heads
+    return {
+        "flops/rollout": float(student.trunk(scored) + num_rows * student.per_row),
+        "flops/teacher": float(reading),
+        "flops/scoring": float(scoring),
+        "flops/training": float(training),
+        "flops/full_opd": float(full),
+        "flops/of_full_opd": (reading + scoring + training) / full,
+    }

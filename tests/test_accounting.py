@@ -1,0 +1,80 @@
+"""Operations by formula against torch's counter."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from megatron_taopd.accounting import ModelCost, step_operations
+
+
+def make_config(hidden_size=64, layers=3):
+    return Qwen3Config(
+        vocab_size=192,
+        hidden_size=hidden_size,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+
+def test_a_forward_and_backward_pass_cost_what_torch_counts():
+    config = make_config()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    cost, length = ModelCost.of(config), 40
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = model(tokens, attention_mask=None).logits.sum()
+    # Here every token is multiplied with every other before the mask; and the angles of the rotary
+    # embedding are a small product, too.
+    everything = cost.per_token * length + cost.per_pair * length**2 + cost.per_row * length
+    assert counter.get_total_flops() == everything + 2 * (config.head_dim // 2) * length
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss.backward()
+    assert counter.get_total_flops() == 2 * everything  # two products for each one forward
+
+
+def test_causal_attention_counts_the_pairs_that_see_each_other():
+    cost = ModelCost(per_token=0, per_pair=1, per_row=0)
+    assert cost.trunk(torch.tensor([3, 0, 1])) == (1 + 2 + 3) + 1
+
+
+STUDENT = ModelCost(per_token=10, per_pair=0, per_row=5)
+TEACHER = ModelCost(per_token=40, per_pair=0, per_row=20)
+
+
+def operations(trained, kept_rows, replayed=False, recompute="none"):
+    scored = torch.tensor([50, 50])
+    return step_operations(
+        STUDENT, TEACHER, scored, scored + 10, torch.tensor(trained), 60, kept_rows,
+        replayed, recompute,
+    )  # fmt: skip
+
+
+def test_a_step_is_the_sum_of_its_passes():
+    result = operations([20, 0], 6)
+    assert result["flops/rollout"] == 100 * 10 + 60 * 5
+    assert result["flops/teacher"] == 120 * 40
+    assert result["flops/scoring"] == 100 * 10 + 60 * (5 + 20)
+    assert result["flops/training"] == 20 * 30 + 6 * (3 * 5 + 20)
+    assert result["flops/full_opd"] == 120 * 40 + 100 * 30 + 60 * (3 * 5 + 20)
+    spent = sum(result[f"flops/{phase}"] for phase in ("teacher", "scoring", "training"))
+    assert result["flops/of_full_opd"] == spent / result["flops/full_opd"]
+
+
+def test_replay_saves_the_forward_pass_that_full_recomputation_repeats():
+    two_pass = operations([20, 0], 6, recompute="full")["flops/training"]
+    replay = operations([20, 0], 6, replayed=True, recompute="full")["flops/training"]
+    assert two_pass - replay == 20 * 10
+    assert replay == operations([20, 0], 6)["flops/training"]
+
+
+def test_training_on_everything_costs_more_than_full_opd():
+    assert operations([50, 50], 60)["flops/of_full_opd"] > 1
