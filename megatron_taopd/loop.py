@@ -16,6 +16,7 @@ from megatron_taopd.evaluation import Evaluation
 from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
+from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.prompts import Prompts, PromptStream
 from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
@@ -158,6 +159,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout"))
     replayed = kept_outputs is not None
     metrics |= {"train/replayed": int(replayed)}
+    metrics |= head_memory(run, assigned, metrics.pop("head_rows"))
     metrics |= step_operations(
         *run.costs,
         assigned.lengths,
@@ -184,6 +186,18 @@ def replay_fits(run: Run, assigned: batching.Assignment) -> bool:
             "done in two passes",
         )
     return needed <= budget
+
+
+def head_memory(run: Run, scored: batching.Assignment, trained_rows: int) -> dict[str, int]:
+    """Bytes of logits that exist at a time in both passes over the heads, on rank 0's rows."""
+    shard = run.student.shard
+    columns = shard.stop - shard.start
+    chunk_rows = rows_within(run.config.train.head_memory_mib << 20, columns)
+    scored_rows = max(len(m.rows) for m in scored.micro_batches)
+    return {
+        "memory/head_scoring": logits_bytes(scored_rows, chunk_rows, columns),
+        "memory/head_training": logits_bytes(trained_rows, chunk_rows, columns),
+    }
 
 
 def rollout_metrics(batch: RolloutBatch, gap: Tensor, seconds: float) -> dict[str, float]:

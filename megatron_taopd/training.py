@@ -41,11 +41,12 @@ def train_on(
     Args: those of `backward`. With kept_outputs there is one optimizer step.
 
     Returns:
-        Metrics of `backward`, means weighted by kept rows and counts summed; `grad_norm` (the mean
-        over the steps, before clipping) and `lr` (of the last step). Without kept rows only counts.
+        Metrics of `backward`, means weighted by kept rows, counts summed, the largest `head_rows`;
+        `grad_norm` (the mean over the steps, before clipping) and `lr` (of the last step). Without
+        kept rows only counts.
     """
     assert kept_outputs is None or mini_batches == 1, mini_batches
-    kept, trained, sums, grad_norms = 0, 0, Counter(), []
+    kept, trained, head_rows, sums, grad_norms = 0, 0, 0, Counter(), []
     for part in batching.split_mini_batches(batch, mask, mini_batches):
         if not part.any():
             continue
@@ -57,9 +58,10 @@ def train_on(
         rows = metrics.pop("kept_rows")
         kept += rows
         trained += metrics.pop("tokens_trained")
+        head_rows = max(head_rows, metrics.pop("head_rows"))
         sums.update({name: rows * value for name, value in metrics.items()})
         grad_norms.append(grad_norm)
-    counts = {"kept_rows": kept, "tokens_trained": trained}
+    counts = {"kept_rows": kept, "tokens_trained": trained, "head_rows": head_rows}
     if not grad_norms:
         return counts
     means = {name: value / kept for name, value in sums.items()}
@@ -92,7 +94,7 @@ def backward(
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
-        every rank.
+        every rank. `head_rows`, the most rows of a micro-batch on this data-parallel rank.
 
     Collectives: one all-to-all that takes the kept teacher rows (D_t elements each, per TP rank)
     to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
@@ -127,7 +129,12 @@ def backward(
         sums = student.forward_backward(assigned.micro_batches, loss_func)
     kept = int(mask.sum())
     means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
-    return {**means, "kept_rows": kept, "tokens_trained": int(assigned.lengths.sum())}
+    return {
+        **means,
+        "kept_rows": kept,
+        "tokens_trained": int(assigned.lengths.sum()),
+        "head_rows": max(len(m.rows) for m in assigned.micro_batches),
+    }
 
 
 def _follow(

@@ -100,6 +100,7 @@ def test_what_a_run_logs_and_leaves(tmp_path):
         assert record["rollout/weight_version"] == record["step"] - 1
         assert record["rollout/logprob_gap_max"] < 1e-4
         assert record["time/step"] > record["time/training"] > 0
+        assert 0 < record["memory/head_training"] <= record["memory/head_scoring"]
     for name in ("report.html", "student/model.safetensors", "checkpoints/step_00000003"):
         assert (run_dir / name).exists()
 

@@ -23,6 +23,7 @@ from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, divergence, t
 from megatron_taopd.parallel.vocab.heads import (
     linear_divergence,
     linear_topk_divergence,
+    logits_bytes,
     rows_within,
     score_hidden,
     token_log_probs,
@@ -36,6 +37,7 @@ __all__ = [
     "divergence",
     "linear_divergence",
     "linear_topk_divergence",
+    "logits_bytes",
     "rows_within",
     "score_hidden",
     "score_rows",

@@ -38,6 +38,11 @@ def rows_within(budget_bytes: int, num_columns: int) -> int:
     return max(1, rows // 64 * 64 or rows)
 
 
+def logits_bytes(num_rows: int, chunk_rows: int, num_columns: int) -> int:
+    """Bytes that the logits of both models take at a time, of num_rows rows in chunks."""
+    return _BYTES_PER_LOGIT * min(num_rows, chunk_rows) * num_columns
+
+
 def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     assert chunk_rows > 0, chunk_rows
     for start in range(0, num_rows, chunk_rows):
