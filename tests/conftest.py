@@ -2,11 +2,18 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks and test workers share cores
 
+from importlib.util import find_spec
+from unittest import mock
+
 import torch
 from hypothesis import settings
 from ranks import close_pools
 
 torch.set_num_threads(1)
+# Whether Triton interprets kernels is settled at its first import, which may be another library's.
+if find_spec("triton") and not torch.cuda.is_available():
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        import triton  # noqa: F401
 # The same examples on every run, and no verdict by the clock of a busy machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")

@@ -15,7 +15,7 @@ from megatron_taopd.parallel.vocab.shard import VocabShard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-with mock.patch.dict(os.environ, INTERPRETED):  # Triton looks at its import and at each launch
+with mock.patch.dict(os.environ, INTERPRETED):  # Triton looks at each definition and each launch
     pytest.importorskip("triton", reason="Triton is not installed")
     from megatron_taopd.parallel.vocab import kernels
 
