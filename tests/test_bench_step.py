@@ -80,6 +80,7 @@ def test_tables_and_targets_are_printed(measured):
         assert text in printed
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Megatron's
 def test_extrapolation_adds_up():
     """Layers that cost their operations, 0.86 of the tokens trained: the sums made by hand."""
     from step_bench.results import against_full, extrapolated_arms
