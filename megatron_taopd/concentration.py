@@ -40,7 +40,7 @@ def cut_responses(
     def cuts_at(price: float) -> np.ndarray:
         cuts = lengths
         for _ in range(_THRESHOLD_STEPS):
-            threshold = _kth_largest(usable[_inside(cuts, cu_rows)], keep)
+            threshold = _kth_largest(usable[inside(cuts, cu_rows)], keep)
             cuts = _best_prefixes(np.maximum(usable - threshold, 0) - price, cu_rows)
         return cuts
 
@@ -63,7 +63,7 @@ def _kth_largest(values: np.ndarray, k: int) -> float:
     return float(np.partition(values, -k)[-k]) if k <= len(values) else 0.0
 
 
-def _inside(cuts: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
+def inside(cuts: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
     """[R] bool, the rows of prefixes of these lengths."""
     lengths = np.diff(cu_rows)
     offsets = np.arange(cu_rows[-1]) - np.repeat(cu_rows[:-1], lengths)

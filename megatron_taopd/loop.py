@@ -16,7 +16,7 @@ from megatron_taopd.evaluation import Evaluation
 from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
-from megatron_taopd.parallel.vocab import logits_bytes, rows_within
+from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.prompts import Prompts, PromptStream
 from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
@@ -43,6 +43,7 @@ class Run:
     teacher: MegatronTeacher
     read: Callable[[RolloutBatch], tuple[Sequences, dict[str, float]]]  # what the teacher reads
     heads: Heads | None  # on the student's last pipeline stage
+    chunk_rows: int  # that fit train.head_memory_mib
     engine: RolloutEngine
     sampling: Sampling
     horizon: Horizon
@@ -192,11 +193,10 @@ def head_memory(run: Run, scored: batching.Assignment, trained_rows: int) -> dic
     """Bytes of logits that exist at a time in both passes over the heads, on rank 0's rows."""
     shard = run.student.shard
     columns = shard.stop - shard.start
-    chunk_rows = rows_within(run.config.train.head_memory_mib << 20, columns)
     scored_rows = max(len(m.rows) for m in scored.micro_batches)
     return {
-        "memory/head_scoring": logits_bytes(scored_rows, chunk_rows, columns),
-        "memory/head_training": logits_bytes(trained_rows, chunk_rows, columns),
+        "memory/head_scoring": logits_bytes(scored_rows, run.chunk_rows, columns),
+        "memory/head_training": logits_bytes(trained_rows, run.chunk_rows, columns),
     }
 
 

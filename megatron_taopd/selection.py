@@ -9,11 +9,10 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_taopd.concentration import cut_responses
+from megatron_taopd.concentration import cut_responses, inside
 from megatron_taopd.teachability import (
     bounded,
     either,
@@ -137,19 +136,14 @@ def select(
                 f"one of {', '.join(CONCENTRATES)}"
             )
         max_rows = max(keep, len(priority) - budget(concentrate, len(priority)))
-        cuts = cut_responses(priority.double().cpu().numpy(), cu_rows.numpy(), keep, max_rows)
-        priority = priority.masked_fill(_behind(cuts, cu_rows).to(priority.device), -math.inf)
+        starts = cu_rows.numpy()
+        cuts = cut_responses(priority.double().cpu().numpy(), starts, keep, max_rows)
+        behind = torch.from_numpy(~inside(cuts, starts)).to(priority.device)
+        priority = priority.masked_fill(behind, -math.inf)
     first = priority.sort(descending=True, stable=True).indices[:keep]
     mask = torch.zeros_like(priority, dtype=torch.bool)
     mask[first] = priority[first] > -math.inf
     return mask
-
-
-def _behind(cuts: np.ndarray, cu_rows: Tensor) -> Tensor:
-    """[R] bool, the rows behind each sequence's first cuts[i]."""
-    counts = cu_rows.diff()
-    offsets = torch.arange(int(cu_rows[-1])) - cu_rows[:-1].repeat_interleave(counts)
-    return offsets >= torch.from_numpy(cuts).repeat_interleave(counts)
 
 
 def selection_metrics(

@@ -123,12 +123,11 @@ def build(config: configuration.Config):
         train.micro_batch_tokens,
         config.teacher.offload,
     )
-    heads = None
+    heads, shard = None, student.shard
+    chunk_rows = rows_within(train.head_memory_mib << 20, shard.stop - shard.start)
     if layout.is_last_stage:
-        shard = student.shard
         columns = vocab_map.columns(shard.start, shard.stop)
         teacher_head = weights.load_head(config.teacher.path, columns, dtype)
-        chunk_rows = rows_within(train.head_memory_mib << 20, shard.stop - shard.start)
         heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
     engine = LocalEngine.from_hf(
@@ -205,6 +204,7 @@ def build(config: configuration.Config):
             vocab_map.read, prompts=prompts.teacher_token_ids, max_tokens=teacher.longest_sequence
         ),
         heads,
+        chunk_rows,
         engine,
         sampling,
         horizon,

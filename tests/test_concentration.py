@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_taopd.concentration import _inside, cut_responses
+from megatron_taopd.concentration import cut_responses, inside
 
 
 def mass(priority, cu_rows, cuts, keep):
-    inside = np.maximum(priority[_inside(np.asarray(cuts), cu_rows)], 0)
-    return np.sort(inside)[::-1][:keep].sum()
+    usable = np.maximum(priority[inside(np.asarray(cuts), cu_rows)], 0)
+    return np.sort(usable)[::-1][:keep].sum()
 
 
 def best_mass(priority, cu_rows, keep, max_rows):

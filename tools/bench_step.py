@@ -22,10 +22,11 @@ import transformers
 from megatron.core import parallel_state
 from rich.console import Console
 from step_bench.measure import measure
-from step_bench.pairs import DTYPES, RATIO
+from step_bench.pairs import RATIO
 from step_bench.results import tables
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.train import DTYPES
 
 
 def main() -> None:

@@ -20,8 +20,10 @@ import torch
 import torch.multiprocessing
 from rich.console import Console
 from vocab_bench.measure import measure
-from vocab_bench.problem import BLOCKS, DTYPES, Setup
+from vocab_bench.problem import BLOCKS, Setup
 from vocab_bench.results import tables, targets_table
+
+from megatron_taopd.train import DTYPES
 
 
 def main() -> None:

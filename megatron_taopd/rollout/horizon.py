@@ -56,9 +56,12 @@ class Horizon:
             return self.longest
         return self._best()
 
+    def _cost(self) -> Tensor:
+        """[longest] w·P + N(h), of the lengths 1, 2, …"""
+        return self.prompt_weight * self.prompt_tokens + self.reach.cumsum(0)
+
     def _best(self) -> int:
-        cost = self.prompt_weight * self.prompt_tokens + self.reach.cumsum(0)
-        yields = self.mass.cumsum(0) / cost.clamp(min=1e-12)
+        yields = self.mass.cumsum(0) / self._cost().clamp(min=1e-12)
         return int(yields[self.floor - 1 :].argmax()) + self.floor
 
     def observe(self, batch: RolloutBatch, teachability: Tensor, length: int) -> dict[str, float]:
@@ -86,7 +89,7 @@ class Horizon:
         self.prompt_tokens = memory * self.prompt_tokens + (1 - memory) * prompt_tokens
         self.observed += 1
 
-        cost = self.prompt_weight * self.prompt_tokens + self.reach.cumsum(0)
+        cost = self._cost()
         retained = self.mass[:length].sum() / self.mass.sum()
         if math.isfinite(retained):
             metrics["rollout/horizon_mass"] = retained.item()

@@ -27,10 +27,10 @@ from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.scoring import Heads
 from megatron_taopd.student import Student
 from megatron_taopd.teacher.megatron import MegatronTeacher
+from megatron_taopd.train import DTYPES
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 ROOT = Path(__file__).parents[2]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIGS = {"tiny": "tiny_pair.yaml", "smollm2": "smollm2.yaml"}
 RATIO = 0.1  # that the targets are set for
 K = 16

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_taopd import VocabShard
 from megatron_taopd.selection import budget
+from megatron_taopd.train import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS = 8  # the heads are drawn in this many blocks of columns, so that they do not depend on TP
 
 

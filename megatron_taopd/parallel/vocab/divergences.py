@@ -157,10 +157,8 @@ class TopkDivergence:
             targets: [R, K] ids and the teacher's log-probabilities of them.
         """
         ids, log_probs = targets
-        columns, here = self._columns(ids)
-        ids_logits = student.new_full(ids.shape, -torch.inf)
-        if student.shape[1]:
-            ids_logits = student.gather(1, columns).masked_fill_(~here, -torch.inf)
+        columns, here = self.shard.locate(ids)
+        ids_logits = self.shard.at_ids(student, ids)
         tail = reductions.log_normalizer(self._without_ids(student.clone(), columns, here))
         gathered = self.shard.all_gather(torch.cat([tail.to(student.dtype), ids_logits], dim=1))
         tail_tops, tail_log_sums = gathered[..., 0].double(), gathered[..., 1].double()
@@ -181,7 +179,7 @@ class TopkDivergence:
         self, student: Tensor, targets: tuple, saved: Tensor, grad: Tensor, out: Tensor
     ) -> Tensor:
         """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
-        columns, here = self._columns(targets[0])
+        columns, here = self.shard.locate(targets[0])
         k = columns.shape[1]
         du = saved[:, : k + 1] * grad[:, None]
         tail_top, tail_log_sum = saved[:, k + 1 :].split(1, dim=1)
@@ -190,12 +188,6 @@ class TopkDivergence:
         if student.shape[1]:
             logits.scatter_add_(1, columns, du[:, :k].masked_fill(~here, 0))
         return logits if out is student else out.copy_(logits)
-
-    def _columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, K] this shard's columns of ids, 0 for ids elsewhere; and which ids are here."""
-        columns = ids - self.shard.start
-        here = (columns >= 0) & (columns < self.shard.width)
-        return columns.masked_fill(~here, 0), here
 
     def _without_ids(self, logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
         """Their columns become −inf, in place."""

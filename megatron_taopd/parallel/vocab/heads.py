@@ -135,10 +135,7 @@ class _TokenLogProb:
     shard: VocabShard
 
     def forward(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        columns, here = self._columns(tokens)
-        token_logit = logits.new_full((len(logits), 1), -torch.inf)
-        if logits.shape[1]:
-            token_logit = logits.gather(1, columns).masked_fill_(~here, -torch.inf)
+        token_logit = self.shard.at_ids(logits, tokens[:, None])
         sent = torch.cat([reductions.log_normalizer(logits).to(logits.dtype), token_logit], dim=1)
         tops, log_sums, token_logits = self.shard.all_gather(sent).double().unbind(2)
         top, log_sum, _ = merge_normalizers(tops, log_sums)
@@ -149,18 +146,12 @@ class _TokenLogProb:
         self, logits: Tensor, tokens: Tensor, saved: Tensor, grad: Tensor, out: Tensor
     ) -> Tensor:
         """grad·(1[v = token] − p(v))."""
-        columns, here = self._columns(tokens)
+        columns, here = self.shard.locate(tokens[:, None])
         top, log_sum = saved.split(1, dim=1)
         logits.sub_(top).sub_(log_sum).exp_().mul_(-grad[:, None])
         if logits.shape[1]:
             logits.scatter_add_(1, columns, grad[:, None].masked_fill(~here, 0))
         return logits if out is logits else out.copy_(logits)
-
-    def _columns(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, 1] this shard's column of each token, 0 for tokens elsewhere; and which are here."""
-        columns = (tokens - self.shard.start)[:, None]
-        here = (columns >= 0) & (columns < self.shard.width)
-        return columns.masked_fill(~here, 0), here
 
 
 class _HeadGradients:
@@ -183,7 +174,6 @@ class _HeadGradients:
     def add(self, logits_grad: Tensor, rows: slice) -> None:
         """Args: logits_grad: [n, V] of these rows, as it was written to `buffer`."""
         inputs = self.inputs[rows]
-        blocks = [*range(0, len(self.head), _WEIGHT_BLOCK)] if self.narrow else [0]
         if self.hidden is not None and (logits_grad.is_cuda or not self.narrow):
             self.hidden[rows] = logits_grad @ self.head
         elif self.hidden is not None:
@@ -195,7 +185,7 @@ class _HeadGradients:
             return
         total = self.weight[: len(self.head)]
         if self.narrow and logits_grad.is_cuda:  # a block at a time: the product is not in place
-            for start in blocks:
+            for start in range(0, len(self.head), _WEIGHT_BLOCK):
                 block = slice(start, start + _WEIGHT_BLOCK)
                 total[block] += torch.mm(logits_grad[:, block].t(), inputs, out_dtype=torch.float32)
         else:

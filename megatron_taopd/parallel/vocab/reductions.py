@@ -56,8 +56,9 @@ def top_columns_and_entropy_sums(logits: Tensor, k: int) -> tuple[Tensor, Tensor
 
         sums, block_tops = kernels.entropy_sums_and_block_tops(logits)
         return _top_columns(logits, block_tops, k), sums
-    columns = _in_blocks(lambda z: _top_columns(z, _block_tops(z), k), logits)
-    return columns, _in_blocks(_entropy_sums, logits)
+    blocks = ((_top_columns(z, _block_tops(z), k), _entropy_sums(z)) for (z,) in _blocks(logits))
+    columns, sums = map(torch.cat, zip(*blocks, strict=True))
+    return columns, sums
 
 
 def order_key(logits: Tensor, ids: Tensor) -> Tensor:

@@ -61,6 +61,23 @@ class VocabShard:
         assert weight.shape[0] == self.stop - self.start, (weight.shape, self)
         return weight[: self.width]
 
+    def at_ids(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """[R, n] the logits of ids [R, n], −inf for those that are not among this rank's columns.
+
+        Args:
+            logits: [R, width].
+        """
+        columns, here = self.locate(ids)
+        if self.width == 0:
+            return logits.new_full(ids.shape, -torch.inf)
+        return logits.gather(1, columns).masked_fill_(~here, -torch.inf)
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """This shard's column of each id, 0 for ids elsewhere; and which ids are here."""
+        columns = ids - self.start
+        here = (columns >= 0) & (columns < self.width)
+        return columns.masked_fill(~here, 0), here
+
     def all_gather(self, local: Tensor) -> Tensor:
         """[R, n] of this rank → [tp, R, n] of all of them, by rank. No collective for no rows."""
         if self.world_size == 1 or local.numel() == 0:
