@@ -21,10 +21,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # torch goes first and by its exact version: left to the resolver, another build may come.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt requirements/sglang-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,smollm2]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --requirement requirements/sglang-cpu.txt
 	touch $@
 
 clean:

@@ -15,9 +15,10 @@ REQUIRED = [
     "tensorboard>=2.16",
     "einops>=0.7",  # megatron-core needs these two and does not say so
     "psutil>=5.9",
+    "httpx>=0.27",
 ]
 EXTRAS = {
-    "sglang": ["sglang==0.5.20"],
+    "sglang": ["sglang==0.5.20"],  # with CUDA; without: requirements/sglang-cpu.txt
     "te": ["transformer-engine[pytorch]>=2.4"],
     "eval": ["evalscope>=1.14"],
     "wandb": ["wandb>=0.19"],
@@ -41,6 +42,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
+    package_data={"megatron_taopd.serving": ["cpu_stubs/*.py"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )
