@@ -68,7 +68,9 @@ class RolloutBatch(Sequences):
             distribution at temperature 1 (natural log).
         truncated: [N] bool, the response hit the length limit before a stop token.
         prompts: [N] int64, which prompt of the data each sequence answers.
-        weight_version: the optimizer step whose weights generated the batch.
+        weight_versions: [R] int64, the optimizer step whose weights generated each response token.
+        top_ids: [R, k] int64, the tokens that the engine found most likely there, on request.
+        top_log_probs: [R, k] float32, their log-probabilities, as in log_probs.
     """
 
     tokens: Tensor
@@ -77,7 +79,9 @@ class RolloutBatch(Sequences):
     log_probs: Tensor
     truncated: Tensor
     prompts: Tensor
-    weight_version: int = 0
+    weight_versions: Tensor
+    top_ids: Tensor | None = None
+    top_log_probs: Tensor | None = None
 
     @property
     def response_lengths(self) -> Tensor:

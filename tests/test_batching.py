@@ -30,6 +30,7 @@ def rollouts(shapes: list[tuple[int, int]]) -> RolloutBatch:
         log_probs=torch.zeros(rows),
         truncated=torch.zeros(len(shapes), dtype=torch.bool),
         prompts=torch.arange(len(shapes)),
+        weight_versions=torch.zeros(rows, dtype=torch.int64),
     )
 
 

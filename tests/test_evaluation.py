@@ -100,7 +100,10 @@ class Echo:
         responses = [torch.tensor([*p, 10] if p[0] != 9 else p) for p in prompts]
         log_probs = [torch.zeros(len(r)) for r in responses]
         truncated = [p[0] == 9 for p in prompts]
-        return make_rollout_batch(prompts, prompt_indices, responses, log_probs, truncated, 0)
+        versions = [torch.zeros(len(r)) for r in responses]
+        return make_rollout_batch(
+            prompts, prompt_indices, responses, log_probs, truncated, versions
+        )
 
 
 def test_evaluation_is_greedy_and_counts():

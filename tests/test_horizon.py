@@ -18,6 +18,7 @@ def make_batch(responses: list[int], prompt: int = 10) -> RolloutBatch:
         log_probs=torch.zeros(int(lengths.sum())),
         truncated=torch.zeros(len(lengths), dtype=torch.bool),
         prompts=torch.arange(len(lengths)),
+        weight_versions=torch.zeros(int(lengths.sum()), dtype=torch.int64),
     )
 
 

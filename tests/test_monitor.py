@@ -345,7 +345,8 @@ class Spelling:
 def test_samples_are_cut_out_of_a_batch_by_its_rows():
     responses = [torch.tensor(r) for r in ([2, 3, 0], [4, 0], [5, 5, 5, 0])]
     log_probs = [torch.zeros(len(r)) for r in responses]
-    batch = make_rollout_batch([[0, 1]] * 3, [0, 1, 2], responses, log_probs, [False] * 3, 0)
+    versions = [torch.zeros(len(r)) for r in responses]
+    batch = make_rollout_batch([[0, 1]] * 3, [0, 1, 2], responses, log_probs, [False] * 3, versions)
     kept = torch.zeros(9, dtype=torch.bool)
     kept[[1, 5, 8]] = True  # one of the first sequence's three rows, two of the last one's four
     scores = torch.arange(9) / 8

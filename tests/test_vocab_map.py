@@ -156,7 +156,7 @@ def response_batch(prompts: list[list[int]], responses: list[list[int]]):
         [torch.tensor(r) for r in responses],
         [torch.zeros(len(r)) for r in responses],
         [False] * len(responses),
-        weight_version=0,
+        [torch.zeros(len(r), dtype=torch.int64) for r in responses],
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ class Sampling:
         top_p, top_k: keep the smallest set of tokens with at least this mass, and this many tokens;
             1.0 and 0 keep all. Applied in the order temperature, top-k, top-p.
         stop_token_ids: end a response, besides the end-of-sequence tokens the engine's model names.
+        top_logprobs: how many of the most likely tokens are recorded with every response token.
     """
 
     max_new_tokens: int
@@ -31,15 +32,52 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    top_logprobs: int = 0
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
 
+class Pending(Protocol):
+    """A batch that is being generated. Both methods are collective."""
+
+    def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
+        """Sequences as they finish, each of them once: (their places in the batch, ascending; they
+        themselves). The same on every rank. To be run to its end, once."""
+        ...
+
+    def result(self) -> RolloutBatch:
+        """The whole batch, in (prompt, sample) order, the same on every rank, on the CPU.
+
+        A stop token is the last token of its response, so its row is trained; a response without
+        one is `truncated`.
+        """
+        ...
+
+
 class RolloutEngine(Protocol):
     """Generates with the student's weights. Every method is collective: all ranks call it, with the
     same arguments, in the same order."""
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_indices: Sequence[int],
+        step: int,
+        sampling: Sampling,
+    ) -> Pending:
+        """Begin to generate the responses to `prompts`.
+
+        An engine with servers of its own returns at once, and generates while this process does
+        other things; weights may not be updated until the result has been taken.
+
+        Args:
+            prompts: token ids of each prompt.
+            prompt_indices: the place of each prompt in the data, for the record and the randomness.
+            step: of the run, for the randomness.
+        """
+        ...
 
     def generate(
         self,
@@ -48,17 +86,7 @@ class RolloutEngine(Protocol):
         step: int,
         sampling: Sampling,
     ) -> RolloutBatch:
-        """The responses to `prompts`, in (prompt, sample) order, the same on every rank.
-
-        Args:
-            prompts: token ids of each prompt.
-            prompt_indices: the place of each prompt in the data, for the record and the randomness.
-            step: of the run, for the randomness.
-
-        Returns:
-            The batch, on the CPU. A stop token is the last token of its response, so its row is
-            trained; a response without one is `truncated`.
-        """
+        """`submit` and its result."""
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -66,7 +94,7 @@ class RolloutEngine(Protocol):
 
         Args:
             named_tensors: consumed one by one, so that they need not exist all at once.
-            version: becomes `weight_version` of the batches generated from now on.
+            version: of the tokens generated from now on (`RolloutBatch.weight_versions`).
 
         Raises:
             ValueError: a name is unknown or missing, or a shape differs.
@@ -84,7 +112,8 @@ def make_rollout_batch(
     responses: Sequence[Tensor],
     log_probs: Sequence[Tensor],
     truncated: Sequence[bool],
-    weight_version: int,
+    weight_versions: Sequence[Tensor],
+    tops: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> RolloutBatch:
     """Lay N sequences end to end.
 
@@ -92,6 +121,8 @@ def make_rollout_batch(
         prompts, prompt_indices: of each sequence (a prompt with n samples comes n times).
         responses: N tensors [n] of token ids.
         log_probs: N tensors [n], the log-probability of each of these tokens.
+        weight_versions: N tensors [n], the weights that generated it.
+        tops: N pairs of tensors [n, k], ids and log-probabilities of the most likely tokens.
     """
     pieces = [
         piece
@@ -106,5 +137,7 @@ def make_rollout_batch(
         log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs]),
         truncated=torch.tensor(truncated, dtype=torch.bool),
         prompts=torch.tensor(prompt_indices, dtype=torch.int64),
-        weight_version=weight_version,
+        weight_versions=torch.cat([versions.long() for versions in weight_versions]),
+        top_ids=None if tops is None else torch.cat([ids.long() for ids, _ in tops]),
+        top_log_probs=None if tops is None else torch.cat([values for _, values in tops]),
     )

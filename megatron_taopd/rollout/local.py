@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -117,9 +117,20 @@ class LocalEngine:
         responses = [row[: row[-1]] for row in payload]
         log_probs = [row[width : width + row[-1]].view(torch.float32) for row in payload]
         truncated = [response[-1].item() not in stop_ids for response in responses]
+        versions = [torch.full_like(response, self.version) for response in responses]
         return make_rollout_batch(
-            prompts, prompt_indices, responses, log_probs, truncated, self.version
+            prompts, prompt_indices, responses, log_probs, truncated, versions
         )
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_indices: Sequence[int],
+        step: int,
+        sampling: Sampling,
+    ) -> Generated:
+        """See `RolloutEngine.submit`; here the whole batch is generated before it returns."""
+        return Generated(self.generate(prompts, prompt_indices, step, sampling))
 
     def _generate_batch(
         self, prompts: list, keys: list[tuple[int, int]], stops: Tensor, sampling: Sampling
@@ -178,6 +189,19 @@ class LocalEngine:
 
     def close(self) -> None:
         del self.model
+
+
+class Generated:
+    """A `Pending` batch that is there already."""
+
+    def __init__(self, batch: RolloutBatch):
+        self.batch = batch
+
+    def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
+        yield torch.arange(self.batch.num_sequences), self.batch
+
+    def result(self) -> RolloutBatch:
+        return self.batch
 
 
 def _lengths(tokens: Tensor, stops: Tensor) -> Tensor:
