@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_taopd.models.hf_map import head_dim, padded_vocab_size
+from megatron_taopd.models.hf_map import head_dim, num_experts, padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class ModelCost:
         keys = hf.num_key_value_heads * head_dim(hf)
         attention = hf.hidden_size * (2 * queries + 2 * keys)  # q and output, k and v
         mlp = 3 * hf.hidden_size * hf.intermediate_size
+        if experts := num_experts(hf):  # those that a token visits, and the router
+            mlp = 3 * hf.hidden_size * hf.moe_intermediate_size * hf.num_experts_per_tok
+            mlp += hf.hidden_size * experts
         return cls(
             per_token=2 * hf.num_hidden_layers * (attention + mlp),
             per_pair=4 * hf.num_hidden_layers * queries,  # scores, and the sum of values

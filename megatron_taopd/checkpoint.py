@@ -1,8 +1,9 @@
 """Everything that moves a run, saved atomically and resumed on any layout.
 
 A checkpoint is a directory `step_00000050/` in Megatron's distributed format: the model, the
-distributed optimizer's state, the learning-rate schedule and the run's counters. It is written
-under another name and renamed when whole, so that every directory of that name is complete.
+distributed optimizer's state, the learning-rate schedule and the run's counters, and beside them
+the model's config and tokenizer, so that it converts to Hugging Face by itself. It is written under
+another name and renamed when whole, so that every directory of that name is complete.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
+from megatron_taopd.models.hf_checkpoint import copy_side_files
+from megatron_taopd.models.megatron_checkpoint import SIDE_FILES
 from megatron_taopd.student import Student
 
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -54,6 +57,9 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
         aside.mkdir(parents=True)
     dist.barrier()
     sharded = _sharded_state(student, loading=False)
+    if dist.get_rank() == 0:
+        (aside / SIDE_FILES).mkdir()
+        copy_side_files(student.hf_dir, aside / SIDE_FILES, [student.dtype])
     # Saves are synchronous: results come back inside this process, for which Megatron would start a
     # manager process that imports everything anew.
     filesystem_async._results_queue = queue.Queue()

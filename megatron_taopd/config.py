@@ -19,11 +19,17 @@ from typing import Any, Literal, get_type_hints
 import torch
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 from yaml import YAMLError
 
 from megatron_taopd.loss import LOSSES
-from megatron_taopd.models.hf_map import ROPE_TYPES, padded_vocab_size
+from megatron_taopd.models.hf_map import (
+    check_architecture,
+    check_layout,
+    divisors,
+    listed,
+    num_experts,
+)
 from megatron_taopd.prompts import read_texts
 from megatron_taopd.selection import CONCENTRATES, SELECTORS
 from megatron_taopd.vocab_map import MIN_SHARED, VocabMap, Vocabulary
@@ -42,7 +48,9 @@ class ParallelSection:
 
     tp: int = 1  # tensor parallel
     pp: int = 1  # pipeline parallel
-    sequence: bool = False  # sequence parallel, over the TP group
+    # Sequence parallel, over the TP group. Without it, experts get each token tp times.
+    sequence: bool = False
+    ep: int = 1  # expert parallel: a teacher's experts, cut over data-parallel ranks
 
 
 @dataclass(frozen=True)
@@ -305,7 +313,6 @@ def _leaf_keys(section: type, prefix: str = "") -> Iterator[str]:
 
 # --------------------------------------------------------------------------------------- checking
 
-_ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SAMPLED_RECORDS = 1000  # of the prompts, to see how much two tokenizers share
 
@@ -316,14 +323,17 @@ _SHARE: _Rule = (lambda v: 0 < v <= 1, "in (0, 1]")
 _INSIDE: _Rule = (lambda v: 0 < v < 1, "strictly between 0 and 1")
 _DECAY: _Rule = (lambda v: 0 <= v < 1, "in [0, 1)")
 _POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "more than 0")
+_ONE: _Rule = (lambda v: v == 1, "1: a mixture of experts can be a teacher only")
 _NOT_YET: _Rule = (lambda v: v == 0, "0: it is not offered yet")
 
 _RULES: dict[str, _Rule] = {
     "run.seed": _NOT_NEGATIVE,
     "student.parallel.tp": _COUNT,
     "student.parallel.pp": _COUNT,
+    "student.parallel.ep": _ONE,
     "teacher.parallel.tp": _COUNT,
     "teacher.parallel.pp": _COUNT,
+    "teacher.parallel.ep": _COUNT,
     "data.max_prompt_tokens": _COUNT,
     "data.limit": _COUNT,
     "rollout.prompts": _COUNT,
@@ -478,38 +488,31 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     section = getattr(config, model)
     key, path, parallel = f"{model}.path", section.path, section.parallel
 
-    declared = _read_json(key, Path(path) / "config.json").get("architectures") or ["?"]
-    architecture = declared[0]
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(
-            f"{key}: {path} is of architecture {architecture}; "
-            f"supported: {', '.join(_ARCHITECTURES)}"
-        )
-    hf = _read_pretrained(partial(AutoConfig.from_pretrained, local_files_only=True), key, path)
-    for unsupported in _unsupported(hf):
-        raise ValueError(f"{key}: {path} uses {unsupported}, which is not supported")
+    _read_json(key, Path(path) / "config.json")
+    read = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=False)
+    hf = _read_pretrained(read, key, path)
+    try:
+        check_architecture(hf)
+    except ValueError as error:
+        raise ValueError(f"{key}: {path}: {error}") from None
+    if num_experts(hf) and model == "student":
+        raise ValueError(f"{key}: {path}: a mixture of experts is supported as a teacher only")
 
-    sizes = {
-        "attention heads": hf.num_attention_heads,
-        "key-value heads": hf.num_key_value_heads,
-        "MLP columns": hf.intermediate_size,
-        "vocabulary rows": padded_vocab_size(hf.vocab_size),
-    }
-    for what, size in sizes.items():
-        if size % parallel.tp:
-            raise ValueError(
-                f"{model}.parallel.tp: {parallel.tp} does not divide the {size} {what} of {path}; "
-                f"one of {_divisors(math.gcd(*sizes.values()))}"
-            )
-    if hf.num_hidden_layers % parallel.pp:
-        raise ValueError(
-            f"{model}.parallel.pp: {parallel.pp} does not divide the {hf.num_hidden_layers} layers "
-            f"of {path}; one of {_divisors(hf.num_hidden_layers)}"
-        )
+    try:
+        check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
+    except ValueError as error:
+        raise ValueError(f"{model}.parallel.{error}") from None
     if world_size % (ranks := parallel.tp * parallel.pp):
         raise ValueError(
             f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {ranks} does not divide the "
             f"number of ranks, {world_size}; start a multiple of {ranks}"
+        )
+    data_parallel = world_size // ranks
+    if data_parallel % parallel.ep:
+        choices = divisors(math.gcd(num_experts(hf), data_parallel))
+        raise ValueError(
+            f"{model}.parallel.ep: {parallel.ep} does not divide the {data_parallel} data-parallel "
+            f"ranks; one of {listed(choices)}"
         )
 
     responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
@@ -547,29 +550,6 @@ def _read_pretrained(read: Callable, key: str, path: str):
     except Exception as error:  # whatever transformers trips over in the user's files
         reason = " ".join(str(error).split())
         raise ValueError(f"{key}: {path}: transformers cannot read it: {reason}") from error
-
-
-def _unsupported(hf: PretrainedConfig) -> Iterator[str]:
-    """What of this model the trunk cannot run, in words."""
-    rope = hf.rope_parameters or {}
-    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
-        yield f"rope_type {kind} (only {', '.join(ROPE_TYPES)})"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
-    if "sliding_attention" in (getattr(hf, "layer_types", None) or ()):
-        yield f"sliding-window attention (window {hf.sliding_window})"
-    if getattr(hf, "attention_bias", False):
-        yield "attention_bias"
-    if getattr(hf, "mlp_bias", False):
-        yield "mlp_bias"
-    if hf.hidden_act != "silu":
-        yield f"hidden_act {hf.hidden_act} (only silu)"
-    if getattr(hf, "quantization_config", None):
-        yield "quantised weights"
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 def _check_batch(config: Config, world_size: int) -> None:

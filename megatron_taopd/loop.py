@@ -90,7 +90,8 @@ def distill(run: Run) -> int:
             break
 
     if done == config.train.steps and config.checkpoint.export_hf:
-        save_hf(student.named_tensors(), config.student.path, f"{config.run.dir}/student")
+        out = f"{config.run.dir}/student"
+        save_hf(student.named_tensors(), config.student.path, out, student.dtype)
     return done
 
 
@@ -213,7 +214,7 @@ def rollout_metrics(batch: RolloutBatch, gap: Tensor, seconds: float) -> dict[st
         "rollout/response_length_mean": batch.response_lengths.double().mean().item(),
         "rollout/truncated_share": batch.truncated.double().mean().item(),
         "rollout/tokens_per_second": batch.num_rows / seconds,
-        "rollout/weight_version": batch.weight_version,
+        "rollout/weight_version": int(batch.weight_versions.min()),
         "rollout/logprob_gap_mean": gap.mean().item(),
         "rollout/logprob_gap_max": gap.max().item(),
     }

@@ -206,6 +206,8 @@ def _facts(config: Mapping[str, Any]) -> str:
         if not get(f"{role}.path"):
             return None
         layout = f"TP{get(f'{role}.parallel.tp') or 1} PP{get(f'{role}.parallel.pp') or 1}"
+        if (experts := get(f"{role}.parallel.ep") or 1) > 1:
+            layout += f" EP{experts}"
         return f"<b>{escape(Path(get(f'{role}.path')).name)}</b> <i>{layout}</i>"
 
     facts = []

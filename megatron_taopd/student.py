@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_taopd.batching import MicroBatch
 from megatron_taopd.models import gpt, hf_map, pipeline, replay, weights
+from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import VocabShard
 
@@ -50,7 +51,8 @@ class Student:
         common_vocabulary: int,
         absent: Tensor | None = None,
     ):
-        hf = gpt.load_config(hf_dir)
+        hf = load_config(hf_dir)
+        self.hf_dir = hf_dir
         self.layout = layout
         self.dtype = dtype
         self.config = gpt.transformer_config(hf, layout, dtype, recompute)

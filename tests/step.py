@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import dense
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.types import RolloutBatch
 from megatron_taopd.vocab_map import VocabMap
@@ -18,20 +18,31 @@ OPTIMIZER = SimpleNamespace(
 )  # fmt: skip
 
 
-def make_model(path, vocab_size, hidden_size, layers, seed, tied=True):
-    """A random Qwen3 checkpoint whose 4 KV heads and 4 layers allow TP and PP up to 4."""
-    config = Qwen3Config(
+def make_model(
+    path, vocab_size, hidden_size, layers, seed, tied=True, key_value_heads=4, experts=0
+):
+    """A random Qwen3 checkpoint whose 4 heads and 4 layers allow TP and PP up to 4."""
+    sizes = dict(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=key_value_heads,
         head_dim=8,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         initializer_range=0.3,
     )
+    config = Qwen3Config(**sizes)
+    if experts:
+        config = Qwen3MoeConfig(
+            **sizes,
+            num_experts=experts,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+        )
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
     return str(path)
@@ -54,6 +65,7 @@ def make_batch(vocab_size, num_sequences=12, seed=0) -> RolloutBatch:
         log_probs=torch.randn(rows, generator=generator) - 3,
         truncated=torch.zeros(num_sequences, dtype=torch.bool),
         prompts=torch.arange(num_sequences),
+        weight_versions=torch.zeros(rows, dtype=torch.int64),
     )
 
 
@@ -165,7 +177,9 @@ def row_logits(student_dir, teacher_dir, batch, size, vocab_map=None, teacher_pr
     reading, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        teacher_dir, dtype=torch.float64, experts_implementation="eager"
+    )
     student_logits, teacher_logits = [], []
     for i in range(batch.num_sequences):
         rows = slice(*batch.cu_rows[i : i + 2].tolist())

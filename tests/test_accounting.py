@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.accounting import ModelCost, step_operations
 
+SIZES = dict(
+    vocab_size=192,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 
-def make_config(hidden_size=64, layers=3):
-    return Qwen3Config(
-        vocab_size=192,
-        hidden_size=hidden_size,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
 
-
-def test_a_forward_and_backward_pass_cost_what_torch_counts():
-    config = make_config()
+@pytest.mark.parametrize(
+    "config", [Qwen3Config(**SIZES), Qwen3MoeConfig(**SIZES, **EXPERTS)], ids=["dense", "experts"]
+)
+def test_a_forward_and_backward_pass_cost_what_torch_counts(config):
     model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
+        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     cost, length = ModelCost.of(config), 40
     tokens = torch.zeros(1, length, dtype=torch.int64)

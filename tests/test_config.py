@@ -8,7 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_taopd.config import Config, check, load, to_yaml
 
@@ -17,7 +23,9 @@ ARCHITECTURES = {
     Qwen2Config: "Qwen2ForCausalLM",
     Qwen3Config: "Qwen3ForCausalLM",
     LlamaConfig: "LlamaForCausalLM",
+    Qwen3MoeConfig: "Qwen3MoeForCausalLM",
 }
+EXPERTS = {"num_experts": 6, "moe_intermediate_size": 20, "num_experts_per_tok": 2}
 YAML = """
 run: {dir: runs/demo, seed: 1}
 student: {path: ../models/student, parallel: {tp: 2}}
@@ -120,9 +128,16 @@ def test_layouts(user, layout, world_size):
 
 @pytest.mark.parametrize("config_class", ARCHITECTURES)
 def test_families(user, config_class):
-    for name in ("student", "teacher"):
+    experts = config_class is Qwen3MoeConfig
+    for name in ("teacher",) if experts else ("student", "teacher"):
         user.model(name, config_class, vocab_size=128)  # Qwen2's tokenizer class adds an id
     user.check()
+
+
+def test_experts_of_a_teacher_on_several_ranks(user):
+    user.model("teacher", Qwen3MoeConfig, **EXPERTS, intermediate_size=3)  # of no layer
+    user.check("teacher.parallel={tp: 2, pp: 2, ep: 3}", world_size=12)
+    user.check("teacher.parallel={tp: 1, pp: 2, ep: 2}", world_size=12)
 
 
 @pytest.mark.parametrize(
@@ -361,13 +376,60 @@ def test_layouts_that_are_refused(user, overrides, world_size, parts):
 @pytest.mark.parametrize(
     ("sizes", "parts"),
     [
-        ({"num_key_value_heads": 1}, ("tp: 2 does not divide the 1 key-value heads", "one of 1")),
+        (
+            {"num_key_value_heads": 3, "num_attention_heads": 12},
+            ("tp: 2 neither divides nor is a multiple of the 3 key-value heads", "one of 1"),
+        ),
         ({"intermediate_size": 65}, ("tp: 2 does not divide the 65 MLP columns", "one of 1")),
     ],
 )
 def test_tensor_parallelism_needs_all_of_a_layer_to_be_divisible(user, sizes, parts):
     user.model("student", **sizes)
     refused(user.check, "student.parallel.", *parts)
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2])
+def test_tensor_parallel_ranks_may_share_a_key_value_head(user, key_value_heads):
+    user.model("student", num_key_value_heads=key_value_heads)
+    user.check("student.parallel.tp=4", world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "parts"),
+    [
+        ("{tp: 1, pp: 1, ep: 4}", ("teacher.parallel.ep: 4", "6 experts of", "one of 1, 2")),
+        ("{tp: 1, pp: 1, ep: 3}", ("teacher.parallel.ep: 3", "4 data-parallel", "one of 1, 2")),
+        ("{tp: 1, pp: 4, ep: 2}", ("teacher.parallel.ep: 2", "1 data-parallel", "one of 1")),
+        ("{tp: 2, pp: 1, ep: 0}", ("teacher.parallel.ep: 0", "at least 1")),
+    ],
+)
+def test_layouts_of_experts_that_are_refused(user, parallel, parts):
+    user.model("teacher", Qwen3MoeConfig, **EXPERTS)
+    refused(lambda: user.check(f"teacher.parallel={parallel}", world_size=4), *parts)
+
+
+def test_experts_decide_which_columns_tensor_parallelism_cuts(user):
+    user.model("teacher", Qwen3MoeConfig, **EXPERTS | {"moe_intermediate_size": 21})
+    refused(
+        lambda: user.check("teacher.parallel={tp: 2, pp: 1}"),
+        "teacher.parallel.tp: 2 does not divide the 21 MLP columns",
+    )
+
+
+def test_expert_parallelism_is_for_a_teacher_that_has_experts(user):
+    refused(
+        lambda: user.check("teacher.parallel={pp: 1, ep: 2}"),
+        "teacher.parallel.ep: 2 with", "models/teacher, which has no experts", "has to be 1",
+    )  # fmt: skip
+    refused(
+        lambda: user.check("student.parallel={tp: 1, ep: 2}"),
+        "student.parallel.ep: 2; it has to be 1", "teacher only",
+    )  # fmt: skip
+
+
+def test_a_mixture_of_experts_is_no_student(user):
+    user.model("student", Qwen3MoeConfig, **EXPERTS)
+    refused(user.check, "student.path", "a mixture of experts is supported as a teacher only")
 
 
 def test_sequence_parallel_padding_counts(user):
@@ -388,7 +450,8 @@ def test_sequence_parallel_padding_counts(user):
     ("config_class", "changes", "parts"),
     [
         (Qwen3Config, {"architectures": ["MixtralForCausalLM"]}, ("MixtralForCausalLM", "Qwen2")),
-        (Qwen3Config, {"architectures": None}, ("architecture ?", "supported: Qwen2ForCausalLM")),
+        (Qwen3Config, {"architectures": None}, ("does not name", "supported: LlamaForCausalLM")),
+        (Qwen3MoeConfig, {"mlp_only_layers": [0]}, ("a mixture of dense and expert layers",)),
         (Qwen3Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
          ("sliding-window attention (window 8)",)),
         (Qwen3Config, {"attention_bias": True}, ("attention_bias", "not supported")),

@@ -4,71 +4,43 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import CONFIGS, SIZES, save_random
 from ranks import RankError, run_ranks
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
-
-SIZES = dict(
-    vocab_size=200,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-)
-CONFIGS = {
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
-    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
-    "llama": LlamaConfig(
-        **SIZES,
-        tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ),
-}
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 
 @pytest.fixture(scope="session")
 def hf_dirs(tmp_path_factory):
-    """A random tiny checkpoint of each family; biases and norms too are made non-trivial."""
+    """A random tiny checkpoint of each family."""
     root = tmp_path_factory.mktemp("hf")
     for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(root / name)
+        save_random(config, root / name)
     return {name: str(root / name) for name in CONFIGS}
 
 
-def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths):
-    """On every rank: packed logits of the last stage (None elsewhere), and the exported tensors."""
+def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths, ep=1):
+    """On every rank: packed logits of the last stage (None elsewhere), and the exported tensors.
+
+    Under expert parallelism data-parallel ranks run the lengths rotated, and nothing is exported.
+    """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_taopd.models import gpt, weights
+    from megatron_taopd.models import gpt, hf_checkpoint, weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
     platform.emulate_cuda()
     try:
-        layout = layouts.student_layout(tp, pp, sequence)
-        hf = gpt.load_config(hf_dir)
+        layout = layouts.student_layout(tp, pp, sequence, ep=ep)
+        hf = hf_checkpoint.load_config(hf_dir)
         config = gpt.transformer_config(hf, layout, torch.float32)
-        model = gpt.Trunk(hf, config, layout)
+        # In training, Megatron refuses tensor-parallel experts without sequence parallelism.
+        model = gpt.Trunk(hf, config, layout).eval()
         weights.load_weights(model, hf_dir)
-        tokens, positions, cu_seqlens = packed(lengths, hf.vocab_size)
+        rotated = lengths[layout.dp_rank :] + lengths[: layout.dp_rank]
+        tokens, positions, cu_seqlens = packed(rotated, hf.vocab_size)
 
         def forward_step(_, model):
             hidden = gpt.packed_forward(model, tokens, positions, cu_seqlens, max(lengths))
@@ -90,7 +62,8 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths):
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        return (outputs[0] if outputs else None), dict(weights.export_weights(model)), str(layout)
+        exported = dict(weights.export_weights(model)) if ep == 1 else None
+        return (outputs[0] if outputs else None), exported, str(layout)
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -117,20 +90,72 @@ def transformers_logits(hf_dir, lengths):
 )
 def test_logits_and_round_trip(hf_dirs, family, tp, pp, sequence):
     """Invariant 7, with packed sequences of unequal length on the Megatron side."""
+    assert_agrees_with_transformers(hf_dirs[family], tp, pp, sequence)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_parallel_ranks_that_share_a_key_value_head(tmp_path, sequence):
+    save_random(Qwen3Config(**SIZES | {"num_key_value_heads": 2}, head_dim=16), tmp_path)
+    assert_agrees_with_transformers(str(tmp_path), 4, 1, sequence)
+
+
+def assert_agrees_with_transformers(hf_dir, tp, pp, sequence):
     lengths = [9, 4, 11]
-    results = run_ranks(tp * pp, trunk_on_ranks, hf_dirs[family], tp, pp, sequence, lengths)
+    results = run_ranks(tp * pp, trunk_on_ranks, hf_dir, tp, pp, sequence, lengths)
     assert results[0][2] == f"TP({tp})-PP({pp})-DP(1)" + ("-SP" if sequence else "")
 
     shards = [logits for logits, _, _ in results if logits is not None]
-    expected = transformers_logits(hf_dirs[family], lengths)
+    expected = transformers_logits(hf_dir, lengths)
     logits = torch.cat(shards, dim=-1)[:, : expected.shape[-1]]
     assert (logits - expected).abs().max() < 1e-4
 
-    original = load_file(f"{hf_dirs[family]}/model.safetensors")
+    original = load_file(f"{hf_dir}/model.safetensors")
     for _, exported, _ in results:
         assert exported.keys() == original.keys()
         for name, tensor in original.items():
             assert torch.equal(exported[name], tensor), name
+
+
+EXPERT_LAYOUTS = [  # (tp, pp, sequence, ep)
+    (1, 1, False, 2),
+    (1, 1, False, 4),
+    (2, 1, False, 2),
+    (2, 1, True, 2),
+    (1, 2, False, 2),
+]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_moe-unnormalised"])
+@pytest.mark.parametrize(("tp", "pp", "sequence", "ep"), EXPERT_LAYOUTS)
+def test_logits_of_experts_on_several_ranks(hf_dirs, family, tp, pp, sequence, ep):
+    """Every data-parallel rank runs other sequences."""
+    lengths = [9, 4, 11, 6][: 3 + (ep > 3)]
+    world_size = tp * pp * ep
+    results = run_ranks(world_size, trunk_on_ranks, hf_dirs[family], tp, pp, sequence, lengths, ep)
+    assert results[0][2] == f"TP({tp})-PP({pp})-DP({ep})-EP({ep})" + ("-SP" if sequence else "")
+    shards = [logits for logits, _, _ in results if logits is not None]
+    for dp_rank in range(ep):
+        rotated = lengths[dp_rank:] + lengths[:dp_rank]
+        expected = transformers_logits(hf_dirs[family], rotated)
+        own = torch.cat(shards[dp_rank * tp : (dp_rank + 1) * tp], dim=-1)
+        assert (own[:, : expected.shape[-1]] - expected).abs().max() < 1e-4
+
+
+def layouts_on_ranks(ep):
+    from megatron_taopd.parallel import layout as layouts
+
+    refusals = []
+    for make in layouts.student_layout, layouts.forward_layout:
+        with pytest.raises(ValueError) as caught:
+            make(2, 1, ep=ep)
+        refusals.append(str(caught.value))
+    return refusals
+
+
+def test_expert_parallelism_divides_data_parallelism():
+    for refusals in run_ranks(4, layouts_on_ranks, 4):
+        for refusal in refusals:
+            assert "ep 4 does not divide the data-parallel size 2" in refusal
 
 
 def test_rope_as_transformers_4_wrote_it(hf_dirs, tmp_path):
@@ -154,17 +179,17 @@ def test_rope_as_transformers_4_wrote_it(hf_dirs, tmp_path):
 def save_from_ranks(hf_dir, out, max_file_bytes):
     from megatron.core import parallel_state
 
-    from megatron_taopd.models import gpt, weights
+    from megatron_taopd.models import gpt, hf_checkpoint, weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
     platform.emulate_cuda()
     try:
         layout = layouts.student_layout(1, 2)
-        hf = gpt.load_config(hf_dir)
+        hf = hf_checkpoint.load_config(hf_dir)
         model = gpt.Trunk(hf, gpt.transformer_config(hf, layout, torch.float32), layout)
         weights.load_weights(model, hf_dir)
-        weights.save_hf(weights.export_weights(model), hf_dir, out, max_file_bytes)
+        weights.save_hf(weights.export_weights(model), hf_dir, out, torch.float32, max_file_bytes)
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -220,7 +245,7 @@ def damage_index(path):
         (damage_truncate, "damaged safetensors"),
         (damage_drop, "model.layers.1.mlp.up_proj.weight"),
         (damage_extra, "model.layers.9.bias"),
-        (damage_shape, r"model.norm.weight give \[31\] where config.json asks for \[32\]"),
+        (damage_shape, r"model.norm.weight is \[31\] where config.json asks for \[32\]"),
         (damage_index, "names model-00001-of-00002.safetensors, which is not there"),
     ],
 )
@@ -235,9 +260,9 @@ def test_bad_checkpoints_are_refused(hf_dirs, tmp_path, damage, message):
 
 
 def rows_on_rank(directory, name, wanted):
-    from megatron_taopd.models.weights import Checkpoint
+    from megatron_taopd.models.hf_checkpoint import HFCheckpoint
 
-    return [Checkpoint(directory).rows(name, ids) for ids in wanted]
+    return [HFCheckpoint(directory).rows(name, ids) for ids in wanted]
 
 
 def test_rows_of_a_matrix_come_in_the_order_asked_for(tmp_path):

@@ -65,6 +65,53 @@ def assert_agrees(result, oracle):
     assert result["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def expert_pair(tmp_path_factory, pair):
+    path = tmp_path_factory.mktemp("experts")
+    return pair[0], make_model(path, 216, 48, layers=4, seed=1, tied=False, experts=8)
+
+
+EXPERT_LAYOUTS = {  # world size, student (tp, pp, sequence), teacher (tp, pp, sequence, ep)
+    "TP2 | EP2": (2, (2, 1, False), (1, 1, False, 2)),
+    "PP2 DP2 | TP2 SP EP2": (4, (1, 2, False), (2, 1, True, 2)),
+    "TP2 DP2 | PP2 EP2": (4, (2, 1, True), (1, 2, False, 2)),
+}
+
+
+@pytest.mark.parametrize("name", EXPERT_LAYOUTS)
+def test_a_teacher_of_experts_agrees_with_dense_float64(expert_pair, name):
+    world_size, student, teacher = EXPERT_LAYOUTS[name]
+    batch = make_batch(SIZE)
+    oracle = dense_step(*expert_pair, batch, SIZE)
+    step = partial(step_on_ranks, offload=True)
+    for result in run_ranks(world_size, step, *expert_pair, student, teacher, batch, SIZE):
+        assert_agrees(result, oracle)
+        assert result["fingerprints"][0] == result["fingerprints"][1]
+
+
+def test_ranks_of_experts_that_read_nothing(expert_pair):
+    """One sequence: of four expert-parallel ranks three run padding, for their experts' sake."""
+    batch = make_batch(SIZE, num_sequences=1, seed=3)
+    oracle = dense_step(*expert_pair, batch, SIZE)
+    layout = (2, 2, False), (1, 1, False, 4)
+    for result in run_ranks(4, step_on_ranks, *expert_pair, *layout, batch, SIZE):
+        assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_ranks_that_share_a_key_value_head(tmp_path, sequence):
+    """TP4 with two key-value heads in the student; and in a teacher with groups of its own."""
+    pair = (
+        make_model(tmp_path / "student", SIZE, 32, layers=2, seed=0, key_value_heads=2),
+        make_model(tmp_path / "teacher", 216, 48, layers=2, seed=1, tied=False, key_value_heads=1),
+    )
+    batch = make_batch(SIZE)
+    oracle = dense_step(*pair, batch, SIZE)
+    for layout in ((4, 1, sequence), (2, 2, sequence)), ((1, 2, False), (4, 1, sequence)):
+        for result in run_ranks(4, step_on_ranks, *pair, *layout, batch, SIZE):
+            assert_agrees(result, oracle)
+
+
 def relative_error(gradients, expected) -> float:
     """Worst over tensors of |g − e| / |e| in the Frobenius norm, and none missing."""
     assert gradients.keys() == expected.keys()

@@ -318,8 +318,8 @@ def test_user_errors_are_one_line(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_is_told_by_the_rank_that_reads_it(capfd, tmp_path):
-    """The last stage's norm has a wrong shape: only that stage's rank can know."""
+def test_a_damaged_checkpoint_is_told_in_one_line(capfd, tmp_path):
+    """The last stage's norm has a wrong shape; the first stage's rank says so, too."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -337,4 +337,4 @@ def test_a_damaged_checkpoint_is_told_by_the_rank_that_reads_it(capfd, tmp_path)
     )
     output, _ = process.communicate(timeout=180)
     assert process.returncode != 0
-    assert "error on rank 1: " in output and "model.norm.weight give [95]" in output
+    assert "error on rank 1: " in output and "model.norm.weight is [95]" in output

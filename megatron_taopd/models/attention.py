@@ -1,7 +1,7 @@
-"""Attention and norm for packed sequences when TransformerEngine is absent.
+"""Parts of a Megatron layer that take the place of its own in the layer spec.
 
-Megatron's own fallback refuses packed sequences, and its torch norm sequence parallelism. These
-two take their place in the layer spec, so that one data path, always packed, serves every device.
+Without TransformerEngine, Megatron's attention refuses packed sequences, and its torch norm
+sequence parallelism. With these, one data path, always packed, serves every device.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer import attention
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -70,3 +72,33 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
+
+
+class SelfAttention(attention.SelfAttention):
+    """Megatron's, for tensor-parallel ranks that share a key-value head in any process groups.
+
+    Where there are more ranks than key-value heads (a multiple of them), Megatron's own gathers the
+    projections over the global groups, which are the student's. Collectives, then: an all-gather of
+    the projections over the TP group forward, a reduce-scatter backward.
+    """
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, **options
+    ):
+        tp, groups = self.world_size, self.config.num_query_groups
+        if groups >= tp:
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, **options)
+        assert options.get("split_qkv", True) and not options.get("output_gate")
+        projected, _bias = self.linear_qkv(hidden_states)
+        projected = all_gather_last_dim_from_tensor_parallel_region(projected, self.tp_group)
+        ranks = tp // groups  # that share a key-value head
+        group, place = divmod(self.tp_group.rank(), ranks)
+        width = self.hidden_size_per_attention_head
+        heads = projected.chunk(groups, -1)[group].unflatten(-1, (-1, width))
+        queries, key, value = heads.split([heads.shape[2] - 2, 1, 1], dim=2)
+        query = queries.chunk(ranks, 2)[place]
+        if self.q_layernorm is not None:
+            query = self.q_layernorm(query)
+        if self.k_layernorm is not None:
+            key = self.k_layernorm(key)
+        return query, key, value

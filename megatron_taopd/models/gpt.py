@@ -8,7 +8,6 @@ head, its output projection, is a plain weight: everything vocabulary-wide happe
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +22,20 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_taopd.models import hf_map
-from megatron_taopd.models.attention import PackedAttention, RMSNorm
+from megatron_taopd.models.attention import PackedAttention, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import Layout
+
+# Megatron asks whether it is None, and without TransformerEngine does not define it.
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None
 
 RECOMPUTE = {
     "none": {},
@@ -42,17 +46,6 @@ RECOMPUTE = {
         "recompute_num_layers": 1,
     },
 }
-
-
-def load_config(hf_dir: str | Path) -> PretrainedConfig:
-    """The directory's config.json; RoPE parameters as transformers 4 and 5 write them both do.
-
-    Raises:
-        ValueError: there is no config.json.
-    """
-    if not (Path(hf_dir) / "config.json").is_file():
-        raise ValueError(f"{hf_dir}: no config.json; give a Hugging Face checkpoint directory")
-    return AutoConfig.from_pretrained(hf_dir)
 
 
 def use_transformer_engine() -> bool:
@@ -84,7 +77,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=hf.model_type == "qwen2",
-        qk_layernorm=hf.model_type == "qwen3",
+        qk_layernorm=hf.model_type in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
@@ -111,7 +104,27 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
+        **_experts(hf, layout),
         **RECOMPUTE[recompute],
+    )
+
+
+def _experts(hf: PretrainedConfig, layout: Layout) -> dict:
+    """The part of Megatron's configuration that a mixture of experts adds."""
+    if not hf_map.num_experts(hf):
+        return {}
+    return dict(
+        num_moe_experts=hf_map.num_experts(hf),
+        moe_ffn_hidden_size=hf.moe_intermediate_size,
+        moe_router_topk=hf.num_experts_per_tok,
+        # Softmax over all experts and then the top-K of it, or the softmax of the top-K, which is
+        # the same normalised to 1.
+        moe_router_pre_softmax=not hf.norm_topk_prob,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=use_transformer_engine(),
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.tp,
     )
 
 
@@ -203,11 +216,17 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
     if use_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
         norm = TENorm
     else:
         layer = get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
         )
         norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
@@ -215,6 +234,10 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
         attention.core_attention = PackedAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
+        if config.num_moe_experts:
+            # TransformerEngine fuses no norm into a router; checkpoints have its names.
+            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    layer.submodules.self_attention.module = SelfAttention
     layers = [layer] * (config.num_layers // layout.pp)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

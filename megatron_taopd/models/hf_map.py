@@ -1,17 +1,22 @@
 """Which Hugging Face tensors make up which Megatron parameter: tables, as data.
 
 A family is a dict from Megatron parameter name to a mapping. `{i}` stands for the layer's number in
-the whole model. A mapping knows three things: the Hugging Face names, how their tensors are laid
-out in one Megatron tensor (`merge` and its exact inverse `split`), and how that tensor is cut over
-the tensor-parallel ranks (`shard` and its exact inverse `unshard`). A new family is a new table.
+the whole model and `{e}` for the expert's. A mapping knows three things: the Hugging Face names,
+how their tensors are laid out in one Megatron tensor (`merge` and its exact inverse `split`), and
+how that tensor is cut over the tensor-parallel ranks (`shard` and its exact inverse `unshard`;
+`cuts` tells the same of the whole tensor). A new family is a new table.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Mapping:
     @property
     def sharded(self) -> bool:
         return self.dim is not None
+
+    def cuts(self, tp: int) -> tuple[int, int]:
+        """(dim, n): cut into n equal chunks along dim, the whole tensor gives every rank whole
+        chunks."""
+        return (0, 1) if self.dim is None else (self.dim, tp)
 
     def merge(self, tensors: list[Tensor], config) -> Tensor:
         return tensors[0]
@@ -51,7 +61,7 @@ class Vocabulary(Mapping):
     def merge(self, tensors: list[Tensor], config) -> Tensor:
         (weight,) = tensors
         padding = padded_vocab_size(config.vocab_size) - len(weight)
-        return torch.nn.functional.pad(weight, (0, 0, 0, padding))
+        return torch.nn.functional.pad(weight, (0, 0, 0, padding)) if padding else weight
 
     def split(self, tensor: Tensor, config) -> list[Tensor]:
         return [tensor[: config.vocab_size]]
@@ -59,7 +69,11 @@ class Vocabulary(Mapping):
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value, interleaved by KV group: the group's queries, its key, its value."""
+    """Query, key and value, interleaved by KV group: the group's queries, its key, its value.
+
+    The whole is cut evenly, also over more ranks than there are groups: Megatron then gathers the
+    projections of a group's ranks, so that each of them has the group's key and value.
+    """
 
     query: str
     key: str
@@ -82,7 +96,7 @@ class QKV:
         grouped = tensor.view(groups, queries + 2 * width, *tail)
         return [t.reshape(-1, *tail) for t in grouped.split([queries, width, width], dim=1)]
 
-    shard, unshard = Mapping.shard, Mapping.unshard
+    cuts, shard, unshard = Mapping.cuts, Mapping.shard, Mapping.unshard
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,9 @@ class GatedMLP:
     @property
     def names(self) -> tuple[str, ...]:
         return (self.gate, self.up)
+
+    def cuts(self, tp: int) -> tuple[int, int]:
+        return 0, 2 * tp
 
     def merge(self, tensors: list[Tensor], config) -> Tensor:
         return torch.cat(tensors)
@@ -111,9 +128,12 @@ class GatedMLP:
         return torch.cat([*gates, *ups])
 
 
-_MEGATRON, _HF = "decoder.layers.{i}.", "model.layers.{i}."
+# ----------------------------------------------------------------------------------------- tables
 
-LLAMA = {
+_MEGATRON, _HF = "decoder.layers.{i}.", "model.layers.{i}."
+_EXPERT, _HF_EXPERT = _MEGATRON + "mlp.experts.local_experts.{e}.", _HF + "mlp.experts.{e}."
+
+_MODEL = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
     _MEGATRON + "input_layernorm.weight": Mapping(_HF + "input_layernorm.weight"),
     _MEGATRON + "self_attention.linear_qkv.weight": QKV(
@@ -125,81 +145,233 @@ LLAMA = {
         _HF + "self_attn.o_proj.weight", dim=1
     ),
     _MEGATRON + "pre_mlp_layernorm.weight": Mapping(_HF + "post_attention_layernorm.weight"),
+    "decoder.final_layernorm.weight": Mapping("model.norm.weight"),
+    "output_layer.weight": Vocabulary("lm_head.weight"),
+}
+_DENSE_MLP = {
     _MEGATRON + "mlp.linear_fc1.weight": GatedMLP(
         _HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"
     ),
     _MEGATRON + "mlp.linear_fc2.weight": Mapping(_HF + "mlp.down_proj.weight", dim=1),
-    "decoder.final_layernorm.weight": Mapping("model.norm.weight"),
-    "output_layer.weight": Vocabulary("lm_head.weight"),
 }
-QWEN2 = LLAMA | {
+_EXPERTS = {
+    _MEGATRON + "mlp.router.weight": Mapping(_HF + "mlp.gate.weight"),
+    _EXPERT + "linear_fc1.weight": GatedMLP(
+        _HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"
+    ),
+    _EXPERT + "linear_fc2.weight": Mapping(_HF_EXPERT + "down_proj.weight", dim=1),
+}
+_QKV_BIAS = {
     _MEGATRON + "self_attention.linear_qkv.bias": QKV(
         _HF + "self_attn.q_proj.bias", _HF + "self_attn.k_proj.bias", _HF + "self_attn.v_proj.bias"
     ),
 }
-QWEN3 = LLAMA | {
+_QK_NORM = {
     _MEGATRON + "self_attention.q_layernorm.weight": Mapping(_HF + "self_attn.q_norm.weight"),
     _MEGATRON + "self_attention.k_layernorm.weight": Mapping(_HF + "self_attn.k_norm.weight"),
 }
-ROPE_TYPES = ("default", "linear", "llama3")
-FAMILIES = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
 
-# TransformerEngine fuses a norm into the projection after it and names it there.
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+FAMILIES = {
+    "llama": _MODEL | _DENSE_MLP,
+    "qwen2": _MODEL | _DENSE_MLP | _QKV_BIAS,
+    "qwen3": _MODEL | _DENSE_MLP | _QK_NORM,
+    "qwen3_moe": _MODEL | _EXPERTS | _QK_NORM,
 }
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def family(config) -> dict:
-    """The table of a Hugging Face config; a tied model has no tensor of its own for the output.
+def check_architecture(config: PretrainedConfig) -> None:
+    """Raise ValueError, saying what of this model has no table or cannot be run."""
+    for name in config.architectures or ["an architecture that config.json does not name"]:
+        if name not in ARCHITECTURES:
+            raise ValueError(f"{name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        if ARCHITECTURES[name] != config.model_type:
+            raise ValueError(f"{name} with model_type {config.model_type} contradict each other")
+    for unsupported in _unsupported(config):
+        raise ValueError(f"{unsupported} is not supported")
 
-    Raises:
-        ValueError: the architecture has no table.
+
+def _unsupported(config: PretrainedConfig) -> Iterator[str]:
+    rope = config.rope_parameters or {}
+    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
+        yield f"rope_type {kind} (only {', '.join(ROPE_TYPES)})"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        yield f"sliding-window attention (window {config.sliding_window})"
+    if getattr(config, "attention_bias", False):
+        yield "attention_bias"
+    if getattr(config, "mlp_bias", False):
+        yield "mlp_bias"
+    if config.hidden_act != "silu":
+        yield f"hidden_act {config.hidden_act} (only silu)"
+    if getattr(config, "quantization_config", None):
+        yield "a checkpoint of quantised weights"
+    if num_experts(config) and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+        yield "a mixture of dense and expert layers"
+
+
+def check_layout(config: PretrainedConfig, path, tp: int, pp: int, ep: int = 1) -> None:
+    """Raise ValueError unless the model at `path` divides by the layout: "tp: 3 does not …"."""
+    experts = num_experts(config)
+    columns = config.moe_intermediate_size if experts else config.intermediate_size
+    sizes = {
+        "attention heads": config.num_attention_heads,
+        "MLP columns": columns,
+        "vocabulary rows": padded_vocab_size(config.vocab_size),
+    }
+    # More ranks than key-value heads share them, in equal numbers.
+    heads = config.num_key_value_heads
+    choices = [n for n in divisors(math.gcd(*sizes.values())) if heads % n == 0 or n % heads == 0]
+    if tp not in choices:
+        wrong = [f"does not divide the {n} {what}" for what, n in sizes.items() if tp < 1 or n % tp]
+        wrong += [f"neither divides nor is a multiple of the {heads} key-value heads"]
+        raise ValueError(f"tp: {tp} {wrong[0]} of {path}; one of {listed(choices)}")
+    if ep > 1 and not experts:
+        raise ValueError(f"ep: {ep} with {path}, which has no experts; it has to be 1")
+    for name, size, count, what in (
+        ("pp", pp, config.num_hidden_layers, "layers"),
+        ("ep", ep, experts or 1, "experts"),
+    ):
+        if size not in divisors(count):
+            raise ValueError(
+                f"{name}: {size} does not divide the {count} {what} of {path}; "
+                f"one of {listed(divisors(count))}"
+            )
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+# ------------------------------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Megatron parameter of the whole model.
+
+    Attributes:
+        name: layer and expert counted over the whole model.
+        mapping: with the layer and the expert filled in.
+        key: of the tensor in a distributed checkpoint that has this parameter at `index`.
+        index: (), (layer,) or (layer, expert): all layers and experts share a tensor there.
+        shape: of what `index` counts: (), (layers,) or (layers, experts).
     """
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    table = FAMILIES[config.model_type]
-    if config.tie_word_embeddings:
-        tied = Vocabulary("model.embed_tokens.weight")
-        table = table | {"output_layer.weight": tied}
-    return table
+
+    name: str
+    mapping: Mapping | QKV | GatedMLP
+    key: str
+    index: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    @property
+    def layer(self) -> int | None:
+        return self.index[0] if self.index else None
+
+    @property
+    def key_in_layer(self) -> str:
+        """The key where each layer has its own tensor ("non-homogeneous layers")."""
+        if self.layer is None:
+            return self.key
+        return self.key.replace("decoder.layers.", f"decoder.layers.{self.layer}.")
 
 
-def parameter_names(config) -> list[tuple[str, int | None]]:
-    """Every Megatron name of the model and its layer (None outside the layers), front to back.
+def parameters(config: PretrainedConfig) -> dict[str, Parameter]:
+    """Every parameter of the model by name, front to back.
 
     The output of a tied model is left out: it is the embedding.
     """
-    table = [n for n in family(config) if n != "output_layer.weight"]
-    layers = [n for n in table if "{i}" in n]
-    names: list[tuple[str, int | None]] = [("embedding.word_embeddings.weight", None)]
-    for i in range(config.num_hidden_layers):
-        names += [(n.format(i=i), i) for n in layers]
-    names.append(("decoder.final_layernorm.weight", None))
-    if not config.tie_word_embeddings:
-        names.append(("output_layer.weight", None))
-    return names
+    layers, experts = config.num_hidden_layers, num_experts(config)
+    found: list[Parameter] = []
+    table = FAMILIES[config.model_type]
+    inside = [name for name in table if "{i}" in name]
+    outside = [name for name in table if "{i}" not in name]
+    first, *last = outside
+    found.append(Parameter(first, table[first], first))
+    for i in range(layers):
+        for name in inside:
+            key = _checkpoint_key(name, bool(experts))
+            if "{e}" not in name:
+                filled = _fill(table[name], i)
+                found.append(Parameter(name.format(i=i), filled, key, (i,), (layers,)))
+                continue
+            for e in range(experts):
+                filled = _fill(table[name], i, e)
+                shape = (layers, experts)
+                found.append(Parameter(name.format(i=i, e=e), filled, key, (i, e), shape))
+    for name in last:
+        if not (name == "output_layer.weight" and config.tie_word_embeddings):
+            found.append(Parameter(name, table[name], name))
+    return {parameter.name: parameter for parameter in found}
 
 
-def mapping_of(config, name: str):
-    """The mapping of one Megatron parameter (global layer number), with its layer filled in."""
-    parts = name.split(".")
-    if parts[:2] != ["decoder", "layers"]:
-        return family(config)[name]
-    layer, inner = parts[2], ".".join(parts[3:])
-    mapping = family(config)[_MEGATRON + FUSED_NORMS.get(inner, inner)]
+def _fill(mapping, layer: int, expert: int | None = None):
     filled = {
-        key: value.replace("{i}", layer)
+        key: value.format(i=layer, e=expert)
         for key, value in vars(mapping).items()
         if isinstance(value, str)
     }
-    return type(mapping)(**(vars(mapping) | filled))
+    return replace(mapping, **filled)
 
 
-def head_dim(config) -> int:
+# TransformerEngine fuses a norm into the projection after it and names it there. Distributed
+# checkpoints use its names, whichever layers the model that saved has.
+_FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def _checkpoint_key(name: str, experts: bool) -> str:
+    """decoder.layers.{i}.mlp.experts.local_experts.{e}.X → decoder.layers.mlp.experts.experts.X"""
+    inner = name.removeprefix(_MEGATRON)
+    if not (experts and inner == "pre_mlp_layernorm.weight"):  # several projections come after it
+        inner = _FUSED_NORMS.get(inner, inner)
+    return "decoder.layers." + inner.replace("local_experts.{e}.", "experts.")
+
+
+def plain_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
+    """A parameter's name as the tables have it, from the name in a pipeline stage's model.
+
+    Args:
+        name: of a model with Megatron's own layers or TransformerEngine's.
+        first_layer, first_expert: the numbers in the whole model of the stage's layer 0 and this
+            rank's expert 0.
+    """
+    if not (match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)):
+        return name
+    layer, inner = int(match[1]) + first_layer, match[2]
+    unfused = {fused: plain for plain, fused in _FUSED_NORMS.items()}
+    inner = unfused.get(inner, inner)
+    grouped = re.fullmatch(r"mlp\.experts\.(linear_fc\d)\.weight(\d+)", inner)
+    single = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight", inner)
+    if grouped or single:
+        projection, expert = grouped.groups() if grouped else reversed(single.groups())
+        expert = int(expert) + first_expert
+        inner = f"mlp.experts.local_experts.{expert}.{projection}.weight"
+    return f"decoder.layers.{layer}.{inner}"
+
+
+# ------------------------------------------------------------------------------------------ sizes
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Experts per layer; 0 for a dense model."""
+    return config.num_experts if config.model_type == "qwen3_moe" else 0
+
+
+def head_dim(config: PretrainedConfig) -> int:
     """Width of one attention head, which some configs leave to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

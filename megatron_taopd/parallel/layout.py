@@ -1,4 +1,4 @@
-"""Where each rank stands in a model's tensor-, pipeline- and data-parallel grid.
+"""Where each rank stands in a model's tensor-, pipeline-, data- and expert-parallel grid.
 
 Student and teacher have a layout each, over the same ranks. The student's process groups are
 Megatron's own (`parallel_state`); the teacher's are its own `ProcessGroupCollection`.
@@ -24,6 +24,8 @@ class Layout:
         sequence: sequence parallelism, activations cut along the sequence over the TP group.
         rank: this process.
         groups: the process groups that contain this process.
+        ep: expert-parallel size; it divides dp, and consecutive data-parallel ranks share a layer's
+            experts.
     """
 
     tp: int
@@ -32,10 +34,12 @@ class Layout:
     sequence: bool
     rank: int
     groups: ProcessGroupCollection
+    ep: int = 1
 
     def __str__(self) -> str:
+        experts = f"-EP({self.ep})" if self.ep > 1 else ""
         sequence = "-SP" if self.sequence else ""
-        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){sequence}"
+        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){experts}{sequence}"
 
     @property
     def tp_rank(self) -> int:
@@ -44,6 +48,10 @@ class Layout:
     @property
     def dp_rank(self) -> int:
         return self.rank // self.tp % self.dp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.dp_rank % self.ep
 
     @property
     def pp_rank(self) -> int:
@@ -62,47 +70,73 @@ class Layout:
         return tp_rank + self.tp * (dp_rank + self.dp * (self.pp - 1))
 
 
-def _data_parallel_size(tp: int, pp: int) -> int:
+def _data_parallel_size(tp: int, pp: int, ep: int) -> int:
     world_size = dist.get_world_size()
     if world_size % (tp * pp):
         raise ValueError(
             f"tp {tp} × pp {pp} does not divide the world size {world_size}: start a multiple of "
             f"{tp * pp} processes or change the layout"
         )
-    return world_size // (tp * pp)
+    dp = world_size // (tp * pp)
+    if dp % ep:
+        raise ValueError(
+            f"ep {ep} does not divide the data-parallel size {dp}, which is the world size "
+            f"{world_size} / (tp {tp} × pp {pp})"
+        )
+    return dp
 
 
-def student_layout(tp: int, pp: int, sequence: bool = False, seed: int = 0) -> Layout:
+def student_layout(tp: int, pp: int, sequence: bool = False, seed: int = 0, ep: int = 1) -> Layout:
     """Create Megatron's global process groups and random states for the model that trains.
 
     Raises:
-        ValueError: tp × pp does not divide the world size.
+        ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = _data_parallel_size(tp, pp)
+    dp = _data_parallel_size(tp, pp, ep)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
     )
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return Layout(tp, pp, dp, sequence, dist.get_rank(), groups)
+    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep))
 
 
-def forward_layout(tp: int, pp: int, sequence: bool = False) -> Layout:
+def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Layout:
     """Create process groups for a model that only runs forward, beside those of the student.
 
     Raises:
-        ValueError: tp × pp does not divide the world size.
+        ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = _data_parallel_size(tp, pp)
-    grid = HyperCommGrid([tp, 1, dp, pp], ["tp", "cp", "dp", "pp"])
+    dp = _data_parallel_size(tp, pp, ep)
+    grid = HyperCommGrid([tp, 1, ep, dp // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
     groups = ProcessGroupCollection(
         tp=grid.create_pg("tp"),
         cp=grid.create_pg("cp"),
-        dp=grid.create_pg("dp"),
+        dp=grid.create_pg(["ep", "expt_dp"]),
         pp=grid.create_pg("pp"),
-        # Of embedding groups, only training needs any.
+        ep=grid.create_pg("ep"),
+        tp_ep=grid.create_pg(["tp", "ep"]),
+        expt_dp=grid.create_pg("expt_dp"),
+        # Only training needs embedding groups, and the balance of experts over all ranks.
         embd=None,
         pos_embd=None,
+        tp_dp_cp=None,
     )
     groups.dp_cp = groups.dp
-    return Layout(tp, pp, dp, sequence, dist.get_rank(), groups)
+    groups.tp_cp = groups.expt_tp = groups.tp
+    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep))
+
+
+def _checked(layout: Layout) -> Layout:
+    """The layout, whose arithmetic has to agree with the groups that Megatron works with."""
+    groups = layout.groups
+    for group, size, rank in (
+        (groups.tp, layout.tp, layout.tp_rank),
+        (groups.dp, layout.dp, layout.dp_rank),
+        (groups.ep, layout.ep, layout.ep_rank),
+        (groups.pp, layout.pp, layout.pp_rank),
+    ):
+        assert (group.size(), group.rank()) == (size, rank), layout
+    return layout

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import transformers
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
@@ -47,7 +50,7 @@ def initialize(timeout_s: float = 1800.0) -> bool:
     """
     quiet()
     emulate_cuda()
-    if torch.distributed.is_initialized():
+    if dist.is_initialized():
         return False
     # Megatron overlaps its communication by the order of launches, which needs a single queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -56,12 +59,10 @@ def initialize(timeout_s: float = 1800.0) -> bool:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=timeout
-        )
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return True
 
 
@@ -74,6 +75,11 @@ class _CudaIsCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
+        # Experts receive unequal numbers of tokens, which gloo cannot gather or scatter.
+        if func is dist.all_gather and _unequal(args[0]):
+            return _all_gather(*args, group=kwargs["group"])
+        if func is dist.reduce_scatter and _unequal(args[1]):
+            return _reduce_scatter(*args, group=kwargs["group"])
         result = func(*args, **kwargs)
         # The optimizer sorts its parameters by these names and refuses those of CPU tensors.
         if func is torch.Tensor.type and isinstance(result, str):
@@ -85,6 +91,36 @@ def _is_cuda(value) -> bool:
     if isinstance(value, str):
         return value.startswith("cuda")
     return isinstance(value, torch.device) and value.type == "cuda"
+
+
+def _unequal(tensors: list[Tensor]) -> bool:
+    return any(tensor.shape != tensors[0].shape for tensor in tensors)
+
+
+def _all_gather(parts: list[Tensor], own: Tensor, group: dist.ProcessGroup) -> None:
+    for rank, part in enumerate(parts):
+        if rank == group.rank():
+            part.copy_(own)
+        dist.broadcast(part, group=group, group_src=rank)
+
+
+def _reduce_scatter(own: Tensor, parts: list[Tensor], group: dist.ProcessGroup) -> None:
+    for rank, part in enumerate(parts):
+        total = part.clone()
+        dist.reduce(total, group=group, group_dst=rank)
+        if rank == group.rank():
+            own.copy_(total)
+
+
+class _Stream:
+    """A queue of its own in name only: everything on a CPU runs in order."""
+
+    def wait_stream(self, stream: _Stream) -> None: ...
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None: ...
 
 
 _mode: _CudaIsCpu | None = None
@@ -100,6 +136,9 @@ def emulate_cuda() -> None:
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    torch.cuda.Stream = _Stream
+    torch.cuda.current_stream = lambda *_, **__: _Stream()
+    torch.cuda.stream = nullcontext
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
@@ -107,6 +146,13 @@ def emulate_cuda() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # Megatron reads numbers of tokens from numpy arrays, which it makes of CUDA tensors alone.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_: (
+        tensor.numpy() if as_numpy and tensor is not None else tensor
+    )
     # A mode is a thread-local stack entry: it stays for the life of the process.
     _mode = _CudaIsCpu()
     _mode.__enter__()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_taopd import batching
 from megatron_taopd.models import gpt, weights
+from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, no_rows, send_rows
@@ -26,7 +27,8 @@ class MegatronTeacher:
 
     Args:
         hf_dir: Hugging Face checkpoint directory.
-        layout: tensor, pipeline and data parallelism of the teacher, any over the same ranks.
+        layout: of the teacher, any over the same ranks; with expert parallelism for a mixture of
+            experts.
         dtype: of its weights and activations.
         micro_batch_tokens: the most tokens in a packed micro-batch.
         offload: keep the weights in (pinned) CPU memory between uses.
@@ -40,7 +42,7 @@ class MegatronTeacher:
         micro_batch_tokens: int,
         offload: bool = False,
     ):
-        hf = gpt.load_config(hf_dir)
+        hf = load_config(hf_dir)
         self.layout = layout
         self.dtype = dtype
         self.micro_batch_tokens = micro_batch_tokens

@@ -1,0 +1,318 @@
+"""Checkpoints between Hugging Face directories and Megatron's distributed format.
+
+One parameter is in memory at a time, and several ranks share the work: each parameter is read by
+one of them. What is written does not depend on how many there were, nor on a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from megatron_taopd.files import check_space, written_aside
+from megatron_taopd.models import hf_map
+from megatron_taopd.models.hf_checkpoint import (
+    MAX_FILE_BYTES,
+    HFCheckpoint,
+    HFWriter,
+    copy_side_files,
+    load_config,
+    tensor_shapes,
+)
+from megatron_taopd.models.hf_map import Parameter
+from megatron_taopd.models.megatron_checkpoint import (
+    SIDE_FILES,
+    MegatronCheckpoint,
+    MegatronWriter,
+)
+
+# Megatron's linear layers keep a state of TransformerEngine's beside their weights and ask for it.
+_WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "core_attention", "linear_fc1", "linear_fc2")
+
+Advance = Callable[[int, int], None]  # bytes done since the last call, bytes to do on this rank
+
+
+def ignore(_done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote, over all ranks."""
+
+    out: str
+    model: str
+    tensors: int
+    bytes: int
+    files: int
+
+
+# ----------------------------------------------------------------------------------------- HF → M
+
+
+def to_megatron(
+    hf_dir: str | Path,
+    out: str | Path,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    dtype: torch.dtype | None = None,
+    advance: Advance = ignore,
+) -> Converted:
+    """Write a Hugging Face directory as a Megatron distributed checkpoint that any layout loads.
+
+    Every rank calls this; none is needed.
+
+    Args:
+        out: replaced if it exists.
+        tp, pp, ep: the layout that it is for: refused if the model does not divide by it. Tensors
+            are stored in the pieces that its ranks read; other layouts read parts of pieces.
+        dtype: of what is written; None: as it is.
+        advance: told the bytes of each parameter that this rank has written, and of all of them.
+
+    Raises:
+        ValueError: what is wrong with the model, its files, the layout or the place to write to.
+
+    Collectives: barriers, and a gather of what was written, some 200 bytes a piece.
+    """
+    hf = read_config(hf_dir)
+    hf_map.check_layout(hf, hf_dir, tp, pp, ep)
+    checkpoint = HFCheckpoint(hf_dir)
+    stored = checkpoint.check(hf)
+    parameters = hf_map.parameters(hf)
+    dtypes = _dtypes_by_key(hf_dir, parameters.values(), stored, dtype)
+    shapes = whole_shapes(hf, parameters.values())
+    sizes = [prod(shapes[name]) * dtypes[p.key].itemsize for name, p in parameters.items()]
+    check_space(out, sum(sizes))
+    rank, world_size = rank_and_size()
+    with written_aside(out) as aside:
+        if rank == 0:
+            (aside / SIDE_FILES).mkdir()
+            copy_side_files(hf_dir, aside / SIDE_FILES, dtypes.values())
+        writer = MegatronWriter(aside, rank)
+        mine, to_do = share(list(parameters.values()), sizes, rank, world_size)
+        for parameter in mine:
+            mapping, to = parameter.mapping, dtypes[parameter.key]
+            whole = mapping.merge([checkpoint[name] for name in mapping.names], hf).to(to)
+            dim, chunks = mapping.cuts(tp)
+            writer.write(parameter.key, whole, parameter.index, parameter.shape, dim, chunks)
+            advance(whole.nbytes, to_do)
+        if rank == 0:
+            for key in _extra_states(hf):
+                writer.write_object(key, None)
+        writer.finish(
+            {
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+                "content_metadata": {
+                    "singleton_local_shards": False,
+                    "non_homogeneous_layers": False,
+                },
+            }
+        )
+    return Converted(str(out), _name(hf), len(stored), sum(sizes), world_size)
+
+
+def _dtypes_by_key(
+    hf_dir, parameters: Sequence[Parameter], stored: dict, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """The dtype of each tensor of the checkpoint, which all its layers have to share."""
+    dtypes: dict[str, tuple[torch.dtype, str]] = {}
+    for parameter in parameters:
+        for name in parameter.mapping.names:
+            first, first_name = dtypes.setdefault(parameter.key, (dtype or stored[name], name))
+            if dtype is None and stored[name] != first:
+                raise ValueError(
+                    f"{hf_dir}: {name} is {stored[name]} and {first_name} {first}, which become "
+                    "one tensor; choose a dtype for all"
+                )
+    return {key: dtype for key, (dtype, _) in dtypes.items()}
+
+
+def _extra_states(hf: PretrainedConfig) -> Iterator[str]:
+    layers = hf.num_hidden_layers
+    experts = hf_map.num_experts(hf)
+    for i in range(layers):
+        for module in _WITH_EXTRA_STATE:
+            if not module.startswith("linear_fc"):
+                key = f"decoder.layers.self_attention.{module}"
+            elif not experts:
+                key = f"decoder.layers.mlp.{module}"
+            else:
+                for e in range(experts):
+                    key = f"decoder.layers.mlp.experts.experts.{module}"
+                    yield f"{key}._extra_state/shard_{i}.{e}_{layers}.{experts}"
+                continue
+            yield f"{key}._extra_state/shard_{i}_{layers}"
+
+
+# ----------------------------------------------------------------------------------------- M → HF
+
+
+def to_hf(
+    megatron_dir: str | Path,
+    out: str | Path,
+    hf_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    advance: Advance = ignore,
+) -> Converted:
+    """Write the model of a Megatron distributed checkpoint as a Hugging Face directory.
+
+    Every rank calls this; none is needed. Whatever layout saved the checkpoint, and whatever else
+    is in it (the optimizer's state, say), the model's tensors alone are read.
+
+    Args:
+        out: replaced if it exists.
+        hf_dir: config, tokenizer and chat template are taken from here; None: from the checkpoint.
+        dtype: of what is written; None: as it is.
+        max_file_bytes: above it a new safetensors file is begun.
+        advance: told the bytes of each tensor that this rank has written, and of all of them.
+
+    Raises:
+        ValueError: what is wrong with the checkpoint or the place to write to.
+
+    Collectives: barriers.
+    """
+    checkpoint = MegatronCheckpoint(megatron_dir)
+    side = _side_files(megatron_dir, hf_dir)
+    hf = read_config(side)
+    parameters = hf_map.parameters(hf)
+    keys = find_keys(checkpoint, hf, parameters)
+    shapes = tensor_shapes(hf)
+    dtypes = {
+        name: dtype or checkpoint.dtype(keys[parameter.name][0])
+        for parameter in parameters.values()
+        for name in parameter.mapping.names
+    }
+    rank, world_size = rank_and_size()
+    with written_aside(out) as aside:
+        plan = {name: (shape, dtypes[name]) for name, shape in _in_order(shapes, parameters)}
+        writer = HFWriter(aside, plan, max_file_bytes)
+        check_space(out, writer.total_bytes)
+        mine = {n for file in sorted(writer.files)[rank::world_size] for n in writer.files[file]}
+        sizes = {name: prod(shapes[name]) * dtypes[name].itemsize for name in mine}
+        to_do = sum(sizes.values())
+        for parameter in parameters.values():
+            if mine.isdisjoint(parameter.mapping.names):
+                continue
+            whole = checkpoint.read(*keys[parameter.name])
+            split = parameter.mapping.split(whole, hf)
+            for name, tensor in zip(parameter.mapping.names, split, strict=True):
+                if name in mine:
+                    writer.write(name, tensor.to(dtypes[name]))
+                    advance(sizes[name], to_do)
+        assert not writer.missing, writer.missing
+        if rank == 0:
+            writer.write_index()
+            copy_side_files(side, aside, dtypes.values())
+    return Converted(str(out), _name(hf), len(shapes), writer.total_bytes, len(writer.files))
+
+
+def _side_files(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
+    side = Path(megatron_dir) / SIDE_FILES if hf_dir is None else Path(hf_dir)
+    if hf_dir is None and not (side / "config.json").is_file():
+        raise ValueError(
+            f"{megatron_dir}: keeps no {SIDE_FILES}/config.json; name a Hugging Face directory "
+            "that has the model's config and tokenizer (--hf)"
+        )
+    return side
+
+
+def _in_order(shapes: dict, parameters: dict[str, Parameter]) -> Iterator[tuple[str, tuple]]:
+    """HF names front to back, so that a parameter's tensors mostly share a file."""
+    for parameter in parameters.values():
+        for name in parameter.mapping.names:
+            yield name, shapes[name]
+
+
+def find_keys(
+    checkpoint: MegatronCheckpoint, hf: PretrainedConfig, parameters: dict[str, Parameter]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(key, index) of every parameter in a checkpoint that stacks the layers or does not.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of a shape that the config does not give it.
+    """
+    shapes = whole_shapes(hf, parameters.values())
+    found = {}
+    for name, parameter in parameters.items():
+        key, index, lead = parameter.key, parameter.index, parameter.shape
+        if key not in checkpoint and parameter.key_in_layer in checkpoint:
+            key, index, lead = parameter.key_in_layer, index[1:], lead[1:]
+        if key not in checkpoint:
+            raise ValueError(f"{checkpoint.dir}: tensor {key} is missing")
+        shape, wanted = checkpoint.shape(key), (*lead, *shapes[name])
+        # Others pad the vocabulary to other multiples.
+        padded = isinstance(parameter.mapping, hf_map.Vocabulary) and len(shape) == 2
+        if padded and shape[1:] == wanted[1:] and shape[0] >= hf.vocab_size:
+            shape = wanted
+        if shape != wanted:
+            raise ValueError(
+                f"{checkpoint.dir}: {key} is {list(shape)} where config.json asks for "
+                f"{list(wanted)}"
+            )
+        found[name] = key, index
+    known = {key for key, _ in found.values()}
+    parts = ("embedding.", "decoder.", "output_layer.")
+    if extra := sorted(k for k in checkpoint.tensors.keys() - known if k.startswith(parts)):
+        raise ValueError(
+            f"{checkpoint.dir}: {len(extra)} tensors do not belong to {hf.model_type}"
+            f"{' with tied embeddings' if hf.tie_word_embeddings else ''}, first {extra[0]}"
+        )
+    return found
+
+
+# ----------------------------------------------------------------------------------------- shared
+
+
+def read_config(hf_dir: str | Path) -> PretrainedConfig:
+    hf = load_config(hf_dir)
+    try:
+        hf_map.check_architecture(hf)
+    except ValueError as error:
+        raise ValueError(f"{hf_dir}: {error}") from None
+    return hf
+
+
+def _name(hf: PretrainedConfig) -> str:
+    return (hf.architectures or [hf.model_type])[0]
+
+
+def whole_shapes(
+    hf: PretrainedConfig, parameters: Sequence[Parameter]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every Megatron parameter that this config gives, by name."""
+    shapes = tensor_shapes(hf)
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {
+        parameter.name: tuple(
+            parameter.mapping.merge([meta[n] for n in parameter.mapping.names], hf).shape
+        )
+        for parameter in parameters
+    }
+
+
+def share(
+    parameters: list[Parameter], sizes: list[int], rank: int, world_size: int
+) -> tuple[list[Parameter], int]:
+    """This rank's parameters and their bytes: neighbours, and about as many as every rank has."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    middles = [(start + end) / 2 for start, end in pairwise(ends)]
+    mine = [i for i, middle in enumerate(middles) if int(middle * world_size / ends[-1]) == rank]
+    return [parameters[i] for i in mine], sum(sizes[i] for i in mine)
+
+
+def rank_and_size() -> tuple[int, int]:
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

@@ -1,0 +1,68 @@
+"""Directories that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+@contextmanager
+def written_aside(out: str | Path) -> Iterator[Path]:
+    """Give a directory to write, which takes the name `out` when the block has ended.
+
+    What stood there is replaced. If the block raises, nothing is left; if the process is killed,
+    `out.incomplete` is, and the next attempt starts it over. Every rank calls this.
+
+    Raises:
+        ValueError: no space left, or the place cannot be written to.
+
+    Collectives: two barriers.
+    """
+    out = Path(out)
+    aside = out.with_name(out.name + ".incomplete")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        _barrier()
+        yield aside
+        _barrier()
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "no space left" if full else error.strerror or error
+        raise ValueError(f"{out}: {reason}; nothing was kept") from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if first:
+        replaced = out.with_name(out.name + ".replaced")
+        if out.exists():
+            out.rename(replaced)
+        aside.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    _barrier()
+
+
+def check_space(out: str | Path, needed: int) -> None:
+    """Raise ValueError unless the file system of `out` has room for so many bytes."""
+    place = Path(out).absolute().parent
+    while not place.exists():
+        place = place.parent
+    with suppress(OSError):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise ValueError(
+                f"{out}: needs {needed / 1e9:.2f} GB, {place} has {free / 1e9:.2f} GB free"
+            )
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,346 @@
+"""Megatron's distributed checkpoint format ("torch_dist"), a tensor at a time.
+
+A directory has files of tensors in torch's own serialisation, one after the other, and a pickled
+`.metadata` that says which region of which tensor lies where. Megatron writes and reads it from
+models; its writer holds all of a rank's tensors at once. Here single parameters are written and
+read, whatever layout wrote the file or will read it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+import zlib
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+# Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
+SIDE_FILES = "hf"
+_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_METADATA, _CONFIG, _COMMON = ".metadata", "metadata.json", "common.pt"
+
+Key = tuple[str, tuple[int, ...] | None]  # of a tensor and the corner of a region, or of an object
+
+
+class MegatronWriter:
+    """Writes this process's share of a distributed checkpoint; `finish` makes it one.
+
+    Args:
+        directory: exists; the same for all ranks.
+        rank: names the file.
+    """
+
+    def __init__(self, directory: str | Path, rank: int = 0):
+        self.dir = Path(directory)
+        self.file = f"__{rank}_0.distcp"
+        self.stream = (self.dir / self.file).open("wb")
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self.stored: dict[Key, tuple[str, int, int]] = {}  # file, first byte, number of bytes
+
+    def write(
+        self,
+        key: str,
+        tensor: Tensor,
+        index: Sequence[int] = (),
+        shape: Sequence[int] = (),
+        dim: int = 0,
+        chunks: int = 1,
+    ) -> None:
+        """Append a part of the tensor `key`: the one at `index` of its leading dimensions.
+
+        Args:
+            tensor: of any shape; `key` has the shape (*shape, *tensor.shape).
+            index: where the part lies in the leading dimensions.
+            shape: of these dimensions.
+            dim, chunks: the tensor is cut into so many equal chunks along this dimension, each of
+                which can be read without the others.
+        """
+        size = torch.Size((*shape, *tensor.shape))
+        properties = TensorProperties(dtype=tensor.dtype)
+        known = self.tensors.setdefault(key, TensorStorageMetadata(properties, size, []))
+        assert (known.properties.dtype, known.size) == (tensor.dtype, size), key
+        corner = [0] * tensor.dim()
+        for chunk in tensor.chunk(chunks, dim):
+            offsets = torch.Size((*index, *corner))
+            sizes = torch.Size((*[1] * len(index), *chunk.shape))
+            known.chunks.append(ChunkStorageMetadata(offsets, sizes))
+            # torch.save stores the whole storage of a view.
+            alone = chunk.numel() == tensor.untyped_storage().nbytes() // tensor.itemsize
+            self._append((key, tuple(offsets)), (chunk if alone else chunk.clone()).view(sizes))
+            corner[dim] += chunk.shape[dim]
+
+    def write_object(self, key: str, value) -> None:
+        self._append((key, None), [value])
+
+    def _append(self, key: Key, value) -> None:
+        start = self.stream.tell()
+        try:
+            torch.save(value, self.stream)
+        except RuntimeError as error:
+            # A full disk, say: torch trips over its own clean-up and hides the reason.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        self.stored[key] = (self.file, start, self.stream.tell() - start)
+
+    def finish(self, common: dict) -> None:
+        """Write what makes the files a checkpoint. Every rank calls this.
+
+        Args:
+            common: the state that is no tensor, read by Megatron together with the tensors.
+
+        Collectives: a gather of the list of what each rank wrote, some 200 bytes a chunk.
+        """
+        self.stream.close()
+        written = (self.tensors, self.stored)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            everything = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object(written, everything)
+            if everything is None:
+                return
+        else:
+            everything = [written]
+        tensors: dict = {}
+        storage = {}
+        for described, stored in everything:
+            for key, tensor in described.items():
+                tensors.setdefault(key, TensorStorageMetadata(tensor.properties, tensor.size, []))
+                tensors[key].chunks.extend(tensor.chunks)
+            for (key, offsets), place in stored.items():
+                corner = None if offsets is None else torch.Size(offsets)
+                storage[MetadataIndex(key, corner)] = _StorageInfo(*place)
+                if offsets is None:
+                    tensors[key] = BytesStorageMetadata()
+        torch.save(common, self.dir / _COMMON)
+        metadata = Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=storage)
+        (self.dir / _METADATA).write_bytes(pickle.dumps(metadata))
+        (self.dir / _CONFIG).write_text(json.dumps(_BACKEND) + "\n")
+
+
+class MegatronCheckpoint:
+    """The tensors of a distributed checkpoint, each read when asked for.
+
+    Nothing that the files say is executed: of the pickled metadata only the classes that describe
+    tensors are made, and tensors are read as such.
+
+    Raises:
+        ValueError: no such checkpoint, another format, or damaged metadata.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.dir = Path(directory)
+        path = self.dir / _CONFIG
+        if not path.is_file():
+            raise ValueError(f"{directory}: no {_CONFIG}; {self._suggestion()}")
+        try:
+            backend = json.loads(path.read_text())["sharded_backend"]
+            with (self.dir / _METADATA).open("rb") as stream:
+                metadata = _MetadataUnpickler(stream).load()
+            self.tensors, self.places = _describe(metadata)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{directory}: no {_METADATA}; the checkpoint is incomplete"
+            ) from error
+        except Exception as error:  # whatever a damaged file trips over
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{directory}: damaged metadata ({reason})") from error
+        if backend != _BACKEND["sharded_backend"]:
+            raise ValueError(f"{directory}: format {backend!r}; only 'torch_dist' can be read")
+
+    def _suggestion(self) -> str:
+        inside = sorted(path.parent.name for path in self.dir.glob(f"*/{_CONFIG}"))
+        if inside:
+            return f"give one of the checkpoints in it, {', '.join(inside[-3:])}"
+        return "give the directory of one Megatron distributed checkpoint"
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
+        """The part of a tensor at `index` of its leading dimensions, put together from its chunks.
+
+        Each chunk's checksum is compared.
+
+        Raises:
+            ValueError: a file is missing or damaged, or its chunks do not cover the part.
+        """
+        shape, lead = self.shape(key)[len(index) :], len(index)
+        pieces = []
+        for offsets, sizes, info in self.places[key]:
+            inside = zip(index, offsets[:lead], sizes[:lead], strict=True)
+            if all(start <= i < start + size for i, start, size in inside):
+                pieces.append((offsets, sizes, info))
+        if sum(prod(sizes[lead:]) for _, sizes, _ in pieces) != prod(shape):
+            raise ValueError(f"{self.dir}: the chunks of {key} do not make up its {list(shape)}")
+        whole = None
+        for offsets, sizes, info in pieces:
+            within = tuple(i - start for i, start in zip(index, offsets, strict=False))
+            piece = self._load(key, sizes, info)[within]
+            if len(pieces) == 1:
+                return piece
+            whole = piece.new_empty(shape) if whole is None else whole
+            ranges = zip(offsets[lead:], sizes[lead:], strict=True)
+            whole[tuple(slice(start, start + size) for start, size in ranges)] = piece
+        return whole
+
+    def _load(self, key: str, sizes: Sequence[int], info: _StorageInfo) -> Tensor:
+        path = self.dir / info.relative_path
+        try:
+            with path.open("rb") as stream:
+                view = _Section(stream, info.offset, info.length)
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+                _check_sums(view, tensor)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: missing; {key} lies there") from error
+        except Exception as error:  # torch.load raises a dozen kinds on damaged files
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"{path}: damaged at {key} ({reason})") from error
+        dtype = self.dtype(key)
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != sizes:
+            raise ValueError(f"{path}: holds no {list(sizes)} of {dtype} for {key}")
+        return tensor
+
+
+# Where a chunk starts in its tensor, its shape, and where it lies.
+_Place = tuple[torch.Size, torch.Size, _StorageInfo]
+
+
+def _describe(metadata: Metadata) -> tuple[dict[str, TensorStorageMetadata], dict]:
+    """Every tensor, and the places of its chunks, by key. Raises whatever a damaged file causes."""
+    described = metadata.state_dict_metadata
+    tensors = {k: v for k, v in described.items() if isinstance(v, TensorStorageMetadata)}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor.properties.dtype, torch.dtype):
+            raise ValueError(f"{key} has no dtype")
+    sizes = {(k, c.offsets): c.sizes for k, tensor in tensors.items() for c in tensor.chunks}
+    places: dict[str, list[_Place]] = {key: [] for key in tensors}
+    ends: dict[str, int] = {}
+    for where, info in sorted(metadata.storage_data.items(), key=lambda item: item[1].offset):
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"{where.fqn} lies outside, {info.relative_path}")
+        if info.offset < ends.get(info.relative_path, 0):
+            raise ValueError(f"{where.fqn} lies where another tensor does")
+        ends[info.relative_path] = info.offset + info.length
+        if where.fqn in tensors:
+            size = sizes[where.fqn, where.offset]
+            if not len(size) == len(where.offset) == len(tensors[where.fqn].size):
+                raise ValueError(f"{where.fqn} has a chunk of another number of dimensions")
+            places[where.fqn].append((where.offset, size, info))
+    return tensors, places
+
+
+def _check_sums(stream: IO[bytes], tensor: Tensor) -> None:
+    """Raise unless what torch.load made of a stream is what torch.save put there; torch does not
+    look."""
+    with zipfile.ZipFile(stream) as archive:
+        for record in archive.infolist():
+            if "/data/" not in record.filename:
+                archive.read(record)  # which compares the sum
+                continue
+            storage = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+            if zlib.crc32(storage.numpy()) != record.CRC:
+                raise ValueError("its checksum is another")
+
+
+class _Section(io.RawIOBase):
+    """Bytes [start, start + length) of a file, as a file."""
+
+    def __init__(self, stream: IO[bytes], start: int, length: int):
+        self.stream, self.start, self.length, self.position = stream, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer) -> int:
+        self.stream.seek(self.start + self.position)
+        wanted = memoryview(buffer)[: max(0, self.length - self.position)]
+        read = self.stream.readinto(wanted)
+        self.position += read
+        return read
+
+
+_DESCRIBING = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"dict", "list", "set", "tuple"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the classes that describe tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if name in _DESCRIBING.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if module.startswith("megatron.core.dist_checkpointing.strategies."):
+            return _Ignored  # what Megatron keeps beside the plans to save again faster
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+
+
+class _Ignored:
+    """Takes whatever state it is given, and has none."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, state) -> None:
+        pass

@@ -1,0 +1,193 @@
+"""Convert checkpoints between Hugging Face and Megatron's distributed format, and compare them.
+
+    python tools/convert.py to-megatron --hf DIR --out DIR
+    python tools/convert.py to-hf --megatron DIR --out DIR
+    python tools/convert.py verify --hf DIR --megatron DIR
+    torchrun --nproc-per-node 8 tools/convert.py verify --hf DIR --megatron DIR --tp 4 --pp 2
+
+Under torchrun the ranks share the work. docs/convert.md has sizes, memory and times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+import transformers
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from megatron_taopd import convert
+from megatron_taopd.models.hf_checkpoint import DTYPES, MAX_FILE_BYTES
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of logits, by the dtype they are in
+
+
+def main() -> int:
+    arguments = parse()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if arguments.command != "verify" and "RANK" in os.environ:
+            dist.init_process_group("gloo")  # files and small objects alone, no device
+        started = time.monotonic()
+        results, passed = COMMANDS[arguments.command](arguments)
+    except ValueError as error:
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error{rank}: {error}", file=sys.stderr)
+        return 2
+    results |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        Console().print(as_table(results))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0 if passed else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    layout = argparse.ArgumentParser(add_help=False)
+    for size, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        layout.add_argument(f"--{size}", type=int, default=1, help=f"{what}-parallel size")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", type=Path, help="write the figures there, too")
+    common.add_argument("--quiet", action="store_true", help="no progress bar")
+    writing = argparse.ArgumentParser(add_help=False)
+    writing.add_argument("--out", type=Path, required=True)
+    writing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    writing.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as it is")
+
+    to_megatron = commands.add_parser("to-megatron", parents=[writing, layout, common])
+    to_megatron.add_argument("--hf", type=Path, required=True)
+
+    to_hf = commands.add_parser("to-hf", parents=[writing, common])
+    to_hf.add_argument("--megatron", type=Path, required=True)
+    to_hf.add_argument("--hf", type=Path, help="config and tokenizer; default: kept beside it")
+    to_hf.add_argument("--max-file-gb", type=float, default=MAX_FILE_BYTES / 1e9)
+
+    verify = commands.add_parser("verify", parents=[layout, common])
+    verify.add_argument("--hf", type=Path, required=True)
+    verify.add_argument("--megatron", type=Path, required=True)
+    verify.add_argument("--no-logits", action="store_true", help="compare tensors alone")
+    verify.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the forward passes")
+    verify.add_argument("--tokens", type=int, default=64, help="of the forward passes")
+    verify.add_argument("--tolerance", type=float, help=f"of logits; default by dtype: {TOLERANCE}")
+    return parser.parse_args()
+
+
+def to_megatron(arguments) -> tuple[dict, bool]:
+    refuse_existing(arguments)
+    layout = (arguments.tp, arguments.pp, arguments.ep)
+    dtype = DTYPES.get(arguments.dtype)
+    with progress("to Megatron", arguments) as bar:
+        done = convert.to_megatron(arguments.hf, arguments.out, *layout, dtype, bar)
+    return asdict(done), True
+
+
+def to_hf(arguments) -> tuple[dict, bool]:
+    refuse_existing(arguments)
+    dtype, file_bytes = DTYPES.get(arguments.dtype), int(arguments.max_file_gb * 1e9)
+    with progress("to Hugging Face", arguments) as bar:
+        done = convert.to_hf(
+            arguments.megatron, arguments.out, arguments.hf, dtype, file_bytes, bar
+        )
+    return asdict(done), True
+
+
+def verify(arguments) -> tuple[dict, bool]:
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.verify import compare_logits, compare_tensors
+
+    if not arguments.no_logits:
+        platform.initialize()
+    elif "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    with progress("comparing", arguments) as bar:
+        found = compare_tensors(arguments.hf, arguments.megatron, bar)
+    results = asdict(found)
+    passed = found.different == 0
+    if not arguments.no_logits:
+        layout = (arguments.tp, arguments.pp, arguments.ep)
+        difference, largest = compare_logits(
+            arguments.hf,
+            arguments.megatron,
+            *layout,
+            dtype=DTYPES[arguments.dtype],
+            tokens=arguments.tokens,
+        )
+        tolerance = arguments.tolerance or TOLERANCE[arguments.dtype] * max(1.0, largest)
+        results |= {
+            "logits_largest_difference": difference,
+            "logits_largest": largest,
+            "logits_tolerance": tolerance,
+        }
+        passed &= difference <= tolerance
+    return results | {"same": passed}, passed
+
+
+COMMANDS = {"to-megatron": to_megatron, "to-hf": to_hf, "verify": verify}
+
+
+def peak_memory() -> int:
+    """Resident bytes of this process at their most, mapped files included; over all ranks."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not dist.is_initialized():
+        return peak
+    peaks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, peak)
+    return max(peaks)
+
+
+def refuse_existing(arguments) -> None:
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ValueError(f"--out: {arguments.out} exists; give another, or --overwrite")
+
+
+@contextmanager
+def progress(title: str, arguments):
+    """A bar of the bytes done; the work is known once the first of it is."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    hidden = arguments.quiet or int(os.environ.get("RANK", 0)) != 0
+    with Progress(f"{title}", *columns, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, advance=done, total=total)
+
+        yield advance
+
+
+def as_table(results: dict) -> Table:
+    table = Table(box=SIMPLE, show_header=False)
+    for name, value in results.items():
+        if name.endswith("bytes"):
+            name, value = name.removesuffix("_bytes"), f"{value / 1e9:.3f} GB"
+        elif isinstance(value, float):
+            value = f"{value:.4g}"
+        table.add_row(name.replace("_", " "), str(value))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
