@@ -57,9 +57,6 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
         aside.mkdir(parents=True)
     dist.barrier()
     sharded = _sharded_state(student, loading=False)
-    if dist.get_rank() == 0:
-        (aside / SIDE_FILES).mkdir()
-        copy_side_files(student.hf_dir, aside / SIDE_FILES, [student.dtype])
     # Saves are synchronous: results come back inside this process, for which Megatron would start a
     # manager process that imports everything anew.
     filesystem_async._results_queue = queue.Queue()
@@ -67,6 +64,8 @@ def save(directory: str | Path, step: int, student: Student, state: dict, keep: 
     dist_checkpointing.save(sharded, str(aside), content_metadata=_OPTIMIZER)
     dist.barrier()
     if dist.get_rank() == 0:
+        (aside / SIDE_FILES).mkdir()
+        copy_side_files(student.hf_dir, aside / SIDE_FILES, [student.dtype])
         aside.rename(final)
         for old in steps(directory)[:-keep]:
             shutil.rmtree(path(directory, old))

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial, reduce
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -84,8 +86,50 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class ServersSection:
+    """SGLang servers of one model: the run's own, or some that are there already."""
+
+    urls: tuple[str, ...] = ()  # of servers that are there; none: the run starts its own
+    replicas: int = 1  # of its own
+    tp: int = 1  # of each of them
+    # Devices of its own servers, replicas × tp of them, dealt out in this order; null: all of them
+    # see every device of the machine (on a CPU machine there is nothing to deal).
+    gpus: tuple[int, ...] | None = None
+    host: str = "127.0.0.1"  # that its own servers listen on
+    api_key_env: str | None = None  # environment variable with the key of every request
+    concurrency: int = 64  # requests at a time, per server
+    timeout_s: float = 1800.0  # of one request
+    attempts: int = 4  # per request, on whichever server; then the step fails
+    start_timeout_s: float = 900.0
+    context_length: int | None = None  # null: prompt and response of this run
+    max_running_requests: int | None = None  # null: SGLang chooses
+    max_total_tokens: int | None = None  # of the KV cache; null: what mem_fraction leaves
+    mem_fraction: float | None = None  # of the device's memory; null: SGLang chooses
+    args: tuple[str, ...] = ()  # further arguments of sglang.launch_server
+
+
+@dataclass(frozen=True)
+class SyncSection:
+    """How the student's weights reach the rollout servers."""
+
+    # distributed: broadcast in a process group with the servers (NCCL, gloo on the CPU). tensor: in
+    # the request, as handles to shared device memory where both are on one machine. disk: a
+    # checkpoint in `dir` that the servers read.
+    way: Literal["distributed", "tensor", "disk"] = "distributed"
+    bucket_mib: int = 512  # weights that are on their way at a time
+    dir: str | None = None  # disk: that both sides see; null: in run.dir
+    # Colocated servers give their device memory back while the student trains.
+    release_memory: bool = False
+    # Mean |Δ log p| of engine and trainer on a few tokens after a sync, above which the run stops.
+    max_gap: float = 0.3
+
+
+@dataclass(frozen=True)
 class RolloutSection:
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = "local"
+    servers: ServersSection = field(default_factory=ServersSection)
+    sync: SyncSection = field(default_factory=SyncSection)
+    gap_warning: float = 0.05  # mean |Δ log p| of engine and trainer above which a step warns
     prompts: int = 64  # per step
     samples: int = 1  # responses per prompt
     max_new_tokens: int = 64
@@ -99,7 +143,10 @@ class RolloutSection:
     top_k: int = 0  # 0: off
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end-of-sequence ids
     batch_size: int = 64  # sequences that a rank generates at a time
-    ahead: int = 0  # steps that rollouts may run ahead of training
+    # Steps that rollouts run ahead of training, 0 (on policy) or 1: the next batch is generated
+    # while this one trains.
+    ahead: int = 0
+    stream: bool = True  # the teacher reads responses as they finish; false: when all have
 
 
 @dataclass(frozen=True)
@@ -324,7 +371,6 @@ _INSIDE: _Rule = (lambda v: 0 < v < 1, "strictly between 0 and 1")
 _DECAY: _Rule = (lambda v: 0 <= v < 1, "in [0, 1)")
 _POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "more than 0")
 _ONE: _Rule = (lambda v: v == 1, "1: a mixture of experts can be a teacher only")
-_NOT_YET: _Rule = (lambda v: v == 0, "0: it is not offered yet")
 
 _RULES: dict[str, _Rule] = {
     "run.seed": _NOT_NEGATIVE,
@@ -345,7 +391,17 @@ _RULES: dict[str, _Rule] = {
     "rollout.top_p": _SHARE,
     "rollout.top_k": _NOT_NEGATIVE,
     "rollout.batch_size": _COUNT,
-    "rollout.ahead": _NOT_YET,
+    "rollout.ahead": (lambda v: v in (0, 1), "0 or 1"),
+    "rollout.gap_warning": _POSITIVE,
+    "rollout.servers.replicas": _COUNT,
+    "rollout.servers.tp": _COUNT,
+    "rollout.servers.concurrency": _COUNT,
+    "rollout.servers.timeout_s": _POSITIVE,
+    "rollout.servers.attempts": _COUNT,
+    "rollout.servers.start_timeout_s": _POSITIVE,
+    "rollout.servers.mem_fraction": _INSIDE,
+    "rollout.sync.bucket_mib": _COUNT,
+    "rollout.sync.max_gap": _POSITIVE,
     "selection.ratio": _SHARE,
     "selection.k": _COUNT,
     "selection.concentrate": _DECAY,
@@ -433,6 +489,7 @@ def _check_values(config: Config) -> None:
                 f"rollout.horizon: {rollout.horizon} is more than rollout.max_new_tokens "
                 f"{rollout.max_new_tokens}"
             )
+    _check_servers(config)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -455,6 +512,43 @@ def _check_values(config: Config) -> None:
             raise ValueError(
                 f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
             )
+
+
+def _check_servers(config: Config) -> None:
+    rollout, servers = config.rollout, config.rollout.servers
+    if rollout.engine == "local":
+        if rollout.ahead:
+            raise ValueError(
+                f"rollout.ahead: {rollout.ahead} with rollout.engine local, which generates in the "
+                "ranks that train; it has to be 0, or the engine sglang"
+            )
+        return
+    if find_spec("sglang") is None:
+        raise ValueError(
+            "rollout.engine: sglang, which is not installed: pip install '.[sglang]' with CUDA, "
+            "requirements/sglang-cpu.txt without"
+        )
+    if servers.urls and servers.gpus:
+        raise ValueError(
+            f"rollout.servers.gpus: {listed(servers.gpus)} with rollout.servers.urls, whose "
+            "servers the run does not start; leave one of them out"
+        )
+    wanted = servers.replicas * servers.tp
+    if servers.gpus is not None and len(set(servers.gpus)) != wanted:
+        raise ValueError(
+            f"rollout.servers.gpus: {listed(servers.gpus)}; rollout.servers.replicas "
+            f"{servers.replicas} × tp {servers.tp} take {wanted} different ones"
+        )
+    for url in servers.urls:
+        if not re.fullmatch(r"https?://[^/]+", url):
+            raise ValueError(f"rollout.servers.urls: {url!r}; http://HOST:PORT is expected")
+    if servers.api_key_env is not None and servers.api_key_env not in os.environ:
+        raise ValueError(f"rollout.servers.api_key_env: {servers.api_key_env} is not set")
+    if rollout.sync.release_memory and rollout.ahead:
+        raise ValueError(
+            "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
+            "the student trains cannot give their memory back; one of them has to be off"
+        )
 
 
 def _check_files(config: Config) -> None:

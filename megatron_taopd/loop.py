@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
 from megatron_taopd.parallel.vocab import logits_bytes
-from megatron_taopd.prompts import Prompts, PromptStream
 from megatron_taopd.report import Sample, sample_rollouts
-from megatron_taopd.rollout.engine import RolloutEngine, Sampling
+from megatron_taopd.rollout.engine import Pending, RolloutEngine
 from megatron_taopd.rollout.horizon import Horizon
+from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.scoring import Heads, score
 from megatron_taopd.selection import select, selection_metrics
 from megatron_taopd.student import Student
 from megatron_taopd.teachability import learnable_disagreement
+from megatron_taopd.teacher.delivery import ReadRows, deliver
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch, Sequences
@@ -45,12 +46,10 @@ class Run:
     heads: Heads | None  # on the student's last pipeline stage
     chunk_rows: int  # that fit train.head_memory_mib
     engine: RolloutEngine
-    sampling: Sampling
+    rollouts: RolloutSchedule
     horizon: Horizon
     costs: tuple[ModelCost, ModelCost]  # of student and teacher
-    prompts: Prompts
     tokenizer: PreTrainedTokenizerBase
-    stream: PromptStream
     evaluate: Callable[[int], Evaluation] | None
     monitor: Monitor
     first_step: int
@@ -66,13 +65,13 @@ def distill(run: Run) -> int:
         monitor.log(0, _evaluation(run, 0))
 
     for step in range(run.first_step + 1, config.train.steps + 1):
-        consumed = run.stream.consumed
+        consumed = run.rollouts.consumed
         try:
             with monitor.span("step"):
                 metrics, samples = take_step(run, step)
         except Interrupted:
             # Nothing has been learned from this step's prompts: it will be done again.
-            run.stream.consumed = consumed
+            run.rollouts.rewind(consumed)
             _save(run, done)
             return done
         done = step
@@ -106,20 +105,20 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
             raise Interrupted
         return span(name)
 
-    # The student answers the next prompts …
+    # The student answers the next prompts, and the teacher reads each answer once it is there …
     with phase("rollout"):
-        indices = run.stream.take(config.rollout.prompts)
-        prompts = [run.prompts.token_ids[i] for i in indices]
-        length = run.horizon.length(step)
-        sampling = replace(run.sampling, max_new_tokens=length)
-        batch = run.engine.generate(prompts, indices, step, sampling)
+        begun = run.rollouts.take(step)
+    parts = read_parts(run, begun.pending, phase)
+    batch = begun.pending.result()
+    run.engine.rest()
+    run.rollouts.run_ahead(step)
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
 
-    # … the teacher reads the answers, and each response row gets its D, C and H (Eq. 3–5) …
-    with phase("teacher"):
+    # … each response row gets its D, C and H (Eq. 3–5) …
+    with span("teacher"):
         reading, reading_metrics = run.read(batch)
-        teacher_rows = run.teacher.hidden_states(reading, layout, assigned.owner)
+        teacher_rows = deliver(parts, batch, layout, assigned.owner)
     with phase("scoring"):
         replay = config.train.schedule == "replay" and replay_fits(run, assigned)
         scores, gap, kept_outputs = score(
@@ -152,13 +151,17 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
             vars(config.loss),
             kept_outputs,
         )
+    student.version = step
+    with span("rollout"):
+        run.rollouts.settle()
     with span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
 
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
-    metrics |= run.horizon.observe(batch, teachability, length) | reading_metrics
+    metrics |= run.horizon.observe(batch, teachability, begun.length) | reading_metrics
     metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
-    metrics |= rollout_metrics(batch, gap, run.monitor.seconds("rollout"))
+    metrics |= rollout_metrics(batch, gap, step) | run.engine.metrics()
+    warn_of_gap(run, gap, step)
     replayed = kept_outputs is not None
     metrics |= {"train/replayed": int(replayed)}
     metrics |= head_memory(run, assigned, metrics.pop("head_rows"))
@@ -173,6 +176,25 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         config.train.recompute,
     )
     return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
+
+
+def read_parts(run: Run, pending: Pending, phase: Callable) -> list[tuple[Tensor, ReadRows]]:
+    """What the teacher makes of the responses, read as they finish or all at the end."""
+    finished = pending.parts()
+    if not run.config.rollout.stream:
+        with phase("rollout"):
+            batch = pending.result()
+        finished = iter([(torch.arange(batch.num_sequences), batch)])
+    read = []
+    with run.teacher.resident():
+        while True:
+            with phase("rollout"):
+                places, part = next(finished, (None, None))
+            if part is None:
+                return read
+            with run.monitor.span("teacher"):
+                reading, _ = run.read(part)
+                read.append((places, run.teacher.read(reading)))
 
 
 def replay_fits(run: Run, assigned: batching.Assignment) -> bool:
@@ -201,20 +223,36 @@ def head_memory(run: Run, scored: batching.Assignment, trained_rows: int) -> dic
     }
 
 
-def rollout_metrics(batch: RolloutBatch, gap: Tensor, seconds: float) -> dict[str, float]:
+def warn_of_gap(run: Run, gap: Tensor, step: int) -> None:
+    mean, most = gap.mean().item(), run.config.rollout.gap_warning
+    if mean > most:
+        run.monitor.note(
+            "rollout.gap_warning",
+            f"step {step}: engine and trainer differ by {mean:.3g} in log-probability on average, "
+            f"more than {most:g}",
+        )
+
+
+def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, float]:
     """What the log says of the responses and of the engine that made them.
 
     Args:
         gap: |log p_trainer − log p_engine| of some sampled tokens.
-        seconds: that the generation took.
     """
+    lengths = batch.response_lengths.double()
+    middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
+    staleness = (step - 1 - batch.weight_versions).double()
     return {
         "valid_rows": batch.num_rows,
         "tokens_rolled_out": int(batch.lengths.sum()),
-        "rollout/response_length_mean": batch.response_lengths.double().mean().item(),
+        "rollout/response_length_mean": lengths.mean().item(),
+        "rollout/response_length_p50": middle,
+        "rollout/response_length_p90": long,
+        "rollout/response_length_max": lengths.max().item(),
         "rollout/truncated_share": batch.truncated.double().mean().item(),
-        "rollout/tokens_per_second": batch.num_rows / seconds,
         "rollout/weight_version": int(batch.weight_versions.min()),
+        "rollout/staleness_mean": staleness.mean().item(),
+        "rollout/staleness_max": staleness.max().item(),
         "rollout/logprob_gap_mean": gap.mean().item(),
         "rollout/logprob_gap_max": gap.max().item(),
     }
@@ -237,7 +275,7 @@ def _save(run: Run, step: int) -> None:
     config = run.config.checkpoint
     if step == 0:
         return
-    state = {"prompts_consumed": run.stream.consumed, "horizon": run.horizon.state()}
+    state = {"prompts_consumed": run.rollouts.consumed, "horizon": run.horizon.state()}
     checkpoint.save(f"{run.config.run.dir}/checkpoints", step, run.student, state, config.keep)
 
 

@@ -13,6 +13,7 @@ from megatron_taopd.parallel.vocab import (
     DIVERGENCES,
     VocabShard,
     linear_divergence,
+    linear_topk_divergence,
     token_log_probs,
 )
 
@@ -55,8 +56,7 @@ def kept_row_loss(
     Raises:
         ValueError: an unknown kind; beta or alpha outside (0, 1).
     """
-    if kind not in LOSSES:
-        raise ValueError(f"loss kind is {kind!r}: must be one of {', '.join(LOSSES)}")
+    _check(kind)
     if kind == "sampled_token":
         log_p_s = token_log_probs(student_hidden, student_weight, tokens, shard, chunk_rows)
         with torch.no_grad():
@@ -75,6 +75,60 @@ def kept_row_loss(
         alpha=alpha,
     )
     return loss, {}
+
+
+def kept_row_topk_loss(
+    kind: str,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    teacher_token_log_probs: Tensor,
+    shard: VocabShard,
+    chunk_rows: int = 1024,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    tokens: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`kept_row_loss` from a teacher that reports its top-K and the sampled token only.
+
+    A divergence is that of K+1 events, all other tokens being one: a lower bound of the whole one
+    (`topk_divergence`). sampled_token loses nothing, but that the teacher's log-probability is not
+    renormalised over the common vocabulary.
+
+    Args:
+        teacher_ids, teacher_log_probs: [R, K] as for `topk_divergence`.
+        teacher_token_log_probs: [R] of the sampled tokens, over the teacher's whole vocabulary.
+
+    Collectives: for every chunk those of `linear_topk_divergence`, or for sampled_token one
+    all-gather of 12 bytes a row and rank.
+
+    Raises:
+        ValueError: an unknown kind; beta or alpha outside (0, 1).
+    """
+    _check(kind)
+    if kind == "sampled_token":
+        log_p_s = token_log_probs(student_hidden, student_weight, tokens, shard, chunk_rows)
+        return sampled_token_loss(log_p_s, teacher_token_log_probs, rollout_log_probs)
+    loss = linear_topk_divergence(
+        student_hidden,
+        student_weight,
+        teacher_ids,
+        teacher_log_probs,
+        shard,
+        kind,
+        chunk_rows,
+        row_weight=torch.ones(len(student_hidden), device=student_hidden.device),
+        beta=beta,
+        alpha=alpha,
+    )
+    return loss, {}
+
+
+def _check(kind: str) -> None:
+    if kind not in LOSSES:
+        raise ValueError(f"loss kind is {kind!r}: must be one of {', '.join(LOSSES)}")
 
 
 def sampled_token_loss(

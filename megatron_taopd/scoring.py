@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -10,11 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
+from megatron_taopd.loss import kept_row_loss, kept_row_topk_loss
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows
-from megatron_taopd.parallel.vocab import VocabShard, score_hidden, token_log_probs
+from megatron_taopd.parallel.vocab import VocabShard, score_hidden, score_topk, token_log_probs
 from megatron_taopd.student import Student
+from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import RolloutBatch, TokenScores
 
 
@@ -34,12 +37,73 @@ class Heads:
     shard: VocabShard
     chunk_rows: int
 
+    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
+        """`score_hidden`; teacher_rows are its hidden states."""
+        return score_hidden(
+            student_hidden, self.student, teacher_rows, self.teacher, k, self.shard, self.chunk_rows
+        )
+
+    def loss(
+        self, student_hidden: Tensor, teacher_rows: Tensor, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`kept_row_loss` with these `kwargs`."""
+        return kept_row_loss(
+            student_hidden=student_hidden,
+            student_weight=self.student,
+            teacher_hidden=teacher_rows,
+            teacher_weight=self.teacher,
+            shard=self.shard,
+            chunk_rows=self.chunk_rows,
+            **kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class TopkHeads:
+    """The same of a teacher that has no head here, but has said what its top-K are.
+
+    Its rows are `TopkRows`, packed; the attributes are those of `Heads`.
+    """
+
+    student: Tensor
+    shard: VocabShard
+    chunk_rows: int
+
+    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
+        """`score_topk`: bounds."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return score_topk(
+            student_hidden,
+            self.student,
+            teacher.ids,
+            teacher.log_probs,
+            k,
+            self.shard,
+            self.chunk_rows,
+        )
+
+    def loss(
+        self, student_hidden: Tensor, teacher_rows: Tensor, **kwargs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`kept_row_topk_loss` with these `kwargs`."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return kept_row_topk_loss(
+            student_hidden=student_hidden,
+            student_weight=self.student,
+            teacher_ids=teacher.ids,
+            teacher_log_probs=teacher.log_probs,
+            teacher_token_log_probs=teacher.token_log_probs,
+            shard=self.shard,
+            chunk_rows=self.chunk_rows,
+            **kwargs,
+        )
+
 
 def score(
     batch: RolloutBatch,
     assigned: batching.Assignment,
     student: Student,
-    heads: Heads | None,
+    heads: Heads | TopkHeads | None,
     teacher_rows: HeldRows,
     k: int,
     keep_outputs: bool = False,
@@ -50,7 +114,8 @@ def score(
     Args:
         assigned: of all rows, over the student's layout.
         heads: None except on the last stage.
-        teacher_rows: on the last stage, the teacher's hidden states of this rank's sequences.
+        teacher_rows: on the last stage, what the teacher says of this rank's sequences: hidden
+            states, or what `TopkHeads` take.
         k: size of the top-K sets.
         keep_outputs: keep the layers' outputs for a replay (`models.replay`).
         probe_rows: on about so many rows the trainer's log-probability of the sampled token is
@@ -60,8 +125,8 @@ def score(
         The scores [R], and |log p_trainer − log p_engine| at the probed rows; on the CPU, the same
         on every rank. And the kept outputs of this rank, or None.
 
-    Collectives: the trunk's forward; one all-gather of 24K+24 bytes per row and rank over TP; an
-    all-reduce of 20 bytes per row over all ranks.
+    Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
+    rows) per row and rank over TP; an all-reduce of 20 bytes per row over all ranks.
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
@@ -70,15 +135,7 @@ def score(
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
-        scores = score_hidden(
-            rows,
-            heads.student,
-            teacher_rows.at(micro_batch.row_ids),
-            heads.teacher,
-            k,
-            heads.shard,
-            heads.chunk_rows,
-        )
+        scores = heads.scores(rows, teacher_rows.at(micro_batch.row_ids), k)
         probed = micro_batch.row_ids % stride == 0
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
@@ -106,3 +163,44 @@ def score(
     *scores, log_probs = table.cpu()
     probed = torch.arange(0, batch.num_rows, stride)
     return TokenScores(*scores), (log_probs[probed] - batch.log_probs[probed]).abs(), kept
+
+
+def sequence_log_probs(
+    student: Student,
+    sequences: Sequence[Sequence[int]],
+    micro_batch_tokens: int,
+    chunk_rows: int = 1024,
+) -> Tensor:
+    """[Σ(n−1)] float32, the student's log-probability of every token but the first of each sequence
+    of n, at temperature 1 over all its tokens; on the CPU, the same on every rank.
+
+    Collectives: the trunk's forward; one all-gather of 12 bytes a row and rank over TP; an
+    all-reduce of 4 bytes a row over all ranks.
+    """
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    rows = int((lengths - 1).sum())
+    batch = RolloutBatch(  # every token but the first is the response
+        tokens=torch.tensor([token for tokens in sequences for token in tokens]),
+        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+        prompt_lengths=torch.ones_like(lengths),
+        log_probs=torch.zeros(rows),
+        truncated=torch.zeros(len(lengths), dtype=torch.bool),
+        prompts=torch.arange(len(lengths)),
+        weight_versions=torch.zeros(rows, dtype=torch.int64),
+    )
+    layout, shard = student.layout, student.shard
+    whole = replace(shard, size=student.trunk.hf.vocab_size, absent=None)
+    everything = torch.ones(rows, dtype=torch.bool)
+    assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
+
+    def log_probs(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
+        hidden = pick_rows(hidden_states, micro_batch.rows, layout)
+        return token_log_probs(hidden, student.head_weight, micro_batch.targets, whole, chunk_rows)
+
+    columns = student.forward(assigned.micro_batches, log_probs)
+    table = torch.zeros(rows, device=platform.device())
+    if columns and layout.tp_rank == 0:
+        ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
+        table[ids] = torch.cat(columns)
+    dist.all_reduce(table)
+    return table.cpu()

@@ -53,6 +53,7 @@ class Student:
     ):
         hf = load_config(hf_dir)
         self.hf_dir = hf_dir
+        self.version = 0  # the run's step whose weights these are; the loop counts
         self.layout = layout
         self.dtype = dtype
         self.config = gpt.transformer_config(hf, layout, dtype, recompute)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,7 @@ def build(config: configuration.Config):
     from megatron_taopd.rollout.engine import Sampling
     from megatron_taopd.rollout.horizon import Horizon
     from megatron_taopd.rollout.local import LocalEngine
+    from megatron_taopd.rollout.schedule import RolloutSchedule
     from megatron_taopd.scoring import Heads
     from megatron_taopd.student import Student
     from megatron_taopd.teacher.megatron import MegatronTeacher
@@ -84,6 +86,7 @@ def build(config: configuration.Config):
     dtype = DTYPES[config.train.precision]
     rollout, train = config.rollout, config.train
     torch.manual_seed(config.run.seed)
+    servers = begin_servers(config, dtype) if rollout.engine == "sglang" else None
     student_vocabulary = Vocabulary.from_pretrained(config.student.path)
     teacher_vocabulary = Vocabulary.from_pretrained(config.teacher.path)
     vocab_map = VocabMap.between(
@@ -130,16 +133,19 @@ def build(config: configuration.Config):
         teacher_head = weights.load_head(config.teacher.path, columns, dtype)
         heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
-    engine = LocalEngine.from_hf(
-        config.student.path,
-        dtype,
-        platform.device(),
-        batch_size=rollout.batch_size,
-        seed=config.run.seed,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        vocab_size=vocab_map.size,
-    )
+    if servers is None:
+        engine = LocalEngine.from_hf(
+            config.student.path,
+            dtype,
+            platform.device(),
+            batch_size=rollout.batch_size,
+            seed=config.run.seed,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            vocab_size=vocab_map.size,
+        )
+    else:
+        engine = sglang_engine(config, servers, student, student_vocabulary.ends, vocab_map.size)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         samples=rollout.samples,
@@ -161,6 +167,7 @@ def build(config: configuration.Config):
     first_step, state = (saved[-1], {}) if saved else (0, {"prompts_consumed": 0})
     if saved:
         state = checkpoint.load(directory / "checkpoints", first_step, student)
+        student.version = first_step
         horizon.load(state.get("horizon", {}))
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
@@ -206,16 +213,75 @@ def build(config: configuration.Config):
         heads,
         chunk_rows,
         engine,
-        sampling,
+        RolloutSchedule(
+            engine,
+            prompts.token_ids,
+            PromptStream(
+                len(prompts), config.run.seed, config.data.shuffle, state["prompts_consumed"]
+            ),
+            rollout.prompts,
+            sampling,
+            horizon,
+            rollout.ahead,
+        ),
         horizon,
         (ModelCost.of(student.trunk.hf), ModelCost.of(teacher.trunk.hf)),
-        prompts,
         tokenizer,
-        PromptStream(len(prompts), config.run.seed, config.data.shuffle, state["prompts_consumed"]),
         evaluation,
         monitor,
         first_step,
         catch_signals(),
+    )
+
+
+def begin_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
+    """Start or find the student's servers, on rank 0, while this process does other things."""
+    from megatron_taopd.rollout.weight_sync.distributed import in_background
+    from megatron_taopd.serving.launch import open_replicas
+    from megatron_taopd.serving.replicas import ServedModel
+
+    longest = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    model = ServedModel.of(config.student.path, config.data.max_prompt_tokens + longest)
+    if dist.get_rank() != 0:
+        return in_background(lambda: (model, None))
+    logs = Path(config.run.dir) / "servers"
+    section = config.rollout.servers
+    return in_background(lambda: (model, open_replicas(section, model, dtype, logs)))
+
+
+def sglang_engine(config, servers: Future, student, ends, vocab_size: int):
+    """The engine on servers that were begun; ValueError on every rank if they do not serve."""
+    from megatron_taopd.rollout import weight_sync
+    from megatron_taopd.rollout.sglang import SGLangEngine
+    from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
+    from megatron_taopd.scoring import sequence_log_probs
+
+    try:
+        on_first_rank(servers.result)
+    except RuntimeError as error:
+        raise ValueError(f"rollout.servers: {error}") from error
+    model, replicas = servers.result()
+    sync, directory = config.rollout.sync, config.rollout.sync.dir
+    ways = {
+        "distributed": weight_sync.DistributedSync,
+        "tensor": weight_sync.TensorSync,
+        "disk": partial(
+            weight_sync.DiskSync, directory=directory or Path(config.run.dir) / "weights"
+        ),
+    }
+    log_probs = partial(
+        sequence_log_probs, student, micro_batch_tokens=config.train.micro_batch_tokens
+    )
+    return SGLangEngine(
+        replicas,
+        model,
+        vocab_size,
+        ends,
+        ways[sync.way](config.student.path, sync.bucket_mib << 20),
+        weights=partial(weight_sync.Repeatable, student.named_tensors),
+        version=lambda: student.version,
+        probe=weight_sync.Probe(log_probs, sync.max_gap),
+        release_memory=sync.release_memory,
     )
 
 

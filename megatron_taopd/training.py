@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
-from megatron_taopd.loss import kept_row_loss
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, send_rows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.scoring import Heads
+from megatron_taopd.scoring import Heads, TopkHeads
 from megatron_taopd.student import Student
 from megatron_taopd.types import RolloutBatch
 
@@ -26,7 +25,7 @@ def train_on(
     mask: Tensor,
     scored: batching.Assignment,
     student: Student,
-    heads: Heads | None,
+    heads: Heads | TopkHeads | None,
     teacher_rows: HeldRows,
     micro_batch_tokens: int,
     mini_batches: int,
@@ -73,7 +72,7 @@ def backward(
     mask: Tensor,
     scored: batching.Assignment,
     student: Student,
-    heads: Heads | None,
+    heads: Heads | TopkHeads | None,
     teacher_rows: HeldRows,
     micro_batch_tokens: int,
     loss: dict,
@@ -85,7 +84,7 @@ def backward(
         mask: [R] bool, the kept rows; the same on every rank.
         scored: who scored each sequence, and so has its teacher rows.
         heads: None except on the last stage.
-        teacher_rows: on the last stage, hidden states of (at least) the kept rows scored here.
+        teacher_rows: on the last stage, those of (at least) the kept rows scored here.
         micro_batch_tokens: the most tokens in a packed micro-batch.
         loss: keyword arguments of `kept_row_loss`: `kind` and its parameters.
         kept_outputs: of the layers in the scoring pass. With them the sequences stay where they
@@ -111,13 +110,9 @@ def backward(
     device = platform.device()
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
-        total, metrics = kept_row_loss(
-            student_hidden=pick_rows(hidden_states, micro_batch.rows, layout),
-            student_weight=heads.student,
-            teacher_hidden=teacher_rows.at(micro_batch.row_ids),
-            teacher_weight=heads.teacher,
-            shard=heads.shard,
-            chunk_rows=heads.chunk_rows,
+        total, metrics = heads.loss(
+            pick_rows(hidden_states, micro_batch.rows, layout),
+            teacher_rows.at(micro_batch.row_ids),
             tokens=micro_batch.targets,
             rollout_log_probs=batch.log_probs[micro_batch.row_ids.cpu()].to(device),
             **loss,

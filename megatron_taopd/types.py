@@ -55,6 +55,14 @@ class Sequences:
         """[R] int64, the sequence each row belongs to."""
         return torch.repeat_interleave(self.cu_rows.diff())
 
+    def rows_of(self, sequences: Tensor) -> Tensor:
+        """[r] int64, the rows of these sequences, one sequence after the other."""
+        first, counts = self.cu_rows[sequences], self.cu_rows.diff()[sequences]
+        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
+            counts
+        )
+        return first.repeat_interleave(counts) + within
+
 
 @dataclass(frozen=True)
 class RolloutBatch(Sequences):

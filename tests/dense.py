@@ -71,6 +71,39 @@ def compatibility_bound(student: Tensor, teacher: Tensor, k: int, size: int | No
     return torch.stack(sums) if sums else p_t.new_zeros(0)
 
 
+def topk_scores(student: Tensor, ids: Tensor, log_probs: Tensor, k: int, size: int):
+    """(D, C, H_S, H_T) [R] each, as far as a teacher that reports ids [R, n] and their log p tells:
+    the least D that is possible with the unknown ids of U as one, Ĉ, and H of reported | rest."""
+    rows = []
+    for r, own in enumerate(topk_ids(student, k, size)):
+        reported = log_probs[r].double().exp().tolist()
+        p = {v: m for v, m in zip(ids[r].tolist(), reported, strict=True) if 0 <= v < size}
+        rest = 1 - sum(reported)
+        whole = sum(p.values()) + rest
+        q = log_probs_of(student[r], list(range(size))).exp().tolist()
+        union = {*own, *sorted(p, key=lambda v: (-p[v], v))[:k]}
+        known = sorted(union & {*p})
+        unknown = [v for v in union if v not in p]
+        c = sum(p[v] for v in own if v in p) / whole
+
+        def d(a, p=p, q=q, known=known, unknown=unknown):
+            masses = torch.tensor([[p[v] for v in known] + [a], [q[v] for v in known] + [0]])
+            masses[1, -1] = sum(q[v] for v in unknown)
+            log_p, log_q = (masses.double() / masses.double().sum(1, keepdim=True)).log()
+            return kl(log_p, log_q).item()
+
+        low, high = 0.0, min(len(unknown) * min(reported), max(rest, 1e-6))
+        for _ in range(100 if unknown else 0):  # D is convex in the mass of the unknown ids
+            third = (high - low) / 3
+            low, high = (low + third, high) if d(low + third) > d(high - third) else (
+                low, high - third
+            )  # fmt: skip
+        shares = torch.tensor([*p.values(), max(rest, 0)]).double() / whole
+        rows.append((d(low), c, entropy(student[r : r + 1], size).item(),
+                     entropy(shares[None].log()).item()))  # fmt: skip
+    return tuple(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+
+
 def divergence(
     student: Tensor,
     teacher: Tensor,

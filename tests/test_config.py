@@ -116,6 +116,9 @@ def test_a_file_with_overrides(user):
         config.train.steps = 5
 
 
+SERVERS = "rollout.engine=sglang rollout.servers."
+
+
 @pytest.mark.parametrize(("layout", "world_size"), [((1, 1), 1), ((4, 2), 8), ((2, 2), 12)])
 def test_layouts(user, layout, world_size):
     tp, pp = layout
@@ -284,7 +287,7 @@ def test_overrides_that_are_refused(user, override, parts):
         # Not offered
         ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
         ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
-        ("rollout.engine=sglang", ("rollout.engine", "'sglang'", "expected one of ['local']")),
+        ("rollout.engine=vllm", ("rollout.engine", "'vllm'", "one of ['local', 'sglang']")),
         ("teacher.engine=sglang", ("teacher.engine", "'sglang'", "expected one of ['megatron']")),
         ("train.schedule=once", ("train.schedule", "'once'", "one of ['two_pass', 'replay']")),
         (
@@ -303,7 +306,22 @@ def test_overrides_that_are_refused(user, override, parts):
             "selection.concentrate=0.95 selection.ratio=0.1",
             ("selection.concentrate: 0.95", "selection.ratio 0.1", "at most 0.9"),
         ),
-        ("rollout.ahead=1", ("rollout.ahead: 1", "has to be 0", "not offered yet")),
+        ("rollout.ahead=2", ("rollout.ahead: 2", "has to be 0 or 1")),
+        ("rollout.ahead=1", ("rollout.ahead: 1", "rollout.engine local", "has to be 0")),
+        (
+            f"{SERVERS}gpus=[6,7,7] {SERVERS}replicas=3",
+            ("rollout.servers.gpus: 6, 7, 7", "replicas 3 × tp 1 take 3 different"),
+        ),
+        (
+            f"{SERVERS}gpus=[6] {SERVERS}urls=[http://node:30000]",
+            ("rollout.servers.gpus: 6", "rollout.servers.urls", "leave one of them out"),
+        ),
+        (f"{SERVERS}urls=[node:30000]", ("rollout.servers.urls: 'node:30000'", "http://HOST:PORT")),
+        (f"{SERVERS}api_key_env=NO_SUCH_KEY", ("servers.api_key_env: NO_SUCH_KEY is not set",)),
+        (
+            "rollout.engine=sglang rollout.ahead=1 rollout.sync.release_memory=true",
+            ("rollout.sync.release_memory: true", "rollout.ahead 1", "one of them has to be off"),
+        ),
         # Names
         ("selection.selector=tipp", ("selection.selector: 'tipp' is unknown", "tip, teachability")),
         ("loss.kind=kl", ("loss.kind: 'kl' is unknown", "reverse_kl, forward_kl")),

@@ -101,6 +101,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is asked for until the next weights are there: an engine that shares the
+        trainer's device may give its memory back."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the log says of the generation since the last call; the same keys on every rank."""
+        ...
+
     def close(self) -> None:
         """Release the engine's memory and processes. The engine cannot be used afterwards."""
         ...

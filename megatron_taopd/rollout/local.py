@@ -7,6 +7,7 @@ function of (seed, step, prompt, sample) alone, whatever the batch, the rank or 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ class LocalEngine:
         self.rank, self.world_size, self.group = rank, world_size, group
         self.vocab_size = vocab_size
         self.version = 0
+        self.tokens, self.seconds = 0, 0.0  # of generation, since they were last asked for
         eos = model.generation_config.eos_token_id
         eos = model.config.eos_token_id if eos is None else eos
         self.eos_token_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
@@ -130,7 +132,19 @@ class LocalEngine:
         sampling: Sampling,
     ) -> Generated:
         """See `RolloutEngine.submit`; here the whole batch is generated before it returns."""
-        return Generated(self.generate(prompts, prompt_indices, step, sampling))
+        started = time.perf_counter()
+        batch = self.generate(prompts, prompt_indices, step, sampling)
+        self.tokens += batch.num_rows
+        self.seconds += time.perf_counter() - started
+        return Generated(batch)
+
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`; evaluations do not count."""
+        if not self.tokens:
+            return {}
+        figures = {"rollout/tokens_per_second": self.tokens / self.seconds}
+        self.tokens, self.seconds = 0, 0.0
+        return figures
 
     def _generate_batch(
         self, prompts: list, keys: list[tuple[int, int]], stops: Tensor, sampling: Sampling
@@ -186,6 +200,9 @@ class LocalEngine:
                 f"{missing[0]}: missing from the weight update, with {len(missing) - 1} others"
             )
         self.version = version
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         del self.model

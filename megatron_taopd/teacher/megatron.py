@@ -15,8 +15,9 @@ from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.exchange import HeldRows, no_rows, send_rows
+from megatron_taopd.parallel.exchange import HeldRows, no_rows
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.teacher.delivery import ReadRows, deliver
 from megatron_taopd.types import Sequences
 
 _CHECKSUM_BLOCK = 1 << 22  # bytes
@@ -62,24 +63,26 @@ class MegatronTeacher:
 
     @torch.no_grad()
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
-        """The teacher's hidden states at all response rows, on the ranks that will score them.
+        """`read` and `deliver` for a batch that is whole."""
+        with self.resident():
+            part = self.read(batch)
+        return deliver([(torch.arange(batch.num_sequences), part)], batch, student, owner)
+
+    @torch.no_grad()
+    def read(self, sequences: Sequences) -> ReadRows:
+        """Run the trunk over sequences; their rows stay where they were computed.
 
         Args:
-            batch: in the teacher's ids; the same on every rank.
-            student: layout of the model whose last stage scores.
-            owner: [N] int64, the student's data-parallel rank that scores each sequence.
+            sequences: in the teacher's ids; the same on every rank. The weights are `resident`.
 
-        Returns:
-            On the student's last-stage ranks the rows of their sequences, elsewhere none.
-
-        Collectives: those of the trunk's forward; then one all-to-all of R · D · tp elements over
-        all ranks, tp being the student's.
+        Collectives: those of the trunk's forward.
         """
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        own = batching.assign(batch, everything, self.layout, self.micro_batch_tokens)
-        with self._resident():
-            held = self._forward(own.micro_batches)
-        return send_rows(held, *self._routes(batch, student, owner, own.owner))
+        everything = torch.ones(sequences.num_rows, dtype=torch.bool)
+        own = batching.assign(sequences, everything, self.layout, self.micro_batch_tokens)
+        held = self._forward(own.micro_batches)
+        tp_ranks = torch.arange(self.layout.tp)
+        holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
+        return ReadRows(held, holders)
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> HeldRows:
         outputs = forward(
@@ -92,25 +95,6 @@ class MegatronTeacher:
             return no_rows(self.trunk.config.hidden_size, self.dtype)
         ids = torch.cat([m.row_ids for m in micro_batches])
         return HeldRows.from_unordered(ids, torch.cat(outputs))
-
-    def _routes(self, batch: Sequences, student: Layout, owner: Tensor, runner: Tensor):
-        """(row, source rank, destination rank) of every copy that has to be delivered.
-
-        Each rank of the student's last-stage TP group needs the row; the copies are taken in turn
-        from the teacher's TP ranks, which all have it, and from the destination itself if it does.
-        """
-        sequences = batch.row_sequences()
-        ids = torch.arange(batch.num_rows)
-        sources, destinations = [], []
-        for tp_rank in range(student.tp):
-            destination = student.last_stage_rank(owner, tp_rank)
-            source = self.layout.last_stage_rank(runner, tp_rank % self.layout.tp)
-            for teacher_tp_rank in range(self.layout.tp):
-                same = self.layout.last_stage_rank(runner, teacher_tp_rank) == destination
-                source = torch.where(same, destination, source)
-            sources.append(source[sequences])
-            destinations.append(destination[sequences])
-        return ids.repeat(student.tp), torch.cat(sources), torch.cat(destinations)
 
     # -- weights -------------------------------------------------------------------------------
 
@@ -138,8 +122,8 @@ class MegatronTeacher:
             parameter.data = host
 
     @contextmanager
-    def _resident(self) -> Iterator[None]:
-        """The weights on the device for the time of a forward pass."""
+    def resident(self) -> Iterator[None]:
+        """The weights on the device for the time of some forward passes."""
         if self.host is None:
             yield
             return

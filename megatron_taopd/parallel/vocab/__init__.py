@@ -26,6 +26,7 @@ from megatron_taopd.parallel.vocab.heads import (
     logits_bytes,
     rows_within,
     score_hidden,
+    score_topk,
     token_log_probs,
 )
 from megatron_taopd.parallel.vocab.scores import score_rows
@@ -41,6 +42,7 @@ __all__ = [
     "rows_within",
     "score_hidden",
     "score_rows",
+    "score_topk",
     "token_log_probs",
     "topk_divergence",
 ]

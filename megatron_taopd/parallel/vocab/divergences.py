@@ -200,10 +200,16 @@ class TopkDivergence:
         """[R, K+1] float64 log masses of the events; of ids that do not take part, none."""
         log_probs = log_probs.double()
         tail = (1 - log_probs.exp().sum(1, keepdim=True)).clamp_(min=SMALLEST_TAIL).log_()
-        known = (ids >= 0) & (ids < self.shard.size)
-        if self.shard.absent is not None:
-            known &= ~torch.isin(ids, self.shard.absent.to(ids.device))
+        known = participates(ids, self.shard)
         return torch.cat([log_probs.masked_fill(~known, -torch.inf), tail], dim=1)
+
+
+def participates(ids: Tensor, shard: VocabShard) -> Tensor:
+    """bool, which ids are of the common vocabulary."""
+    common = (ids >= 0) & (ids < shard.size)
+    if shard.absent is not None:
+        common &= ~torch.isin(ids, shard.absent.to(ids.device))
+    return common
 
 
 class _OfLogits(torch.autograd.Function):

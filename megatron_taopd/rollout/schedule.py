@@ -1,0 +1,82 @@
+"""When each step's batch is generated: in its step, or while the step before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_taopd.prompts import PromptStream
+from megatron_taopd.rollout.engine import Pending, RolloutEngine, Sampling
+from megatron_taopd.rollout.horizon import Horizon
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch that was begun.
+
+    Attributes:
+        step: that trains on it.
+        length: the longest response, where the horizon has it.
+    """
+
+    step: int
+    pending: Pending
+    length: int
+
+
+class RolloutSchedule:
+    """Batches in the order of the prompts, begun `ahead` steps before they are trained on.
+
+    Args:
+        token_ids: of every prompt.
+        prompts: per step.
+        ahead: 0, on policy, or 1: a batch is one step old when it is trained on.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        token_ids: Sequence[Sequence[int]],
+        stream: PromptStream,
+        prompts: int,
+        sampling: Sampling,
+        horizon: Horizon,
+        ahead: int = 0,
+    ):
+        self.engine, self.token_ids, self.stream = engine, token_ids, stream
+        self.prompts, self.sampling, self.horizon, self.ahead = prompts, sampling, horizon, ahead
+        self.next: Begun | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Prompts of the batches that were taken: a batch that is only begun is begun again by a
+        run that resumes."""
+        return self.stream.consumed - (self.prompts if self.next else 0)
+
+    def take(self, step: int) -> Begun:
+        """The batch of this step."""
+        begun = self.next or self._begin(step)
+        assert begun.step == step, (begun.step, step)
+        self.next = None
+        return begun
+
+    def run_ahead(self, step: int) -> None:
+        """Begin the batch of the step after this one, if there is to be one already."""
+        if self.ahead:
+            self.next = self._begin(step + 1)
+
+    def settle(self) -> None:
+        """Wait for what was begun ahead, before the weights change."""
+        if self.next:
+            self.next.pending.result()
+
+    def rewind(self, consumed: int) -> None:
+        """Go back to where so many prompts were consumed: nothing was learned from later ones."""
+        self.stream.consumed, self.next = consumed, None
+
+    def _begin(self, step: int) -> Begun:
+        indices = self.stream.take(self.prompts)
+        length = self.horizon.length(step)
+        sampling = replace(self.sampling, max_new_tokens=length)
+        prompts = [self.token_ids[i] for i in indices]
+        return Begun(step, self.engine.submit(prompts, indices, step, sampling), length)

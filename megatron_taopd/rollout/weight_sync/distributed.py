@@ -1,0 +1,237 @@
+"""Weights by broadcast, in process groups that trainer and servers share."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_taopd.parallel import platform
+from megatron_taopd.rollout.weight_sync.buckets import Bucket
+from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica, on_first_rank
+
+GRACE_S = 5.0  # for the server's own word on a transfer that has broken off
+
+
+@dataclass
+class _Group:
+    """The trainer's end of a process group with one server, and the version it last had there."""
+
+    name: str
+    backend: dist.Backend
+    version: str | None = None
+
+
+class DistributedSync(BucketSync):
+    """Broadcasts each bucket in process groups of their own: the trainer's rank 0 and the workers
+    of one server. Arguments as for the others, and
+
+        address: of this host, where the servers find it; None: the one that a connection to the
+            server would come from, 127.0.0.1 for a server on 127.0.0.1.
+
+    One group for each server, not one for all. A server that dies within a collective takes the
+    group with it, and the others' workers would wait there till NCCL's watchdog ends them, too.
+    So a failure is that server's alone, and a restarted one gets a new group while the others keep
+    theirs. The price: rank 0 sends the weights once for every server (all at a time), where a
+    common ring would send them once.
+
+    A group is made on the first push to a server and again when the server is another process than
+    it was (its weight version is not what was pushed last; asking costs one token's generation) or
+    the last push to it failed. SGLang's end of an abandoned group stays until it exits.
+
+    Bytes: the weights, once for every server. Buckets are flat uint8 (SGLang's "flattened_bucket"),
+    so gloo carries bfloat16, too.
+    """
+
+    def __init__(self, *args, address: str | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.address = address
+        self._groups: dict[str, _Group] = {}  # by the server's url
+        self._stores: dict[str, dist.TCPStore] = {}  # by this host's address
+
+    def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:
+        self._drop_groups_of_restarted(client, targets)
+        calls, names, device = [], {}, platform.device()
+        for replica in targets:
+            if replica.url in self._groups:
+                continue
+            address = self.address or local_address(replica.url)
+            store, world_size = self._store(address), 1 + replica.tp
+            name = names[replica.url] = f"weights-{uuid.uuid4().hex}"
+            request = {
+                "master_address": address,
+                "master_port": store.port,
+                "rank_offset": 1,
+                "world_size": world_size,
+                "group_name": name,
+                "backend": backend_of(device),
+            }
+            path = "/init_weights_update_group"
+            answer = client.spawn(client.post(replica, path, request, self.timeout_s))
+            join = partial(join_group, store, name, world_size, address, device, self.timeout_s)
+            calls.append((replica, answer, in_background(join)))
+        self._wait(calls)
+        for replica, _, joined in calls:
+            self._groups[replica.url] = _Group(names[replica.url], joined.result())
+
+    def _drop_groups_of_restarted(self, client: Client, targets: Sequence[Replica]) -> None:
+        """SGLang dies of an update in a group that it does not know."""
+        known = [replica for replica in targets if replica.url in self._groups]
+        request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 0}}
+        answers = [
+            client.spawn(client.post(r, "/generate", request, self.timeout_s)) for r in known
+        ]
+        for replica, answer in zip(known, answers, strict=True):
+            version = answer.result()["meta_info"]["weight_version"]
+            if version != self._groups[replica.url].version:
+                self._abandon([replica])
+
+    def _store(self, address: str) -> dist.TCPStore:
+        """Where groups meet; it listens on this address alone, at a port that is free."""
+        if address not in self._stores:
+            family = socket.getaddrinfo(address, 0)[0][0]
+            listener = socket.create_server((address, 0), family=family)
+            port = listener.getsockname()[1]
+            # Not torch's rendezvous: under torchrun that takes the agent's store for its own.
+            self._stores[address] = dist.TCPStore(
+                address,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        return self._stores[address]
+
+    def _send(
+        self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
+    ) -> None:
+        on_first_rank(lambda: self._broadcast(client, targets, bucket))
+
+    def _broadcast(self, client: Client, targets: Sequence[Replica], bucket: Bucket) -> None:
+        platform.synchronize()  # the bucket is filled: the threads below have streams of their own
+        calls = []
+        for replica in targets:
+            group = self._groups[replica.url]
+            request = {
+                "names": [entry.name for entry in bucket.entries],
+                "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
+                "shapes": [list(entry.shape) for entry in bucket.entries],
+                "group_name": group.name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
+            path = "/update_weights_from_distributed"
+            answer = client.spawn(client.post(replica, path, request, self.timeout_s))
+            sent = in_background(partial(broadcast, group.backend, bucket.data, self.timeout_s))
+            calls.append((replica, answer, sent))
+        self._wait(calls)
+
+    def _wait(self, calls: Sequence[tuple[Replica, Future, Future]]) -> None:
+        """Wait until every server has answered and this side is done with it, or either failed.
+
+        A failure of the one can leave the other waiting for long: it is left to itself. The first
+        error is raised when all servers have been seen to.
+        """
+        errors = []
+        for replica, answer, own in calls:
+            _, waiting = wait((answer, own), self.timeout_s, FIRST_EXCEPTION)
+            if not waiting and not answer.exception() and not own.exception():
+                continue
+            wait((answer,), GRACE_S)  # the server's own word goes before torch's
+            if answer.done() and answer.exception():
+                errors.append(answer.exception())
+                continue
+            answer.cancel()
+            reason = own.exception() if own.done() else f"no end within {self.timeout_s:g} s"
+            errors.append(RuntimeError(f"{replica.url}: the weight transfer failed: {reason}"))
+        if errors:
+            raise errors[0]
+
+    def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
+        for replica in targets:
+            self._groups[replica.url].version = str(version)
+
+    def _abandon(self, targets: Sequence[Replica]) -> None:
+        for replica in targets:
+            if group := self._groups.pop(replica.url, None):
+                in_background(group.backend.abort)  # in its own time
+
+
+def backend_of(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def join_group(
+    store: dist.Store,
+    name: str,
+    world_size: int,
+    address: str,
+    device: torch.device,
+    timeout_s: float,
+) -> dist.Backend:
+    """Rank 0's end of a group whose other ranks run SGLang's `init_custom_process_group`.
+
+    Only the prefixes of its keys are an agreement: SGLang's own one, and two that torch adds. As a
+    bare backend it is not entered in torch's table of groups, so it can be abandoned.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    for prefix in (name, f"{name}/", f"{device.type}/"):
+        store = dist.PrefixStore(prefix, store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # threads do not inherit it
+        options = dist.ProcessGroupNCCL.Options()
+        options.is_high_priority_stream = False
+        options._timeout = timeout
+        options.global_ranks_in_group, options.group_name = [], name
+        return dist.ProcessGroupNCCL(store, 0, world_size, options)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    return dist.ProcessGroupGloo(store, 0, world_size, options)
+
+
+def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
+    """Return when the bytes have left."""
+    if data.is_cuda:
+        torch.cuda.set_device(data.device)
+    options = dist.BroadcastOptions()
+    options.rootRank, options.timeout = 0, timedelta(seconds=timeout_s)
+    backend.broadcast([data], options).wait()
+    if data.is_cuda:  # NCCL's wait is the stream's, not ours
+        torch.cuda.synchronize()
+
+
+def in_background(function: Callable[[], Any]) -> Future:
+    """Run it in a thread that nobody has to wait for, not even the end of the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def local_address(url: str) -> str:
+    """This host's address as the server sees it."""
+    parts = urlsplit(url)
+    family, kind, _, _, place = socket.getaddrinfo(
+        parts.hostname, parts.port, type=socket.SOCK_DGRAM
+    )[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(place)  # sends nothing
+        return probe.getsockname()[0]

@@ -1,0 +1,240 @@
+"""What all ways share: the order of requests, and errors that reach every rank."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
+from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
+
+TIMEOUT_S = 600.0  # of one request; the largest is a bucket's, or a whole checkpoint to be read
+CACHE_TAGS = ("kv_cache", "cuda_graph")  # of SGLang's memory, beside "weights"
+
+
+class Replica(Protocol):
+    """A server and its tensor-parallel size. TensorSync on CUDA also asks for `gpus`, the devices
+    of this host that it runs on, by tensor-parallel rank, numbered as in CUDA_VISIBLE_DEVICES."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def tp(self) -> int: ...
+
+
+# `await post(replica, path, payload, timeout)`: the answer's JSON, if it is any.
+Post = Callable[[Any, str, dict, float], Awaitable[Any]]
+
+
+class Client(Protocol):
+    """Requests to servers, on an event loop in another thread (`serving.replicas.Replicas`)."""
+
+    async def post(self, replica: Any, path: str, payload: dict, timeout: float) -> Any:
+        """Raises RuntimeError with url, path and the server's message."""
+        ...
+
+    def spawn(self, coroutine: Coroutine) -> Future: ...
+
+
+class WeightSync(Protocol):
+    def push(
+        self,
+        client: Client | None,
+        targets: Sequence[Replica] | None,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+    ) -> None:
+        """Give these weights to the servers and let them go on with them. Every rank calls this.
+
+        Args:
+            client, targets: None except on global rank 0, the only one that talks to servers.
+            named_tensors: whole tensors under their Hugging Face names, the same on every rank,
+                consumed one by one. If it can be iterated over more than once (`Repeatable`), the
+                first push goes through it once more, before anything is sent, to check it. Of a
+                generator a wrong tensor is found when it comes, before its bucket is sent; and that
+                one is missing at the end. Both leave the servers paused.
+            version: what servers report as weight_version from now on.
+
+        Raises:
+            ValueError: the names and shapes are not those of the model, or dtypes differ.
+            RuntimeError: a server failed, or a disk; on every rank. The servers stay paused.
+
+        Memory: one bucket and one tensor.
+
+        Collectives: those of named_tensors; a broadcast of some 100 bytes for every bucket.
+        """
+        ...
+
+
+class BucketSync:
+    """The sequence of one push; subclasses say how a bucket gets there.
+
+    SGLang answers an unknown name with success, and a tensor of the wrong shape kills it: names,
+    shapes and dtype are checked here.
+
+    Args:
+        hf_dir: Hugging Face directory of the model, for the names and shapes of its tensors.
+        bucket_bytes: the most bytes on their way at a time; a larger tensor goes alone.
+        timeout_s: of one request.
+    """
+
+    def __init__(self, hf_dir: str | Path, bucket_bytes: int, timeout_s: float = TIMEOUT_S):
+        self.hf_dir = Path(hf_dir)
+        self.shapes = tensor_shapes(load_config(hf_dir))
+        self.bucket_bytes = bucket_bytes
+        self.timeout_s = timeout_s
+        self._checked_ahead = False
+        # Servers, by url, that gave memory back and are still without it.
+        self._without_weights: set[str] = set()
+        self._without_cache: set[str] = set()
+
+    def push(
+        self,
+        client: Client | None,
+        targets: Sequence[Replica] | None,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+    ) -> None:
+        """See `WeightSync.push`."""
+        if not self._checked_ahead and iter(named_tensors) is not named_tensors:
+            for _ in checked(named_tensors, self.shapes):
+                pass
+            self._checked_ahead = True
+        try:
+            on_first_rank(lambda: self._begin(client, targets, version))
+            tensors = checked(named_tensors, self.shapes)
+            for bucket in buckets(tensors, self.shapes, self.bucket_bytes, self._keeps_bytes()):
+                try:
+                    self._send(client, targets, bucket)
+                except RuntimeError as error:
+                    raise RuntimeError(f"{error} (weights {version}, {bucket})") from error
+                del bucket  # before the next one is filled
+            on_first_rank(lambda: self._finish(client, targets, version))
+        except BaseException:
+            self._abandon(targets or ())
+            raise
+
+    def release(self, client: Client | None, targets: Sequence[Replica] | None) -> None:
+        """Have colocated servers give back their device memory. They wait, and the next push to
+        them gives it to them again. Running requests are aborted. Every rank calls this.
+
+        Collectives: a broadcast of some 100 bytes.
+        """
+
+        def work() -> None:
+            client.spawn(release(client.post, targets, self.timeout_s)).result()
+            self._without_weights.update(replica.url for replica in targets)
+            self._without_cache.update(replica.url for replica in targets)
+
+        on_first_rank(work)
+
+    def _begin(self, client: Client, targets: Sequence[Replica], version: int) -> None:
+        self._prepare(client, targets, version)
+        self._post_all(client, targets, "/pause_generation", {"mode": "abort"})
+        self._resume(client, targets, self._without_weights, ("weights",))
+
+    def _finish(self, client: Client, targets: Sequence[Replica], version: int) -> None:
+        self._last(client, targets)
+        # Not with the update itself: there it asserts that the server is idle, and kills it.
+        self._post_all(client, targets, f"/flush_cache?timeout={self.timeout_s:g}", {})
+        new = {"new_version": str(version), "abort_all_requests": False}
+        self._post_all(client, targets, "/update_weight_version", new)
+        self._resume(client, targets, self._without_cache, CACHE_TAGS)
+        self._post_all(client, targets, "/continue_generation", {})
+        self._succeeded(targets, version)
+
+    def _resume(
+        self, client: Client, targets: Sequence[Replica], without: set[str], tags: Sequence[str]
+    ) -> None:
+        waiting = [replica for replica in targets if replica.url in without]
+        # Forgotten first: SGLang dies of it if it was restarted meanwhile, and would again.
+        without -= {replica.url for replica in waiting}
+        if waiting:
+            client.spawn(resume(client.post, waiting, tags, self.timeout_s)).result()
+
+    def _post_all(
+        self, client: Client, targets: Sequence[Replica], path: str, payload: dict
+    ) -> None:
+        client.spawn(post_all(client.post, targets, path, payload, self.timeout_s)).result()
+
+    # What the ways differ in
+
+    def _keeps_bytes(self) -> bool:
+        """Whether this rank needs the buckets' bytes."""
+        return dist.get_rank() == 0
+
+    def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:
+        """Before the servers are paused; on rank 0."""
+
+    def _send(
+        self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
+    ) -> None:
+        """On every rank."""
+        raise NotImplementedError
+
+    def _last(self, client: Client, targets: Sequence[Replica]) -> None:
+        """After the last bucket; on rank 0."""
+
+    def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
+        """The servers go on; on rank 0."""
+
+    def _abandon(self, targets: Sequence[Replica]) -> None:
+        """The push has failed; on every rank, targets on rank 0."""
+
+
+async def post_all(
+    post: Post, targets: Sequence[Replica], path: str, payload: dict, timeout_s: float
+) -> None:
+    """The same request to all servers at a time; the first failure, once all have answered."""
+    await all_of([post(replica, path, payload, timeout_s) for replica in targets])
+
+
+async def all_of(awaitables: Iterable[Awaitable]) -> None:
+    for answer in await asyncio.gather(*awaitables, return_exceptions=True):
+        if isinstance(answer, BaseException):
+            raise answer
+
+
+async def release(post: Post, targets: Sequence[Replica], timeout_s: float = TIMEOUT_S) -> None:
+    """Pause servers and free their device memory: weights, KV cache, CUDA graphs.
+
+    A paused server's requests wait, those of a health check that generates included.
+    """
+    await post_all(post, targets, "/pause_generation", {"mode": "abort"}, timeout_s)
+    # Fails unless the server is idle; the release would not fail but kill it.
+    await post_all(post, targets, f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s)
+    tags = {"tags": ["weights", *CACHE_TAGS]}
+    await post_all(post, targets, "/release_memory_occupation", tags, timeout_s)
+
+
+async def resume(
+    post: Post, targets: Sequence[Replica], tags: Sequence[str], timeout_s: float = TIMEOUT_S
+) -> None:
+    """Allocate again what `release` freed: ("weights",) before a push, CACHE_TAGS before the server
+    continues. SGLang dies of it if that had not been released."""
+    await post_all(post, targets, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
+
+
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Do it on global rank 0. What it raises is raised on every rank: a ValueError as one,
+    everything else as a RuntimeError.
+
+    Collectives: a broadcast of some 100 bytes.
+    """
+    told, cause = [None], None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            told, cause = [(isinstance(error, ValueError), str(error) or repr(error))], error
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        is_value_error, message = told[0]
+        raise (ValueError if is_value_error else RuntimeError)(message) from cause

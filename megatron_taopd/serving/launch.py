@@ -1,0 +1,71 @@
+"""A configuration's servers, started or found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_taopd.serving.replicas import CONTEXT_MARGIN, Replicas, ServedModel
+from megatron_taopd.serving.server import Server
+
+if TYPE_CHECKING:
+    from megatron_taopd.config import ServersSection
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def open_replicas(
+    section: ServersSection,
+    model: ServedModel,
+    dtype: torch.dtype,
+    logs: Path,
+    fixed_weights: bool = False,
+    args: Sequence[str] = (),
+) -> Replicas:
+    """Start the servers that a section asks for, or find those it names; wait until they serve.
+
+    Args:
+        model: that they have to serve.
+        dtype: of their weights and activations.
+        logs: directory of one log per server of our own.
+        fixed_weights: see `Replicas`.
+        args: further arguments of sglang.launch_server.
+
+    Raises:
+        RuntimeError, ValueError: see `Replicas`.
+    """
+    key = None if section.api_key_env is None else os.environ[section.api_key_env]
+    gpus = [None] * section.replicas
+    if section.gpus is not None:
+        gpus = [
+            section.gpus[i * section.tp : (i + 1) * section.tp] for i in range(section.replicas)
+        ]
+    start = partial(
+        Server,
+        model.path,
+        host=section.host,
+        tp=section.tp,
+        dtype=_DTYPES[dtype],
+        context_length=section.context_length or model.longest + CONTEXT_MARGIN,
+        max_running_requests=section.max_running_requests,
+        max_total_tokens=section.max_total_tokens,
+        mem_fraction=section.mem_fraction,
+        api_key=key,
+        args=[*args, *section.args],
+        start_timeout=section.start_timeout_s,
+    )
+    own = [partial(start, log=logs / f"{i}.log", gpus=gpus[i]) for i in range(section.replicas)]
+    return Replicas(
+        section.urls or own,
+        model,
+        api_key=key,
+        concurrency=section.concurrency,
+        timeout_s=section.timeout_s,
+        attempts=section.attempts,
+        fixed_weights=fixed_weights,
+    )

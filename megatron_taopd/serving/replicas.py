@@ -1,0 +1,663 @@
+"""Several SGLang servers of one model behind one asynchronous client.
+
+    replicas = Replicas([partial(Server, path, log, gpus=[6])], ServedModel.of(path, 4096))
+    answer = replicas.run(replicas.complete({"input_ids": ids, "sampling_params": {...}}))
+
+One process holds it; the requests run on an event loop in a thread of their own. A replica that
+dies or hangs is restarted, where it is ours, and tried again later, where it is not; its requests
+go elsewhere in the meantime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from transformers import AutoConfig
+
+from megatron_taopd.serving.server import Server, cause
+
+CONNECT_TIMEOUT_S = 10.0
+CONTROL_TIMEOUT_S = 60.0  # pause, resume, flush
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # of the exponential back-off
+RESTARTS = 3  # in a row that may fail
+# SGLang cuts a response off, without a word, two tokens before its context or its KV cache ends,
+# and takes no prompt within the last seven: both must be this much longer than any sequence.
+CONTEXT_MARGIN = 7
+# What tells two models of one family apart.
+SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+
+
+class State(Enum):
+    READY = "ready"
+    STALE = "stale"  # runs, and waits to be given the current weights
+    DOWN = "down"  # being looked at, restarted, or tried again from time to time
+    DEAD = "dead"  # given up
+
+
+class ServedModel(NamedTuple):
+    """The model that every replica has to serve.
+
+    Attributes:
+        path: its Hugging Face directory or name.
+        sizes: the SIZES of its configuration.
+        longest: sequence that will be asked for, prompt and response.
+    """
+
+    path: str
+    sizes: dict[str, Any]
+    longest: int
+
+    @classmethod
+    def of(cls, path: str | Path, longest: int) -> ServedModel:
+        return cls(str(path), _sizes(path), longest)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sizes["vocab_size"]
+
+    def check(self, name: str, ids: Sequence[int], max_new_tokens: int, top_logprobs: int) -> None:
+        """What a server would die of, or answer with something else than was asked for.
+
+        Raises:
+            ValueError: of the prompt `name` with these token ids.
+        """
+        if not len(ids):
+            raise ValueError(f"{name} is empty: a server needs at least one token")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ValueError(
+                f"{name} has the token id {bad}; the model has 0 … {self.vocab_size - 1}"
+            )
+        if len(ids) + max_new_tokens > self.longest:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; with {max_new_tokens} new ones that is over the "
+                f"servers' {self.longest}"
+            )
+        if top_logprobs > self.vocab_size:
+            raise ValueError(
+                f"{name}: top_logprobs {top_logprobs} is over the vocabulary of {self.vocab_size}"
+            )
+
+
+class Replica:
+    """One server. Only the event loop of `Replicas` changes it.
+
+    Attributes:
+        start: starts it anew; None: it is not ours.
+        tp: its tensor parallelism.
+        tokens, requests: outstanding, prompt and longest response; their requests.
+        version: of the weights that it was given last.
+        reported: what somebody else's server calls its weights.
+        raw_logprobs: output log-probabilities are those at temperature 1.
+        generation: counts its losses, to tell what was sent before one from what was sent after.
+        syncing: it is being given weights, and may not answer for a while.
+        trouble: what happened last.
+    """
+
+    def __init__(self, source: str | Callable[[], Server]):
+        self.start = None if isinstance(source, str) else source
+        self._url = source.rstrip("/") if isinstance(source, str) else None
+        self.server: Server | None = None
+        self.tp = 1
+        self.state = State.DOWN
+        self.tokens = self.requests = 0
+        self.version: int | None = None
+        self.reported: str | None = None
+        self.raw_logprobs = True
+        self.generation = 0
+        self.syncing = False
+        self.trouble = "has not started"
+        self.tasks: set[asyncio.Task] = set()
+        self.alarm = asyncio.Event()  # it should be looked at
+
+    @property
+    def url(self) -> str:
+        return self._url or self.server.url
+
+    @property
+    def alive(self) -> bool:
+        return self.state in (State.READY, State.STALE)
+
+    @property
+    def gpus(self) -> list[int]:
+        """Of our own server, the devices that it runs on, by tensor-parallel rank."""
+        visible = self.server.environment.get("CUDA_VISIBLE_DEVICES")
+        devices = range(self.tp) if visible is None else map(int, visible.split(","))
+        return list(devices)[: self.tp]
+
+
+class Replicas:
+    """Starts or finds the servers of one model, and returns when all of them can be used.
+
+    Methods that are coroutines run on its event loop: `run` waits for one, `spawn` does not.
+
+    Args:
+        sources: of each replica its URL, or a function that starts a server of our own.
+        model: what they have to serve.
+        api_key: asked for by all of them.
+        concurrency: requests at a time, per replica.
+        timeout_s: of one request.
+        attempts: per request, on whichever replica.
+        fixed_weights: the servers' own weights are the right ones. Otherwise a server that has been
+            restarted, and one that is not ours, serves only after `deliver`.
+        health_every_s, health_timeout_s: how often a replica is looked at, and how long it may take
+            to answer; it may miss that once.
+        patience_s: before a replica that is not ours is given up.
+
+    Raises:
+        ValueError: a URL serves another model, or cannot take the longest sequence.
+        RuntimeError: a server did not start, or a URL does not answer.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str | Callable[[], Server]],
+        model: ServedModel,
+        *,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        timeout_s: float = 1800.0,
+        attempts: int = 4,
+        fixed_weights: bool = False,
+        health_every_s: float = 5.0,
+        health_timeout_s: float = 30.0,
+        patience_s: float = 600.0,
+    ):
+        self.model = model
+        self.concurrency, self.timeout_s, self.attempts = concurrency, timeout_s, attempts
+        self.fixed_weights = fixed_weights
+        self.health_every_s, self.health_timeout_s = health_every_s, health_timeout_s
+        self.patience_s = patience_s
+        self.counts: Counter[str] = Counter()
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._closing = False
+        self.all = [Replica(source) for source in sources]
+        self._watches: list[asyncio.Task] = []
+        self._errands: set[asyncio.Task] = set()
+        self._loop = asyncio.new_event_loop()
+        # Waiting for a server takes a thread.
+        self._loop.set_default_executor(ThreadPoolExecutor(max_workers=len(sources) + 4))
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            self.run(self._open())
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, coroutine: Coroutine) -> Any:
+        """The result of a coroutine on the event loop. Not to be called on the loop itself."""
+        return self.spawn(coroutine).result()
+
+    def spawn(self, coroutine: Coroutine) -> Future:
+        """Start a coroutine on the event loop, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """End our servers and the event loop. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        self.run(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Replicas:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def live(self) -> list[Replica]:
+        """Those that can be given weights."""
+        return [replica for replica in self.all if replica.alive]
+
+    @property
+    def stale(self) -> list[Replica]:
+        """Those that wait for weights."""
+        return [r for r in self.all if r.state is State.STALE and not r.syncing]
+
+    # Requests
+
+    async def complete(self, request: dict) -> dict:
+        """The answer to a /generate request with one prompt as `input_ids`, from the replica with
+        the fewest outstanding tokens.
+
+        A request that fails for no fault of its own, or that the server aborts, begins anew, on
+        another replica if there is one. The answer's `replica_version` is the replica's when the
+        request was sent.
+
+        Raises:
+            ValueError: the request is one that kills a server or that it would not do as asked.
+            RuntimeError: refused (4xx), failed `attempts` times, or no replica is left.
+        """
+        ids, sampling = request["input_ids"], request.get("sampling_params", {})
+        new = sampling.get("max_new_tokens", 128)
+        self.model.check("the prompt", ids, new, request.get("top_logprobs_num", 0))
+        failure = last = None
+        for attempt in range(self.attempts):
+            if attempt:
+                self.counts["retries"] += 1
+                await asyncio.sleep(_delay(attempt))
+            last = await self._reserve(len(ids) + new, avoid=last)
+            try:
+                answer = await self._ask(last, request)
+            except Failed as error:
+                failure = error
+                continue
+            finally:
+                await self._release(last, len(ids) + new)
+            if answer["meta_info"]["finish_reason"]["type"] != "abort":
+                return answer
+            failure = Failed(f"{last.url}/generate: aborted")
+        raise RuntimeError(f"a request failed {self.attempts} times, the last time: {failure}")
+
+    async def _reserve(self, tokens: int, avoid: Replica | None) -> Replica:
+        def free() -> list[Replica]:
+            if all(replica.state is State.DEAD for replica in self.all):
+                raise RuntimeError("no server is left: " + "; ".join(self._troubles()))
+            return [
+                replica
+                for replica in self.all
+                if replica.state is State.READY and replica.requests < self.concurrency
+            ]
+
+        async with self._changed:
+            candidates = await self._changed.wait_for(free)
+            replica = min(candidates, key=lambda r: (r is avoid, r.tokens))
+            replica.tokens += tokens
+            replica.requests += 1
+        return replica
+
+    async def _release(self, replica: Replica, tokens: int) -> None:
+        async with self._changed:
+            replica.tokens -= tokens
+            replica.requests -= 1
+            self._changed.notify()
+
+    async def _ask(self, replica: Replica, request: dict) -> dict:
+        """Raises Failed where another attempt may succeed, else RuntimeError."""
+        url, rid = f"{replica.url}/generate", uuid.uuid4().hex
+        generation, version = replica.generation, replica.version
+        task = asyncio.ensure_future(self._client.post(url, json={**request, "rid": rid}))
+        replica.tasks.add(task)  # `_lose` cancels them
+        try:
+            await asyncio.wait([task], timeout=self.timeout_s)
+        finally:
+            replica.tasks.discard(task)
+            answered = task.done()
+            task.cancel()
+        if not answered:
+            self.counts["timeouts"] += 1
+            self._run_errand(self._abort(replica, rid))
+            replica.alarm.set()
+            raise Failed(f"{url}: no answer within {self.timeout_s:g} s")
+        if task.cancelled():
+            raise Failed(f"{replica.url} was lost: {replica.trouble}")
+        try:
+            response = task.result()
+        except httpx.TransportError as error:
+            if replica.generation == generation and replica.alive:
+                # Otherwise it would have the fewest outstanding tokens, and draw all requests.
+                replica.state = State.DOWN
+                replica.alarm.set()
+            raise Failed(f"{url}: {error!r}") from error
+        if response.status_code >= 500:
+            raise Failed(f"{url}: {_message(response)}")
+        return {**_parsed(url, response), "replica_version": version}
+
+    async def _abort(self, replica: Replica, rid: str) -> None:
+        with suppress(RuntimeError):
+            await self.post(replica, "/abort_request", {"rid": rid}, self.health_timeout_s)
+
+    def _run_errand(self, coroutine: Coroutine) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._errands.add(task)  # the loop itself holds only a weak reference
+        task.add_done_callback(self._errands.discard)
+
+    # Control
+
+    async def post(
+        self, replica: Replica, path: str, payload: dict, timeout: float = CONTROL_TIMEOUT_S
+    ) -> Any:
+        """The JSON (else text) that a replica answers a POST with; no retries.
+
+        Raises:
+            RuntimeError: with the address and the server's message.
+        """
+        url = replica.url + path
+        try:
+            request = self._client.post(url, json=payload)
+            response = await asyncio.wait_for(request, timeout)
+        except asyncio.TimeoutError:
+            raise RuntimeError(f"{url}: no answer within {timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise RuntimeError(f"{url}: {error!r}") from error
+        return _parsed(url, response)
+
+    async def post_all(
+        self,
+        path: str,
+        payload: dict,
+        targets: Iterable[Replica] | None = None,
+        timeout: float = CONTROL_TIMEOUT_S,
+    ) -> list:
+        """`post` to these replicas at once, or to all live ones."""
+        targets = self.live if targets is None else targets
+        return await asyncio.gather(*(self.post(r, path, payload, timeout) for r in targets))
+
+    async def pause(self, mode: str, targets: Iterable[Replica] | None = None) -> None:
+        """Stop generating; what is under way is aborted (and comes back to begin anew), retracted,
+        or stays in place: mode "abort", "retract" or "in_place"."""
+        await self.post_all("/pause_generation", {"mode": mode}, targets)
+
+    async def resume(self, targets: Iterable[Replica] | None = None) -> None:
+        await self.post_all("/continue_generation", {}, targets)
+
+    async def flush(self, targets: Iterable[Replica] | None = None) -> None:
+        """Empty the prefix cache; refused where anything is running."""
+        await self.post_all("/flush_cache", {}, targets)
+
+    async def hold(self, targets: Iterable[Replica]) -> list[Replica]:
+        """These, as far as they live, are about to be given weights: nothing new is sent there, and
+        nobody looks whether they answer."""
+        held = [replica for replica in targets if replica.alive]
+        for replica in held:
+            replica.syncing, replica.state = True, State.STALE
+        return held
+
+    async def deliver(self, targets: Iterable[Replica], version: int) -> None:
+        """These have been given the current weights, with str(version) as their weight_version, and
+        serve."""
+        async with self._changed:
+            for replica in targets:
+                replica.syncing = False
+                if replica.alive:
+                    replica.version, replica.state = version, State.READY
+            self._changed.notify_all()
+
+    async def give_up(self, targets: Sequence[Replica]) -> bool:
+        """These were not given the weights after all: they stay stale. Whether any of them is in
+        trouble itself, which would explain it."""
+        healthy = await asyncio.gather(*(self._healthy(replica) for replica in targets))
+        for replica, well in zip(targets, healthy, strict=True):
+            replica.syncing = False
+            replica.version = None
+            replica.state = State.STALE if well else State.DOWN
+            replica.alarm.set()
+        return not all(healthy)
+
+    # Life and death
+
+    async def _open(self) -> None:
+        self._changed = asyncio.Condition()
+        self._client = httpx.AsyncClient(
+            headers=self._headers,
+            trust_env=False,
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            # The server closes a connection that has idled for 5 s, perhaps as we write to it.
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2),
+        )
+        for replica in self.all:
+            if replica.start is not None:
+                replica.server = replica.start()
+        starts = (asyncio.to_thread(r.server.wait_until_ready) for r in self.all if r.server)
+        await _all(starts)
+        await _all(self._check(replica) for replica in self.all)
+        for replica in self.all:
+            own = replica.server is not None
+            replica.version = 0 if own or self.fixed_weights else None
+            replica.state = State.STALE if replica.version is None else State.READY
+        self._watches = [asyncio.ensure_future(self._watch(replica)) for replica in self.all]
+
+    async def _close(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        servers = [replica.server for replica in self.all if replica.server is not None]
+        await asyncio.gather(*(asyncio.to_thread(_stop, server) for server in servers))
+        if client := getattr(self, "_client", None):
+            await client.aclose()
+
+    async def _watch(self, replica: Replica) -> None:
+        while replica.state is not State.DEAD:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(replica.alarm.wait(), self.health_every_s)
+            replica.alarm.clear()
+            if not replica.syncing:
+                await self._examine(replica)
+
+    async def _examine(self, replica: Replica) -> None:
+        healthy = await self._healthy(replica)
+        has_weights = self._has_weights(replica)
+        if replica.syncing:
+            return
+        if not healthy:
+            await (self._wait_for_return if replica.start is None else self._restart)(replica)
+        elif replica.state is State.READY and not has_weights:
+            await self._lose(replica, State.STALE)  # somebody has restarted it
+        elif replica.state is State.DOWN:
+            await self._revive(replica, has_weights)
+
+    async def _healthy(self, replica: Replica) -> bool:
+        """/server_info asks the scheduler, generates nothing, and so never disturbs an update."""
+        for _ in range(2):
+            if replica.server is not None and not replica.server.alive:
+                log = replica.server.log
+                replica.trouble = f"died: {cause(_tail(log))} (log: {log})"
+                return False
+            try:
+                await self._get(replica, "/server_info")
+                if replica.server is None:
+                    info = await self._get(replica, "/model_info")
+                    replica.reported = info.get("weight_version")
+                return True
+            except RuntimeError as error:
+                replica.trouble = str(error)
+            await asyncio.sleep(FIRST_DELAY_S)
+        return False
+
+    def _has_weights(self, replica: Replica) -> bool:
+        """Whether a replica that runs still has what it was given last."""
+        if self.fixed_weights or replica.server is not None:
+            return replica.version is not None
+        return replica.reported == str(replica.version)
+
+    async def _revive(self, replica: Replica, has_weights: bool) -> None:
+        async with self._changed:
+            replica.state = State.READY if has_weights else State.STALE
+            self._changed.notify_all()
+
+    async def _lose(self, replica: Replica, state: State) -> None:
+        replica.state = state
+        replica.generation += 1
+        for task in replica.tasks:
+            task.cancel()
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _restart(self, replica: Replica) -> None:
+        await self._lose(replica, State.DOWN)
+        for attempt in range(1, RESTARTS + 1):
+            self.counts["restarts"] += 1
+            try:
+                await asyncio.to_thread(_stop, replica.server, 0)
+                replica.version = 0 if self.fixed_weights else None
+                replica.server = replica.start()
+                await asyncio.to_thread(replica.server.wait_until_ready)
+                return await self._revive(replica, self.fixed_weights)
+            except Exception as error:  # whatever it is, the watch goes on
+                replica.trouble = str(error) or repr(error)
+                await asyncio.sleep(_delay(attempt))
+        await self._lose(replica, State.DEAD)
+
+    async def _wait_for_return(self, replica: Replica) -> None:
+        await self._lose(replica, State.DOWN)
+        deadline = time.monotonic() + self.patience_s
+        attempt = 1
+        while True:
+            await asyncio.sleep(_delay(attempt))
+            attempt += 1
+            try:
+                await self._check(replica)
+                return await self._revive(replica, self._has_weights(replica))
+            except Exception as error:  # whatever it is, the watch goes on
+                replica.trouble = str(error) or repr(error)
+            if time.monotonic() > deadline and replica.state is not State.DEAD:
+                await self._lose(replica, State.DEAD)
+
+    def _troubles(self) -> list[str]:
+        return [f"{r.url} {r.trouble}" for r in self.all]
+
+    # What a server is
+
+    async def _get(self, replica: Replica, path: str) -> dict:
+        url = replica.url + path
+        try:
+            response = await asyncio.wait_for(self._client.get(url), self.health_timeout_s)
+        except asyncio.TimeoutError:
+            raise RuntimeError(f"{url}: no answer within {self.health_timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise RuntimeError(f"{url}: {error!r}") from error
+        return _parsed(url, response)
+
+    async def _check(self, replica: Replica) -> None:
+        """Whether a server is there, and is one of our model.
+
+        Raises:
+            ValueError, RuntimeError: as the class.
+        """
+        info = await self._get(replica, "/model_info")
+        server = await self._get(replica, "/server_info")
+        replica.tp = server.get("tp_size", 1)
+        replica.reported = info.get("weight_version")
+        expected, path = self.model, info["model_path"]
+        found = {"model_type": info.get("model_type"), "vocab_size": await self._vocab(replica)}
+        found = {key: value for key, value in found.items() if value is not None}
+        # A path of this machine tells all; where it means nothing here, its name has to do.
+        if (Path(path) / "config.json").is_file():
+            found |= _sizes(path)
+        elif Path(path).name != Path(expected.path).name:
+            found |= {"path": path}
+        wrong = {k: v for k, v in found.items() if v != expected.sizes.get(k)}
+        if wrong:
+            wanted = {k: expected.sizes.get(k, expected.path) for k in wrong}
+            raise ValueError(
+                f"{replica.url} serves another model ({path}): found {_listed(wrong)}, expected "
+                f"{_listed(wanted)} ({expected.path})"
+            )
+        longest = server.get("max_req_input_len", expected.longest + 1) - 1
+        if longest < expected.longest:
+            raise ValueError(
+                f"{replica.url} takes sequences of {longest} tokens, the run has some of "
+                f"{expected.longest}: start it with --context-length and --max-total-tokens of "
+                f"{expected.longest + CONTEXT_MARGIN} or more"
+            )
+        if replica.server is None:
+            replica.raw_logprobs = await self._reports_raw(replica)
+
+    async def _vocab(self, replica: Replica) -> int | None:
+        """The size of its vocabulary, as the refusal of a bias outside of it names it."""
+        sampling = {"max_new_tokens": 0, "logit_bias": {"-1": 0.0}}
+        with suppress(RuntimeError):
+            try:
+                await self.post(
+                    replica, "/generate", {"input_ids": [0], "sampling_params": sampling}
+                )
+            except RuntimeError as error:
+                if match := re.search(r"keys in \[0, (\d+)\]", str(error)):
+                    return int(match.group(1)) + 1
+        return None
+
+    async def _reports_raw(self, replica: Replica) -> bool:
+        """Whether the log-probabilities of output tokens are those at temperature 1: then they are
+        as far apart at another temperature."""
+        spreads = []
+        for temperature in (1.0, 4.0):
+            request = {
+                "input_ids": [0],
+                "sampling_params": {"max_new_tokens": 1, "temperature": temperature},
+                "return_logprob": True,
+                "top_logprobs_num": 8,
+            }
+            answer = await self.post(replica, "/generate", request)
+            top = answer["meta_info"]["output_top_logprobs"][0]
+            spreads.append(top[0][0] - top[-1][0])
+        return spreads[1] > spreads[0] / 2
+
+
+class Failed(Exception):
+    """An attempt that says nothing about the request."""
+
+
+def _delay(attempt: int) -> float:
+    return min(FIRST_DELAY_S * 2 ** (attempt - 1), LONGEST_DELAY_S)
+
+
+async def _all(awaitables: Iterable[Awaitable]) -> None:
+    """Wait for all of them, and only then raise what any of them raised."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for error in results:
+        if isinstance(error, BaseException):
+            raise error
+
+
+def _parsed(url: str, response: httpx.Response) -> Any:
+    if response.status_code != 200:
+        raise RuntimeError(f"{url}: {_message(response)}")
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text
+    if isinstance(body, dict) and body.get("success") is False:
+        raise RuntimeError(f"{url}: {body.get('message', body)}")
+    return body
+
+
+def _message(response: httpx.Response) -> str:
+    """What the server says is wrong."""
+    message = response.text
+    with suppress(ValueError, KeyError, TypeError):
+        error = json.loads(message)["error"]
+        message = error if isinstance(error, str) else error["message"]
+    return f"{response.status_code} {message.strip()[:500]}"
+
+
+def _sizes(path: str | Path) -> dict[str, Any]:
+    config = AutoConfig.from_pretrained(path)
+    text = config.get_text_config()
+    return {key: getattr(text, key, None) for key in SIZES} | {"model_type": config.model_type}
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _stop(server: Server, grace_s: float = 10) -> None:
+    if server.alive:  # its supervisor may have been stopped with it, and would not hear
+        os.kill(server.pid, signal.SIGCONT)
+    server.stop(grace_s)
+
+
+def _tail(log: Path, size: int = 1 << 20) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - size))
+        return file.read().decode(errors="replace")

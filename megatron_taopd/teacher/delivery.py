@@ -1,0 +1,70 @@
+"""The teacher's hidden states: from the ranks that computed them to those that score the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.parallel.exchange import HeldRows, send_rows
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.types import Sequences
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """What the teacher has made of some sequences.
+
+    Attributes:
+        held: this rank's share of their rows, numbered within these sequences.
+        holders: [n, h] int64, for each sequence the global ranks that hold its rows.
+    """
+
+    held: HeldRows
+    holders: Tensor
+
+
+def deliver(
+    parts: Sequence[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
+) -> HeldRows:
+    """The teacher's hidden states at all response rows, on the ranks that will score them.
+
+    Args:
+        parts: (places in the batch, what was read); every sequence of the batch once.
+        batch: the whole batch; the same on every rank.
+        student: layout of the model whose last stage scores.
+        owner: [N] int64, the student's data-parallel rank that scores each sequence.
+
+    Returns:
+        On the student's last-stage ranks the rows of their sequences, elsewhere none.
+
+    Collectives: one all-to-all of R · D · tp elements over all ranks, tp being the student's.
+    """
+    holders = parts[0][1].holders.new_empty(batch.num_sequences, parts[0][1].holders.shape[1])
+    ids, rows = [], []
+    for places, part in parts:
+        holders[places] = part.holders
+        ids.append(batch.rows_of(places)[part.held.ids])
+        rows.append(part.held.rows)
+    held = HeldRows.from_unordered(torch.cat(ids), torch.cat(rows))
+    return send_rows(held, *_routes(batch, student, owner, holders))
+
+
+def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor):
+    """(row, source rank, destination rank) of every copy that has to be delivered.
+
+    Each rank of the student's last-stage TP group needs the row; the copies are taken in turn from
+    the ranks that have it, and from the destination itself if it does.
+    """
+    sequences = batch.row_sequences()
+    sources, destinations = [], []
+    for tp_rank in range(student.tp):
+        destination = student.last_stage_rank(owner, tp_rank)
+        source = holders[:, tp_rank % holders.shape[1]]
+        has_it = (holders == destination[:, None]).any(1)
+        sources.append(torch.where(has_it, destination, source)[sequences])
+        destinations.append(destination[sequences])
+    ids = torch.arange(batch.num_rows)
+    return ids.repeat(student.tp), torch.cat(sources), torch.cat(destinations)

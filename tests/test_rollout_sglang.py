@@ -1,0 +1,461 @@
+"""The engine on real SGLang servers, on the CPU."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+
+import httpx
+import psutil
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+
+from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.serving import replicas as module
+from megatron_taopd.serving.replicas import Replicas, ServedModel, State
+from megatron_taopd.serving.server import Server
+
+STUDENT = "examples/tiny_pair/student"
+MODEL = ServedModel.of(STUDENT, 120)
+VOCABULARY, EOS = 1100, 1  # of the 1,152 rows
+PROMPTS = [[2, 5, 6, 7], [2, 9], [2, 11, 12, 13, 14, 15], [2, 20, 21], [2, 300, 17], [2, 8]]
+GREEDY = Sampling(max_new_tokens=24, temperature=0)
+LONG = Sampling(max_new_tokens=100, temperature=0, samples=4)
+
+
+class DiskSync:
+    """Has the servers read `path`."""
+
+    def __init__(self, path):
+        self.path, self.pushes, self.fault = path, [], None
+
+    def push(self, replicas, targets, named_tensors, version):
+        assert [name for name, _ in named_tensors] == ["weight"]
+        if replicas is not None:
+            self.pushes.append((targets, version))
+            if self.fault is not None:
+                self.fault(targets)
+            payload = {"model_path": str(self.path), "weight_version": str(version)}
+            replicas.run(replicas.post_all("/update_weights_from_disk", payload, targets))
+
+
+def engine_on(replicas, sync, **kwargs):
+    weights = partial(iter, [("weight", torch.zeros(1))])
+    return SGLangEngine(replicas, MODEL, VOCABULARY, [EOS], sync, weights, **kwargs)
+
+
+def update(engine, path, version):
+    engine.sync.path = path
+    engine.update_weights(engine.weights(), version)
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """The student, but it never ends a response, so that there is time to disturb it."""
+    path = tmp_path_factory.mktemp("endless")
+    shutil.copytree(STUDENT, path, dirs_exist_ok=True)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][EOS] *= -1
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two servers; the student's weights are version 0."""
+    logs = tmp_path_factory.mktemp("logs")
+    options = {"device": "cpu", "dtype": "float32", "max_running_requests": 16}
+    starts = [
+        partial(Server, STUDENT, logs / f"{i}", **options, max_total_tokens=4096, start_timeout=180)
+        for i in range(2)
+    ]
+    # A restart keeps both cores busy, and a healthy server waiting.
+    limits = {"concurrency": 8, "health_every_s": 0.5, "health_timeout_s": 4}
+    with Replicas(starts, MODEL, **limits) as replicas:
+        yield replicas
+
+
+@pytest.fixture
+def engine(pair):
+    pair.counts.clear()
+    return engine_on(pair, DiskSync(STUDENT))
+
+
+def local(path=STUDENT):
+    return LocalEngine.from_hf(path, torch.float32, "cpu", vocab_size=VOCABULARY)
+
+
+def assert_same(batch, expected):
+    for name in ("tokens", "cu_seqlens", "prompt_lengths", "truncated", "prompts"):
+        torch.testing.assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=0)
+    torch.testing.assert_close(batch.log_probs, expected.log_probs, rtol=0, atol=1e-4)
+
+
+def wait_for(condition, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("stop_ids", [(), (6, 8)])
+def test_greedy_is_the_local_engines(engine, stop_ids):
+    sampling = Sampling(max_new_tokens=24, temperature=0, samples=2, stop_token_ids=stop_ids)
+    indices = [7, 3, 100, 0, 5, 9]
+    pending = engine.submit(PROMPTS, indices, 1, sampling)
+    batch = pending.result()
+    [(places, part)] = pending.parts()
+    assert places.tolist() == list(range(12)) and torch.equal(part.tokens, batch.tokens)
+    assert_same(batch, local().generate(PROMPTS, indices, 1, sampling))
+    assert batch.weight_versions.unique().tolist() == [0] and batch.top_ids is None
+    assert stop_ids or batch.truncated.unique().tolist() == [False, True]
+
+
+def test_samples_and_tops_at_temperature(engine):
+    sampling = Sampling(max_new_tokens=30, temperature=1.5, samples=3, top_logprobs=5)
+    pending = engine.submit(PROMPTS, range(6), 1, sampling)
+    parts = list(pending.parts())
+    batch = pending.result()
+    assert len(parts) > 1
+    assert sorted(torch.cat([places for places, _ in parts]).tolist()) == list(range(18))
+    for places, part in parts:
+        assert places.tolist() == sorted(places.tolist())
+        for i, place in enumerate(places):
+            assert torch.equal(part.sequence(i), batch.sequence(place))
+            assert part.truncated[i] == batch.truncated[place]
+    assert batch.prompts.tolist() == [i for i in range(6) for _ in range(3)]
+    assert list(pending.parts()) == []
+    sequences = [batch.sequence(i) for i in range(18)]
+    assert len({tuple(sequence.tolist()) for sequence in sequences}) > 12
+    assert batch.tokens.max() < VOCABULARY
+
+    logits = [local().model(sequence[None]).logits[0] for sequence in sequences]
+    logits = torch.cat(
+        [x[p - 1 : -1] for x, p in zip(logits, batch.prompt_lengths.tolist(), strict=True)]
+    )
+    log_probs = logits[:, :VOCABULARY].log_softmax(1)
+    chosen = log_probs.gather(1, batch.response_tokens()[:, None])[:, 0]
+    torch.testing.assert_close(batch.log_probs, chosen, rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.top_log_probs, log_probs.topk(5).values, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        batch.top_log_probs, log_probs.gather(1, batch.top_ids), rtol=0, atol=1e-4
+    )
+
+
+def test_top_k_and_top_p(engine):
+    for sampling in (
+        Sampling(max_new_tokens=20, temperature=1.5, top_k=1),
+        Sampling(max_new_tokens=20, temperature=1.5, top_p=1e-6),
+    ):
+        batch = engine.generate(PROMPTS, range(6), 1, sampling)
+        assert_same(batch, local().generate(PROMPTS, range(6), 1, sampling))
+
+
+def test_what_would_kill_a_server_is_refused(engine):
+    for prompts, message in (
+        ([[5], [5, 1152]], "prompt 8 has the token id 1152; the model has 0 … 1151"),
+        ([[5], [-1]], "prompt 8 has the token id -1"),
+        ([[5], []], "prompt 8 is empty"),
+        ([[5], [5] * 97], "prompt 8 has 97 tokens; with 24 new ones .* over the servers' 120"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(prompts, [7, 8], 1, GREEDY)
+    with pytest.raises(ValueError, match="top_logprobs 1101"):
+        engine.submit([[5]], [7], 1, Sampling(4, top_logprobs=1101))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.replicas.run(engine.replicas.complete({"input_ids": []}))
+    assert not engine.pending
+
+
+def test_refused_request_is_not_repeated(engine):
+    with pytest.raises(RuntimeError, match="/generate: 400 temperature must be"):
+        engine.generate(PROMPTS, range(6), 1, Sampling(4, temperature=-1.0))
+    assert not engine.replicas.counts["retries"]
+
+
+# Several servers, several versions
+
+
+def test_update_and_shared_load(engine, endless):
+    update(engine, endless, 4)
+    assert [replica.version for replica in engine.replicas.all] == [4, 4]
+    pending = engine.submit(PROMPTS, range(6), 1, LONG)
+    with pytest.raises(AssertionError):
+        update(engine, endless, 5)
+    loads = []
+    for _ in pending.parts():
+        loads.append([replica.requests for replica in engine.replicas.all])
+    assert max(min(load) for load in loads) > 3 and max(map(max, loads)) <= 8
+    assert all(replica.tokens == replica.requests == 0 for replica in engine.replicas.all)
+    batch = pending.result()
+    assert_same(batch, local(endless).generate(PROMPTS, range(6), 1, LONG))
+    assert batch.weight_versions.unique().tolist() == [4]
+    metrics = engine.metrics()
+    assert metrics["rollout/engine_tokens_per_second"] > 0 and not metrics["rollout/retries"]
+    assert metrics["rollout/cached_share"] > 0
+    assert not any(engine.metrics().values())
+
+
+def test_version_changes_within_a_response(engine, endless):
+    replicas, payload = engine.replicas, {"model_path": str(endless), "weight_version": "9"}
+    update(engine, endless, 8)
+    pending = engine.submit(PROMPTS, range(6), 1, LONG)
+    wait_for(lambda: engine.replicas.all[0].requests)
+    time.sleep(0.3)
+    replicas.run(replicas.pause("in_place"))
+    payload["flush_cache"] = False
+    replicas.run(replicas.post_all("/update_weights_from_disk", payload))
+    replicas.run(replicas.resume())
+    batch = pending.result()
+    versions = batch.weight_versions.split(batch.response_lengths.tolist())
+    assert any(set(v.tolist()) == {8, 9} for v in versions)
+    assert all((v.diff() >= 0).all() for v in versions)
+    assert_same(batch, local(endless).generate(PROMPTS, range(6), 1, LONG))
+
+
+def test_aborted_responses_begin_anew(engine, endless):
+    update(engine, endless, 10)
+    pending = engine.submit(PROMPTS, range(6), 1, LONG)
+    wait_for(lambda: engine.replicas.all[0].requests)
+    time.sleep(0.3)
+    engine.replicas.run(engine.replicas.pause("abort"))
+    engine.replicas.run(engine.replicas.resume())
+    assert_same(pending.result(), local(endless).generate(PROMPTS, range(6), 1, LONG))
+    assert engine.metrics()["rollout/retries"] > 0
+
+
+# On ranks
+
+
+def on_ranks(url, path):
+    """Greedy, sampled, and what a refusal raises."""
+    import torch.distributed as dist
+
+    replicas = Replicas([url], MODEL) if dist.get_rank() == 0 else None
+    sync = DiskSync(path)
+    engine = engine_on(replicas, sync, version=lambda: 3)
+    batches = [
+        engine.generate(PROMPTS, range(6), 1, Sampling(20, 2, temperature, top_logprobs=k))
+        for temperature, k in ((0, 0), (1.0, 2))
+    ]
+    batches[:0] = [engine.generate(PROMPTS, range(6), 1, GREEDY)]
+    update(engine, path, 4)
+    try:
+        engine.generate(PROMPTS, range(6), 1, Sampling(4, temperature=-1.0))
+    except RuntimeError as error:
+        refused = str(error)
+    sync.fault = refuse
+    try:
+        update(engine, path, 5)
+    except RuntimeError as error:
+        failed = str(error)
+    engine.close()
+    return batches, [v for _, v in sync.pushes], refused, failed
+
+
+def refuse(targets):
+    raise RuntimeError("refused")
+
+
+def test_ranks(pair, endless):
+    answers = run_ranks(2, on_ranks, pair.all[0].url, endless)
+    (first, pushes, *messages), (second, _, *others) = answers
+    assert pushes == [3, 4, 5]  # the first because the server is somebody else's
+    assert messages == others
+    assert "400 temperature" in messages[0] and messages[1] == "weights of version 5: refused"
+    for a, b in zip(first, second, strict=True):
+        for name, value in vars(a).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, getattr(b, name))
+    assert_same(first[0], local(endless).generate(PROMPTS, range(6), 1, GREEDY))
+    assert first[2].weight_versions.unique().tolist() == [3] and first[2].top_ids.shape[1] == 2
+
+
+# What goes wrong
+
+
+@contextmanager
+def proxy(url, disturb):
+    """In front of a real server: `disturb(path, body, key)` may answer with a status of its own."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status = disturb(self.path, body, self.headers["Authorization"])
+            if status is not None:
+                return self.answer(httpx.Response(status, json={"error": {"message": "oh"}}))
+            headers = {"Content-Type": "application/json"}
+            target, kwargs = url + self.path, {"headers": headers, "timeout": 60}
+            self.answer(httpx.request(self.command, target, content=body, **kwargs))
+
+        do_GET = do_POST
+
+        def answer(self, response):
+            self.send_response(response.status_code)
+            self.send_header("Content-Length", str(len(response.content)))
+            self.end_headers()
+            self.wfile.write(response.content)
+
+        def log_message(self, *_):
+            pass
+
+    class Http(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):
+            pass  # a client that no longer waits
+
+    with Http(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_failing_and_slow_answers_are_repeated(pair):
+    asked, aborted = [], []
+
+    def disturb(path, body, key):
+        if path == "/abort_request":
+            aborted.append(json.loads(body)["rid"])
+        if path == "/generate" and b'"rid"' in body:
+            asked.append(json.loads(body)["rid"])
+            if len(asked) % 3 == 1:
+                return 500
+            if len(asked) == 3:
+                time.sleep(3)
+
+    with (
+        proxy(pair.all[0].url, disturb) as url,
+        Replicas([url], MODEL, timeout_s=2, attempts=8) as replicas,
+    ):
+        engine = engine_on(replicas, DiskSync(STUDENT))
+        batch = engine.generate(PROMPTS, range(6), 1, GREEDY)
+        assert_same(batch, local().generate(PROMPTS, range(6), 1, GREEDY))
+        metrics = engine.metrics()
+        assert metrics["rollout/timeouts"] == 1 and metrics["rollout/resyncs"] == 1
+        assert metrics["rollout/retries"] == len(asked) - 6 > 2
+        wait_for(lambda: aborted)
+        assert aborted == [asked[2]]
+
+
+def test_attempts_come_to_an_end(pair):
+    def disturb(path, body, key):
+        return 503 if path == "/generate" and b'"rid"' in body else None
+
+    with (
+        proxy(pair.all[0].url, disturb) as url,
+        Replicas([url], MODEL, attempts=2) as replicas,
+    ):
+        engine = engine_on(replicas, DiskSync(STUDENT))
+        with pytest.raises(RuntimeError, match=f"failed 2 times, .*{url}/generate: 503 oh"):
+            engine.generate(PROMPTS, range(6), 1, GREEDY)
+
+
+def test_server_that_comes_back(pair, endless):
+    """Somebody else's, out for a second: first in the middle of an update, then of a batch."""
+    sick = threading.Event()
+
+    def disturb(path, body, key):
+        return 401 if key != "Bearer key" else 500 if sick.is_set() else None
+
+    def fall_ill(_=None):
+        sick.set()
+        threading.Timer(1, sick.clear).start()
+
+    def break_off(targets):
+        sync.fault = None
+        fall_ill()
+        refuse(targets)
+
+    sync = DiskSync(endless)
+    sync.fault = break_off
+    limits = {"api_key": "key", "concurrency": 8, "health_every_s": 0.1, "health_timeout_s": 5}
+    with proxy(pair.all[0].url, disturb) as url, Replicas([url], MODEL, **limits) as replicas:
+        engine = engine_on(replicas, sync, version=lambda: 30)
+        expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
+        assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
+        assert [version for _, version in sync.pushes] == [30, 30]
+        pending = engine.submit(PROMPTS, range(6), 1, LONG)
+        next(pending.parts())
+        fall_ill()
+        batch = pending.result()
+        assert_same(batch, expected)
+        assert len(sync.pushes) == 2 and batch.weight_versions.unique().tolist() == [30]
+        assert engine.metrics()["rollout/retries"] >= 8
+        with pytest.raises(RuntimeError, match="/model_info: 401 oh"):
+            Replicas([url], MODEL)
+
+
+def test_wrong_server_at_the_url(pair):
+    url = pair.all[0].url
+    for model, message in (
+        (ServedModel.of("examples/tiny_pair/teacher", 120), "found hidden_size 96, .*expected hid"),
+        (MODEL._replace(sizes=MODEL.sizes | {"vocab_size": 99}), "found vocab_size 1152, expected"),
+        (MODEL._replace(longest=122), "takes sequences of 121 tokens, the run has some of 122"),
+    ):
+        with pytest.raises(ValueError, match=f"{url} .*{message}"):
+            Replicas([url], model)
+    with pytest.raises(RuntimeError, match=r"http://127.0.0.1:9/model_info: ConnectError"):
+        Replicas(["http://127.0.0.1:9"], MODEL)
+
+
+def scheduler(replica):
+    processes = psutil.Process(replica.server.pid).children(recursive=True)
+    return next(p for p in processes if p.name() == "sglang::scheduler")
+
+
+def test_dead_and_hung_servers(engine, endless):
+    update(engine, endless, 20)
+    expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
+    first, second = engine.replicas.all
+    pids = [first.server.pid, second.server.pid]
+    engine.current_version = lambda: 21  # the trainer has gone on
+
+    pending = engine.submit(PROMPTS, range(6), 1, LONG)
+    next(pending.parts())
+    os.kill(first.server.pid, signal.SIGKILL)
+    batch = pending.result()
+    assert_same(batch, expected)
+    assert first.state is not State.READY and second.state is State.READY
+    assert batch.weight_versions.unique().tolist() == [20]
+
+    pending = engine.submit(PROMPTS, range(6), 1, LONG)
+    os.kill(scheduler(second).pid, signal.SIGSTOP)
+    batch = pending.result()
+    assert_same(batch, expected)  # not what the student says, which is what they started with
+    assert 21 in batch.weight_versions
+    wait_for(lambda: second.state is State.STALE)
+    assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
+    assert [replica.state for replica in engine.replicas.all] == [State.READY] * 2
+    assert [replica.version for replica in engine.replicas.all] == [21, 21]
+    assert [version for _, version in engine.sync.pushes] == [20, 21, 21]
+    assert pids[0] != first.server.pid and pids[1] != second.server.pid
+    metrics = engine.metrics()
+    assert metrics["rollout/restarts"] == 2 and metrics["rollout/resyncs"] == 2
+    assert metrics["rollout/retries"] > 0
+
+
+def test_no_server_is_left(engine, monkeypatch):
+    def start():
+        raise RuntimeError("the SGLang server died: out of memory")
+
+    monkeypatch.setattr(module, "RESTARTS", 1)
+    for replica in engine.replicas.all:
+        replica.start = start
+        os.kill(replica.server.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"no server is left: .* died: out of memory; .* out of"):
+        engine.generate(PROMPTS, range(6), 1, GREEDY)

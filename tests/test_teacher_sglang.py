@@ -1,0 +1,442 @@
+"""Teachers on a real SGLang server, against transformers, a Megatron teacher and dense float64."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import dense
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from sglang_server import serve
+from shards import SIZE, columns, make_logits, shard_of
+from step import OPTIMIZER, gather_gradients, make_batch, row_logits
+from transformers import AutoModelForCausalLM
+
+from megatron_taopd.parallel.vocab import score_topk
+from megatron_taopd.serving.hidden_states import HOOK_ARGS, pack, unpack
+from megatron_taopd.serving.replicas import Replicas, ServedModel
+from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
+from megatron_taopd.teacher.topk import TopkRows
+from megatron_taopd.types import TeacherSequences
+
+STUDENT, TEACHER = "examples/tiny_pair/student", "examples/tiny_pair/teacher"
+VOCABULARY, HIDDEN = 1152, 128
+MODEL = ServedModel.of(TEACHER, 116)
+K, REPORTED = 5, 12
+BATCH = make_batch(VOCABULARY)
+FIELDS = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
+
+
+# Scores and losses from a teacher's top-K
+
+
+def report(teacher, n, size=SIZE):
+    """What a teacher of these logits reports: its top n of all columns that are not nan."""
+    log_probs = teacher.double().nan_to_num(nan=-torch.inf).log_softmax(1)
+    top = log_probs.topk(n)
+    return top.indices.masked_fill(top.indices >= size, -1), top.values.float()
+
+
+def topk_scores_on_rank(bounds, cases, k):
+    """Scores of logits: the head is the identity."""
+    shard = shard_of(bounds)
+    weight = columns(torch.eye(bounds[-1]), shard).t()
+    return [
+        score_topk(student.nan_to_num(0), weight, ids, log_probs, k, shard, 5)
+        for student, (ids, log_probs) in cases
+    ]
+
+
+@pytest.mark.parametrize("bounds", [[0, 96], [0, 48, 96], [0, 91, 96], [0, 0, 96]])
+@pytest.mark.parametrize("n", [5, 11, 40, 90])
+def test_topk_scores_match_the_oracle(bounds, n):
+    logits = [make_logits(kind) for kind in ("flat", "plain", "peaked", "tied")]
+    foreign = make_logits("plain", seed=2)
+    foreign[1][:, SIZE:] = 4.0  # of the teacher alone, and likely
+    logits.append(foreign)
+    cases = [(student, report(teacher, n)) for student, teacher in logits]
+    by_rank = run_ranks(len(bounds) - 1, topk_scores_on_rank, bounds, cases, K)
+    for results in by_rank:
+        for scores, first, (student, told) in zip(results, by_rank[0], cases, strict=True):
+            wanted = dense.topk_scores(student, *told, K, SIZE)
+            for field, want in zip(FIELDS, wanted, strict=True):
+                got = getattr(scores, field)
+                assert torch.equal(got, getattr(first, field))
+                torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6, msg=field)
+
+
+@pytest.mark.parametrize("kind", ["flat", "plain", "peaked"])
+def test_topk_scores_are_bounds_that_close(kind):
+    student, teacher = make_logits(kind)
+    exact = (
+        dense.disagreement(student, teacher, K, SIZE),
+        dense.compatibility(student, teacher, K, SIZE),
+        dense.entropy(student, SIZE),
+        dense.entropy(teacher, SIZE),
+    )
+    last = None
+    for n in (5, 8, 16, 32, SIZE):
+        [scores] = topk_scores_on_rank_0(student, report(teacher, n))
+        bounds = [getattr(scores, field).double() for field in FIELDS]
+        for bound, value in zip(bounds, exact, strict=True):
+            assert (bound <= value + 1e-5).all()
+        if n == K:  # Eq. 17
+            want = dense.compatibility_bound(student, teacher, K, SIZE)
+            torch.testing.assert_close(bounds[1], want, rtol=1e-5, atol=1e-6)
+        if last:
+            assert all((b >= a - 1e-5).all() for a, b in zip(last, bounds, strict=True))
+        last = bounds
+    for bound, value in zip(last, exact, strict=True):
+        torch.testing.assert_close(bound, value, rtol=1e-5, atol=2e-6)
+
+
+def topk_scores_on_rank_0(student, told):
+    shard = shard_of([0, 96], rank=0)
+    return [score_topk(student.nan_to_num(0), torch.eye(96), *told, K, shard, 5)]
+
+
+def test_a_student_that_is_sure_of_what_the_teacher_does_not_report_disagrees():
+    student, teacher = torch.zeros(1, 96), torch.zeros(1, 96)
+    student[0, 7], teacher[0, 20:25] = 12.0, torch.linspace(12.0, 13.0, 5)
+    [scores] = topk_scores_on_rank_0(student, report(teacher, 5))
+    exact = dense.disagreement(student, teacher, K, SIZE)
+    assert exact - 0.1 < scores.disagreement <= exact and exact > 8
+    assert scores.compatibility == 0
+
+
+def test_topk_scores_of_nothing():
+    shard = shard_of([0, 96], rank=0)
+    weight, no_ids, no_rows = torch.eye(96), torch.zeros(0, 8).long(), torch.zeros(0, 8)
+    assert (
+        len(score_topk(torch.zeros(0, 96), weight, no_ids, no_rows, 5, shard, 4).compatibility) == 0
+    )
+    told = torch.full((1, 8), -1), torch.full((1, 8), -3.0)
+    scores = score_topk(torch.zeros(1, 96), weight, *told, 5, shard, 4)
+    assert scores.disagreement == 0 and scores.compatibility == 0
+    with pytest.raises(ValueError, match="k is 9: the teacher reports 8"):
+        score_topk(torch.zeros(1, 96), weight, *told, 9, shard, 4)
+
+
+def test_rows_travel_as_they_are():
+    rows = TopkRows(torch.tensor([[5, -1]]), torch.tensor([[-0.5, -torch.inf]]), torch.ones(1))
+    packed = rows.pack()
+    assert packed.shape == (1, 5)
+    for name, value in vars(TopkRows.unpack(packed)).items():
+        assert torch.equal(value, getattr(rows, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_hidden_states_are_packed_without_loss(rows, dtype):
+    hidden = torch.randn(2 * rows, 6).to(dtype)[rows:]
+    packed = json.loads(json.dumps(pack(hidden)))
+    assert torch.equal(unpack(packed), hidden) and unpack(packed).dtype == dtype
+
+
+# A server
+
+
+@pytest.fixture(scope="module")
+def server():
+    # With the prefix cache: what a request's own key is for.
+    args = [arg for arg in HOOK_ARGS if arg != "--disable-radix-cache"]
+    args.append("--enable-return-hidden-states")
+    with serve(TEACHER, context_length=124, mem_fraction=0.2, args=args) as server:
+        yield server
+
+
+@pytest.fixture
+def replicas(server):
+    with Replicas([server.url], MODEL, fixed_weights=True) as replicas:
+        yield replicas
+
+
+@pytest.fixture(scope="module")
+def transformers_rows():
+    """[R, D] last hidden states, and [R, V] log-probabilities."""
+    model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32)
+    hidden, log_probs = [], []
+    for i in range(BATCH.num_sequences):
+        rows = BATCH.row_positions[slice(*BATCH.cu_rows[i : i + 2].tolist())]
+        with torch.no_grad():
+            output = model(BATCH.sequence(i)[None], output_hidden_states=True)
+        hidden.append(output.hidden_states[-1][0, rows])
+        log_probs.append(output.logits[0, rows].log_softmax(1))
+    return torch.cat(hidden), torch.cat(log_probs)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_hidden_states_are_those_that_the_head_takes(replicas, transformers_rows, packs):
+    teacher = SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+    assert teacher.packs
+    teacher.packs = packs
+    for _ in range(2):  # the second time, all of it could be in the prefix cache
+        part = teacher.read(BATCH)
+        assert part.holders.tolist() == [[0]] * BATCH.num_sequences
+        torch.testing.assert_close(part.held.rows, transformers_rows[0], rtol=0, atol=1e-5)
+    assert teacher.metrics()["teacher/tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_cached_prefix_is_noticed(replicas, packs):
+    teacher = SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+    teacher.packs, request = packs, teacher.request
+    teacher.request = lambda *args: request(*args) | {"extra_key": None}
+    with pytest.raises(RuntimeError, match=r"http://.*of \d+ × 128 were expected, .* has 1 × 128"):
+        for _ in range(2):
+            teacher.read(BATCH)
+
+
+def test_top_ids_and_sampled_tokens(replicas, transformers_rows):
+    _, log_probs = transformers_rows
+    shifted = (torch.arange(VOCABULARY) + 1) % VOCABULARY
+    shifted[7] = -1  # a teacher whose ids are others, and one of which the student lacks
+    for student_ids in (None, student_ids_of(shifted, VOCABULARY)):
+        teacher = SGLangTopkTeacher(replicas, MODEL, REPORTED, student_ids)
+        rows = TopkRows.unpack(teacher.read(BATCH).held.rows)
+        top = log_probs.topk(REPORTED)
+        ids = top.indices
+        if student_ids is not None:
+            ids = (ids - 1).where(ids > 0, VOCABULARY - 1)
+            ids = ids.masked_fill(ids == 7, -1)
+        assert torch.equal(rows.ids, ids)
+        torch.testing.assert_close(rows.log_probs, top.values, rtol=0, atol=2e-5)
+        sampled = log_probs.gather(1, BATCH.response_tokens()[:, None])[:, 0]
+        torch.testing.assert_close(rows.token_log_probs, sampled, rtol=0, atol=2e-5)
+        metrics = teacher.metrics()
+        assert metrics["teacher/topk_bound"] == 1
+        assert metrics["teacher/topk_mass"] == pytest.approx(top.values.exp().sum(1).mean().item())
+
+
+@pytest.mark.parametrize("form", [SGLangTeacher, SGLangTopkTeacher])
+def test_rows_of_a_teacher_with_its_own_tokens(replicas, transformers_rows, form):
+    """Rows that skip tokens, as where a token is spelled out; and a sequence without any."""
+    teacher = form(replicas, MODEL, *((HIDDEN, torch.float32) if form is SGLangTeacher else (8,)))
+    picked = [0, 1, BATCH.num_sequences - 1]
+    keep = [BATCH.rows_of(torch.tensor([i]))[::2] for i in picked]
+    keep[1] = keep[1][:0]
+    sequences = [BATCH.sequence(i) for i in picked]
+    starts = [torch.tensor([0, *map(len, parts)]).cumsum(0) for parts in (sequences, keep)]
+    rows = torch.cat(keep)
+    reading = TeacherSequences(torch.cat(sequences), *starts, BATCH.row_positions[rows])
+    got = teacher.read(reading).held.rows
+    if form is SGLangTeacher:
+        torch.testing.assert_close(got, transformers_rows[0][rows], rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(TopkRows.unpack(got).ids, transformers_rows[1][rows].topk(8).indices)
+
+
+def test_what_no_server_takes(replicas):
+    teacher = SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+    sequences = TeacherSequences(
+        torch.zeros(117).long(), torch.tensor([0, 117]), torch.tensor([0, 1]), torch.tensor([3])
+    )
+    with pytest.raises(ValueError, match=r"sequence 0 of the teacher has 117 tokens; .* 116"):
+        teacher.read(sequences)
+    with pytest.raises(ValueError, match=r"teacher.topk: 1153 must be within 1 … 1152"):
+        SGLangTopkTeacher(replicas, MODEL, 1153)
+    with pytest.raises(RuntimeError, match="2 × 64 were expected, the answer has 2 × 128"):
+        SGLangTeacher(replicas, MODEL, 64, torch.float32)
+
+
+def test_the_fingerprint_is_stable(replicas):
+    teachers = [SGLangTopkTeacher(replicas, MODEL, n) for n in (4, 8)]
+    assert len({teacher.fingerprint() for teacher in teachers for _ in range(2)}) == 1
+
+
+def test_the_fingerprint_sees_another_model():
+    servers = Servers(answer(-4.0), answer(-4.04), RuntimeError("is being restarted"))
+    teacher = stub(servers)
+    first = teacher.fingerprint()
+    servers.all[0].says = answer(-4.03)  # as kernels may differ
+    assert teacher.fingerprint() == first
+    servers.all[0].says = servers.all[1].says = answer(-4.1)
+    assert teacher.fingerprint() != first
+    servers.all[1].says = answer(-4.3)
+    with pytest.raises(RuntimeError, match=r"url1 and url0 serve different teachers: .* by 0.2"):
+        teacher.fingerprint()
+    with pytest.raises(RuntimeError, match=r"no server of the teacher answers: url0: .*gone"):
+        stub(Servers(RuntimeError("gone"))).fingerprint()
+
+
+class Servers:
+    """Stands in for `Replicas` of servers with canned answers."""
+
+    def __init__(self, *answers):
+        self.all = self.live = [
+            SimpleNamespace(url=f"url{i}", says=a) for i, a in enumerate(answers)
+        ]
+
+    async def post(self, replica, path, request):
+        if isinstance(replica.says, Exception):
+            raise replica.says
+        return replica.says
+
+    async def complete(self, request):
+        return self.all[0].says
+
+    def run(self, coroutine):
+        return asyncio.run(coroutine)
+
+
+def answer(log_prob):
+    return [{"meta_info": {"input_token_logprobs": [[None, 1, None], [log_prob, 2, None]]}}]
+
+
+def stub(servers, form=SGLangTopkTeacher):
+    teacher = form.__new__(form)
+    teacher.replicas, teacher.model, teacher.group, teacher.leads = servers, MODEL, None, True
+    teacher.reference = None
+    return teacher
+
+
+def test_servers_without_hidden_states():
+    empty = {"meta_info": {}}
+    with pytest.raises(RuntimeError, match=r"url0: hidden states of 2 × 128 .* has 0 × 0"):
+        SGLangTeacher(Servers(empty), MODEL, HIDDEN, torch.float32)
+
+    class Refuses(Servers):
+        async def post(self, replica, path, request):
+            if request["return_hidden_states"]:
+                raise RuntimeError("400 exceeds the server maximum")
+            return empty
+
+    with pytest.raises(ValueError, match=r"teacher.servers: url0 returns .* --forward-hooks"):
+        SGLangTeacher(Refuses(None), MODEL, HIDDEN, torch.float32)
+
+
+# The whole step
+
+
+def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
+    """One step with a teacher of this form: scores, mask, metrics and gradients."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd import batching
+    from megatron_taopd.models import weights
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.scoring import Heads, TopkHeads, score
+    from megatron_taopd.selection import select
+    from megatron_taopd.student import Student
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.training import backward
+
+    platform.emulate_cuda()
+    teacher = None
+    try:
+        layout = layouts.student_layout(*student_parallel)
+        student = Student(STUDENT, layout, torch.float32, "none", OPTIMIZER, 100, VOCABULARY)
+        shard = student.shard
+        if form == "megatron":
+            teacher = MegatronTeacher(TEACHER, layouts.forward_layout(1, 1), torch.float32, 60)
+        else:
+            leads = dist.get_rank() == 0
+            replicas = Replicas([url], MODEL, fixed_weights=True) if leads else None
+            teacher = (
+                SGLangTopkTeacher(replicas, MODEL, REPORTED)
+                if form == "topk"
+                else SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+            )
+        if form == "topk":
+            heads = TopkHeads(student.head_weight, shard, 7)
+        else:
+            ids = torch.arange(shard.start, shard.stop)
+            head = weights.load_head(TEACHER, ids, torch.float32)
+            heads = Heads(student.head_weight, head, shard, 7)
+        everything = torch.ones(BATCH.num_rows, dtype=torch.bool)
+        assigned = batching.assign(BATCH, everything, layout, 60)
+        rows = teacher.hidden_states(BATCH, layout, assigned.owner)
+        scores, _, _ = score(BATCH, assigned, student, heads, rows, K)
+        kept = select("teachability", scores, 0.3, 0) if mask is None else mask
+        metrics = backward(BATCH, kept, assigned, student, heads, rows, 60, loss)
+        return scores, kept, metrics, gather_gradients(student), teacher.fingerprint()
+    finally:
+        if getattr(teacher, "leads", False):
+            teacher.close()
+        parallel_state.destroy_model_parallel()
+
+
+def worst_error(gradients, expected):
+    assert gradients.keys() == expected.keys()
+    return max(
+        ((gradients[n].double() - e.double()).norm() / e.double().norm()).item()
+        for n, e in expected.items()
+    )
+
+
+def test_a_step_equals_that_with_a_megatron_teacher(server):
+    loss = {"kind": "reverse_kl"}
+    results = run_ranks(2, step_on_ranks, "hidden_states", server.url, loss)
+    [(scores, mask, metrics, gradients, _), _] = run_ranks(2, step_on_ranks, "megatron", None, loss)
+    for result in results:
+        for field in FIELDS:
+            got, want = getattr(result[0], field), getattr(scores, field)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(result[1], mask)
+        assert result[2]["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert worst_error(result[3], gradients) < 1e-5
+    assert results[0][4] == results[1][4]
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "sampled_token"])
+def test_a_topk_step_agrees_with_dense_float64(server, kind):
+    loss = {"kind": kind, "beta": 0.4}
+    z_s, z_t, student = row_logits(STUDENT, TEACHER, BATCH, VOCABULARY)
+    top = z_t.log_softmax(1).topk(REPORTED)
+    wanted = dense.topk_scores(z_s.detach(), top.indices, top.values, K, VOCABULARY)
+    mask = dense.select(dense.selector_scores("teachability", *wanted[:3]), 0.3)
+    if kind == "sampled_token":
+        tokens = BATCH.response_tokens()[:, None]
+        log_p, log_q = (z.log_softmax(1).gather(1, tokens)[:, 0] for z in (z_s, z_t))
+        ratio = (log_p - BATCH.log_probs.double()).exp()
+        value = (ratio * (log_p - log_q).detach())[mask].mean()
+    else:
+        told = top.indices[mask], top.values[mask]
+        value = dense.topk_divergence(z_s[mask], *told, kind, VOCABULARY, beta=0.4).mean()
+    value.backward()
+    expected = {name: p.grad for name, p in student.named_parameters()}
+    for parallel in ((2, 1, False), (1, 1, False)) if kind == "jsd" else ((2, 1, False),):
+        step = partial(step_on_ranks, student_parallel=parallel)
+        for scores, kept, metrics, gradients, _ in run_ranks(2, step, "topk", server.url, loss):
+            for field, want in zip(FIELDS, wanted, strict=True):
+                got = getattr(scores, field).double()
+                torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5, msg=field)
+            assert torch.equal(kept, mask)
+            assert metrics["loss"] == pytest.approx(value.item(), rel=1e-4)
+            assert worst_error(gradients, expected) < 2e-5
+
+
+def test_a_server_in_trouble_stops_every_rank(server):
+    for message, other in (run_ranks(2, trouble_on_rank_0, server.url),):
+        assert message == other
+        assert "1 × 128" in message[0] and "url" in message[1]
+
+
+def trouble_on_rank_0(url):
+    """What both ranks raise where a prefix is cached, and where no server fits."""
+    leads = dist.get_rank() == 0
+    replicas = Replicas([url], MODEL, fixed_weights=True) if leads else None
+    messages = []
+    try:
+        teacher = SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+        request = teacher.request
+        teacher.request = lambda *args: request(*args) | {"extra_key": None}
+        try:
+            for _ in range(2):
+                teacher.read(BATCH)
+        except RuntimeError as error:
+            messages.append(str(error))
+        try:
+            SGLangTeacher(replicas, MODEL, 64, torch.float32)
+        except RuntimeError as error:
+            messages.append(f"url {error}")
+        return messages
+    finally:
+        if leads:
+            replicas.close()

@@ -1,0 +1,487 @@
+"""Each way from a Megatron student's ranks to a real server; what must not get there."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+import zlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from sglang_server import generate, serve
+from step import OPTIMIZER
+from torch.multiprocessing import reductions
+from torch.nn.functional import log_softmax
+from transformers import AutoModelForCausalLM
+
+from megatron_taopd.rollout.weight_sync import (
+    DiskSync,
+    DistributedSync,
+    Repeatable,
+    TensorSync,
+    check_probe,
+    probe_replica,
+    tensor,
+)
+from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
+from megatron_taopd.rollout.weight_sync.distributed import local_address
+
+STUDENT = "examples/tiny_pair/student"
+VOCABULARY = 1152
+SEQUENCES = [[5, 6, 7, 8, 9, 10], [300, 2], [11, 12, 13, 700, 15, 16, 1151, 0], [20, 21, 22]]
+BUCKET = 150_000  # bytes: the student's 1.3 MB are several, its embedding larger than one
+WAYS = ["distributed", "tensor", "disk"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serve(STUDENT, log=tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Replica:
+    url: str
+    tp: int = 1
+    gpus: tuple[int, ...] = ()
+
+
+class Client:
+    """Requests by httpx; `post` may be another coroutine."""
+
+    def __init__(self, post=None):
+        self.post = post or send
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def spawn(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+
+async def send(replica, path, payload, timeout):
+    where = f"{replica.url}{path}"
+    async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
+        try:
+            answer = await client.post(where, json=payload)
+        except httpx.TransportError as error:
+            raise RuntimeError(f"{where}: {error!r}") from error
+    if answer.status_code != 200:
+        raise RuntimeError(f"{where}: {answer.text}")
+    return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
+
+
+def on_student(body, tp, pp, dtype, *args):
+    """On every rank: body(student, *args)."""
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.layout import student_layout
+    from megatron_taopd.student import Student
+
+    platform.emulate_cuda()
+    layout = student_layout(tp, pp)
+    return body(Student(STUDENT, layout, dtype, "none", OPTIMIZER, 1, VOCABULARY), *args)
+
+
+def perturb(student):
+    """Every weight by a factor of its own, the same on all ranks and for the tied copy."""
+    from megatron_taopd.models.weights import named_parameters
+
+    with torch.no_grad():
+        for name, parameter in named_parameters(student.trunk):
+            name = name.replace("output_layer", "embedding.word_embeddings")
+            parameter.mul_(1 + (zlib.crc32(name.encode()) % 100 + 1) / 300)
+
+
+def restore(student):
+    from megatron_taopd.models.weights import load_weights
+
+    load_weights(student.trunk, STUDENT)
+
+
+def make_sync(way, directory, **kwargs):
+    if way == "disk":
+        return DiskSync(STUDENT, BUCKET, directory=directory, **kwargs)
+    return {"distributed": DistributedSync, "tensor": TensorSync}[way](STUDENT, BUCKET, **kwargs)
+
+
+def push(sync, student, url, version, post=None, tp=1):
+    """Weights to the server; what it and the student say then, and the server's version."""
+    from megatron_taopd.scoring import sequence_log_probs
+
+    first = dist.get_rank() == 0
+    replica = Replica(url, tp)
+    ours = (Client(post), [replica]) if first else (None, None)
+    sync.push(*ours, Repeatable(student.named_tensors), version)
+    trainer = sequence_log_probs(student, SEQUENCES, 16)
+    if not first:
+        return None, trainer, None
+    engine = asyncio.run(probe_replica(post or send, replica, SEQUENCES))
+    return engine, trainer, httpx.get(f"{url}/model_info").json()["weight_version"]
+
+
+def there_and_back(student, way, url, directory):
+    sync = make_sync(way, directory)
+    states = []
+    for version, change in enumerate([restore, perturb, restore], start=1):
+        change(student)
+        states.append(push(sync, student, url, version))
+    return states
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("way", WAYS)
+def test_server_has_the_students_weights(server, tmp_path, way, tp, pp):
+    ranks = run_ranks(
+        2, on_student, there_and_back, tp, pp, torch.float32, way, server.url, str(tmp_path)
+    )
+    (engine, trainer, versions), (_, other, _) = (zip(*states, strict=True) for states in ranks)
+    for mine, theirs in zip(trainer, other, strict=True):
+        assert torch.equal(mine, theirs)
+    for ours, servers in zip(trainer, engine, strict=True):
+        torch.testing.assert_close(servers, ours, atol=1e-4, rtol=0)
+    assert (engine[1] - engine[0]).abs().max() > 0.1
+    assert torch.equal(engine[2], engine[0])
+    assert versions == ("1", "2", "3")
+    [answer] = generate(server.url, [[5]], {"max_new_tokens": 1})
+    assert answer["meta_info"]["weight_version"] == "3"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_student(server, tmp_path, way):
+    """The server computes in fp32 with the bf16 weights, bit for bit."""
+    [states, _] = run_ranks(
+        2, on_student, there_and_back, 2, 1, torch.bfloat16, way, server.url, str(tmp_path)
+    )
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.bfloat16).float()
+    torch.testing.assert_close(states[0][0], log_probs(model), atol=1e-4, rtol=0)
+    for engine, trainer, _ in states:
+        assert (engine - trainer).abs().mean() < 0.1
+    assert (states[1][0] - states[0][0]).abs().mean() > 0.2
+
+
+@torch.no_grad()
+def log_probs(model):
+    values = []
+    for tokens in SEQUENCES:
+        rows = log_softmax(model(torch.tensor([tokens])).logits[0, :-1].float(), -1)
+        values.append(rows.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0])
+    return torch.cat(values)
+
+
+def students_log_probs(student):
+    from megatron_taopd.scoring import sequence_log_probs
+
+    return sequence_log_probs(student, SEQUENCES, 16)
+
+
+def test_sequence_log_probs_under_data_parallelism():
+    model = AutoModelForCausalLM.from_pretrained(STUDENT, dtype=torch.float32)
+    for values in run_ranks(2, on_student, students_log_probs, 1, 1, torch.float32):
+        torch.testing.assert_close(values, log_probs(model), atol=1e-4, rtol=0)
+
+
+# What fails
+
+
+def push_nothing(student, url):
+    """The updates get lost on the way; whether the probe notices."""
+    sync = TensorSync(STUDENT, BUCKET)
+    before = push(sync, student, url, 1)
+    perturb(student)
+
+    async def loses(replica, path, payload, timeout):
+        if path.startswith("/update_weights"):
+            return {}
+        return await send(replica, path, payload, timeout)
+
+    after = push(sync, student, url, 2, loses)
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=f"{url}: the weight update had no effect"):
+            check_probe(url, after[0], after[1], before[0], before[1], max_gap=100.0)
+        with pytest.raises(RuntimeError, match=r"mean \|Δ log p\| .*max_gap is 0.3"):
+            check_probe(url, after[0], after[1], before[0], before[1], max_gap=0.3)
+        check_probe(url, before[0], before[1], None, None, max_gap=1e-4)
+
+
+def test_probe_notices_an_update_without_effect(server):
+    run_ranks(2, on_student, push_nothing, 2, 1, torch.float32, server.url)
+
+
+def released(student, url):
+    seen = []
+
+    async def records(replica, path, payload, timeout):
+        seen.append((path.partition("?")[0], payload.get("tags")))
+        return await send(replica, path, payload, timeout)
+
+    sync = TensorSync(STUDENT, 10**9)
+    ours = (Client(records), [Replica(url)]) if dist.get_rank() == 0 else (None, None)
+    sync.release(*ours)
+    engine, trainer, _ = push(sync, student, url, 1, records)
+    push(sync, student, url, 2, records)
+    return engine, trainer, seen
+
+
+def test_release_and_order_of_requests(server):
+    [(engine, trainer, seen), _] = run_ranks(
+        2, on_student, released, 2, 1, torch.float32, server.url
+    )
+    torch.testing.assert_close(engine, trainer, atol=1e-4, rtol=0)
+    ordinary = [
+        ("/pause_generation", None),
+        ("/update_weights_from_tensor", None),
+        ("/flush_cache", None),
+        ("/update_weight_version", None),
+        ("/continue_generation", None),
+    ]
+    probes = [("/generate", None)] * len(SEQUENCES)
+    cache, weights = ["kv_cache", "cuda_graph"], ["weights"]
+    assert seen == [
+        ("/pause_generation", None),
+        ("/flush_cache", None),
+        ("/release_memory_occupation", weights + cache),
+        ordinary[0],
+        ("/resume_memory_occupation", weights),
+        *ordinary[1:4],
+        ("/resume_memory_occupation", cache),
+        ordinary[4],
+        *probes,
+        *ordinary,
+        *probes,
+    ]
+
+
+def drop(tensors):
+    del tensors[7]
+
+
+def add(tensors):
+    tensors.append(("model.layers.9.bias", torch.zeros(3)))
+
+
+def repeat(tensors):
+    tensors.append(tensors[0])
+
+
+def reshape(tensors):
+    tensors[-1] = (tensors[-1][0], torch.zeros(3))
+
+
+def narrow(tensors):
+    tensors[-1] = (tensors[-1][0], tensors[-1][1].bfloat16())
+
+
+DAMAGE = {
+    drop: "missing from the weight update, 1 in all",
+    add: "model.layers.9.bias: the servers' model has no such weight",
+    repeat: "twice in one weight update",
+    reshape: r"shape \[3\]; the servers' model has \[",
+    narrow: "torch.bfloat16 among weights of torch.float32",
+}
+
+
+def push_damaged(student, damage, way, once):
+    """What every rank says, and the requests that were made."""
+    seen = []
+
+    async def records(replica, path, payload, timeout):
+        seen.append(path.partition("?")[0])
+        return {}
+
+    tensors = list(student.named_tensors())
+    damage(tensors)
+    ours = (
+        (Client(records), [Replica("http://127.0.0.1:9")]) if dist.get_rank() == 0 else (None, None)
+    )
+    with pytest.raises(ValueError) as error:
+        make_sync(way, "/nowhere").push(*ours, iter(tensors) if once else tensors, 1)
+    return str(error.value), seen
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("way", WAYS)
+def test_wrong_tensors_are_refused_before_anything_is_sent(damage, way):
+    for message, seen in run_ranks(
+        2, on_student, push_damaged, 1, 2, torch.float32, damage, way, 0
+    ):
+        assert seen == []
+        assert re.search(DAMAGE[damage], message)
+
+
+def test_wrong_tensors_of_a_generator_leave_the_servers_paused():
+    [(_, seen), _] = run_ranks(
+        2, on_student, push_damaged, 1, 2, torch.float32, reshape, "tensor", 1
+    )
+    assert seen[0] == "/pause_generation"
+    assert set(seen[1:]) == {"/update_weights_from_tensor"}
+
+
+def fail_somewhere(student, failing, way, directory):
+    async def fails(replica, path, payload, timeout):
+        if path.partition("?")[0] == failing:
+            raise RuntimeError(f"{replica.url}{path}: no")
+        return {}
+
+    ours = (Client(fails), [Replica("http://a"), Replica("http://b")])
+    with pytest.raises(RuntimeError) as error:
+        sync = make_sync(way, directory)
+        sync.push(*(ours if dist.get_rank() == 0 else (None, None)), student.named_tensors(), 1)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("failing", "way"),
+    [
+        ("/pause_generation", "tensor"),
+        ("/update_weights_from_tensor", "tensor"),
+        ("/update_weights_from_disk", "disk"),
+        ("/update_weight_version", "disk"),
+        ("/continue_generation", "tensor"),
+    ],
+)
+def test_a_failure_is_every_ranks(tmp_path, failing, way):
+    told = run_ranks(
+        2, on_student, fail_somewhere, 2, 1, torch.float32, failing, way, str(tmp_path)
+    )
+    assert all(f"http://a{failing}: no" in message for message in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_space_is_every_ranks(tmp_path):
+    (tmp_path / "file").touch()
+    for message in run_ranks(
+        2, on_student, fail_somewhere, 2, 1, torch.float32, None, "disk", str(tmp_path / "file")
+    ):
+        assert "Not a directory" in message
+
+
+# Parts
+
+
+def test_buckets():
+    shapes = {"a": (3,), "b": (2, 2), "c": (100,), "d": (1,), "e": ()}
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    filled = list(buckets(checked(tensors.items(), shapes), shapes, 14, keep=True))
+    assert [[e.name for e in b.entries] for b in filled] == [["a", "b"], ["c"], ["d", "e"]]
+    for bucket in filled:
+        for name, values in bucket.tensors():
+            assert torch.equal(values, tensors[name]) and values.shape == shapes[name]
+    assert str(filled[0]) == "a and 1 others" and str(filled[1]) == "c"
+    bare = list(buckets(tensors.items(), shapes, 14, keep=False))
+    assert [b.entries for b in bare] == [b.entries for b in filled]
+    assert all(b.data is None for b in bare)
+
+
+def test_device_handles(monkeypatch):
+    """The arguments that rebuild a CUDA tensor, with the device as SGLang wants it."""
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[tensor._REDUCED_DEVICE] == "storage_device"
+    monkeypatch.setattr(tensor, "reduce_tensor", lambda tensor: (list, tuple(range(9))))
+    properties = SimpleNamespace(uuid="GPU-1")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    handle = tensor.DeviceHandle(torch.zeros(2))
+    assert handle.__reduce__() == (list, (0, 1, 2, 3, 4, 5, "GPU-1", 7, 8))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert tensor.device_number(1) == 6
+    replica = Replica("http://a", 2, (6, 4))
+    assert tensor.colocated(replica, {4: "x", 6: "y"}) == ["y", "x"]
+    with pytest.raises(ValueError, match="no trainer rank on its GPU 6"):
+        tensor.colocated(replica, {4: "x"})
+
+
+def test_pickle_needs_no_class_of_ours():
+    entry = Entry("a", torch.Size([2]), torch.bfloat16, 0, 4)
+    text = tensor.pickled(Bucket([entry], None), torch.arange(4).byte())
+    read = pickle.loads(base64.b64decode(text))
+    assert read["flattened_tensor"].tolist() == [0, 1, 2, 3]
+    [meta] = read["metadata"]
+    assert (meta.name, meta.shape, meta.dtype) == ("a", (2,), torch.bfloat16)
+    assert (meta.start_idx, meta.end_idx, meta.numel) == (0, 4, 4)
+    assert b"megatron_taopd" not in base64.b64decode(text)
+
+
+def test_local_address():
+    assert local_address("http://127.0.0.1:3") == "127.0.0.1"
+
+
+def test_probe_ignores_what_rounding_hides():
+    engine, trainer = torch.tensor([-1.0, -2.0]), torch.tensor([-1.01, -2.01])
+    check_probe("a", engine, trainer + 1e-4, engine, trainer, 0.3)
+    with pytest.raises(RuntimeError, match="no effect"):
+        check_probe("a", engine, trainer + 0.02, engine, trainer, 0.3)
+    with pytest.raises(RuntimeError, match="nan"):
+        check_probe("a", engine * torch.nan, trainer, engine, trainer, 0.3)
+
+
+# A server's end
+
+
+KEPT = {}  # on each rank, from one call to the next
+
+
+def push_while_it_dies(student, url, pid):
+    """The server is killed with the second bucket on its way; what every rank says, and when."""
+    seen = []
+
+    async def deadly(replica, path, payload, timeout):
+        seen.append(path)
+        request = asyncio.ensure_future(send(replica, path, payload, timeout))
+        if path.startswith("/update_weights") and seen.count(path) == 2:
+            await asyncio.sleep(0.002)
+            os.kill(pid, signal.SIGTERM)  # its supervisor kills all of it
+        return await request
+
+    KEPT["sync"] = sync = DistributedSync(STUDENT, BUCKET)
+    push(sync, student, url, 1)
+    perturb(student)
+    started = time.monotonic()
+    try:
+        push(sync, student, url, 2, deadly)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - started
+    return None
+
+
+def push_again(student, url, tp):
+    """To a new server at the old place, twice; before the second push it forgets its group, too."""
+    states = []
+    perturb(student)
+    for version in (3, 4):
+        states.append(push(KEPT["sync"], student, url, version, tp=tp))
+        if version == 3 and dist.get_rank() == 0:
+            [group] = KEPT["sync"]._groups.values()
+            forget = {"group_name": group.name}
+            asyncio.run(send(Replica(url), "/destroy_weights_update_group", forget, 10))
+            asyncio.run(send(Replica(url), "/update_weight_version", {"new_version": "default"}, 9))
+        restore(student)
+    return states
+
+
+def test_killed_and_restarted_server(server, tmp_path, monkeypatch):
+    """The last test: it ends the server of the others. The next one has two workers."""
+    told = run_ranks(
+        2, on_student, push_while_it_dies, 2, 1, torch.float32, server.url, server.pid, timeout=60
+    )
+    for message, seconds in told:
+        assert f"{server.url}/update_weights_from_distributed" in message
+        assert "(weights 2, model." in message and seconds < 15
+    server.stop()
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    with serve(STUDENT, log=tmp_path / "log", port=server.port, tp=2) as again:
+        [states, _] = run_ranks(2, on_student, push_again, 2, 1, torch.float32, again.url, 2)
+    for engine, trainer, _ in states:
+        torch.testing.assert_close(engine, trainer, atol=1e-4, rtol=0)
+    assert [version for _, _, version in states] == ["3", "4"]
