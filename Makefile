@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` set up .venv by themselves.
+# Each of these targets sets up .venv by itself.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart quickstart-sglang test lint clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+
+quickstart-sglang: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

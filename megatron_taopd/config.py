@@ -62,30 +62,6 @@ class StudentSection:
 
 
 @dataclass(frozen=True)
-class TeacherSection:
-    path: str = MISSING  # Hugging Face checkpoint directory
-    engine: Literal["megatron"] = "megatron"
-    # Whose chat template and tokenizer render what the teacher reads before the response.
-    prompt: Literal["own", "student"] = "own"
-    parallel: ParallelSection = field(default_factory=ParallelSection)
-    offload: bool = False  # weights in CPU memory between uses
-
-
-@dataclass(frozen=True)
-class DataSection:
-    prompts: str = MISSING  # .jsonl or .parquet
-    # Dots reach into nested columns. GSM8K: question and answer; DAPO-Math-17k: prompt (messages)
-    # and reward_model.ground_truth.
-    prompt_column: str = "prompt"
-    answer_column: str = "answer"
-    template: Literal["auto", "chat", "plain"] = "auto"  # auto: chat if the tokenizer has one
-    system: str | None = None  # system message of the chat template
-    max_prompt_tokens: int = 1024  # prompts that are longer for either model are dropped
-    shuffle: bool = True
-    limit: int | None = None  # use the first prompts only
-
-
-@dataclass(frozen=True)
 class ServersSection:
     """SGLang servers of one model: the run's own, or some that are there already."""
 
@@ -106,6 +82,36 @@ class ServersSection:
     max_total_tokens: int | None = None  # of the KV cache; null: what mem_fraction leaves
     mem_fraction: float | None = None  # of the device's memory; null: SGLang chooses
     args: tuple[str, ...] = ()  # further arguments of sglang.launch_server
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    path: str = MISSING  # Hugging Face checkpoint directory
+    engine: Literal["megatron", "sglang"] = "megatron"
+    # sglang: its servers, and what they say of a row: the hidden state, from which scores and loss
+    # are exact (the head is read from `path`), or log-probabilities of the `topk` likeliest tokens,
+    # from which they are bounds (and `path` needs no weights).
+    servers: ServersSection = field(default_factory=ServersSection)
+    form: Literal["hidden_states", "topk"] = "hidden_states"
+    topk: int = 64
+    # Whose chat template and tokenizer render what the teacher reads before the response.
+    prompt: Literal["own", "student"] = "own"
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    offload: bool = False  # weights in CPU memory between uses
+
+
+@dataclass(frozen=True)
+class DataSection:
+    prompts: str = MISSING  # .jsonl or .parquet
+    # Dots reach into nested columns. GSM8K: question and answer; DAPO-Math-17k: prompt (messages)
+    # and reward_model.ground_truth.
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    template: Literal["auto", "chat", "plain"] = "auto"  # auto: chat if the tokenizer has one
+    system: str | None = None  # system message of the chat template
+    max_prompt_tokens: int = 1024  # prompts that are longer for either model are dropped
+    shuffle: bool = True
+    limit: int | None = None  # use the first prompts only
 
 
 @dataclass(frozen=True)
@@ -393,13 +399,20 @@ _RULES: dict[str, _Rule] = {
     "rollout.batch_size": _COUNT,
     "rollout.ahead": (lambda v: v in (0, 1), "0 or 1"),
     "rollout.gap_warning": _POSITIVE,
-    "rollout.servers.replicas": _COUNT,
-    "rollout.servers.tp": _COUNT,
-    "rollout.servers.concurrency": _COUNT,
-    "rollout.servers.timeout_s": _POSITIVE,
-    "rollout.servers.attempts": _COUNT,
-    "rollout.servers.start_timeout_s": _POSITIVE,
-    "rollout.servers.mem_fraction": _INSIDE,
+    **{
+        f"{model}.servers.{name}": rule
+        for model in ("rollout", "teacher")
+        for name, rule in {
+            "replicas": _COUNT,
+            "tp": _COUNT,
+            "concurrency": _COUNT,
+            "timeout_s": _POSITIVE,
+            "attempts": _COUNT,
+            "start_timeout_s": _POSITIVE,
+            "mem_fraction": _INSIDE,
+        }.items()
+    },
+    "teacher.topk": _COUNT,
     "rollout.sync.bucket_mib": _COUNT,
     "rollout.sync.max_gap": _POSITIVE,
     "selection.ratio": _SHARE,
@@ -489,7 +502,7 @@ def _check_values(config: Config) -> None:
                 f"rollout.horizon: {rollout.horizon} is more than rollout.max_new_tokens "
                 f"{rollout.max_new_tokens}"
             )
-    _check_servers(config)
+    _check_engines(config)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -514,41 +527,63 @@ def _check_values(config: Config) -> None:
             )
 
 
-def _check_servers(config: Config) -> None:
-    rollout, servers = config.rollout, config.rollout.servers
-    if rollout.engine == "local":
-        if rollout.ahead:
-            raise ValueError(
-                f"rollout.ahead: {rollout.ahead} with rollout.engine local, which generates in the "
-                "ranks that train; it has to be 0, or the engine sglang"
-            )
-        return
-    if find_spec("sglang") is None:
+def _check_engines(config: Config) -> None:
+    rollout, teacher = config.rollout, config.teacher
+    if rollout.engine == "sglang":
+        _check_servers("rollout", rollout.servers)
+    elif rollout.ahead:
         raise ValueError(
-            "rollout.engine: sglang, which is not installed: pip install '.[sglang]' with CUDA, "
-            "requirements/sglang-cpu.txt without"
+            f"rollout.ahead: {rollout.ahead} with rollout.engine local, which generates in the "
+            "ranks that train; it has to be 0, or the engine sglang"
         )
-    if servers.urls and servers.gpus:
-        raise ValueError(
-            f"rollout.servers.gpus: {listed(servers.gpus)} with rollout.servers.urls, whose "
-            "servers the run does not start; leave one of them out"
-        )
-    wanted = servers.replicas * servers.tp
-    if servers.gpus is not None and len(set(servers.gpus)) != wanted:
-        raise ValueError(
-            f"rollout.servers.gpus: {listed(servers.gpus)}; rollout.servers.replicas "
-            f"{servers.replicas} × tp {servers.tp} take {wanted} different ones"
-        )
-    for url in servers.urls:
-        if not re.fullmatch(r"https?://[^/]+", url):
-            raise ValueError(f"rollout.servers.urls: {url!r}; http://HOST:PORT is expected")
-    if servers.api_key_env is not None and servers.api_key_env not in os.environ:
-        raise ValueError(f"rollout.servers.api_key_env: {servers.api_key_env} is not set")
     if rollout.sync.release_memory and rollout.ahead:
         raise ValueError(
             "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
             "the student trains cannot give their memory back; one of them has to be off"
         )
+    if teacher.engine == "megatron":
+        return
+    _check_servers("teacher", teacher.servers)
+    if teacher.parallel != ParallelSection() or teacher.offload:
+        raise ValueError(
+            "teacher.parallel and teacher.offload are of teacher.engine megatron; leave them out "
+            "with sglang, whose layout is teacher.servers.tp and replicas"
+        )
+    if teacher.form == "topk" and teacher.topk < config.selection.k:
+        raise ValueError(
+            f"teacher.topk: {teacher.topk} is less than selection.k {config.selection.k}; several "
+            "times that is better"
+        )
+    shared = set(rollout.servers.gpus or ()) & set(teacher.servers.gpus or ())
+    if rollout.engine == "sglang" and shared:
+        raise ValueError(
+            f"teacher.servers.gpus: {listed(sorted(shared))} are also in rollout.servers.gpus"
+        )
+
+
+def _check_servers(model: str, servers: ServersSection) -> None:
+    key = f"{model}.servers"
+    if find_spec("sglang") is None:
+        raise ValueError(
+            f"{model}.engine: sglang, which is not installed: pip install '.[sglang]' with CUDA, "
+            "requirements/sglang-cpu.txt without"
+        )
+    if servers.urls and servers.gpus:
+        raise ValueError(
+            f"{key}.gpus: {listed(servers.gpus)} with {key}.urls, whose servers the run does not "
+            "start; leave one of them out"
+        )
+    wanted = servers.replicas * servers.tp
+    if servers.gpus is not None and len(set(servers.gpus)) != wanted:
+        raise ValueError(
+            f"{key}.gpus: {listed(servers.gpus)}; {key}.replicas {servers.replicas} × "
+            f"tp {servers.tp} take {wanted} different ones"
+        )
+    for url in servers.urls:
+        if not re.fullmatch(r"https?://[^/]+", url):
+            raise ValueError(f"{key}.urls: {url!r}; http://HOST:PORT is expected")
+    if servers.api_key_env is not None and servers.api_key_env not in os.environ:
+        raise ValueError(f"{key}.api_key_env: {servers.api_key_env} is not set")
 
 
 def _check_files(config: Config) -> None:

@@ -21,12 +21,13 @@ from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import Pending, RolloutEngine
 from megatron_taopd.rollout.horizon import Horizon
 from megatron_taopd.rollout.schedule import RolloutSchedule
-from megatron_taopd.scoring import Heads, score
+from megatron_taopd.scoring import Heads, TopkHeads, score
 from megatron_taopd.selection import select, selection_metrics
 from megatron_taopd.student import Student
 from megatron_taopd.teachability import learnable_disagreement
 from megatron_taopd.teacher.delivery import ReadRows, deliver
 from megatron_taopd.teacher.megatron import MegatronTeacher
+from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher
 from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch, Sequences
 
@@ -41,9 +42,9 @@ class Run:
 
     config: Config
     student: Student
-    teacher: MegatronTeacher
+    teacher: MegatronTeacher | SGLangTeacher | SGLangTopkTeacher
     read: Callable[[RolloutBatch], tuple[Sequences, dict[str, float]]]  # what the teacher reads
-    heads: Heads | None  # on the student's last pipeline stage
+    heads: Heads | TopkHeads | None  # on the student's last pipeline stage
     chunk_rows: int  # that fit train.head_memory_mib
     engine: RolloutEngine
     rollouts: RolloutSchedule
@@ -158,6 +159,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         run.engine.update_weights(student.named_tensors(), version=step)
 
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
+    metrics |= run.teacher.metrics()
     metrics |= run.horizon.observe(batch, teachability, begun.length) | reading_metrics
     metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
     metrics |= rollout_metrics(batch, gap, step) | run.engine.metrics()
@@ -224,8 +226,9 @@ def head_memory(run: Run, scored: batching.Assignment, trained_rows: int) -> dic
 
 
 def warn_of_gap(run: Run, gap: Tensor, step: int) -> None:
+    """Of an engine that samples from another policy than it should; ahead, it is an older one."""
     mean, most = gap.mean().item(), run.config.rollout.gap_warning
-    if mean > most:
+    if mean > most and not run.config.rollout.ahead:
         run.monitor.note(
             "rollout.gap_warning",
             f"step {step}: engine and trainer differ by {mean:.3g} in log-probability on average, "

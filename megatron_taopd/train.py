@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
             say(f"stopped after step {done} of {config.train.steps}; the same command resumes")
     finally:
         run.engine.close()
+        run.teacher.close()
         run.monitor.close()
         parallel_state.destroy_model_parallel()
     if joined:
@@ -69,7 +70,7 @@ def build(config: configuration.Config):
     from megatron_taopd.accounting import ModelCost
     from megatron_taopd.evaluation import evaluate
     from megatron_taopd.loop import Run
-    from megatron_taopd.models import weights
+    from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
     from megatron_taopd.parallel.vocab import rows_within
@@ -78,7 +79,6 @@ def build(config: configuration.Config):
     from megatron_taopd.rollout.horizon import Horizon
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
-    from megatron_taopd.scoring import Heads
     from megatron_taopd.student import Student
     from megatron_taopd.teacher.megatron import MegatronTeacher
     from megatron_taopd.vocab_map import VocabMap, Vocabulary
@@ -86,7 +86,10 @@ def build(config: configuration.Config):
     dtype = DTYPES[config.train.precision]
     rollout, train = config.rollout, config.train
     torch.manual_seed(config.run.seed)
-    servers = begin_servers(config, dtype) if rollout.engine == "sglang" else None
+    servers = begin_rollout_servers(config, dtype) if rollout.engine == "sglang" else None
+    teacher_servers = None
+    if config.teacher.engine == "sglang":
+        teacher_servers = begin_teacher_servers(config, dtype)
     student_vocabulary = Vocabulary.from_pretrained(config.student.path)
     teacher_vocabulary = Vocabulary.from_pretrained(config.teacher.path)
     vocab_map = VocabMap.between(
@@ -119,19 +122,18 @@ def build(config: configuration.Config):
         common_vocabulary=vocab_map.size,
         absent=vocab_map.absent,
     )
-    teacher = MegatronTeacher(
-        config.teacher.path,
-        forward_layout(**vars(config.teacher.parallel)),
-        dtype,
-        train.micro_batch_tokens,
-        config.teacher.offload,
-    )
-    heads, shard = None, student.shard
-    chunk_rows = rows_within(train.head_memory_mib << 20, shard.stop - shard.start)
-    if layout.is_last_stage:
-        columns = vocab_map.columns(shard.start, shard.stop)
-        teacher_head = weights.load_head(config.teacher.path, columns, dtype)
-        heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
+    chunk_rows = rows_within(train.head_memory_mib << 20, student.shard.stop - student.shard.start)
+    if teacher_servers is None:
+        teacher = MegatronTeacher(
+            config.teacher.path,
+            forward_layout(**vars(config.teacher.parallel)),
+            dtype,
+            train.micro_batch_tokens,
+            config.teacher.offload,
+        )
+    else:
+        teacher = sglang_teacher(config, teacher_servers, dtype, vocab_map)
+    heads = read_heads(config, student, vocab_map, chunk_rows) if layout.is_last_stage else None
 
     if servers is None:
         engine = LocalEngine.from_hf(
@@ -225,7 +227,7 @@ def build(config: configuration.Config):
             rollout.ahead,
         ),
         horizon,
-        (ModelCost.of(student.trunk.hf), ModelCost.of(teacher.trunk.hf)),
+        (ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))),
         tokenizer,
         evaluation,
         monitor,
@@ -234,33 +236,87 @@ def build(config: configuration.Config):
     )
 
 
-def begin_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
+def begin_rollout_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
     """Start or find the student's servers, on rank 0, while this process does other things."""
+    longest = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    longest += config.data.max_prompt_tokens
+    return begin_servers(config, "rollout", config.student.path, longest, dtype)
+
+
+def begin_teacher_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
+    """The same of the teacher's."""
+    from megatron_taopd.serving.hidden_states import HOOK_ARGS
+
+    longest = config.rollout.max_new_tokens + config.data.max_prompt_tokens
+    args = HOOK_ARGS if config.teacher.form == "hidden_states" else ()
+    path = config.teacher.path
+    return begin_servers(config, "teacher", path, longest, dtype, fixed_weights=True, args=args)
+
+
+def begin_servers(
+    config: configuration.Config, whose: str, path: str, longest: int, dtype: torch.dtype, **options
+) -> Future:
+    """Of (the model that they serve, the replicas on rank 0)."""
     from megatron_taopd.rollout.weight_sync.distributed import in_background
     from megatron_taopd.serving.launch import open_replicas
     from megatron_taopd.serving.replicas import ServedModel
 
-    longest = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    model = ServedModel.of(config.student.path, config.data.max_prompt_tokens + longest)
+    model = ServedModel.of(path, longest)
     if dist.get_rank() != 0:
         return in_background(lambda: (model, None))
-    logs = Path(config.run.dir) / "servers"
-    section = config.rollout.servers
-    return in_background(lambda: (model, open_replicas(section, model, dtype, logs)))
+    section, logs = getattr(config, whose).servers, Path(config.run.dir) / "servers" / whose
+    return in_background(lambda: (model, open_replicas(section, model, dtype, logs, **options)))
+
+
+def ready(servers: Future, key: str):
+    """The model and its replicas; ValueError on every rank if they do not serve."""
+    from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
+
+    try:
+        on_first_rank(servers.result)
+    except RuntimeError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return servers.result()
+
+
+def sglang_teacher(config, servers: Future, dtype: torch.dtype, vocab_map):
+    """The teacher on servers that were begun."""
+    from megatron_taopd.models.hf_checkpoint import load_config
+    from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
+
+    model, replicas = ready(servers, "teacher.servers")
+    if config.teacher.form == "hidden_states":
+        return SGLangTeacher(replicas, model, load_config(model.path).hidden_size, dtype)
+    say(
+        f"teacher.form: topk; D, C and the teacher's entropy are lower bounds from its "
+        f"{config.teacher.topk} likeliest tokens (Eq. 17)"
+    )
+    student_ids = None
+    if not vocab_map.is_identity:
+        student_ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
+    return SGLangTopkTeacher(replicas, model, config.teacher.topk, student_ids)
+
+
+def read_heads(config, student, vocab_map, chunk_rows: int):
+    """What the last stage scores and trains with."""
+    from megatron_taopd.models import weights
+    from megatron_taopd.scoring import Heads, TopkHeads
+
+    shard = student.shard
+    if config.teacher.engine == "sglang" and config.teacher.form == "topk":
+        return TopkHeads(student.head_weight, shard, chunk_rows)
+    columns = vocab_map.columns(shard.start, shard.stop)
+    teacher_head = weights.load_head(config.teacher.path, columns, student.dtype)
+    return Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
 
 def sglang_engine(config, servers: Future, student, ends, vocab_size: int):
     """The engine on servers that were begun; ValueError on every rank if they do not serve."""
     from megatron_taopd.rollout import weight_sync
     from megatron_taopd.rollout.sglang import SGLangEngine
-    from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
     from megatron_taopd.scoring import sequence_log_probs
 
-    try:
-        on_first_rank(servers.result)
-    except RuntimeError as error:
-        raise ValueError(f"rollout.servers: {error}") from error
-    model, replicas = servers.result()
+    model, replicas = ready(servers, "rollout.servers")
     sync, directory = config.rollout.sync, config.rollout.sync.dir
     ways = {
         "distributed": weight_sync.DistributedSync,

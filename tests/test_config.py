@@ -288,7 +288,17 @@ def test_overrides_that_are_refused(user, override, parts):
         ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
         ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
         ("rollout.engine=vllm", ("rollout.engine", "'vllm'", "one of ['local', 'sglang']")),
-        ("teacher.engine=sglang", ("teacher.engine", "'sglang'", "expected one of ['megatron']")),
+        ("teacher.engine=vllm", ("teacher.engine", "'vllm'", "one of ['megatron', 'sglang']")),
+        (
+            "teacher.engine=sglang teacher.parallel.pp=1 teacher.form=topk teacher.topk=8",
+            ("teacher.topk: 8", "selection.k 16"),
+        ),
+        ("teacher.engine=sglang", ("teacher.parallel", "engine megatron", "leave them out")),
+        (
+            "teacher.engine=sglang teacher.parallel.pp=1 teacher.servers.gpus=[1] "
+            f"{SERVERS}gpus=[1]",
+            ("teacher.servers.gpus: 1", "also in rollout.servers.gpus"),
+        ),
         ("train.schedule=once", ("train.schedule", "'once'", "one of ['two_pass', 'replay']")),
         (
             "train.schedule=replay train.mini_batches=2",

@@ -203,7 +203,7 @@ def test_update_and_shared_load(engine, endless):
     assert_same(batch, local(endless).generate(PROMPTS, range(6), 1, LONG))
     assert batch.weight_versions.unique().tolist() == [4]
     metrics = engine.metrics()
-    assert metrics["rollout/engine_tokens_per_second"] > 0 and not metrics["rollout/retries"]
+    assert metrics["rollout/tokens_per_second"] > 0 and not metrics["rollout/retries"]
     assert metrics["rollout/cached_share"] > 0
     assert not any(engine.metrics().values())
 

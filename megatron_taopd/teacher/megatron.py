@@ -96,6 +96,13 @@ class MegatronTeacher:
         ids = torch.cat([m.row_ids for m in micro_batches])
         return HeldRows.from_unordered(ids, torch.cat(outputs))
 
+    def metrics(self) -> dict[str, float]:
+        """What the log says of its work; nothing."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing outlives this process."""
+
     # -- weights -------------------------------------------------------------------------------
 
     def fingerprint(self) -> int:

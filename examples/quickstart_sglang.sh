@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# TA-OPD on the tiny pair with a real SGLang server for the rollouts: one rank beside one server, on
+# CPU or on a GPU that both share.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+memory=()
+if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" != 0 ]; then
+    memory=(rollout.servers.mem_fraction=0.2)
+fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec torchrun --standalone --nproc-per-node 1 -m megatron_taopd.train \
+    examples/tiny_pair_sglang.yaml "run.dir=runs/quickstart-sglang-$(date +%Y%m%d-%H%M%S)" \
+    "${memory[@]}" "$@"

@@ -1,0 +1,209 @@
+"""What SGLang tells of a teacher, beside the teacher itself: scores, and the tokens that are kept.
+
+    python tools/compare_teachers.py examples/tiny_pair.yaml --topk 16 64
+
+The configuration's student answers its prompts. The teacher reads the answers in this process
+(transformers, fp32) and on an SGLang server, which is started here unless --url names some: its
+hidden states, and its top-K alone. One process; both models have to fit it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_taopd import config as configuration
+from megatron_taopd.models.weights import load_head
+from megatron_taopd.parallel.vocab import VocabShard
+from megatron_taopd.prompts import load_prompts
+from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.scoring import Heads, TopkHeads
+from megatron_taopd.selection import select
+from megatron_taopd.serving.hidden_states import HOOK_ARGS
+from megatron_taopd.serving.replicas import CONTEXT_MARGIN, Replicas, ServedModel
+from megatron_taopd.serving.server import Server
+from megatron_taopd.teachability import learnable_disagreement
+from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
+from megatron_taopd.types import Sequences, TokenScores
+from megatron_taopd.vocab_map import VocabMap, Vocabulary
+
+CHUNK_ROWS = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--topk", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--ratio", type=float, default=0.1, help="kept rows")
+    parser.add_argument(
+        "--url", nargs="+", default=[], help="servers of the teacher that are there"
+    )
+    parser.add_argument("--mem-fraction", type=float, help="of our own server; SGLang's default")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration")
+    arguments = parser.parse_args()
+    config = configuration.load(arguments.config, ["run.dir=unused", *arguments.set])
+
+    vocabularies = [Vocabulary.from_pretrained(m.path) for m in (config.student, config.teacher)]
+    vocab_map = VocabMap.between(*vocabularies)
+    batch, teacher_prompts = contexts(config, arguments.prompts, vocabularies, vocab_map.size)
+    model = ServedModel.of(config.teacher.path, int(batch.lengths.max()) + 64)
+    reading, _ = vocab_map.read(batch, teacher_prompts, model.longest)
+
+    shard = VocabShard(0, vocab_map.size, None, vocab_map.size, vocab_map.absent)
+    student, teacher = (load(m.path) for m in (config.student, config.teacher))
+    weight = student.get_output_embeddings().weight[: shard.size].detach()
+    student_rows = hidden_rows(student, batch)
+    head = load_head(config.teacher.path, vocab_map.columns(0, shard.size), torch.float32)
+    heads = Heads(weight, head, shard, CHUNK_ROWS)
+    k = config.selection.k
+    exact = heads.scores(student_rows, hidden_rows(teacher, reading), k)
+
+    with tempfile.TemporaryDirectory() as logs:
+        start = partial(
+            Server,
+            model.path,
+            Path(logs) / "server.log",
+            dtype="float32",
+            context_length=model.longest + CONTEXT_MARGIN,
+            mem_fraction=arguments.mem_fraction,
+            args=HOOK_ARGS,
+        )
+        with Replicas(arguments.url or [start], model, fixed_weights=True) as replicas:
+            served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
+            rows = served.read(reading).held.rows
+            found = {"hidden states": (heads.scores(student_rows, rows, k), {})}
+            ids = None
+            if not vocab_map.is_identity:
+                ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
+            for n in arguments.topk:
+                served = SGLangTopkTeacher(replicas, model, n, ids)
+                rows = served.read(reading).held.rows
+                scores = TopkHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
+                found[f"top {n}"] = scores, {"mass": served.metrics()["teacher/topk_mass"]}
+
+    figures = {
+        "prompts": batch.num_sequences,
+        "rows": batch.num_rows,
+        "k": k,
+        "ratio": arguments.ratio,
+        "forms": {
+            name: compare(scores, exact, arguments.ratio) | extra
+            for name, (scores, extra) in found.items()
+        },
+    }
+    console = Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print(as_table(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def load(path: str):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
+    """The student's answers, and the prompts as the teacher reads them (None: alike)."""
+    student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
+    prompts = load_prompts(
+        config.data.prompts,
+        student,
+        config.data.prompt_column,
+        answer_column=None,
+        template=config.data.template,
+        system=config.data.system,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        limit=limit,
+        teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
+    )
+    engine = LocalEngine(load(config.student.path), seed=config.run.seed, vocab_size=size)
+    sampling = Sampling(config.rollout.max_new_tokens, temperature=config.rollout.temperature)
+    batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
+    return batch, prompts.teacher_token_ids
+
+
+@torch.no_grad()
+def hidden_rows(model, sequences: Sequences) -> Tensor:
+    """[R, D] normed hidden states at the response rows."""
+    rows = []
+    for i in range(sequences.num_sequences):
+        picked = sequences.row_positions[slice(*sequences.cu_rows[i : i + 2].tolist())]
+        rows.append(model.model(sequences.sequence(i)[None]).last_hidden_state[0, picked])
+    return torch.cat(rows)
+
+
+def compare(scores: TokenScores, exact: TokenScores, ratio: float) -> dict:
+    """Of D, C and D̃C̃: the largest difference and both correlations; overlap of the kept rows."""
+    vectors = {
+        "D": (scores.disagreement, exact.disagreement),
+        "C": (scores.compatibility, exact.compatibility),
+        "DC": tuple(
+            learnable_disagreement(s.disagreement, s.compatibility) for s in (scores, exact)
+        ),
+    }
+    kept, wanted = (select("teachability", s, ratio, 0) for s in (scores, exact))
+    figures: dict = {"overlap": (kept & wanted).sum().item() / wanted.sum().item()}
+    for name, (got, want) in vectors.items():
+        figures[name] = {
+            "max_difference": (got - want).abs().max().item(),
+            "mean_difference": (got - want).double().mean().item(),
+            "pearson": correlation(got, want),
+            "spearman": correlation(ranks(got), ranks(want)),
+        }
+    return figures
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Equal values share the mean of their ranks."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+
+
+def as_table(figures: dict) -> Table:
+    table = Table(
+        box=SIMPLE,
+        title=f"{figures['prompts']} prompts, {figures['rows']} rows, K = {figures['k']}",
+        caption=f"kept: share of the {figures['ratio']:.0%} most teachable rows that stays; "
+        "mass: of the teacher, reported",
+    )
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("score", no_wrap=True)
+    for header in ("max |Δ|", "mean Δ", "Pearson", "Spearman", "kept", "mass"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for form, row in figures["forms"].items():
+        for name, label in (("D", "D"), ("C", "C"), ("DC", "D̃C̃")):
+            values, last = row[name], name == "DC"
+            table.add_row(
+                form if name == "D" else "",
+                label,
+                f"{values['max_difference']:.2g}",
+                f"{values['mean_difference']:+.2g}",
+                f"{values['pearson']:.4f}",
+                f"{values['spearman']:.4f}",
+                f"{row['overlap']:.1%}" if last else "",
+                f"{row['mass']:.4f}" if last and "mass" in row else "",
+            )
+    return table
+
+
+if __name__ == "__main__":
+    main()
