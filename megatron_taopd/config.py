@@ -604,6 +604,9 @@ def _check_files(config: Config) -> None:
                 f"{key}: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); "
                 "copy the files of the model's own tokenizer there"
             )
+        teacher = config.teacher
+        if model == "teacher" and teacher.engine == "sglang" and teacher.form == "topk":
+            continue  # nothing is read of its weights
         weights = [path / "model.safetensors"]
         if (index := path / "model.safetensors.index.json").is_file():
             names = _read_json(key, index).get("weight_map", {}).values()
@@ -620,15 +623,18 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     _read_json(key, Path(path) / "config.json")
     read = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=False)
     hf = _read_pretrained(read, key, path)
+    served = model == "teacher" and section.engine == "sglang"  # whatever SGLang can run
     try:
-        check_architecture(hf)
+        if not served:
+            check_architecture(hf)
     except ValueError as error:
         raise ValueError(f"{key}: {path}: {error}") from None
     if num_experts(hf) and model == "student":
         raise ValueError(f"{key}: {path}: a mixture of experts is supported as a teacher only")
 
     try:
-        check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
+        if not served:
+            check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
     except ValueError as error:
         raise ValueError(f"{model}.parallel.{error}") from None
     if world_size % (ranks := parallel.tp * parallel.pp):
