@@ -232,9 +232,10 @@ def interrupted_train(overrides, at_call):
         module.catch_signals = catch_signals
 
 
-@pytest.mark.parametrize(("at_call", "done"), [(13, 2), (15, 3)])
+@pytest.mark.parametrize(("at_call", "done"), [(13, 2), (15, 2), (18, 3)])
 def test_interrupted_in_or_after_a_step(tmp_path, at_call, done):
-    """In a step before its training: as if it had not begun. After: with the step's checkpoint."""
+    """In a step before its training, also between two parts of its rollouts: as if it had not
+    begun. After: with the step's checkpoint. (A step asks six times.)"""
     options = ["train.steps=4", "checkpoint.every=0"]
     (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
     stopped = [f"run.dir={tmp_path}/stopped", *options]
