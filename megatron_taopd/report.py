@@ -208,6 +208,9 @@ def _facts(config: Mapping[str, Any]) -> str:
         layout = f"TP{get(f'{role}.parallel.tp') or 1} PP{get(f'{role}.parallel.pp') or 1}"
         if (experts := get(f"{role}.parallel.ep") or 1) > 1:
             layout += f" EP{experts}"
+        if get(f"{role}.engine") == "sglang":
+            bounds = f", top {get(f'{role}.topk')} (scores are bounds)"
+            layout = "SGLang" + (bounds if get(f"{role}.form") == "topk" else "")
         return f"<b>{escape(Path(get(f'{role}.path')).name)}</b> <i>{layout}</i>"
 
     facts = []

@@ -266,6 +266,17 @@ def test_the_report_needs_nothing_but_itself():
     assert not any({"src", "href"} & attributes.keys() for _, attributes in Page(html).tags)
 
 
+def test_the_report_says_of_a_served_teacher_what_its_scores_are():
+    served = CONFIG.replace(
+        "path: pairs/large, parallel: {tp: 1, pp: 2}",
+        "path: pairs/large, engine: sglang, form: topk, topk: 64",
+    )
+    text = Page(render_report(fake_records(), "tiny run", served)).text
+    assert "large SGLang, top 64 (scores are bounds) → small TP2 PP1" in text
+    text = Page(render_report(fake_records(), "tiny run", served.replace("topk,", "exact,"))).text
+    assert "large SGLang → small TP2 PP1" in text
+
+
 def test_the_report_states_the_figures_of_the_run():
     text = Page(render_report(fake_records(), "tiny run", CONFIG)).text
     for figure in (
