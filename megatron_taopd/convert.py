@@ -25,6 +25,7 @@ from megatron_taopd.models.hf_checkpoint import (
     copy_side_files,
     load_config,
     tensor_shapes,
+    whole_shapes,
 )
 from megatron_taopd.models.hf_map import Parameter
 from megatron_taopd.models.megatron_checkpoint import (
@@ -88,7 +89,7 @@ def to_megatron(
     stored = checkpoint.check(hf)
     parameters = hf_map.parameters(hf)
     dtypes = _dtypes_by_key(hf_dir, parameters.values(), stored, dtype)
-    shapes = whole_shapes(hf, parameters.values())
+    shapes = whole_shapes(hf, parameters)
     sizes = [prod(shapes[name]) * dtypes[p.key].itemsize for name, p in parameters.items()]
     check_space(out, sum(sizes))
     rank, world_size = rank_and_size()
@@ -241,7 +242,7 @@ def find_keys(
     Raises:
         ValueError: a tensor is missing, unexpected or of a shape that the config does not give it.
     """
-    shapes = whole_shapes(hf, parameters.values())
+    shapes = whole_shapes(hf, parameters)
     found = {}
     for name, parameter in parameters.items():
         key, index, lead = parameter.key, parameter.index, parameter.shape
@@ -284,20 +285,6 @@ def read_config(hf_dir: str | Path) -> PretrainedConfig:
 
 def _name(hf: PretrainedConfig) -> str:
     return (hf.architectures or [hf.model_type])[0]
-
-
-def whole_shapes(
-    hf: PretrainedConfig, parameters: Sequence[Parameter]
-) -> dict[str, tuple[int, ...]]:
-    """The shape of every Megatron parameter that this config gives, by name."""
-    shapes = tensor_shapes(hf)
-    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return {
-        parameter.name: tuple(
-            parameter.mapping.merge([meta[n] for n in parameter.mapping.names], hf).shape
-        )
-        for parameter in parameters
-    }
 
 
 def share(

@@ -17,10 +17,9 @@ from megatron_taopd.convert import (
     rank_and_size,
     read_config,
     share,
-    whole_shapes,
 )
 from megatron_taopd.models import hf_map
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint
+from megatron_taopd.models.hf_checkpoint import HFCheckpoint, whole_shapes
 from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
 
 
@@ -58,7 +57,7 @@ def compare_tensors(hf_dir: str | Path, megatron_dir: str | Path, advance: Advan
     ours.check(hf)
     parameters = hf_map.parameters(hf)
     keys = find_keys(theirs, hf, parameters)
-    shapes = whole_shapes(hf, parameters.values())
+    shapes = whole_shapes(hf, parameters)
     sizes = [prod(shapes[name]) * theirs.dtype(keys[name][0]).itemsize for name in parameters]
     mine = Comparison()
     my_parameters, to_do = share(list(parameters.values()), sizes, *rank_and_size())

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from megatron_taopd.models.hf_map import Parameter
+
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -60,6 +62,20 @@ def tensor_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def whole_shapes(
+    config: PretrainedConfig, parameters: Mapping[str, Parameter]
+) -> dict[str, tuple[int, ...]]:
+    """The shape that this config gives every whole Megatron parameter, by name."""
+    shapes = tensor_shapes(config)
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {
+        name: tuple(
+            parameter.mapping.merge([meta[n] for n in parameter.mapping.names], config).shape
+        )
+        for name, parameter in parameters.items()
+    }
 
 
 class HFCheckpoint:

@@ -20,6 +20,7 @@ from megatron_taopd.models.hf_checkpoint import (
     copy_side_files,
     load_config,
     tensor_shapes,
+    whole_shapes,
 )
 from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
 from megatron_taopd.parallel import platform
@@ -107,14 +108,17 @@ def export_weights(
     layout = model.layout
     assert layout.ep == 1, layout
     own = {name: read(parameter) for name, parameter in named_parameters(model)}
-    shapes = whole_shapes(model)
+    known = hf_map.parameters(model.hf)
+    if layout.pp > 1 and not hasattr(model, "whole_shapes"):  # they never change
+        model.whole_shapes = whole_shapes(model.hf, known)
     stages = dist.get_process_group_ranks(layout.groups.pp)
-    for name, parameter in hf_map.parameters(model.hf).items():
+    for name, parameter in known.items():
         stage = _stage(parameter, model)
         if layout.pp_rank == stage:
             whole = _unshard(parameter.mapping, own[name], layout)
         else:
-            whole = torch.empty(shapes[name], dtype=dtype_of(model), device=platform.device())
+            shape = model.whole_shapes[name]
+            whole = torch.empty(shape, dtype=dtype_of(model), device=platform.device())
         if layout.pp > 1:
             dist.broadcast(whole, src=stages[stage], group=layout.groups.pp)
         mapping = parameter.mapping
@@ -131,25 +135,6 @@ def _stage(parameter: hf_map.Parameter, model: Trunk) -> int:
     if parameter.layer is not None:
         return parameter.layer // (model.config.num_layers // model.layout.pp)
     return 0 if parameter.name.startswith("embedding") else model.layout.pp - 1
-
-
-def whole_shapes(model: Trunk) -> dict[str, torch.Size]:
-    """Shapes of all whole parameters; a stage learns the others' once (they never change).
-
-    Collectives: on the first call, an all-gather of names and shapes over the pipeline group.
-    """
-    if not hasattr(model, "whole_shapes"):
-        layout, shapes, known = model.layout, {}, hf_map.parameters(model.hf)
-        for name, tensor in named_parameters(model):
-            if name in known:
-                meta = tensor.detach().to("meta")
-                mapping = known[name].mapping
-                shards = [meta] * layout.tp if mapping.sharded else [meta]
-                shapes[name] = mapping.unshard(shards).shape
-        stages: list = [None] * layout.pp
-        dist.all_gather_object(stages, shapes, group=layout.groups.pp)
-        model.whole_shapes = {name: shape for stage in stages for name, shape in stage.items()}
-    return model.whole_shapes
 
 
 def _unshard(mapping, shard: Tensor, layout: Layout) -> Tensor:

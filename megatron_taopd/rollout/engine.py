@@ -107,7 +107,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What the log says of the generation since the last call; the same keys on every rank."""
+        """What the log says of the generation since the last call; rank 0 writes it."""
         ...
 
     def close(self) -> None:
