@@ -148,6 +148,16 @@ subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("up", flush=True)
 time.sleep(600)
 """
+# Writes more than anyone will read, and then goes on writing.
+TALKATIVE = """
+import time
+for line in range(400_000):
+    print("a line of the log, number", line)
+print("that much", flush=True)
+while True:
+    print("and more", flush=True)
+    time.sleep(0.05)
+"""
 # Finds its port taken, but only the first time; like SGLang, it does not end by itself then.
 UNLUCKY = """
 import pathlib, time
@@ -187,6 +197,20 @@ def test_stop_kills_what_does_not_listen(fake, tmp_path):
     server.stop(grace_s=0.5)
     assert time.monotonic() - started >= 0.5
     assert left(processes, timeout=0) == []
+
+
+def test_a_log_is_bounded_while_it_is_written(fake, tmp_path):
+    log = tmp_path / "log"
+    server = fake(TALKATIVE)
+    wait_for(lambda: "that much" in log.read_text())
+    server.bound_log(8 << 20)
+    assert log.stat().st_size <= (1 << 20) + 1000
+    length = len(log.read_text().splitlines())
+    wait_for(lambda: len(log.read_text().splitlines()) > length)
+    assert "\0" not in log.read_text()  # no hole where the beginning was
+    size = log.stat().st_size
+    server.bound_log(size * 2)
+    assert log.stat().st_size >= size
 
 
 def test_killed_supervisor_takes_the_server_along(fake, tmp_path):

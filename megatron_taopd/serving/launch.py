@@ -67,5 +67,6 @@ def open_replicas(
         concurrency=section.concurrency,
         timeout_s=section.timeout_s,
         attempts=section.attempts,
+        start_timeout_s=section.start_timeout_s,
         fixed_weights=fixed_weights,
     )

@@ -158,6 +158,7 @@ class Replicas:
         health_every_s, health_timeout_s: how often a replica is looked at, and how long it may take
             to answer; it may miss that once.
         patience_s: before a replica that is not ours is given up.
+        start_timeout_s: how long one that is not ours, but perhaps still loading, may not listen.
 
     Raises:
         ValueError: a URL serves another model, or cannot take the longest sequence.
@@ -177,12 +178,14 @@ class Replicas:
         health_every_s: float = 5.0,
         health_timeout_s: float = 30.0,
         patience_s: float = 600.0,
+        start_timeout_s: float = 0.0,
     ):
         self.model = model
         self.concurrency, self.timeout_s, self.attempts = concurrency, timeout_s, attempts
         self.fixed_weights = fixed_weights
         self.health_every_s, self.health_timeout_s = health_every_s, health_timeout_s
         self.patience_s = patience_s
+        self.start_timeout_s = start_timeout_s
         self.counts: Counter[str] = Counter()
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._closing = False
@@ -420,6 +423,7 @@ class Replicas:
                 replica.server = replica.start()
         starts = (asyncio.to_thread(r.server.wait_until_ready) for r in self.all if r.server)
         await _all(starts)
+        await _all(self._wait_until_listens(r) for r in self.all if not r.server)
         await _all(self._check(replica) for replica in self.all)
         for replica in self.all:
             own = replica.server is not None
@@ -442,6 +446,8 @@ class Replicas:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(replica.alarm.wait(), self.health_every_s)
             replica.alarm.clear()
+            if replica.server is not None:
+                replica.server.bound_log()
             if not replica.syncing:
                 await self._examine(replica)
 
@@ -528,6 +534,18 @@ class Replicas:
         return [f"{r.url} {r.trouble}" for r in self.all]
 
     # What a server is
+
+    async def _wait_until_listens(self, replica: Replica) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        while time.monotonic() < deadline:
+            try:
+                await self._client.get(replica.url + "/model_info", timeout=self.health_timeout_s)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                await asyncio.sleep(1)
+                continue
+            except httpx.TransportError:
+                pass  # `_check` says what is wrong with it
+            return
 
     async def _get(self, replica: Replica, path: str) -> dict:
         url = replica.url + path

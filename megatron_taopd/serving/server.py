@@ -215,6 +215,18 @@ class Server:
             log.seek(max(self._log_start, os.path.getsize(self.log) - (1 << 20)))
             return log.read().decode(errors="replace")
 
+    def bound_log(self, size: int = 64 << 20) -> None:
+        """Empty a log that has grown beyond so many bytes, but for its last MiB."""
+        if os.path.getsize(self.log) <= size:
+            return
+        with open(self.log, "r+b") as log:  # the server appends, so that it goes on behind these
+            log.seek(-(1 << 20), os.SEEK_END)
+            tail = log.read()
+            log.seek(0)
+            log.write(tail)
+            log.truncate()
+        self._log_start = 0
+
     def stop(self, grace_s: float = 10) -> None:
         """End the server and return when none of its processes is left. Idempotent.
 

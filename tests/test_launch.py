@@ -1,0 +1,220 @@
+"""Launchers: a run that is asked to end saves, says so by its exit status, and goes on when started
+again. Real torchrun, real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from megatron_taopd.rollout.weight_sync.distributed import in_background
+from megatron_taopd.serving.replicas import Replicas, ServedModel
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "examples" / "launch"
+TINY_STUDENT = ROOT / "examples" / "tiny_pair" / "student"
+TINY = str(ROOT / "examples" / "tiny_pair.yaml")
+SHORT = ["rollout.prompts=8", "eval.every=0", "eval.at_start=false", "eval.limit=16"]
+SHORT += ["log.tensorboard=false", "checkpoint.every=0"]
+ONE_RANK = ["student.parallel.tp=1", "teacher.parallel.pp=1"]
+
+
+def start(command, **environment):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **environment,
+    }
+    return subprocess.Popen(
+        [str(part) for part in command], env=environment, start_new_session=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def launch(*arguments):
+    module = ["-m", "megatron_taopd.launch", "--standalone", "--nproc-per-node", "1"]
+    return start([sys.executable, *module, *arguments])
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def steps_done(run_dir):
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_for_step(process, run_dir, step, timeout=180):
+    deadline = time.monotonic() + timeout
+    while not any(done >= step for done in steps_done(run_dir)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, f"step {step} was not reached"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_is_asked_to_end_saves_and_resumes(tmp_path, asked):
+    run = ["-m", "megatron_taopd.train", TINY, *SHORT, *ONE_RANK, f"run.dir={tmp_path}/run"]
+    process = launch(*run, "train.steps=500")
+    wait_for_step(process, tmp_path / "run", 2)
+    process.send_signal(asked)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, output
+    done = steps_done(tmp_path / "run")[-1]
+    assert f"stopped after step {done} of 500" in output
+    assert "Traceback" not in output
+
+    process = launch(*run, f"train.steps={done + 1}")
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert f"resuming after step {done}" in output
+    assert steps_done(tmp_path / "run") == [*range(1, done + 2)]
+
+
+def test_the_exit_status_is_that_of_the_workers(tmp_path):
+    script = tmp_path / "worker.py"
+    for statement, status in (("raise SystemExit(2)", 2), ("os.kill(os.getpid(), 9)", 137)):
+        script.write_text(f"import os\n{statement}\n")
+        process = launch(script)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == status, output
+        assert f"rank 0 ended first, with status {status}" in output
+
+
+def test_two_nodes_and_their_exit_status(tmp_path):
+    """node.sh on two nodes of this machine, one rank each; a mistake is not tried again."""
+    environment = {"NNODES": "2", "NPROC": "1", "MASTER_PORT": str(free_port()), "PAUSE": "0"}
+    node = ["bash", LAUNCH / "node.sh", TINY, *SHORT, f"run.dir={tmp_path}/run"]
+
+    def both(*options):
+        nodes = [start([*node, *options], NODE_RANK=str(rank), **environment) for rank in range(2)]
+        outputs = [process.communicate(timeout=180)[0] for process in nodes]
+        return [process.returncode for process in nodes], outputs
+
+    statuses, outputs = both("train.steps=1")
+    assert statuses == [0, 0], outputs
+    assert steps_done(tmp_path / "run") == [1]
+
+    statuses, outputs = both("selection.ratio=1.5")
+    assert statuses == [2, 2], outputs
+    assert all("start 2" not in output for output in outputs)
+
+
+SLURM = {
+    # The two commands of Slurm that the script calls, and a run that ends at once.
+    "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$@" >> "$CALLS"; fi',
+    "srun": 'echo "$6" >> "$CALLS.nodes"; shift 7; export SLURM_PROCID=0; exec "$@"',
+    "python": 'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; sleep ${SLOW:-0}; exit $STATUS',
+}
+
+
+def sbatch(tmp_path, *arguments, **environment):
+    """What slurm.sbatch does on a cluster of stand-ins: (its status, output)."""
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    process = start(
+        ["bash", LAUNCH / "slurm.sbatch", *arguments],
+        PATH=f"{tmp_path}:{os.environ['PATH']}", CALLS=str(tmp_path / "calls"), NPROC="1",
+        SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7", **environment,
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "queued"),
+    [(0, 0, False), (2, 0, False), (3, 9, True), (4, 0, True), (1, 3, False)],
+)
+def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
+    ended, output = sbatch(
+        tmp_path, "CONFIG.yaml", STATUS=str(status), SLURM_RESTART_COUNT=str(restarts),
+        SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node1",
+    )  # fmt: skip
+    assert (tmp_path / "calls").exists() == queued, output
+    if queued:
+        assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    else:
+        assert ended == status
+
+
+def test_slurm_gives_nodes_to_servers(tmp_path):
+    sbatch(
+        tmp_path, "CONFIG.yaml", "train.steps=3", STATUS="0", SERVE_NODES="1", SERVE_MODEL="MODEL",
+        SLOW="2", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3",
+    )  # fmt: skip
+    calls = (tmp_path / "calls.python").read_text()
+    assert "serve.py MODEL --tp 1 --host 0.0.0.0 --api-key-env SGLANG_KEY" in calls
+    assert sorted((tmp_path / "calls.nodes").read_text().split()) == ["n1,n2", "n3"]
+    (run,) = [call for call in calls.splitlines() if "megatron_taopd.train" in call]
+    assert run.startswith("2 0 ") and "--nnodes 2" in run and "train.steps=3" in run
+    assert "rollout.servers.urls=[http://n3:30000,http://n3:30001]" in run
+    assert "rollout.servers.api_key_env=SGLANG_KEY" in run
+
+
+def serve(*arguments, **environment):
+    return start([sys.executable, ROOT / "tools" / "serve.py", *arguments], **environment)
+
+
+def test_servers_are_not_opened_to_the_network_without_a_key():
+    process = serve("MODEL", "--host", "0.0.0.0")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output.startswith("error: --host: 0.0.0.0 without --api-key-env")
+
+
+def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):
+    port, key = free_port(), "secret"
+    process = serve(
+        TINY_STUDENT, "--port", port, "--api-key-env", "KEY",
+        "--max-total-tokens", "1024", "--logs", tmp_path, "--dtype", "float32", KEY=key,
+    )  # fmt: skip
+    late = in_background(
+        lambda: Replicas(
+            [f"http://127.0.0.1:{port}"], ServedModel.of(TINY_STUDENT, 64), api_key=key,
+            start_timeout_s=600,
+        )
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == f"http://127.0.0.1:{port} serves\n"
+        url = f"http://127.0.0.1:{port}/get_model_info"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        with late.result(timeout=60) as replicas:  # the run had come before its server
+            assert len(replicas.live) == 1
+        family = psutil.Process(process.pid).children(recursive=True)
+        next(p for p in family if "sglang.launch_server" in p.cmdline()[:4]).kill()
+        assert process.stdout.readline() == f"http://127.0.0.1:{port} died; it is started again\n"
+        assert process.stdout.readline() == f"http://127.0.0.1:{port} serves\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.terminate()
+    assert process.wait(timeout=60) == 0
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+
+
+def test_launchers_name_no_host_and_parse():
+    for script in ("node.sh", "slurm.sbatch"):
+        subprocess.run(["bash", "-n", LAUNCH / script], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", LAUNCH / script], check=True)
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] + replicas["Worker"]["replicas"] == 8

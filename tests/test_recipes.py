@@ -1,0 +1,75 @@
+"""The recipes: each one reads, fits its GPUs, and divides its ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pytest
+from published import MODELS
+from pyarrow import parquet
+
+from megatron_taopd import config as configuration
+from megatron_taopd.plan.cluster import CLUSTERS
+from megatron_taopd.plan.results import Plan
+from megatron_taopd.plan.setup import Setup
+
+RECIPES = sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml"))
+# Their models that are the shape of another, or that other one quantised.
+SHAPES = {"Qwen3-8B-GRPO": "Qwen3-8B", "Qwen3-235B-A22B-FP8": "Qwen3-235B-A22B"}
+DAPO = "Solve the following math problem step by step."
+
+
+def ranks_and_servers(name: str) -> tuple[int, list[str]]:
+    """How many ranks train, and what the launcher adds on the command line."""
+    served = "235b" in name
+    if name.endswith("_8gpu"):
+        return (3 if served else 6), []
+    nodes = (5, 6) if served else (6, 7, 8)
+    urls = ",".join(f"http://node{n}:{30000 + gpu}" for n in nodes for gpu in range(8))
+    options = [f"rollout.servers.urls=[{urls}]"]
+    if served:
+        options.append("teacher.servers.urls=[http://node7:30000,http://node8:30000]")
+    return (32 if served else 40), options
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    for variable in ("MODELS", "DATA", "RUNS"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("SGLANG_KEY", "secret")
+    for name in (*MODELS, *SHAPES):
+        MODELS[SHAPES.get(name, name)].save_pretrained(tmp_path / "MODELS" / name)
+    return tmp_path
+
+
+def test_there_is_one_for_each_pair_and_size():
+    pairs = {path.stem.rpartition("_")[0] for path in RECIPES}
+    assert len(pairs) == 6
+    assert {path.stem for path in RECIPES} == {f"{p}_{n}gpu" for p in pairs for n in (8, 64)}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_fits_its_gpus(path, places):
+    ranks, options = ranks_and_servers(path.stem)
+    setup = Setup.of(configuration.load(path, options), ranks)
+    plan = Plan.of(setup, CLUSTERS["h800"])
+    assert plan.problems() == []
+    assert 0 < plan.seconds < 600
+
+
+@pytest.mark.skipif("TAOPD_DATA" not in os.environ, reason="TAOPD_DATA is not set")
+@pytest.mark.parametrize("path", [p for p in RECIPES if "r1_" not in p.stem], ids=lambda p: p.stem)
+def test_can_start(path, places):
+    """All that `config.check` looks at, with the family's real tokenizer."""
+    tokenizer = Path(os.environ["TAOPD_DATA"]) / "tokenizers" / "qwen"
+    for directory in (places / "MODELS").iterdir():
+        shutil.copytree(tokenizer, directory, dirs_exist_ok=True, copy_function=shutil.copy)
+        (directory / "model.safetensors").touch()
+    row = {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / "dapo-math-17k.parquet")
+    ranks, options = ranks_and_servers(path.stem)
+    configuration.check(configuration.load(path, options), ranks)
