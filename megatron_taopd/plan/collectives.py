@@ -1,0 +1,342 @@
+"""Every collective of a step: which ranks, how often, how many bytes.
+
+Exact where sequences are of one length and divide evenly over the data-parallel ranks, as
+`Workload` has them; tools/scaling.py compares it with what a rank of 64 really calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_taopd.parallel.vocab.heads import rows_within
+from megatron_taopd.plan import links
+from megatron_taopd.plan.setup import Setup
+from megatron_taopd.plan.shapes import Architecture, Grid, buffer_elements, student_buckets
+
+SHAPE_BYTES = 3 * 8  # that a pipeline stage sends before each tensor
+PROBED_ROWS = 1024  # of `scoring.score`
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What a rank does of one kind in one phase.
+
+    Attributes:
+        op: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast or send.
+        group: student tp, student dp, …, world.
+        ranks: in the group.
+        span: how many consecutive ranks the group is spread over; up to a node's, it stays inside.
+        bytes: that this rank sends in all calls together, by `links`' arithmetic.
+    """
+
+    phase: str
+    op: str
+    group: str
+    ranks: int
+    span: int
+    calls: int
+    bytes: float
+
+
+def step_collectives(
+    setup: Setup, rank: int, overlap: bool = True, moved: float = 0.0
+) -> list[Collective]:
+    """Those of a rank in one step, in the order of the step; groups of one are left out.
+
+    Args:
+        overlap: gradients are reduced while the backward pass runs, as on CUDA: more buckets.
+        moved: share of the kept rows whose sequence another data-parallel rank trains than scored.
+    """
+    found = [
+        *_rollout(setup),
+        *_teacher(setup, rank),
+        *_scoring(setup, rank),
+        *_training(setup, rank, moved),
+        *_gradients(setup, rank, overlap),
+        *_optimizer(setup, rank, overlap),
+        *_sync(setup, rank),
+    ]
+    return [c for c in found if c.ranks > 1 and c.calls]
+
+
+# ------------------------------------------------------------------------------- passes of a trunk
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A data-parallel rank's share of a pass over sequences of one length.
+
+    Attributes:
+        tokens: of all its micro-batches, padding included.
+        rows: response rows of all its micro-batches.
+    """
+
+    model: Architecture
+    grid: Grid
+    rank: int
+    itemsize: int
+    micro_batches: int
+    tokens: int
+    rows: int
+
+    @classmethod
+    def of(cls, setup: Setup, model: Architecture, grid: Grid, rank: int, length: int, rows: int):
+        """Args: length: tokens of a sequence; rows: of a sequence."""
+        sequences = setup.workload.sequences_of(grid.dp)
+        together = max(1, setup.micro_batch_tokens // length)
+        full, rest = divmod(sequences, together)
+        tokens = full * _padded(together * length, grid.shards) + _padded(
+            rest * length, grid.shards
+        )
+        count = full + (rest > 0)
+        return cls(model, grid, rank, setup.itemsize, count, tokens, sequences * rows)
+
+    @property
+    def stage(self) -> int:
+        return self.grid.stage(self.rank)
+
+    @property
+    def layers(self) -> int:
+        return self.model.layers // self.grid.pp
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.grid.pp - 1
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the whole activations between two layers, of all micro-batches."""
+        return self.tokens * self.model.hidden * self.itemsize
+
+    def over_tp(
+        self, phase: str, op: str, calls: int, total: float, who: str = "student"
+    ) -> Collective:
+        """Args: calls: per micro-batch, each over total bytes of all micro-batches."""
+        wire = links.all_reduce_bytes if op == "all_reduce" else links.gather_bytes
+        tp = self.grid.tp
+        return Collective(
+            phase, op, f"{who} tp", tp, tp, calls * self.micro_batches, calls * wire(total, tp)
+        )
+
+    def over_pp(self, phase: str, who: str = "student") -> Collective:
+        """To the neighbouring stage: a shape, and a tensor."""
+        bytes_ = self.micro_batches * SHAPE_BYTES + links.pipeline_bytes(
+            self.tokens, self.model.hidden, self.itemsize, self.grid.shards
+        )
+        span = self.grid.tp * self.grid.dp * self.grid.pp
+        return Collective(
+            phase, "send", f"{who} pp", self.grid.pp, span, 2 * self.micro_batches, bytes_
+        )
+
+    def forward(self, phase: str, who: str = "student") -> list[Collective]:
+        return [
+            *self.embedding(phase, who),
+            *self.through_layers(phase, who),
+            *self.picked(phase, who),
+            *([] if self.last else [self.over_pp(phase, who)]),
+        ]
+
+    def embedding(self, phase: str, who: str) -> list[Collective]:
+        op = "reduce_scatter" if self.grid.sequence else "all_reduce"
+        return [self.over_tp(phase, op, 1, self.activations, who)] if self.stage == 0 else []
+
+    def through_layers(self, phase: str, who: str = "student") -> list[Collective]:
+        if not self.grid.sequence:
+            return [self.over_tp(phase, "all_reduce", 2 * self.layers, self.activations, who)]
+        return [
+            self.over_tp(phase, op, 2 * self.layers, self.activations, who)
+            for op in ("all_gather", "reduce_scatter")
+        ]
+
+    def picked(self, phase: str, who: str) -> list[Collective]:
+        """`models.gpt.pick_rows`."""
+        gathers = self.last and self.grid.sequence
+        return [self.over_tp(phase, "all_gather", 1, self.activations, who)] if gathers else []
+
+    def backward(self, phase: str) -> list[Collective]:
+        """Of the layers as many as forward; their inputs are gathered once more."""
+        found = self.through_layers(phase)
+        if self.grid.sequence:
+            found.append(self.over_tp(phase, "all_gather", 2 * self.layers, self.activations))
+            if self.last:
+                found.append(self.over_tp(phase, "reduce_scatter", 1, self.activations))
+            if self.stage == 0:
+                found.append(self.over_tp(phase, "all_gather", 1, self.activations))
+        elif self.last:
+            rows = self.rows * self.model.hidden * self.itemsize
+            found.append(self.over_tp(phase, "all_reduce", 1, rows))
+        return found + ([] if self.stage == 0 else [self.over_pp(phase)])
+
+    def heads(self, phase: str, chunk_rows: int, row_bytes: int) -> list[Collective]:
+        """One all-gather a chunk of rows, on the last stage."""
+        if not self.last:
+            return []
+        tp, count = self.grid.tp, self.micro_batches
+        rows = -(-self.rows // count)
+        calls = count * -(-rows // chunk_rows)
+        bytes_ = links.gather_bytes(self.rows * row_bytes * tp, tp)
+        return [Collective(phase, "all_gather", "student tp", tp, tp, calls, bytes_)]
+
+
+# ------------------------------------------------------------------------------------------ phases
+
+
+def _rollout(setup: Setup) -> list[Collective]:
+    work, world = setup.workload, setup.gpus
+    if setup.rollout is not None:  # rank 0 has the responses, and tells all others
+        bytes_ = work.sequences * (12 + 12 * work.response)
+        return [Collective("rollout", "broadcast", "world", world, world, 2, bytes_)]
+    share = -(-work.sequences // world) * world
+    bytes_ = links.gather_bytes(share * (8 * work.response + 4), world)
+    return [Collective("rollout", "all_gather", "world", world, world, 1, bytes_)]
+
+
+def _teacher(setup: Setup, rank: int) -> list[Collective]:
+    found, grid, work = [], setup.teacher_grid, setup.workload
+    if grid is not None:
+        read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
+        found = read.forward("teacher", "teacher")
+        if grid.ep > 1:
+            shards = read.tokens // grid.shards
+            bytes_ = links.expert_bytes(
+                shards, read.model.hidden, read.layers, read.itemsize,
+                read.model.experts_per_token, grid.ep,
+            )  # fmt: skip
+            calls = 2 * read.layers * read.micro_batches
+            found.append(
+                Collective(
+                    "teacher", "all_to_all", "teacher ep", grid.ep, grid.tp * grid.ep, calls, bytes_
+                )
+            )
+    world = setup.gpus
+    sent = _rows_sent(setup, rank) * _teacher_row(setup)
+    return [*found, Collective("exchange", "all_to_all", "world", world, world, 1, sent)]
+
+
+def _teacher_row(setup: Setup) -> int:
+    """Bytes of what the teacher says of a row."""
+    return (2 * setup.k + 1) * 4 if setup.columns_only else setup.teacher.hidden * setup.itemsize
+
+
+def _rows_sent(setup: Setup, rank: int) -> int:
+    """Rows that a rank sends to others (`teacher.delivery`): sequences of one length are dealt
+    round, and every rank of the scoring TP group takes its copy from itself or from a holder."""
+    grid, own, sent = setup.student_grid, setup.teacher_grid, 0
+    for sequence in range(setup.workload.sequences):
+        holders = [0]
+        if own is not None:
+            holders = [_last_stage_rank(own, sequence, t) for t in range(own.tp)]
+        for t in range(grid.tp):
+            destination = _last_stage_rank(grid, sequence, t)
+            source = destination if destination in holders else holders[t % len(holders)]
+            sent += source == rank != destination
+    return sent * setup.workload.response
+
+
+def _last_stage_rank(grid: Grid, sequence: int, tp_rank: int) -> int:
+    return tp_rank + grid.tp * (sequence % grid.dp + grid.dp * (grid.pp - 1))
+
+
+def _chunk_rows(setup: Setup) -> int:
+    return rows_within(setup.head_memory, setup.student.vocab // setup.student_grid.tp)
+
+
+def _scoring(setup: Setup, rank: int) -> list[Collective]:
+    grid, work, world = setup.student_grid, setup.workload, setup.gpus
+    scored = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response)
+    rows = work.sequences * work.response
+    stride = max(1, rows // PROBED_ROWS)
+    probed = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response // stride)
+    chunk = _chunk_rows(setup)
+    a_row = (12 if setup.columns_only else 24) * (setup.k + 1)
+    table = links.all_reduce_bytes(24 * rows, world)
+    return [
+        *scored.forward("scoring"),
+        *scored.heads("scores", chunk, a_row),
+        *probed.heads("probe", chunk, 12),
+        Collective("score table", "all_reduce", "world", world, world, 1, table),
+    ]
+
+
+def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
+    grid, work, world = setup.student_grid, setup.workload, setup.gpus
+    length = min(work.length - 1, -(-work.length * work.trained // 1))
+    kept = max(1, round(work.kept * work.response))
+    trained = _Pass.of(setup, setup.student, grid, rank, int(length), kept)
+    a_row = 4 * setup.k + 8 if setup.columns_only else 20  # `links.loss_bytes`
+    found = trained.forward("training")
+    if setup.recompute == "full" and not setup.replay:
+        found += trained.through_layers("training")
+    found += trained.backward("training")
+    found += trained.heads("loss", _chunk_rows(setup), a_row)
+    if moved and trained.last:
+        sent = moved * trained.rows * _teacher_row(setup)
+        found.append(Collective("training", "all_to_all", "world", world, world, 1, sent))
+    return found
+
+
+def _gradients(setup: Setup, rank: int, overlap: bool) -> list[Collective]:
+    model, grid = setup.student, setup.student_grid
+    stage = grid.stage(rank)
+    last = stage == grid.pp - 1
+    buckets = student_buckets(model, grid, stage, overlap)
+    bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.dp)
+    found = [_over_dp(setup, "gradients", "reduce_scatter", len(buckets), bytes_)]
+    # What every rank of the TP group has whole, and has seen a part of the tokens or heads for.
+    norms = model.layers // grid.pp * 2 * model.head_dim * model.qk_norm
+    if grid.sequence:
+        norms += model.layers // grid.pp * 2 * model.hidden + last * model.hidden
+    if norms:
+        bytes_ = links.all_reduce_bytes(4 * norms, grid.tp)
+        found.append(
+            Collective("gradients", "all_reduce", "student tp", grid.tp, grid.tp, 1, bytes_)
+        )
+    if model.tied and grid.pp > 1 and (last or stage == 0):  # both ends hold the embedding
+        bytes_ = links.all_reduce_bytes(4 * model.embedding // grid.tp, 2)
+        found.append(Collective("gradients", "all_reduce", "embedding", 2, setup.gpus, 1, bytes_))
+    return found
+
+
+def _optimizer(setup: Setup, rank: int, overlap: bool) -> list[Collective]:
+    grid = setup.student_grid
+    buckets = student_buckets(setup.student, grid, grid.stage(rank), overlap)
+    bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.dp)
+    return [_over_dp(setup, "optimizer", "all_gather", len(buckets), bytes_)]
+
+
+def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Collective:
+    grid, steps = setup.student_grid, setup.mini_batches
+    span = grid.tp * grid.dp
+    return Collective(phase, op, "student dp", grid.dp, span, steps * calls, steps * bytes_)
+
+
+def _sync(setup: Setup, rank: int) -> list[Collective]:
+    """`models.weights.export_weights`: cut parameters of this rank's stage over TP, and every
+    parameter down the pipeline."""
+    model, grid, e = setup.student, setup.student_grid, setup.itemsize
+    stage = grid.stage(rank)
+    layers = model.layers // grid.pp
+    cut = [elements for _, elements, is_cut, _ in model.layer if is_cut]
+    ends = [model.embedding] * (stage == 0)
+    ends += [model.embedding] * (stage == grid.pp - 1 and not model.tied)
+    over_tp = links.gather_bytes(e * (layers * sum(cut) + sum(ends)), grid.tp)
+    calls = layers * len(cut) + len(ends)
+    parameters = model.layers * len(model.layer) + 2 + (not model.tied)
+    whole = e * model.elements
+    span = grid.tp * grid.dp * grid.pp
+    found = [
+        Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
+        Collective("sync", "broadcast", "student pp", grid.pp, span, parameters, whole),
+    ]
+    if setup.rollout is not None and setup.sync_way == "distributed" and rank == 0:
+        servers = setup.rollout.replicas
+        calls = servers * -(-whole // setup.sync_bucket)
+        ranks = setup.rollout.tp + 1  # a group with each server
+        found.append(
+            Collective("sync", "broadcast", "a server", ranks, setup.gpus, calls, servers * whole)
+        )
+    return found
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

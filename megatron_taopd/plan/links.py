@@ -1,0 +1,90 @@
+"""Bytes that each collective of a step puts on the wire, per rank.
+
+What a rank sends, which for these collectives is what it receives, by a ring's arithmetic: an
+all-gather or a reduce-scatter of n bytes over p ranks sends n·(p−1)/p, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+
+def gather_bytes(total: float, ranks: int) -> float:
+    """An all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
+    return total * (ranks - 1) / ranks
+
+
+def all_reduce_bytes(total: float, ranks: int) -> float:
+    return 2 * gather_bytes(total, ranks)
+
+
+def trunk_forward_bytes(tokens: int, hidden: int, layers: int, itemsize: int, tp: int) -> float:
+    """Tensor parallelism in a stage's forward pass: two all-reduces a layer, or, under sequence
+    parallelism, two all-gathers and two reduce-scatters, which is as much."""
+    return layers * 2 * all_reduce_bytes(tokens * hidden * itemsize, tp)
+
+
+def trunk_backward_bytes(
+    tokens: int, hidden: int, layers: int, itemsize: int, tp: int, sequence: bool
+) -> float:
+    """As many as forward; under sequence parallelism the inputs are gathered once more."""
+    again = 2 * gather_bytes(tokens * hidden * itemsize, tp) if sequence else 0
+    return trunk_forward_bytes(tokens, hidden, layers, itemsize, tp) + layers * again
+
+
+def pick_rows_bytes(
+    tokens: int, rows: int, hidden: int, itemsize: int, tp: int, sequence: bool, backward: bool
+) -> float:
+    """`models.gpt.pick_rows` on the last stage."""
+    if sequence:
+        return (1 + backward) * gather_bytes(tokens * hidden * itemsize, tp)
+    return all_reduce_bytes(rows * hidden * itemsize, tp) if backward else 0.0
+
+
+def pipeline_bytes(tokens: int, hidden: int, itemsize: int, shards: int) -> float:
+    """One micro-batch from a stage to the next; shards: tp under sequence parallelism."""
+    return tokens * hidden * itemsize / shards
+
+
+def expert_bytes(
+    tokens: int, hidden: int, layers: int, itemsize: int, experts_per_token: int, ep: int
+) -> float:
+    """A forward pass of routed experts: tokens to their experts and back, if evenly routed."""
+    return layers * 2 * gather_bytes(tokens * experts_per_token * hidden * itemsize, ep)
+
+
+def score_bytes(rows: int, k: int, tp: int) -> float:
+    """One all-gather of 24K+24 bytes a row and rank (`parallel.vocab.score_hidden`)."""
+    return gather_bytes(rows * (24 * k + 24) * tp, tp)
+
+
+def loss_bytes(rows: int, tp: int) -> float:
+    """One all-gather of 20 bytes a row and rank: the reverse KL's normalisers and sum."""
+    return gather_bytes(rows * 20 * tp, tp)
+
+
+def hidden_state_bytes(
+    rows: int, hidden: int, itemsize: int, student_tp: int, student_dp: int, teacher_dp: int,
+    teacher_tp: int,
+) -> tuple[float, float]:  # fmt: skip
+    """The teacher's rows to the ranks that score them: (sent, received) by a rank that has some.
+
+    Every rank of the scoring TP group gets the row; its holders take turns in sending.
+    """
+    row = hidden * itemsize
+    sent = -(-rows // teacher_dp) * -(-student_tp // teacher_tp) * row
+    return sent, -(-rows // student_dp) * row
+
+
+def gradient_bytes(buffer_elements: int, dp: int) -> float:
+    """The reduce-scatter of fp32 gradients."""
+    return gather_bytes(4 * buffer_elements, dp)
+
+
+def parameter_bytes(buffer_elements: int, itemsize: int, dp: int) -> float:
+    """The all-gather of updated weights."""
+    return gather_bytes(itemsize * buffer_elements, dp)
+
+
+def export_bytes(elements: int, itemsize: int, tp: int, pp: int) -> tuple[float, float]:
+    """`models.weights.export_weights`: (over TP, over the pipeline), of the whole model."""
+    whole = elements * itemsize
+    return gather_bytes(whole, tp), whole if pp > 1 else 0.0

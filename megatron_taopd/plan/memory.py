@@ -1,0 +1,366 @@
+"""Bytes of device memory by rank and phase: what is alive, and what makes the peak.
+
+Each item is what the code that allocates it takes; docs/plan.md says where that is. Ranks of one
+student stage, one teacher stage and the same servers beside them differ in nothing but padding.
+
+Letters: T tokens of a micro-batch, R rows, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_taopd.parallel.vocab.heads import logits_bytes, rows_within
+from megatron_taopd.plan.setup import Servers, Setup
+from megatron_taopd.plan.shapes import (
+    Architecture,
+    Grid,
+    buffer_elements,
+    optimizer_bytes,
+    optimizer_elements,
+    parameter_elements,
+    student_buckets,
+)
+
+GIB = 2**30
+
+# What to change when an item is the largest of a phase that does not fit.
+REMEDIES = {
+    "student weights": "student.parallel.tp or pp",
+    "gradients": "student.parallel.tp or pp",
+    "optimizer states": "student.parallel.tp or pp, or more GPUs",
+    "gather buffer": "train.micro_batch_tokens",
+    "teacher trunk": "teacher.parallel.tp, pp or ep, or teacher.offload: true",
+    "teacher head": "student.parallel.tp",
+    "rollout copy": "rollout.engine: sglang",
+    "rollout servers": "rollout.servers.mem_fraction, or rollout.sync.release_memory: true",
+    "teacher servers": "teacher.servers.mem_fraction or gpus",
+    "KV cache": "rollout.batch_size",
+    "prefill": "rollout.batch_size",
+    "sampling": "rollout.batch_size",
+    "forward pass": "train.micro_batch_tokens",
+    "rows read": "rollout.prompts, or more data parallelism of the teacher",
+    "rows in transit": "rollout.prompts",
+    "teacher rows": "rollout.prompts, or more data parallelism of the student",
+    "logits": "train.head_memory_mib",
+    "kept layer outputs": "train.replay_memory_mib, or train.schedule: two_pass",
+    "activations": "train.recompute: full, or train.micro_batch_tokens",
+    "backward of a layer": "train.micro_batch_tokens",
+    "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
+    "whole tensors": "rollout.sync.bucket_mib",
+    "gathered optimizer states": "student.parallel.tp or pp",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Ranks that hold the same: the first of them, how many, and what they hold."""
+
+    rank: int
+    count: int
+    stage: int  # of the student
+    teacher_stage: int | None
+    servers: tuple[str, ...]  # that share the device
+    asks: bool  # a served teacher, and so has all its rows
+
+
+def places(setup: Setup) -> list[Place]:
+    """All kinds of ranks of a run, in the order of their first rank."""
+    found: dict[tuple, list[int]] = {}
+    for rank in range(setup.gpus):
+        teacher = setup.teacher_grid
+        local = rank if rank < setup.gpus_per_node else None
+        servers = tuple(
+            name
+            for name, served in (("rollout", setup.rollout), ("teacher", setup.teacher_servers))
+            if served is not None and local in served.gpus
+        )
+        asks = teacher is None and rank == 0
+        key = (setup.student_grid.stage(rank), teacher and teacher.stage(rank), servers, asks)
+        found.setdefault(key, []).append(rank)
+    return [Place(ranks[0], len(ranks), *key) for key, ranks in found.items()]
+
+
+def phases(
+    setup: Setup, place: Place, memory_gib: float, cuda: bool = True
+) -> dict[str, dict[str, int]]:
+    """Bytes of everything that is alive at the worst moment of each phase, by item.
+
+    Args:
+        memory_gib: of the device, of which colocated servers take a share.
+        cuda: as for `activation_bytes`.
+    """
+    student, teacher, work, e = setup.student, setup.teacher, setup.workload, setup.itemsize
+    grid, own = setup.student_grid, setup.teacher_grid
+    tokens = work.tokens_at_a_time(grid.dp, setup.micro_batch_tokens)
+    last = place.stage == grid.pp - 1
+
+    buckets = student_buckets(student, grid, place.stage)
+    elements = buffer_elements(buckets)
+    owned = optimizer_elements(buckets, grid.dp)
+    resident = {
+        "student weights": elements * e,
+        "gradients": elements * 4,
+        "optimizer states": optimizer_bytes(owned, e),
+    }
+    if grid.sequence:  # one buffer for all layers' gathered inputs, which Megatron keeps
+        resident["gather buffer"] = tokens * student.hidden * e
+    if last and not setup.columns_only:
+        resident["teacher head"] = student.vocab // grid.tp * teacher.hidden * e
+    trunk = 0
+    if own is not None:
+        trunk = parameter_elements(teacher, own, place.teacher_stage, head=False) * e
+    if trunk and not setup.offload:
+        resident["teacher trunk"] = trunk
+    if setup.rollout is None:
+        resident["rollout copy"] = student.elements * e
+    if "teacher" in place.servers:
+        resident["teacher servers"] = _share(setup.teacher_servers, memory_gib)
+    servers = (
+        {"rollout servers": _share(setup.rollout, memory_gib)} if "rollout" in place.servers else {}
+    )
+    if not setup.release_memory:
+        resident |= servers
+        servers = {}
+    found = {"rollout": resident | servers | (_rollout(setup) if setup.rollout is None else {})}
+
+    # What the teacher said stays where it was read until it is where it is scored.
+    row = (2 * setup.k + 1) * 4 if setup.columns_only else teacher.hidden * e
+    reads, sends = 0, 0
+    if place.asks:
+        reads, sends = work.sequences * work.response * row, grid.tp
+    elif own is not None and place.teacher_stage == own.pp - 1:
+        reads, sends = work.rows_of(own.dp) * row, -(-grid.tp // own.tp)
+    read = {"rows read": reads} if reads else {}
+    scored = {"teacher rows": work.rows_of(grid.dp) * row} if last else {}
+    if own is not None:
+        found["teacher"] = resident | {
+            "teacher trunk": trunk,
+            "forward pass": forward_bytes(
+                teacher, own, work.tokens_at_a_time(own.dp, setup.micro_batch_tokens), e
+            ),
+            "rows read": 3 * reads,  # by micro-batch, together, and in order
+        }
+    # The rows in order, those sent, those received, and these in order.
+    transit = (1 + sends) * reads + scored.get("teacher rows", 0)
+    found["exchange"] = resident | read | scored | {"rows in transit": transit}
+
+    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    columns = student.vocab // grid.tp
+    chunk = rows_within(setup.head_memory, columns)
+    # The heads' turn is when the layers are done.
+    work_at_hand = {"forward pass": forward_bytes(student, grid, tokens, e)}
+    if last:
+        picked = rows * (student.hidden * e + row) + tokens * student.hidden * e
+        logits = logits_bytes(rows, chunk, columns) + picked
+        if logits > work_at_hand["forward pass"]:
+            work_at_hand = {"logits": logits}
+    kept = {}
+    all_tokens = work.sequences_of(grid.dp) * work.length
+    if setup.replay:
+        outputs = replay_bytes(student, grid, all_tokens, e)
+        if outputs <= setup.replay_memory:
+            kept = {"kept layer outputs": outputs}
+    found["scoring"] = resident | scored | kept | work_at_hand
+    base = resident | scored | kept
+    found["training"] = base | _training(setup, place.stage, tokens, bool(kept), cuda)
+    found["optimizer"] = resident | scored | {"Adam's temporaries": owned * 4}
+    found["sync"] = resident | servers | scored | _sync(setup)
+    found["checkpoint"] = resident | {
+        "gathered optimizer states": 4 * max(bucket.size for bucket in buckets)
+    }
+    return {
+        phase: {item: size for item, size in items.items() if size}
+        for phase, items in found.items()
+    }
+
+
+def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:
+    """(phase, bytes) of the worst moment."""
+    sums = {phase: sum(items.values()) for phase, items in by_phase.items()}
+    worst = max(sums, key=sums.get)
+    return worst, sums[worst]
+
+
+def peak_bytes(setup: Setup, memory_gib: float) -> int:
+    """Of the worst rank."""
+    return max(peak(phases(setup, place, memory_gib))[1] for place in places(setup))
+
+
+def problems(place: Place, by_phase: dict[str, dict[str, int]], usable: float) -> Iterator[str]:
+    """One line for each phase of these ranks that does not fit into `usable` bytes."""
+    for phase, items in by_phase.items():
+        if (total := sum(items.values())) <= usable:
+            continue
+        largest = max(items, key=items.get)
+        yield (
+            f"rank {place.rank} (and {place.count - 1} like it): {phase} needs "
+            f"{total / GIB:.1f} GiB of {usable / GIB:.1f}; largest: {largest}, "
+            f"{items[largest] / GIB:.1f} GiB: change {REMEDIES[largest]}"
+        )
+
+
+# ---------------------------------------------------------------------------------------- passes
+
+
+def activation_bytes(
+    model: Architecture, grid: Grid, tokens: int, itemsize: int, recompute: str, cuda: bool = True
+) -> int:
+    """What autograd keeps of one layer and T tokens of a micro-batch, on one rank.
+
+    Args:
+        recompute: none, selective (core attention) or full.
+        cuda: fused norms and flash attention, as on CUDA. On the CPU a norm keeps its input and
+            its result before the weight in fp32, and attention its output twice.
+    """
+    e, tp = itemsize, grid.tp
+    hidden = model.hidden // grid.shards
+    if recompute == "full":
+        return tokens * hidden * e
+    heads, groups = model.heads // tp, max(1, model.groups // tp)
+    queries, keys = heads * model.head_dim, groups * model.head_dim
+    # The projections together; ranks that share a key-value head have them all.
+    shards = tp if model.groups >= tp else 1
+    projected = (model.queries + 2 * model.keys) // shards * e
+
+    def norm(width: int, rows: float, input_is_kept: bool = False) -> float:
+        if cuda:
+            return (0 if input_is_kept else width * e) + 4 * rows
+        return 4 * width * (1 if input_is_kept and e == 4 else 2) + 4 * rows
+
+    per_token = norm(hidden, 1 / grid.shards) + hidden * e + projected
+    if model.qk_norm:
+        # Keys are a view of the projections, and so are queries if they lie side by side there.
+        per_token += norm(queries, heads, groups in (1, heads))
+        per_token += norm(keys, groups, True)
+    per_token += 4 * model.head_dim * e  # cosines and sines, of queries and of keys
+    per_token += (2 * queries + keys) * e  # rotated, and the output
+    if recompute == "none":
+        per_token += 4 * heads + (0 if cuda else queries * e)
+    per_token += norm(hidden, 1 / grid.shards) + hidden * e
+    per_token += 5 * model.ffn // tp * e  # gate and up, SiLU, up + 0, their product
+    return round(tokens * per_token)
+
+
+def stage_activation_bytes(
+    model: Architecture, grid: Grid, stage: int, tokens: int, longest: int, itemsize: int,
+    recompute: str, cuda: bool = True,
+) -> int:  # fmt: skip
+    """The same of a whole stage and one micro-batch, whose longest sequence is given, too."""
+    layer = activation_bytes(model, grid, tokens, itemsize, recompute, cuda)
+    total = model.layers // grid.pp * layer
+    hidden = model.hidden // grid.shards
+    if stage == 0:
+        total += 8 * tokens  # ids
+    if recompute == "full":
+        total += 4 * longest * model.head_dim  # the angles
+    if stage == grid.pp - 1:
+        # The last norm's input, and on CUDA its result, which the head reads.
+        total += tokens * hidden * 2 * (itemsize if cuda else 4)
+        total += 4 * tokens // grid.shards
+    return total
+
+
+def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
+    """The most that a layer has alive without a graph, its input included.
+
+    In the MLP: the input, the residual, its norm, gate and up, SiLU, up + 0, their product. In
+    attention: the projections, normed, rotated. Routed tokens are counted evenly spread over the
+    experts: sent, received, sorted by expert, and their results.
+    """
+    hidden = model.hidden // grid.shards
+    gathered = model.hidden if grid.sequence else 0
+    if model.experts:
+        # Without sequence parallelism every TP rank sends all tokens to its experts.
+        routed = model.experts_per_token * tokens // grid.shards
+        experts = routed * (grid.tp if grid.sequence else 1) * 4 * model.hidden
+        per_expert = experts // 4 // model.hidden * grid.ep // model.experts
+        inner = per_expert * 5 * model.ffn // grid.tp
+        return (tokens * 3 * hidden + experts + inner) * itemsize
+    attention = 3 * (model.queries + 2 * model.keys) // min(grid.tp, model.groups)
+    mlp = 5 * model.ffn // grid.tp
+    return tokens * (4 * hidden + gathered + max(attention, mlp)) * itemsize
+
+
+def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
+    """Gradients that a layer has alive beside what autograd kept: in the MLP, the output's, the
+    residual's, and those of gate and up."""
+    gathered = model.hidden if grid.sequence else 0
+    mlp = 2 * model.ffn // grid.tp
+    return tokens * (2 * model.hidden // grid.shards + gathered + mlp) * itemsize
+
+
+def replay_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
+    """Layers' outputs that a rank keeps of all its tokens (`models.replay.kept_bytes`)."""
+    return model.layers // grid.pp * -(-tokens // grid.shards) * model.hidden * itemsize
+
+
+def in_flight(grid: Grid, stage: int, micro_batches: int) -> int:
+    """Micro-batches whose activations a stage holds at a time, in one forward, one backward."""
+    return min(micro_batches, grid.pp - stage)
+
+
+# --------------------------------------------------------------------------------------- details
+
+
+def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool) -> dict[str, int]:
+    student, grid, work, e = setup.student, setup.student_grid, setup.workload, setup.itemsize
+    last = stage == grid.pp - 1
+    micro_batches = work.micro_batches(grid.dp, setup.micro_batch_tokens)
+    flying = in_flight(grid, stage, micro_batches)
+    recompute = "full" if replayed else setup.recompute
+    activations = stage_activation_bytes(
+        student, grid, stage, tokens, work.length, e, recompute, cuda
+    )
+    if replayed:  # outputs are handed over from the kept ones as they are looked up
+        activations -= (student.layers - 1) * tokens * student.hidden // grid.shards * e
+    largest = max(
+        (elements // grid.tp if cut else elements for _, elements, cut, _ in student.layer)
+    )
+    # A layer's gradients, and the graph of one that runs again.
+    layer = backward_bytes(student, grid, tokens, e) + largest * e
+    if recompute == "full":
+        inner = setup.recompute if replayed else "none"
+        inner = "none" if inner == "full" else inner
+        layer += activation_bytes(student, grid, tokens, e, inner, cuda)
+    items = {"activations": activations * flying}
+    if last:
+        rows = max(1, round(work.kept * work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)))
+        columns = student.vocab // grid.tp
+        logits = logits_bytes(rows, rows_within(setup.head_memory, columns), columns)
+        # Rows of both models and the student's gradient; a block of the head's, on its way to the
+        # gradient buffer.
+        logits += rows * (student.hidden * 2 + setup.teacher.hidden) * e
+        logits += min(columns, 8192) * student.hidden * 4 if cuda and e == 2 else 0
+        if logits > layer:
+            return items | {"logits": logits}
+    return items | {"backward of a layer": layer}
+
+
+def _rollout(setup: Setup) -> dict[str, int]:
+    """The in-process engine's: a cache, one layer of it twice, logits and noise."""
+    student, work, e = setup.student, setup.workload, setup.itemsize
+    batch = min(setup.batch_size, -(-work.sequences // setup.gpus))
+    longest = work.prompt + setup.longest_response
+    cache = batch * longest * 2 * student.keys * e
+    columns = batch * student.vocab
+    alone = Grid()
+    return {
+        "KV cache": cache * (student.layers + 1),
+        # The model's logits, fp32 copies with and without noise, and a block of random bits.
+        "sampling": columns * (e + 12) + 16 * min(columns, max(2**26, student.vocab)),
+        "prefill": forward_bytes(student, alone, batch * work.prompt, e),
+    }
+
+
+def _sync(setup: Setup) -> dict[str, int]:
+    """The largest tensor from its shards, or between stages; on its way to servers, a bucket."""
+    whole = setup.student.largest * setup.itemsize
+    copies = 2 * (setup.student_grid.tp > 1) or (setup.student_grid.pp > 1)
+    bucket = setup.sync_bucket if setup.rollout is not None else 0
+    return {"whole tensors": copies * whole + bucket}
+
+
+def _share(servers: Servers, memory_gib: float) -> int:
+    return round(servers.mem_fraction * memory_gib * GIB)

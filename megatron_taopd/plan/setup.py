@@ -1,0 +1,264 @@
+"""What a configuration says about a run, as numbers: the plan's only view of `Config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_taopd.config import Config, ParallelSection
+from megatron_taopd.models.hf_checkpoint import load_config
+from megatron_taopd.models.hf_map import FAMILIES, check_architecture, check_layout, num_experts
+from megatron_taopd.plan.shapes import Architecture, Grid
+
+
+@dataclass(frozen=True)
+class Servers:
+    """SGLang servers of one model.
+
+    Attributes:
+        gpus: of the first node, that the run's own servers share with ranks.
+        mem_fraction: of the memory of these.
+    """
+
+    replicas: int
+    tp: int
+    concurrency: int
+    gpus: tuple[int, ...]
+    mem_fraction: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step's tokens. The defaults of `Setup.of` are the longest that the configuration allows.
+
+    Attributes:
+        sequences: prompts × samples.
+        prompt, response: tokens of each.
+        kept: share of response rows that is trained on.
+        trained: share of tokens that training runs, after the cuts.
+    """
+
+    sequences: int
+    prompt: int
+    response: int
+    kept: float
+    trained: float = 1.0
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    def sequences_of(self, dp: int) -> int:
+        """Of the data-parallel rank that has most."""
+        return -(-self.sequences // dp)
+
+    def rows_of(self, dp: int) -> int:
+        return self.sequences_of(dp) * self.response
+
+    def micro_batches(self, dp: int, capacity: int) -> int:
+        """Of a data-parallel rank, sequences being packed whole."""
+        return -(-self.sequences_of(dp) // max(1, capacity // self.length))
+
+    def rows_at_a_time(self, dp: int, capacity: int) -> int:
+        """Response rows of the fullest micro-batch."""
+        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.response
+
+    def tokens_at_a_time(self, dp: int, capacity: int) -> int:
+        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.length
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Models, layouts and the keys that decide on memory and time.
+
+    Attributes:
+        teacher, teacher_grid: the grid is None of a served teacher.
+        columns_only: the teacher gives its top-K, so that no head of it is here.
+        rollout, teacher_servers: None where there are no such servers.
+    """
+
+    gpus: int
+    gpus_per_node: int
+    student: Architecture
+    student_grid: Grid
+    teacher: Architecture
+    teacher_grid: Grid | None
+    workload: Workload
+    longest: int  # tokens of the longest sequence
+    longest_response: int  # also of evaluations
+    itemsize: int
+    recompute: str
+    replay: bool
+    replay_memory: int
+    micro_batch_tokens: int
+    mini_batches: int
+    head_memory: int
+    k: int
+    offload: bool
+    columns_only: bool
+    batch_size: int
+    rollout: Servers | None
+    teacher_servers: Servers | None
+    sync_way: str
+    sync_bucket: int
+    release_memory: bool
+    ahead: int
+    checkpoint_every: int
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        gpus: int,
+        gpus_per_node: int = 8,
+        prompt_tokens: int | None = None,
+        response_tokens: int | None = None,
+        trained_share: float = 1.0,
+    ) -> Setup:
+        """Read both models' config.json and check that the layouts divide them.
+
+        Args:
+            prompt_tokens, response_tokens: of the average sequence; None: the longest.
+
+        Raises:
+            ValueError: one line with the key, its value and what would be right.
+        """
+        for key, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
+            if value < 1:
+                raise ValueError(f"{key}: {value}; it has to be at least 1")
+        rollout, train, teacher = config.rollout, config.train, config.teacher
+        served = teacher.engine == "sglang"
+        models = {
+            name: _read_model(name, getattr(config, name).path, served and name == "teacher")
+            for name in ("student", "teacher")
+        }
+        grids = {
+            name: _grid(name, getattr(config, name), models[name], gpus)
+            for name in ("student", "teacher")
+            if not (served and name == "teacher")
+        }
+        if train.schedule == "replay":
+            _check_replay(config)
+        horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
+        workload = Workload(
+            rollout.prompts * rollout.samples,
+            _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),
+            _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
+            config.selection.ratio,
+            min(trained_share, 1 - config.selection.concentrate),
+        )
+        longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+        for grid in grids.values():
+            capacity = train.micro_batch_tokens // grid.shards * grid.shards
+            if longest > capacity:
+                raise ValueError(
+                    f"train.micro_batch_tokens: {train.micro_batch_tokens} does not hold "
+                    f"data.max_prompt_tokens {config.data.max_prompt_tokens} + "
+                    f"rollout.max_new_tokens {rollout.max_new_tokens}; give at least "
+                    f"{-(-longest // grid.shards) * grid.shards}"
+                )
+        if workload.sequences < grids["student"].dp:
+            raise ValueError(
+                f"rollout.prompts: {rollout.prompts} × rollout.samples {rollout.samples} are fewer "
+                f"than the {grids['student'].dp} data-parallel ranks of the student"
+            )
+        return cls(
+            gpus=gpus,
+            gpus_per_node=gpus_per_node,
+            student=Architecture.of(models["student"]),
+            student_grid=grids["student"],
+            teacher=Architecture.of(models["teacher"]),
+            teacher_grid=grids.get("teacher"),
+            workload=workload,
+            longest=longest,
+            longest_response=max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),
+            itemsize=4 if train.precision == "fp32" else 2,
+            recompute=train.recompute,
+            replay=train.schedule == "replay",
+            replay_memory=train.replay_memory_mib << 20,
+            micro_batch_tokens=train.micro_batch_tokens,
+            mini_batches=train.mini_batches,
+            head_memory=train.head_memory_mib << 20,
+            k=config.selection.k,
+            offload=teacher.offload,
+            columns_only=served and teacher.form == "topk",
+            batch_size=rollout.batch_size,
+            rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
+            teacher_servers=_servers(teacher.servers) if served else None,
+            sync_way=rollout.sync.way,
+            sync_bucket=rollout.sync.bucket_mib << 20,
+            release_memory=rollout.sync.release_memory,
+            ahead=rollout.ahead,
+            checkpoint_every=config.checkpoint.every,
+        )
+
+
+def _read_model(name: str, path: str, served: bool):
+    try:
+        hf = load_config(path)
+        if not served:
+            check_architecture(hf)
+        elif hf.model_type not in FAMILIES:  # SGLang runs it, but no table has its sizes
+            raise ValueError(
+                f"model_type {hf.model_type}: a plan needs one of {', '.join(FAMILIES)}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{name}.path: {path}: {error}") from None
+    if num_experts(hf) and name == "student":
+        raise ValueError(f"student.path: {path}: a mixture of experts is supported as a teacher")
+    return hf
+
+
+def _grid(name: str, section, hf, gpus: int) -> Grid:
+    parallel: ParallelSection = section.parallel
+    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
+    try:
+        check_layout(hf, section.path, tp, pp, ep)
+    except ValueError as error:
+        raise ValueError(f"{name}.parallel.{error}") from None
+    if parallel.sequence and tp == 1:
+        raise ValueError(f"{name}.parallel.sequence: true needs {name}.parallel.tp > 1, which is 1")
+    if gpus % (tp * pp):
+        raise ValueError(
+            f"{name}.parallel: tp {tp} × pp {pp} = {tp * pp} does not divide --gpus {gpus}"
+        )
+    dp = gpus // (tp * pp)
+    if dp % ep:
+        raise ValueError(
+            f"{name}.parallel.ep: {ep} does not divide the {dp} data-parallel ranks of --gpus "
+            f"{gpus}"
+        )
+    return Grid(tp, pp, dp, parallel.sequence, ep)
+
+
+def _check_replay(config: Config) -> None:
+    for key, value in (
+        ("student.parallel.pp", config.student.parallel.pp),
+        ("train.mini_batches", config.train.mini_batches),
+    ):
+        if value != 1:
+            raise ValueError(f"train.schedule: replay with {key} {value}; it has to be 1")
+
+
+def _length(key: str, given: int | None, longest: int) -> int:
+    if given is None:
+        return longest
+    if not 1 <= given <= longest:
+        raise ValueError(f"{key}: {given}; the configuration allows 1 to {longest}")
+    return given
+
+
+def _servers(section) -> Servers:
+    if section.urls:
+        return Servers(len(section.urls), section.tp, section.concurrency, (), 0.0)
+    # Without `gpus` every server begins at the first device of the machine.
+    gpus = section.gpus if section.gpus is not None else tuple(range(section.tp))
+    return Servers(
+        section.replicas,
+        section.tp,
+        section.concurrency,
+        tuple(gpus),
+        section.mem_fraction or SGLANG_MEM_FRACTION,
+    )
+
+
+SGLANG_MEM_FRACTION = 0.85  # what SGLang takes if it is not told

@@ -1,0 +1,257 @@
+"""Parameters of a rank, Megatron's gradient buffers, and the optimizer's share of them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from math import lcm, prod
+
+from transformers import PretrainedConfig
+
+from megatron_taopd.accounting import ModelCost
+from megatron_taopd.models import hf_map
+from megatron_taopd.models.hf_checkpoint import whole_shapes
+
+# Megatron makes a layer's parameters in this order, and its buffers follow it.
+_ORDER = (
+    "input_layernorm.weight",
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_qkv.bias",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+    "mlp.experts.local_experts.0.linear_fc1.weight",
+    "mlp.experts.local_experts.0.linear_fc2.weight",
+)
+_LAYER = "decoder.layers.0."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's sizes. Widths are of the whole model: all heads, all columns.
+
+    Attributes:
+        layer: (name, elements, cut over TP, held by one expert) of a layer's parameters; all layers
+            are alike, and an expert stands for all.
+        largest: elements of the largest parameter.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    qk_norm: bool
+    experts: int
+    experts_per_token: int
+    layer: tuple[tuple[str, int, bool, bool], ...]
+    largest: int
+    cost: ModelCost
+
+    @classmethod
+    def of(cls, hf: PretrainedConfig) -> Architecture:
+        """Args: hf: of a family in `hf_map.FAMILIES`."""
+        single = deepcopy(hf)
+        single.num_hidden_layers = 1
+        if hasattr(single, "quantization_config"):  # of a served teacher: sizes are the same
+            del single.quantization_config
+        known = hf_map.parameters(single)
+        shapes = whole_shapes(single, known)
+        experts = hf_map.num_experts(hf)
+        layer = tuple(
+            (
+                name,
+                prod(shapes[_LAYER + name]),
+                known[_LAYER + name].mapping.sharded,
+                "experts" in name,
+            )
+            for name in _ORDER
+            if _LAYER + name in known
+        )
+        return cls(
+            hidden=hf.hidden_size,
+            layers=hf.num_hidden_layers,
+            heads=hf.num_attention_heads,
+            groups=hf.num_key_value_heads,
+            head_dim=hf_map.head_dim(hf),
+            ffn=hf.moe_intermediate_size if experts else hf.intermediate_size,
+            vocab=hf_map.padded_vocab_size(hf.vocab_size),
+            tied=hf.tie_word_embeddings,
+            qk_norm=any("q_layernorm" in name for name, *_ in layer),
+            experts=experts,
+            experts_per_token=hf.num_experts_per_tok if experts else 1,
+            layer=layer,
+            largest=max(prod(shape) for shape in shapes.values()),
+            cost=ModelCost.of(hf),
+        )
+
+    @property
+    def queries(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.groups * self.head_dim
+
+    @property
+    def embedding(self) -> int:
+        return self.vocab * self.hidden
+
+    @property
+    def elements(self) -> int:
+        """Of the whole model; a tied head counts once."""
+        inside = sum(n * (self.experts if expert else 1) for _, n, _, expert in self.layer)
+        heads = self.embedding if self.tied else 2 * self.embedding
+        return self.layers * inside + heads + self.hidden
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One model's layout, without ranks and groups; `parallel.layout.Layout` has those.
+
+    Ranks are numbered tensor first, then data, then pipeline.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence: bool = False
+    ep: int = 1
+
+    def stage(self, rank: int) -> int:
+        return rank // (self.tp * self.dp)
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks the tokens between TP regions are cut."""
+        return self.tp if self.sequence else 1
+
+    def __str__(self) -> str:
+        experts = f"-EP({self.ep})" if self.ep > 1 else ""
+        sequence = "-SP" if self.sequence else ""
+        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){experts}{sequence}"
+
+
+@cache
+def parameter_sizes(
+    model: Architecture, grid: Grid, stage: int, head: bool = True
+) -> tuple[tuple[int, bool], ...]:
+    """(elements, in a bucket of its own) of every parameter of a rank, front to back.
+
+    Args:
+        head: with the output projection, as a student; a teacher's trunk is without.
+    """
+    first, last = stage == 0, stage == grid.pp - 1
+    columns = model.embedding // grid.tp
+    layer = []
+    for _, elements, cut, expert in model.layer:
+        copies = model.experts // grid.ep if expert else 1
+        layer += [(elements // grid.tp if cut else elements, False)] * copies
+    found = []
+    if first:
+        # Stages that share an embedding keep it in a bucket of its own.
+        found.append((columns, head and model.tied and not last))
+    found += layer * (model.layers // grid.pp)
+    if last:
+        found.append((model.hidden, False))
+        if head and not (model.tied and first):
+            found.append((columns, model.tied))
+    return tuple(found)
+
+
+def parameter_elements(model: Architecture, grid: Grid, stage: int, head: bool = True) -> int:
+    return sum(elements for elements, _ in parameter_sizes(model, grid, stage, head))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A part of Megatron's gradient buffer that is reduced at a time.
+
+    Attributes:
+        size: elements, padded so that every data-parallel rank has an equal share.
+        spans: (start, end) of each parameter in it.
+    """
+
+    size: int
+    spans: tuple[tuple[int, int], ...]
+
+    def share(self, dp: int, dp_rank: int) -> int:
+        """Parameter elements in the share of a data-parallel rank."""
+        width = self.size // dp
+        start = dp_rank * width
+        return sum(max(0, min(end, start + width) - max(begin, start)) for begin, end in self.spans)
+
+
+@cache
+def gradient_buckets(
+    sizes: tuple[tuple[int, bool], ...], dp: int, bucket_size: int | None = None
+) -> tuple[Bucket, ...]:
+    """The buffer of Megatron's DDP with a distributed optimizer.
+
+    Parameters lie in it back to front, each at a multiple of 64 elements, buckets at a multiple of
+    128 and dp. A bucket is full when it has bucket_size elements (None: it never is).
+
+    Args:
+        sizes: from `parameter_sizes`.
+    """
+    multiple = lcm(dp, 128)
+    buckets, spans, at = [], [], 0
+
+    def close() -> None:
+        nonlocal spans, at
+        buckets.append(Bucket(_padded(at, multiple), tuple(spans)))
+        spans, at = [], 0
+
+    for elements, alone in reversed(sizes):
+        at = _padded(at, 64)
+        if alone and spans:
+            close()
+        spans.append((at, at + elements))
+        at += elements
+        if alone or (bucket_size is not None and at >= bucket_size):
+            close()
+    if spans:
+        close()
+    return tuple(buckets)
+
+
+def default_bucket_size(dp: int, stage: int, overlap: bool) -> int | None:
+    """Megatron's: where the reduction overlaps the backward pass, and on the first stage only."""
+    return max(40_000_000, 1_000_000 * dp) if overlap and stage == 0 else None
+
+
+def student_buckets(
+    model: Architecture, grid: Grid, stage: int, overlap: bool = True
+) -> tuple[Bucket, ...]:
+    """The buffer of a student's rank. Args: overlap: reductions overlap, as on CUDA."""
+    sizes = parameter_sizes(model, grid, stage)
+    return gradient_buckets(sizes, grid.dp, default_bucket_size(grid.dp, stage, overlap))
+
+
+def buffer_elements(buckets: tuple[Bucket, ...]) -> int:
+    """Of the weights' and of the gradients' buffer, padding included."""
+    return sum(bucket.size for bucket in buckets)
+
+
+@cache
+def optimizer_elements(buckets: tuple[Bucket, ...], dp: int, dp_rank: int | None = None) -> int:
+    """Parameter elements that a data-parallel rank updates; None: of the rank that has most."""
+    ranks = range(dp) if dp_rank is None else (dp_rank,)
+    return max(sum(bucket.share(dp, rank) for bucket in buckets) for rank in ranks)
+
+
+def optimizer_bytes(elements: int, itemsize: int) -> int:
+    """Two fp32 moments and, of bf16 weights, an fp32 copy. (Adam's counters are not counted.)"""
+    return elements * (8 if itemsize == 4 else 12)
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,343 @@
+"""Seconds by phase: operations over attained rates, bytes over attained bandwidths.
+
+Estimates from arithmetic. Every sequence has the workload's length, every rank its even share, and
+what a rate attains of its peak is a field of `Cluster`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_taopd.accounting import step_operations
+from megatron_taopd.plan import links
+from megatron_taopd.plan.cluster import Cluster
+from megatron_taopd.plan.memory import replay_bytes
+from megatron_taopd.plan.setup import Setup
+from megatron_taopd.plan.shapes import (
+    Architecture,
+    Grid,
+    buffer_elements,
+    optimizer_elements,
+    parameter_elements,
+    student_buckets,
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase's time.
+
+    Attributes:
+        seconds: of the step.
+        parts: what it is made of, in seconds; they need not add up where some overlap.
+    """
+
+    seconds: float
+    parts: dict[str, float]
+
+
+def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
+    """The phases of a step in their order; they follow one another. `checkpoint` is not of every
+    step."""
+    work = setup.workload
+    lengths = torch.full((work.sequences,), work.length)
+    kept = max(1, round(work.kept * work.sequences * work.response))
+    operations = step_operations(
+        setup.student.cost,
+        setup.teacher.cost,
+        lengths - 1,
+        lengths - 1,
+        (lengths.double() * work.trained).ceil().long(),
+        work.sequences * work.response,
+        kept,
+        replayed=is_replayed(setup),
+        recompute=setup.recompute,
+    )
+    return {
+        "rollout": rollout(setup, cluster),
+        "teacher": teacher(setup, cluster, operations["flops/teacher"]),
+        "exchange": exchange(setup, cluster),
+        "scoring": scoring(setup, cluster),
+        "training": training(setup, cluster, operations["flops/training"], kept),
+        "optimizer": optimizer(setup, cluster),
+        "sync": sync(setup, cluster),
+        "checkpoint": checkpoint(setup, cluster),
+    }
+
+
+def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
+    """Of a step, without checkpoints. Args: ahead: steps that the rollout runs ahead of training,
+    at the same time as it."""
+    generated = phases["rollout"].seconds
+    rest = sum(p.seconds for name, p in phases.items() if name not in ("rollout", "checkpoint"))
+    return max(generated, rest) if ahead else generated + rest
+
+
+def is_replayed(setup: Setup) -> bool:
+    work, grid = setup.workload, setup.student_grid
+    tokens = work.sequences_of(grid.dp) * work.length
+    outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)
+    return setup.replay and outputs <= setup.replay_memory
+
+
+# ----------------------------------------------------------------------------------------- rates
+
+
+def _compute_rate(setup: Setup, cluster: Cluster, fraction: float) -> float:
+    peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
+    return peak * 1e12 * fraction
+
+
+def _link_rate(setup: Setup, cluster: Cluster, span: int) -> float:
+    """Of a collective over `span` ranks in a row: NVLink inside a node, else the network."""
+    inside = span <= setup.gpus_per_node
+    rate = cluster.nvlink_gb_s / 2 if inside else cluster.network_gb_s
+    return rate * 1e9 * cluster.link_fraction
+
+
+def pipeline_seconds(stage: float, last: float, pp: int, micro_batches: int) -> float:
+    """A pipeline's time: the slowest stage's work, and one micro-batch of the others to fill it.
+
+    Args:
+        stage, last: seconds of a micro-batch on a stage, and on the last one with its heads.
+    """
+    return micro_batches * max(stage, last) + (pp - 1) * stage
+
+
+# ---------------------------------------------------------------------------------------- phases
+
+
+def rollout(setup: Setup, cluster: Cluster) -> Phase:
+    """Prefill bound by operations, decoding by the weights and the cache read for every token."""
+    model, work, served = setup.student, setup.workload, setup.rollout
+    replicas, tp, at_once = setup.gpus, 1, setup.batch_size
+    if served is not None:
+        replicas, tp, at_once = served.replicas, served.tp, served.concurrency
+    layer_seconds = cluster.local_layer_us * 1e-6 if served is None else 0.0
+    rate = _compute_rate(setup, cluster, cluster.trunk_fraction) * tp
+    memory_rate = cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction * tp
+    pending = -(-work.sequences // replicas)
+    batch = min(at_once, pending)
+    waves = -(-pending // batch)
+    prompts = torch.full((pending,), work.prompt)
+    prefill = model.cost.trunk(prompts) / rate
+
+    weights = model.elements * setup.itemsize
+    token = 2 * model.layers * model.keys * setup.itemsize
+    cache = batch * token * (work.prompt + work.response / 2)
+    operations = batch * (
+        model.cost.per_token
+        + model.cost.per_row
+        + model.cost.per_pair * (work.prompt + work.response / 2)
+    )
+    step = max((weights + cache) / memory_rate, operations / rate, layer_seconds * model.layers)
+    decode = waves * work.response * step
+    return Phase(prefill + decode, {"prefill": prefill, "decode": decode})
+
+
+def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
+    """Args: operations: of the trunk, over all ranks."""
+    model, grid, work = setup.teacher, setup.teacher_grid, setup.workload
+    if grid is None:
+        served = setup.teacher_servers
+        ranks = served.replicas * served.tp
+        rate = _compute_rate(setup, cluster, cluster.trunk_fraction)
+        seconds = operations / (ranks * rate)
+        return Phase(seconds, {"prefill": seconds})
+    if model.experts and not grid.sequence:  # each token runs through its experts tp times
+        inner = 6 * model.layers * model.hidden * model.ffn * model.experts_per_token
+        operations += (grid.tp - 1) * inner * work.sequences * work.length
+    forward = _forward(setup, cluster, model, grid, operations)
+    parts = {"compute": forward.compute, "tensor parallel": forward.tensor}
+    stage = forward.compute + forward.tensor + forward.pipeline
+    if grid.ep > 1:
+        bytes_ = links.expert_bytes(
+            forward.tokens // grid.shards, model.hidden, model.layers // grid.pp, setup.itemsize,
+            model.experts_per_token, grid.ep,
+        )  # fmt: skip
+        parts["experts"] = bytes_ / _link_rate(setup, cluster, grid.tp * grid.ep)
+        stage += parts["experts"]
+    seconds = pipeline_seconds(stage, stage, grid.pp, forward.micro_batches)
+    parts = {name: forward.micro_batches * value for name, value in parts.items()}
+    parts["bubble"] = seconds - forward.micro_batches * stage
+    if setup.offload:
+        resident = max(
+            parameter_elements(model, grid, stage, head=False) for stage in range(grid.pp)
+        )
+        parts["weights to the device"] = (
+            resident * setup.itemsize / (cluster.pcie_gb_s * 1e9 * cluster.link_fraction)
+        )
+        seconds += parts["weights to the device"]
+    return Phase(seconds, parts)
+
+
+def exchange(setup: Setup, cluster: Cluster) -> Phase:
+    """The teacher's rows to the ranks that score them, in one all-to-all."""
+    grid, own, work = setup.student_grid, setup.teacher_grid, setup.workload
+    width = setup.teacher.hidden
+    if setup.columns_only:
+        width = (2 * setup.k + 1) * 4 // setup.itemsize
+    teacher_dp, teacher_tp = (own.dp, own.tp) if own is not None else (1, 1)
+    rows = work.sequences * work.response
+    sent, received = links.hidden_state_bytes(
+        rows, width, setup.itemsize, grid.tp, grid.dp, teacher_dp, teacher_tp
+    )
+    seconds = max(sent, received) / _link_rate(setup, cluster, setup.gpus)
+    return Phase(seconds, {"all-to-all": seconds})
+
+
+def scoring(setup: Setup, cluster: Cluster) -> Phase:
+    """The student's forward pass; both heads on the last stage, which the others wait for."""
+    model, grid, work = setup.student, setup.student_grid, setup.workload
+    lengths = torch.full((work.sequences,), work.length - 1)
+    forward = _forward(setup, cluster, model, grid, model.cost.trunk(lengths))
+    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    per_row = model.cost.per_row + (0 if setup.columns_only else setup.teacher.cost.per_row)
+    heads = rows * per_row / grid.tp / _compute_rate(setup, cluster, cluster.head_fraction)
+    collective = links.score_bytes(rows, setup.k, grid.tp) + links.pick_rows_bytes(
+        forward.tokens, rows, model.hidden, setup.itemsize, grid.tp, grid.sequence, backward=False
+    )
+    heads += collective / _link_rate(setup, cluster, grid.tp)
+    stage = forward.compute + forward.tensor + forward.pipeline
+    seconds = pipeline_seconds(stage, stage + heads, grid.pp, forward.micro_batches)
+    count = forward.micro_batches
+    return Phase(
+        seconds,
+        {
+            "compute": count * forward.compute,
+            "tensor parallel": count * forward.tensor,
+            "heads": count * heads,
+            "bubble": seconds - count * (stage + heads),
+        },
+    )
+
+
+def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Phase:
+    """Args: operations: of trunk and heads, over all ranks; kept: rows, likewise."""
+    model, grid, work, e = setup.student, setup.student_grid, setup.workload, setup.itemsize
+    teacher_row = 0 if setup.columns_only else setup.teacher.cost.per_row
+    head_operations = kept * (3 * model.cost.per_row + teacher_row)
+    trunk_operations = operations - kept * (3 * model.cost.per_row + setup.teacher.cost.per_row)
+    forward = _forward(setup, cluster, model, grid, trunk_operations)
+    tokens = round(forward.tokens * work.trained)
+    layers = model.layers // grid.pp
+    again = setup.recompute == "full" and not is_replayed(setup)
+    tensor_bytes = (1 + again) * links.trunk_forward_bytes(
+        tokens, model.hidden, layers, e, grid.tp
+    ) + links.trunk_backward_bytes(tokens, model.hidden, layers, e, grid.tp, grid.sequence)
+    tensor = tensor_bytes / _link_rate(setup, cluster, grid.tp)
+    count = forward.micro_batches
+    rows = -(-kept // (grid.dp * count))
+    heads = head_operations / (grid.dp * grid.tp * count)
+    heads /= _compute_rate(setup, cluster, cluster.head_fraction)
+    picked = links.pick_rows_bytes(
+        tokens, rows, model.hidden, e, grid.tp, grid.sequence, backward=True
+    )
+    heads += (links.loss_bytes(rows, grid.tp) + picked) / _link_rate(setup, cluster, grid.tp)
+    stage = forward.compute + tensor + 2 * forward.pipeline * work.trained
+    seconds = pipeline_seconds(stage, stage + heads, grid.pp, count)
+    bubble = seconds - count * (stage + heads)
+
+    # Reductions overlap the backward pass of the last micro-batch, bucket by bucket, on the first
+    # stage only; the others wait for all of it, while the pipeline runs empty.
+    reduce, exposed = 0.0, 0.0
+    for index in range(grid.pp):
+        buckets = student_buckets(model, grid, index)
+        bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.dp)
+        own = bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp)
+        hidden = own * (1 - 1 / len(buckets)) if index == 0 else 0.0
+        reduce = max(reduce, own)
+        exposed = max(exposed, own - min(hidden, stage * 2 / 3) - index * stage * 2 / 3)
+    exposed *= setup.mini_batches
+    return Phase(
+        seconds + exposed,
+        {
+            "compute": count * forward.compute,
+            "tensor parallel": count * tensor,
+            "heads": count * heads,
+            "bubble": bubble,
+            "gradients, not overlapped": setup.mini_batches * reduce,
+            "gradients, exposed": exposed,
+        },
+    )
+
+
+def optimizer(setup: Setup, cluster: Cluster) -> Phase:
+    """Adam over this rank's share, and the all-gather of the weights, which nothing overlaps."""
+    model, grid = setup.student, setup.student_grid
+    update = gather = 0.0
+    for stage in range(grid.pp):
+        buckets = student_buckets(model, grid, stage)
+        # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
+        moved = optimizer_elements(buckets, grid.dp) * (4 * 8 + setup.itemsize)
+        update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
+        bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.dp)
+        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp))
+    parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
+    return Phase(sum(parts.values()), parts)
+
+
+def sync(setup: Setup, cluster: Cluster) -> Phase:
+    """Whole tensors on every rank, then into the engine's copy or to the servers."""
+    model, grid = setup.student, setup.student_grid
+    tensor, pipeline = links.export_bytes(model.elements, setup.itemsize, grid.tp, grid.pp)
+    parts = {
+        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
+        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
+    }
+    whole = model.elements * setup.itemsize
+    if setup.rollout is None:
+        parts["copy"] = 2 * whole / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction)
+    elif setup.sync_way == "disk":
+        parts["to disk and back"] = 2 * whole / (cluster.storage_gb_s * 1e9)
+    elif setup.sync_way == "tensor":
+        parts["handles"] = 0.0
+    else:
+        # Rank 0 sends them to every server in a group of its own.
+        whole *= setup.rollout.replicas
+        parts["broadcast"] = whole / _link_rate(setup, cluster, setup.gpus_per_node + 1)
+    return Phase(sum(parts.values()), parts)
+
+
+def checkpoint(setup: Setup, cluster: Cluster) -> Phase:
+    """Weights and optimizer states to the file system, all ranks together."""
+    bytes_ = setup.student.elements * (setup.itemsize + (8 if setup.itemsize == 4 else 12))
+    seconds = bytes_ / (cluster.storage_gb_s * 1e9)
+    return Phase(seconds, {"written": seconds})
+
+
+# --------------------------------------------------------------------------------------- details
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A micro-batch on one stage, in seconds; how many there are, and their tokens."""
+
+    micro_batches: int
+    tokens: int
+    compute: float
+    tensor: float
+    pipeline: float
+
+
+def _forward(
+    setup: Setup, cluster: Cluster, model: Architecture, grid: Grid, operations: float
+) -> _Forward:
+    """Args: operations: of a pass over the whole batch, over all ranks."""
+    work, e = setup.workload, setup.itemsize
+    count = work.micro_batches(grid.dp, setup.micro_batch_tokens)
+    tokens = -(-work.sequences_of(grid.dp) * work.length // count)
+    # The rank that has most sequences sets the pace.
+    uneven = work.sequences_of(grid.dp) * grid.dp / work.sequences
+    rate = _compute_rate(setup, cluster, cluster.trunk_fraction)
+    bytes_ = links.trunk_forward_bytes(tokens, model.hidden, model.layers // grid.pp, e, grid.tp)
+    between = links.pipeline_bytes(tokens, model.hidden, e, grid.shards) if grid.pp > 1 else 0.0
+    return _Forward(
+        micro_batches=count,
+        tokens=tokens,
+        compute=uneven * operations / (grid.tp * grid.pp * grid.dp * count * rate),
+        tensor=bytes_ / _link_rate(setup, cluster, grid.tp),
+        pipeline=between / _link_rate(setup, cluster, setup.gpus),
+    )
