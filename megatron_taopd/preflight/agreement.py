@@ -1,0 +1,144 @@
+"""Whether engine, trainer and teacher compute what they should, on one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_taopd import batching
+from megatron_taopd.guard import Fault
+from megatron_taopd.models import gpt, hf_map, pipeline, weights
+from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.vocab import VocabShard
+from megatron_taopd.preflight.findings import Finding, error, ok
+from megatron_taopd.rollout.engine import RolloutEngine, Sampling
+from megatron_taopd.scoring import Heads, TopkHeads, score, sequence_log_probs
+from megatron_taopd.teacher.delivery import deliver
+from megatron_taopd.types import RolloutBatch, Sequences
+
+NEW_TOKENS = 8
+# Mean |Δ log p| of two correct implementations, by dtype.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+ROUNDING = 1e-4  # below zero, that a divergence may come out
+
+
+class ReadOnlyStudent:
+    """As much of `Student` as scoring asks for: no gradients, no optimizer."""
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        common_vocabulary: int,
+        absent: Tensor | None = None,
+    ):
+        hf = load_config(hf_dir)
+        self.layout, self.dtype = layout, dtype
+        config = gpt.transformer_config(hf, layout, dtype)
+        self.trunk = gpt.Trunk(hf, config, layout).requires_grad_(False).eval()
+        weights.load_weights(self.trunk, hf_dir)
+        columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
+        start = layout.tp_rank * columns
+        group = layout.groups.tp if layout.tp > 1 else None
+        self.shard = VocabShard(start, start + columns, group, common_vocabulary, absent)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.trunk.head_weight
+
+    def forward(self, micro_batches: Sequence[batching.MicroBatch], collect) -> list:
+        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
+
+
+def answer(
+    engine: RolloutEngine, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
+) -> RolloutBatch:
+    """A few greedy tokens."""
+    width = min(NEW_TOKENS, max_new_tokens)
+    sampling = Sampling(width, temperature=0, stop_token_ids=tuple(stop_ids))
+    return engine.generate([prompt], [0], 0, sampling)
+
+
+def check_engine(
+    batch: RolloutBatch, student: ReadOnlyStudent, micro_batch_tokens: int, engine: str
+) -> list[Finding]:
+    """What the engine says of its tokens beside what the trainer says of them."""
+    (tokens,) = (batch.sequence(i) for i in range(batch.num_sequences))
+    trainer = sequence_log_probs(student, [tokens.tolist()], micro_batch_tokens)
+    gap = (trainer[-batch.num_rows :] - batch.log_probs).abs()
+    tolerance = TOLERANCE[student.dtype]
+    seen = (
+        f"engine {engine} and trainer ({student.layout}): log p of {batch.num_rows} greedy tokens "
+        f"differs by {gap.mean():.1e} on average, {gap.max():.1e} at most"
+    )
+    if gap.mean() <= tolerance:  # not of NaN
+        return [ok(seen)]
+    return [
+        error(
+            f"{seen}; {tolerance:g} on average is rounding",
+            "the same weights on both sides? a server that an earlier run has trained has others; "
+            "else a model that one side does not support",
+        )
+    ]
+
+
+def check_teacher(
+    batch: RolloutBatch,
+    reading: Sequences,
+    student: ReadOnlyStudent,
+    teacher,
+    heads: Heads | TopkHeads | None,
+    micro_batch_tokens: int,
+    k: int,
+) -> list[Finding]:
+    """The teacher reads the same tokens: scores are numbers, no divergence is negative.
+
+    Args:
+        reading: the batch as the teacher reads it.
+        teacher: any that the loop takes.
+        heads: None except on the student's last stage.
+    """
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    assigned = batching.assign(batch, everything, student.layout, micro_batch_tokens)
+    with torch.no_grad(), teacher.resident():
+        part = teacher.read(reading)
+    places = torch.arange(batch.num_sequences)
+    rows = deliver([(places, part)], batch, student.layout, assigned.owner)
+    what = f"teacher ({getattr(teacher, 'layout', 'served')})"
+    remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
+    try:
+        scores, _, _ = score(batch, assigned, student, heads, rows, k)
+    except Fault as fault:
+        return [error(f"{what}: {fault.what}", remedy)]
+    least, most = scores.disagreement.aminmax()
+    seen = f"{what}: D of those rows is {least:.3g} … {most:.3g}"
+    if least < -ROUNDING:
+        return [error(f"{seen}; a divergence is not negative", remedy)]
+    return [ok(f"{seen}, its entropy up to {scores.teacher_entropy.max():.3g}")]
+
+
+def weight_bytes(hf_dir: str | Path, dtype: torch.dtype) -> int:
+    """Of a whole model."""
+    shapes = tensor_shapes(load_config(hf_dir))
+    return sum(map(prod, shapes.values())) * dtype.itemsize
+
+
+def available_bytes(local_ranks: int) -> int:
+    """Memory that each rank may take, the least of all ranks.
+
+    Collective: an all-gather of some bytes.
+    """
+    free = psutil.virtual_memory().available // local_ranks
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, free)
+    return min(everyone)

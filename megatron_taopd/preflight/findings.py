@@ -1,0 +1,73 @@
+"""What a check found, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a check.
+
+    Attributes:
+        level: a run can start with warnings, and cannot (or would fail later) with an error.
+        what: was seen, with the key or thing and its value.
+        remedy: what would be right; "" where nothing is wrong.
+    """
+
+    level: Literal["ok", "warning", "error"]
+    what: str
+    remedy: str = ""
+
+
+def ok(what: str) -> Finding:
+    return Finding("ok", what)
+
+
+def warning(what: str, remedy: str) -> Finding:
+    return Finding("warning", what, remedy)
+
+
+def error(what: str, remedy: str) -> Finding:
+    return Finding("error", what, remedy)
+
+
+def examined(check: Callable[..., Iterable[Finding]], *args) -> list[Finding]:
+    """What a check finds; what it raises is a finding, too, so that the next check still runs."""
+    found = []
+    try:
+        for finding in check(*args):
+            found.append(finding)
+    except Exception as problem:  # whatever a library trips over in the user's files or machine
+        what = str(problem).split("\n")[0]
+        if not isinstance(problem, ValueError):
+            what = f"{check.__name__}: {type(problem).__name__}: {what}"
+        found.append(error(what, "put this right; the rest of this check was left out"))
+    return found
+
+
+def of_all_hosts(findings: Sequence[Finding], host: str, speaks: bool) -> list[Finding]:
+    """Findings of every host, on every rank: once where all hosts found the same, else by name.
+
+    Args:
+        speaks: one rank of each host does.
+
+    Collectives: an all-gather of the findings.
+    """
+    if not dist.is_initialized():
+        return list(findings)
+    told: list = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (host, list(findings)) if speaks else None)
+    hosts = [each for each in told if each is not None]
+    everywhere = [f for f in hosts[0][1] if all(f in found for _, found in hosts)]
+    local = [
+        replace(f, what=f"{name}: {f.what}")
+        for name, found in hosts
+        for f in found
+        if f not in everywhere
+    ]
+    return everywhere + local

@@ -1,0 +1,150 @@
+"""Tokenizers, templates and prompts: what a run would see only in its curves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_taopd.preflight.findings import Finding, error, ok, warning
+from megatron_taopd.prompts import Prompts
+from megatron_taopd.vocab_map import VocabMap, Vocabulary
+
+MANY_DROPPED = 0.05
+SHOWN = 240  # characters of the example
+
+
+def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Finding]:
+    """How ids are paired, and which of them end a turn. `student` ends at the run's stop ids, too.
+
+    Raises:
+        ValueError: the pair cannot be mapped.
+    """
+    vocab_map = VocabMap.between(student, teacher)
+    if vocab_map.is_identity:
+        yield ok(f"vocabularies: the same {vocab_map.size} ids")
+    else:
+        common = len(vocab_map.common)
+        roles = teacher.roles()
+        by_role = ", ".join(
+            f"{role} {_names(student, [i])} = {_names(teacher, [roles[role]])}"
+            for role, i in student.roles().items()
+            if role in roles
+        )
+        yield ok(
+            f"vocabularies: {common} ids in common, {vocab_map.size - common} of the student's "
+            f"masked; by their role: {by_role or 'none'}"
+        )
+    templates = [bool(v.tokenizer.chat_template) for v in (student, teacher)]
+    if templates[0] != templates[1]:
+        without = "teacher" if templates[0] else "student"
+        yield warning(
+            f"{without}.path: no chat template, which the other model has",
+            "data.template: plain for both, or a checkpoint with its template",
+        )
+    yield from check_ends("student", student, "rollout.stop_token_ids")
+    yield from check_ends("teacher", teacher, "eos_token_id in its generation_config.json")
+
+
+def check_ends(model: str, vocabulary: Vocabulary, remedy_key: str) -> Iterator[Finding]:
+    """What ends a response beside what the chat template and the tokenizer say does."""
+    key, tokenizer = f"{model}.path", vocabulary.tokenizer
+    if not vocabulary.ends:
+        yield error(
+            f"{key}: no id ends a response: every one runs to rollout.max_new_tokens",
+            f"set {remedy_key}",
+        )
+        return
+    yield ok(f"{key}: responses end at {_names(vocabulary, vocabulary.ends)}")
+    end_of_turn = vocabulary.after_an_answer()
+    if end_of_turn is not None and end_of_turn not in vocabulary.ends:
+        yield warning(
+            f"{key}: its chat template ends an answer with {_names(vocabulary, [end_of_turn])}, "
+            "which ends no response: they grow to rollout.max_new_tokens",
+            f"add {end_of_turn} to {remedy_key}",
+        )
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos not in vocabulary.ends and eos != end_of_turn:
+        yield warning(
+            f"{key}: the tokenizer's end {_names(vocabulary, [eos])} ends no response",
+            f"add {eos} to {remedy_key}, if the model writes it",
+        )
+
+
+def _names(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
+    tokens = vocabulary.tokenizer.convert_ids_to_tokens(list(ids))
+    return ", ".join(f"{token!r} ({i})" for token, i in zip(tokens, ids, strict=True))
+
+
+def check_prompts(
+    key: str,
+    prompts: Prompts,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    max_tokens: int,
+) -> Iterator[Finding]:
+    """Lengths, doubles, special tokens, and the first one as the student reads it.
+
+    Args:
+        key: of the file.
+        prompts: all of them, whatever their length.
+        max_tokens: above which the run drops one.
+    """
+    lengths = {"student": list(map(len, prompts.token_ids))}
+    if prompts.teacher_token_ids is not None:
+        lengths["teacher"] = list(map(len, prompts.teacher_token_ids))
+    dropped = sum(max(each) > max_tokens for each in zip(*lengths.values(), strict=True))
+    longest = ", ".join(f"{max(each)} for the {model}" for model, each in lengths.items())
+    yield ok(f"{key}: {len(prompts)} prompts; the longest has {longest} tokens")
+    if dropped:
+        each = ", ".join(
+            f"{sum(n > max_tokens for n in counts)} for the {model}"
+            for model, counts in lengths.items()
+        )
+        seen = f"{key}: {dropped / len(prompts):.1%} are over data.max_prompt_tokens {max_tokens}"
+        if dropped == len(prompts):
+            yield error(f"{seen} ({each})", "a larger data.max_prompt_tokens: none is left")
+        elif dropped > MANY_DROPPED * len(prompts):
+            yield warning(f"{seen} ({each}) and dropped", "a larger data.max_prompt_tokens")
+        else:
+            yield ok(f"{seen} ({each}) and dropped")
+    if empty := sum(not text.strip() for text in prompts.texts):
+        yield warning(f"{key}: {empty} prompts have no text", "take them out")
+    if doubles := len(prompts) - len(set(prompts.texts)):
+        most, times = Counter(prompts.texts).most_common(1)[0]
+        yield warning(
+            f"{key}: {doubles} prompts repeat another one ({most[:40]!r} comes {times} times)",
+            "intended? else take them out",
+        )
+    specials = student.tokenizer.all_special_tokens
+    if spelled := sum(any(token in text for token in specials) for text in prompts.texts):
+        yield ok(f"{key}: {spelled} prompts spell a special token, which stays text")
+    ids = torch.tensor([i for each in prompts.token_ids[:1000] for i in each])
+    vocab_map = VocabMap.between(student, teacher)
+    if not vocab_map.is_identity:
+        share = (vocab_map.to_teacher(ids) >= 0).float().mean()
+        yield ok(f"{key}: the teacher has {share:.2%} of the tokens of the first prompts")
+    first, bos = prompts.token_ids[0], student.tokenizer.bos_token_id
+    if bos is not None and first[:2] == [bos, bos]:
+        yield warning(
+            f"{key}: prompts begin with {_names(student, [bos])} twice",
+            "take it out of the chat template, or of the tokenizer (add_bos_token)",
+        )
+    text = student.tokenizer.decode(first, skip_special_tokens=False)
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+    yield ok(f"{key}: the first one reads {text!r}")
+
+
+def check_held_out(prompts: Prompts, held_out: Prompts) -> Iterator[Finding]:
+    """Answers, and prompts that are trained on, too."""
+    if empty := sum(not (answer or "").strip() for answer in held_out.answers):
+        yield warning(
+            f"eval.prompts: {empty} of {len(held_out)} answers are empty", "they count as wrong"
+        )
+    if both := len(set(held_out.texts) & set(prompts.texts)):
+        yield warning(
+            f"eval.prompts: {both} of {len(held_out)} are in data.prompts, too",
+            "take them out of one of the files: accuracy on them is no measure",
+        )
