@@ -20,8 +20,9 @@ PROMPTS = 6
 def measured(tmp_path_factory) -> tuple[dict, str]:
     """The figures, and what was printed."""
     path = tmp_path_factory.mktemp("bench") / "figures.json"
-    arguments = ["--prompts", str(PROMPTS), "--repeats", "1", "--threads", "1", "--json", str(path)]
-    command = [sys.executable, str(TOOL), "--pair", "tiny", *arguments]
+    arguments = ["--prompts", str(PROMPTS), "--horizon", "8", "--json", str(path)]
+    once = ["--repeats", "1", "--threads", "1"]
+    command = [sys.executable, str(TOOL), "--pair", "tiny", *once, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text()), done.stdout
@@ -58,7 +59,7 @@ def test_every_phase_is_timed(measured):
         phases = {"teacher", "training"} | ({"scoring"} if row["name"] != "full OPD" else set())
         assert set(row["seconds"]) == phases
         assert row["training_temporaries"] > 0
-    assert [row["name"] for row in figures["horizon"]] == ["none", "auto"]
+    assert [row["name"] for row in figures["horizon"]] == ["none", "auto", "8"]
 
 
 def test_kept_rows_need_less_memory_in_the_heads(measured):

@@ -227,6 +227,73 @@ def test_one_backward_pass_when_gradients_are_formed_at_once():
         loss.backward()
 
 
+# -------------------------------------------------------------------- under Megatron's main_grad
+
+
+def micro_batches_on_rank(bounds, heads, kind, at_once, main_grad: bool):
+    """Three, chunked: gradients of hidden, the weight's sum, and what autograd saw of that."""
+    shard = shard_of(bounds)
+    _, weight, *_ = local_heads(heads, shard)
+    total = torch.zeros(weight.shape)
+    if main_grad:
+        weight.main_grad = total
+    hidden_grads, seen = [], []
+    for part in range(3):
+        rows = slice(4 * part, 4 * part + 4)
+        hidden, _, teacher_hidden, teacher_weight = local_heads(heads, shard)
+        hidden = hidden.detach()[rows].requires_grad_()
+        row_weight = torch.arange(1.0, 1 + len(hidden))
+        local = (hidden, weight, teacher_hidden[rows], teacher_weight)
+        if at_once:
+            linear_divergence(*local, shard, kind, 3, row_weight).backward()
+        else:
+            linear_divergence(*local, shard, kind, 3).backward(row_weight)
+        hidden_grads.append(hidden.grad)
+        seen.append(weight.grad)
+        total += weight.grad.float()  # as DDP's hook does
+        weight.grad = None
+    return torch.cat(hidden_grads), total, seen
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+@pytest.mark.parametrize("layout", ["one", "unequal", "some empty"])
+def test_a_main_grad_gets_what_autograd_would_have_got(layout, kind, at_once):
+    heads, bounds = make_heads(rows=12), LAYOUTS[layout]
+    both = [
+        run_ranks(len(bounds) - 1, micro_batches_on_rank, bounds, heads, kind, at_once, main_grad)
+        for main_grad in (False, True)
+    ]
+    for plain, direct in zip(*both, strict=True):
+        torch.testing.assert_close(direct[0], plain[0], rtol=0, atol=0)
+        torch.testing.assert_close(direct[1], plain[1], rtol=1e-5, atol=1e-6)
+        assert all(grad.is_sparse and grad._nnz() == 0 for grad in direct[2])
+
+
+def test_bf16_gradients_of_micro_batches_add_up_in_fp32():
+    """A `.grad` of each is rounded to bf16 before it is added to an fp32 buffer; a main_grad's is
+    not."""
+    heads, shard = make_heads(rows=12, dtype=torch.bfloat16), [0, PADDED]
+    row_weight = torch.arange(1.0, 5).repeat(3)
+    _, _, want = dense_linear_divergence(heads, "reverse_kl", row_weight)
+
+    def error(main_grad: bool) -> float:
+        result = run_ranks(1, micro_batches_on_rank, shard, heads, "reverse_kl", True, main_grad)
+        return ((result[0][1].double() - want).norm() / want.norm()).item()
+
+    assert error(main_grad=True) < 1e-6
+    assert error(main_grad=False) > 1e-4
+
+
+def test_a_gradient_added_ahead_takes_no_factor():
+    shard = VocabShard(0, PADDED, None, SIZE)
+    local = local_heads(make_heads(), shard)
+    local[1].main_grad = torch.zeros_like(local[1])
+    loss = linear_divergence(*local, shard, "reverse_kl", 4, torch.ones(11))
+    with pytest.raises(RuntimeError, match="the sum must be what is differentiated"):
+        (3 * loss).backward()
+
+
 def test_without_grad_no_gradient_is_formed(monkeypatch):
     monkeypatch.setattr(vocab_heads, "_HeadGradients", None)
     shard = VocabShard(0, PADDED, None, SIZE)
@@ -481,3 +548,21 @@ def test_memory_does_not_grow_with_the_rows(rows):
                     *student, *heads[2:], shard, kind, chunk_rows, row_weight
                 ).sum().backward()
             assert loss.temporaries <= 2.5 * logits_bytes, kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_main_grad_is_all_that_a_weights_gradient_takes(dtype):
+    rows, width, depth = 12, 20_000, 128
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, depth), (width, depth)) * 2
+    heads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    student = [t.requires_grad_() for t in heads[:2]]
+    student[1].main_grad = torch.zeros(width, depth)
+    shard, matrix = VocabShard(0, width, None, width), heads[1].nbytes
+    for row_weight in (None, torch.ones(rows)):
+        with peak_memory() as memory:
+            linear_divergence(
+                *student, *heads[2:], shard, "reverse_kl", 4, row_weight
+            ).sum().backward()
+        assert memory.peak < matrix
+        student[1].grad = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from step import dense_step, make_batch, make_model, row_logits, step_on_ranks
+from step import OPTIMIZER, dense_step, make_batch, make_model, row_logits, step_on_ranks
+
+from megatron_taopd.parallel.memory import peak_memory
 
 SIZE = 200  # the student's vocabulary; the teacher has 216 tokens, of which these are common
 
@@ -63,6 +66,92 @@ def assert_agrees(result, oracle):
     assert relative_error(result["gradients"], oracle["gradients"]) < 1e-5
     # Clipping goes by this norm; shards must all be counted, and replicas once.
     assert result["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["TP2 | PP2", "PP2 | TP2", "TP2 DP2 | PP2"])
+def test_an_untied_student_agrees_with_dense_float64(tmp_path, pair, name):
+    student = make_model(tmp_path, SIZE, 32, layers=4, seed=0, tied=False)
+    world_size, *layout = LAYOUTS[name]
+    batch = make_batch(SIZE)
+    oracle = dense_step(student, pair[1], batch, SIZE)
+    for result in run_ranks(world_size, step_on_ranks, student, pair[1], *layout, batch, SIZE):
+        assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["DP2 | DP2", "PP2 DP2 | TP4"])
+def test_gradients_are_complete_when_their_reduction_begins(tmp_path, pair, name, tied):
+    """As on CUDA, where it overlaps the backward pass; every parameter reports once a micro-batch,
+    the head, whose gradient autograd does not carry, too."""
+    student = make_model(tmp_path, SIZE, 32, layers=4, seed=0, tied=tied)
+    world_size, *layout = LAYOUTS[name]
+    batch = make_batch(SIZE)
+    oracle = dense_step(student, pair[1], batch, SIZE)
+    for result in run_ranks(
+        world_size, step_with_overlapped_reduction, student, pair[1], *layout, batch, SIZE
+    ):
+        assert_agrees(result, oracle)
+
+
+def step_with_overlapped_reduction(*arguments):
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from megatron_taopd import student
+
+    def overlapped(**options):
+        return DistributedDataParallelConfig(**options | {"overlap_grad_reduce": True})
+
+    with mock.patch.object(student, "DistributedDataParallelConfig", overlapped):
+        return step_on_ranks(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("parallel", [(1, 1, False), (2, 1, True), (1, 2, False)])
+def test_training_makes_no_matrix_of_the_heads_size(tmp_path, parallel, tied, dtype):
+    """Beyond the gradient buffer: neither the loss nor the embedding's backward pass does."""
+    student = make_model(tmp_path, 50_000, 128, layers=2, seed=0, tied=tied)
+    world_size = parallel[0] * parallel[1]
+    for memory, matrix in run_ranks(
+        world_size, memory_of_training, student, parallel, make_batch(50_000), dtype
+    ):
+        assert 0 < memory < matrix
+
+
+def memory_of_training(student_dir, parallel, batch, dtype):
+    """Temporaries of two micro-batches and more, and a matrix of this rank's head; in bytes."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd import batching
+    from megatron_taopd.models.gpt import pick_rows
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.scoring import Heads
+    from megatron_taopd.student import Student
+
+    platform.emulate_cuda()
+    try:
+        layout = layouts.student_layout(*parallel)
+        student = Student(student_dir, layout, dtype, "full", OPTIMIZER, 1, 50_000)
+        shard = student.shard
+        width = shard.stop - shard.start
+        teacher_head = torch.randn(width, 16).to(dtype)
+        heads = layout.is_last_stage and Heads(student.head_weight, teacher_head, shard, 2)
+        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        assigned = batching.assign(batch, everything, layout, micro_batch_tokens=40)
+
+        def loss(micro_batch, hidden_states):
+            hidden = pick_rows(hidden_states, micro_batch.rows, layout)
+            total, _ = heads.loss(hidden, torch.randn(len(hidden), 16).to(dtype), kind="jsd")
+            return total, torch.tensor(len(hidden), dtype=torch.int), {}
+
+        # gloo copies all gradients that it reduces.
+        student.config.finalize_model_grads_func = lambda *_, **__: None
+        with peak_memory() as memory:
+            student.forward_backward(assigned.micro_batches, loss)
+        return memory.temporaries, width * 128 * dtype.itemsize
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 @pytest.fixture(scope="module")

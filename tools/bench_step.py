@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, help="default: of the pair; slice 192")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, RATIO, 0.05])
     parser.add_argument("--concentrate", type=float, default=0.4, help=f"beside 0, at {RATIO:.0%}")
+    parser.add_argument(
+        "--horizon", nargs="+", type=int, default=[], help="lengths beside what auto takes"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--micro-batch-tokens", type=int, default=1024)
     parser.add_argument("--head-memory-mib", type=int, default=256, help="logits at a time")

@@ -18,8 +18,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
@@ -32,6 +35,7 @@ from megatron_taopd.models import hf_map
 from megatron_taopd.models.attention import PackedAttention, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.vocab import VocabShard
 
 # Megatron asks whether it is None, and without TransformerEngine does not define it.
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -132,6 +136,21 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
+class Embedding(VocabParallelEmbedding):
+    """Megatron's, with a sparse gradient: the rows of the tokens looked up, which DDP adds to its
+    buffer as they are. A dense one would be as large as the head."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        columns = input_ - self.vocab_start_index
+        elsewhere = (columns < 0) | (columns >= self.num_embeddings_per_partition)
+        rows = F.embedding(columns.masked_fill(elsewhere, 0), self.weight, sparse=True)
+        rows = rows.masked_fill(elsewhere[..., None], 0)
+        if self.reduce_scatter_embeddings:
+            rows = rows.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+
 class Trunk(GPTModel):
     """A GPTModel that ends in hidden states, [T, 1, D] or [T / tp, 1, D] under sequence
     parallelism, on every pipeline stage.
@@ -157,6 +176,8 @@ class Trunk(GPTModel):
         self.hf = hf
         self.layout = layout
         self.rotary_pos_emb.inv_freq = rope_frequencies(hf).to(platform.device())
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = Embedding  # GPTModel takes no spec for it
         if not head and self.post_process:
             del self.output_layer
 
@@ -169,6 +190,13 @@ class Trunk(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def vocab_shard(self, size: int, absent: Tensor | None = None) -> VocabShard:
+        """The columns of head_weight; size and absent as in `VocabShard`."""
+        columns = hf_map.padded_vocab_size(self.hf.vocab_size) // self.layout.tp
+        start = self.layout.tp_rank * columns
+        group = self.layout.groups.tp if self.layout.tp > 1 else None
+        return VocabShard(start, start + columns, group, size, absent)
 
 
 def packed_forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -74,7 +74,8 @@ def measure(arguments) -> dict:
     layers = []
     for repeat in range(arguments.repeats):
         for key, run in timed.items():
-            times[key].append(seconds(run))
+            with models.without_gradients() if key[0] == "trl" else nullcontext():
+                times[key].append(seconds(run))
         layers.append(layer_seconds(step))
         say(f"timed {repeat + 1} of {arguments.repeats}")
 
@@ -268,14 +269,18 @@ def layer_seconds(step: Step) -> dict[str, float]:
 
 
 def horizon_phases(step: Step, rollout, measured: dict) -> dict[tuple, Callable]:
-    """The phases of TA-OPD, replayed, with responses in full and cut at what `auto` chooses."""
-    longest = measured["setup"]["max_new_tokens"] or rollout.max_new_tokens
+    """The phases of TA-OPD, replayed, with responses in full, cut at what `auto` chooses, and at
+    the lengths asked for."""
+    setup = measured["setup"]
+    longest = setup["max_new_tokens"] or rollout.max_new_tokens
     horizon = Horizon("auto", longest, rollout.horizon_floor, rollout.horizon_prompt_weight)
     scores = step.scores
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
     horizon.observe(step.batch, teachability, longest)
+    lengths = {"none": longest, "auto": horizon.length(step=2)}
+    lengths |= {str(length): min(length, longest) for length in setup["horizon"]}
     phases, measured["horizon"] = {}, []
-    for name, length in (("none", longest), ("auto", horizon.length(step=2))):
+    for name, length in lengths.items():
         batch = step.batch if name == "none" else step.models.generate(length)
         own = step if name == "none" else Step(step.models, batch)
         mask = own.select(RATIO)

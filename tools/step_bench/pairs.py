@@ -71,6 +71,15 @@ class Models:
         finally:
             config.recompute_granularity = "full"
 
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Memory for a peer that has gradients of its own."""
+        self.student.model.offload_grad_buffers()
+        try:
+            yield
+        finally:
+            self.student.model.restore_grad_buffers()
+
 
 def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, peers=None):
 
@@ -172,8 +181,9 @@ def qwen3_slice(arguments):
     prompts = [draw(0, 150_000, 64).tolist() for _ in range(arguments.prompts)]
     responses = [draw(0, 150_000, longest) for _ in prompts]
     log_probs = [torch.zeros(longest) for _ in prompts]
+    versions = [torch.zeros(longest, dtype=torch.int64) for _ in prompts]
     batch = make_rollout_batch(
-        prompts, range(len(prompts)), responses, log_probs, [True] * len(prompts), 0
+        prompts, range(len(prompts)), responses, log_probs, [True] * len(prompts), versions
     )
     return models, batch, None
 

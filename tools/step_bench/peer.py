@@ -22,7 +22,8 @@ def trl_phases(step: Step, measured: dict) -> dict[tuple, Callable]:
     for recompute in ("none", "full"):
         run, losses, sequences = trl_step(student, teacher, step.batch, step.models, recompute)
         name = f"recompute {recompute}"
-        memory = metered(run)["peak"]
+        with step.models.without_gradients():
+            memory = metered(run)["peak"]
         measured["trl"].append(
             {
                 "name": name,

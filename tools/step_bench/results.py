@@ -127,7 +127,7 @@ def targets(measured: dict) -> Iterator[tuple[str, str, float, float]]:
         )
         what = f"concentrate {cut['concentrate']:g}: response tokens trained"
         yield f"{what}, {cut['mass_of_best']:.0%} of the kept mass", "≤", 0.6, cut["trained_share"]
-        full, auto = measured["horizon"]
+        full, auto = measured["horizon"][:2]
         what = f"horizon {auto['length']} of {full['length']}: rollout to training"
         ratio = step_seconds(auto) / step_seconds(full)
         yield f"{what}, {auto['mass']:.0%} of the mass", "≤", 0.65, ratio
@@ -177,8 +177,12 @@ def tables(measured: dict) -> Iterator[Table]:
     title = f"heads alone, chunks of {setup['chunk_rows']} rows; memory of the loss, seconds"
     yield table_of(title, heads, "rows", "MB unchunked", "MB chunked", "loss", "score")
     if "horizon" in measured:
-        rows = [row | medians(row) | {"all": step_seconds(row)} for row in measured["horizon"]]
-        phases = ("rollout", "teacher", "scoring", "training", "all")
+        full = step_seconds(measured["horizon"][0])
+        rows = [
+            row | medians(row) | {"all": step_seconds(row), "÷ none": step_seconds(row) / full}
+            for row in measured["horizon"]
+        ]
+        phases = ("rollout", "teacher", "scoring", "training", "all", "÷ none")
         title = f"rollout.horizon, with {REPLAY}; seconds"
         yield table_of(title, rows, "name", "length", "rows", "kept_rows", "mass", *phases)
     if "trl" in measured:

@@ -1,7 +1,8 @@
 """Scores and losses from hidden states: the heads, a bounded number of rows at a time.
 
 Three matmuls a row and model are all that a head needs (one for the teacher's and for scores): bf16
-operands, fp32 accumulation and output. Gradients of the weight add up over the chunks in fp32.
+operands, fp32 accumulation and output. Gradients of the weight add up over the chunks in fp32, in
+place in Megatron's gradient buffer where there is one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +22,12 @@ from megatron_taopd.parallel.vocab.divergences import (
     merge_normalizers,
 )
 from megatron_taopd.parallel.vocab.scores import (
+    TopSets,
     check_k,
     local_candidates,
     local_topk_candidates,
     merge_candidates,
+    merge_top_sets,
     merge_topk_candidates,
     topk_of,
 )
@@ -183,6 +187,64 @@ def score_topk(
     return TokenScores.cat(scores)
 
 
+class Compared(NamedTuple):
+    """Both models at some rows: their top-K sets, and [R] fp32 in nats over the common vocabulary.
+
+    Attributes:
+        forward_kl, reverse_kl: KL(p_T ‖ p_S) and KL(p_S ‖ p_T).
+        student_log_probs, teacher_log_probs: of one given token a row.
+    """
+
+    tops: TopSets
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_log_probs: Tensor
+    teacher_log_probs: Tensor
+
+
+@torch.no_grad()
+def compare_hidden(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    tokens: Tensor,
+    k: int,
+    shard: VocabShard,
+    chunk_rows: int,
+) -> Iterator[Compared]:
+    """All that the diagnostic measures, chunk by chunk (at least one), from one pair of logits.
+
+    Args:
+        tokens: [R] int64 global ids whose log-probabilities are wanted; −inf for one that is not
+            in the common vocabulary.
+        The others are those of `score_hidden`.
+
+    Memory: logits of chunk_rows rows of both models, and some copies of a part of them.
+
+    Collectives: for every chunk, five all-gathers of 24K+88 bytes a row and rank in all.
+
+    Raises:
+        ValueError: k is not within 1 … shard.size.
+    """
+    check_k(k, shard)
+    projections = (
+        _Projection(student_hidden, student_weight, shard, chunk_rows),
+        _Projection(teacher_hidden, teacher_weight, shard, chunk_rows),
+    )
+    for rows in list(_chunks(len(tokens), chunk_rows)) or [slice(0, 0)]:
+        student, teacher = (project(rows).float() for project in projections)
+        local = local_candidates(student, teacher, k, shard.start)
+        yield Compared(
+            merge_top_sets(shard.all_gather(local), k),
+            *(
+                Divergence(shard, kind).forward(student, teacher)[0]
+                for kind in ("forward_kl", "reverse_kl")
+            ),
+            *(_TokenLogProb(shard).forward(z, tokens[rows])[0] for z in (student, teacher)),
+        )
+
+
 # ----------------------------------------------------------------------------------------- losses
 
 
@@ -213,13 +275,26 @@ class _TokenLogProb:
 
 
 class _HeadGradients:
-    """Gradients of hidden [R, D] and weight [V, D], filled chunk by chunk where they are needed."""
+    """Gradients of hidden [R, D] and weight [V, D], filled chunk by chunk where they are needed.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, needed: tuple):
+    The weight's is added to main_grad, [V, D], if that is given.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        shard: VocabShard,
+        needed: tuple,
+        main_grad: Tensor | None,
+    ):
         wide = torch.promote_types(weight.dtype, torch.float32)  # chunks add up in fp32
+        assert main_grad is None or main_grad.dtype == wide, (main_grad.dtype, weight.dtype)
         self.inputs, self.head = hidden, shard.rows(weight)
         self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        self.weight, self.in_place = None, main_grad is not None
+        if needed[1]:
+            self.weight = main_grad if self.in_place else torch.zeros_like(weight, dtype=wide)
         self.narrow = _is_narrow(weight.dtype)
 
     def buffer(self, logits: Tensor) -> Tensor:
@@ -250,7 +325,24 @@ class _HeadGradients:
             total.addmm_(logits_grad.t(), inputs.to(logits_grad.dtype))
 
     def get(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.hidden, None if self.weight is None else self.weight.to(self.head.dtype)
+        """What autograd is told. Of a weight whose gradient is where it belongs already, an empty
+        sparse one, which takes no memory and yet lets the hook fire by which DDP counts gradients.
+        """
+        if self.weight is None:
+            return self.hidden, None
+        if self.in_place:
+            return self.hidden, _empty_sparse(self.weight.shape, self.head)
+        return self.hidden, self.weight.to(self.head.dtype)
+
+
+def _empty_sparse(shape: torch.Size, like: Tensor) -> Tensor:
+    """[V, D] of which no row is there."""
+    return torch.sparse_coo_tensor(
+        torch.empty(1, 0, dtype=torch.int64, device=like.device),
+        like.new_empty(0, shape[1]),
+        shape,
+        check_invariants=False,
+    )
 
 
 class _Head(torch.autograd.Function):
@@ -264,10 +356,10 @@ class _Head(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, value, open_targets, shard, chunk_rows, row_weight):
+    def forward(ctx, hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad):
         needed = ctx.needs_input_grad[:2]
         at_once = row_weight is not None and any(needed)
-        grads = _HeadGradients(hidden, weight, shard, needed) if at_once else None
+        grads = _HeadGradients(hidden, weight, shard, needed, main_grad) if at_once else None
         project, targets = _Projection(hidden, weight, shard, chunk_rows), open_targets()
         values = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
         saved = []
@@ -280,7 +372,7 @@ class _Head(torch.autograd.Function):
                 grads.add(value.gradient(logits, chunk_targets, chunk_saved, grad, out), rows)
             else:
                 saved.append(chunk_saved)
-        ctx.at_once = row_weight is not None
+        ctx.at_once, ctx.main_grad = row_weight is not None, main_grad if needed[1] else None
         if ctx.at_once:
             ctx.save_for_backward(*(grads.get() if grads else ()))
             return torch.cat(values).mul_(row_weight).sum()
@@ -296,10 +388,13 @@ class _Head(torch.autograd.Function):
         if ctx.at_once:
             # In place: the head's gradient is as large as the head. (A second backward pass through
             # the same graph is refused by autograd, which sees that a saved tensor has changed.)
-            hidden_grad, weight_grad = (g if g is None else g.mul_(grad) for g in ctx.saved_tensors)
-            return hidden_grad, weight_grad, None, None, None, None, None
+            if ctx.main_grad is not None:  # what is there cannot be multiplied any more
+                torch._assert_async(grad == 1, "the sum must be what is differentiated")
+            grads = (g if g is None or g.is_sparse else g.mul_(grad) for g in ctx.saved_tensors)
+            return *grads, None, None, None, None, None, None
         hidden, weight, *saved = ctx.saved_tensors
-        grads = _HeadGradients(hidden, weight, ctx.shard, ctx.needs_input_grad[:2])
+        needed = ctx.needs_input_grad[:2]
+        grads = _HeadGradients(hidden, weight, ctx.shard, needed, ctx.main_grad)
         project = _Projection(hidden, weight, ctx.shard, ctx.chunk_rows)
         targets = ctx.open_targets()
         chunks = _chunks(len(hidden), ctx.chunk_rows)
@@ -307,15 +402,18 @@ class _Head(torch.autograd.Function):
             logits = project(rows)
             out = grads.buffer(logits)
             grads.add(ctx.value.gradient(logits, targets(rows), chunk_saved, grad[rows], out), rows)
-        return *grads.get(), None, None, None, None, None
+        return *grads.get(), None, None, None, None, None, None
 
 
 def _through_head(
     hidden, weight, value, open_targets, shard, chunk_rows, row_weight=None
 ) -> Tensor:
+    main_grad = getattr(weight, "main_grad", None)  # of a parameter under Megatron's DDP
     if not torch.is_grad_enabled():  # which needs_input_grad does not tell
         hidden, weight = hidden.detach(), weight.detach()
-    return _Head.apply(hidden, weight, value, open_targets, shard, chunk_rows, row_weight)
+    return _Head.apply(
+        hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad
+    )
 
 
 def linear_divergence(
@@ -336,6 +434,11 @@ def linear_divergence(
     shard's part of the sum over the vocabulary: **the caller adds the parts up over the group**
     (Megatron's copy to the tensor-parallel region does). The gradient of student_weight is
     complete. The teacher is a constant.
+
+    A student_weight with a `main_grad`, [V, D] fp32, as Megatron's DDP gives its parameters, has
+    its gradient added to that, and autograd sees an empty one: no matrix of the head's size is
+    made. With row_weight that happens in the forward pass, so that the sum itself must be what is
+    differentiated, not a multiple of it (asserted in the backward pass).
 
     Args:
         student_hidden: [R, D_s], and teacher_hidden: [R, D_t], the same rows on every rank of the
