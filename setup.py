@@ -22,6 +22,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.4"],
     "eval": ["evalscope>=1.14"],
     "wandb": ["wandb>=0.19"],
+    "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
     # Rivals in tools/bench_vocab_parallel.py. With constraints.txt, so that torch stays what it is.
     "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
@@ -30,6 +31,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3",
         "hypothesis>=6",
+        "prometheus-client>=0.20",
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",
     ],

@@ -76,7 +76,7 @@ class ServersSection:
     concurrency: int = 64  # requests at a time, per server
     timeout_s: float = 1800.0  # of one request
     attempts: int = 4  # per request, on whichever server; then the step fails
-    start_timeout_s: float = 900.0
+    start_timeout_s: float = 900.0  # until they listen, whoever has started them
     context_length: int | None = None  # null: prompt and response of this run
     max_running_requests: int | None = None  # null: SGLang chooses
     max_total_tokens: int | None = None  # of the KV cache; null: what mem_fraction leaves
@@ -204,6 +204,13 @@ class OptimizerSection:
 class CheckpointSection:
     every: int = 50  # steps; 0: at the end only
     keep: int = 3  # the newest ones
+    # And the one with the best held-out accuracy: a step that is better than all before it is saved.
+    keep_best: bool = True
+    # The next steps run while a checkpoint is written, from a copy in host memory.
+    asynchronous: bool = True
+    # Resume also from what has no checksums, or holds more than tensors and plain values: that
+    # comes from somewhere else, and loading it may run code.
+    trust: bool = False
     export_hf: bool = True  # the final student as a Hugging Face directory
 
 
@@ -213,13 +220,40 @@ class EvalSection:
     prompts: str | None = None  # null: no evaluation; columns and template as in `data`
     max_new_tokens: int | None = None  # null: as in `rollout`
     limit: int | None = None  # use the first prompts only
+    samples: int = 1  # responses per prompt
+    temperature: float = 0.0  # 0: greedy; else with top_p and top_k of `rollout`
+    pass_at: tuple[int, ...] = ()  # k of pass@k
+    # exact: the stated answer is the reference, spelling aside. math: or equal to it as mathematics
+    # (Math-Verify). auto: math where that is installed.
+    grader: Literal["auto", "exact", "math"] = "auto"
     at_start: bool = True
+
+
+@dataclass(frozen=True)
+class GuardSection:
+    """Steps that are not taken, because their numbers mean nothing."""
+
+    max_skipped: int = 3  # in a row; then the run ends
+    # An update whose loss is so many times the median of the last 32 is not taken; 0: all are. Not
+    # for sampled_token, whose values say nothing of how far it is.
+    loss_spike: float = 10.0
+    teacher_every: int = 50  # steps between checks of the teacher's weights; 0: at checkpoints only
+
+
+@dataclass(frozen=True)
+class WatchdogSection:
+    """Ranks that die or hang end the job, in so many seconds."""
+
+    silent_s: float = 60.0  # a process without a sign of life; 0: no watchdog
+    stuck_s: float = 900.0  # no rank gets any further; 0: as long as the backend waits
 
 
 @dataclass(frozen=True)
 class LogSection:
     tensorboard: bool = True
     wandb_project: str | None = None  # null: no W&B
+    prometheus_port: int | None = None  # the newest numbers at http://HOST:PORT/metrics; null: off
+    prometheus_host: str = "127.0.0.1"  # that rank 0 listens on
 
 
 @dataclass(frozen=True)
@@ -237,6 +271,8 @@ class Config:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     log: LogSection = field(default_factory=LogSection)
 
 
@@ -340,6 +376,8 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
             _check_keys(value, types[name], f"{key}.")
         elif isinstance(value, dict):
             raise ValueError(f"{key}: {value!r} is a section; one value is expected")
+        elif value == MISSING:  # which a merge takes for "as it was"
+            raise ValueError(f"{key}: ??? is left open; set it on the command line")
 
 
 def _suggestion(key: str, siblings: dict[str, Any], prefix: str) -> str:
@@ -438,6 +476,13 @@ _RULES: dict[str, _Rule] = {
     "eval.every": _NOT_NEGATIVE,
     "eval.max_new_tokens": _COUNT,
     "eval.limit": _COUNT,
+    "eval.samples": _COUNT,
+    "eval.temperature": _NOT_NEGATIVE,
+    "guard.max_skipped": _COUNT,
+    "guard.loss_spike": (lambda v: v == 0 or 1 < v < math.inf, "0 or more than 1"),
+    "guard.teacher_every": _NOT_NEGATIVE,
+    "watchdog.silent_s": (lambda v: v == 0 or 1 <= v < math.inf, "0 or at least 1"),
+    "watchdog.stuck_s": _NOT_NEGATIVE,
 }
 
 
@@ -503,6 +548,7 @@ def _check_values(config: Config) -> None:
                 f"{rollout.max_new_tokens}"
             )
     _check_engines(config)
+    _check_evaluation(config.eval)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -525,6 +571,23 @@ def _check_values(config: Config) -> None:
             raise ValueError(
                 f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
             )
+
+
+def _check_evaluation(section: EvalSection) -> None:
+    if section.samples > 1 and section.temperature == 0:
+        raise ValueError(
+            f"eval.samples: {section.samples} with eval.temperature 0, at which they are all the "
+            "same; it has to be 1, or the temperature above 0"
+        )
+    for k in section.pass_at:
+        if not 1 <= k <= section.samples:
+            raise ValueError(
+                f"eval.pass_at: {k}; it has to be between 1 and eval.samples {section.samples}"
+            )
+    if section.grader == "math" and find_spec("math_verify") is None:
+        raise ValueError(
+            "eval.grader: math, which needs Math-Verify: pip install '.[math]', or use exact"
+        )
 
 
 def _check_engines(config: Config) -> None:

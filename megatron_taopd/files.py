@@ -35,9 +35,7 @@ def written_aside(out: str | Path) -> Iterator[Path]:
         _barrier()
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "no space left" if full else error.strerror or error
-        raise ValueError(f"{out}: {reason}; nothing was kept") from error
+        raise ValueError(f"{out}: {reason_of(error)}; nothing was kept") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -48,6 +46,42 @@ def written_aside(out: str | Path) -> Iterator[Path]:
         aside.rename(out)
         shutil.rmtree(replaced, ignore_errors=True)
     _barrier()
+
+
+@contextmanager
+def file_written_aside(out: str | Path) -> Iterator[Path]:
+    """Give a path to write a file to, which takes the name `out` when the block has ended.
+
+    If the block raises, nothing is left but a file that was there before.
+
+    Raises:
+        ValueError: no space left, or the place cannot be written to.
+    """
+    out = Path(out)
+    aside = out.with_name(out.name + ".incomplete")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        aside.replace(out)
+    except OSError as error:
+        raise ValueError(f"{out}: {reason_of(error)}; nothing was kept") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def reason_of(error: OSError) -> str:
+    """In a few words."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "no space left" if full else error.strerror or str(error)
+
+
+@contextmanager
+def os_errors_of_torch() -> Iterator[None]:
+    """Raise the OSError, a full disk say, over which torch.save trips and which it hides."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def check_space(out: str | Path, needed: int) -> None:

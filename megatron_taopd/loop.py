@@ -13,9 +13,13 @@ from megatron_taopd import batching, checkpoint
 from megatron_taopd.accounting import ModelCost, step_operations
 from megatron_taopd.config import Config
 from megatron_taopd.evaluation import Evaluation
+from megatron_taopd.guard import Broken, Fault, Guard
 from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitor import Monitor
+from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.exchange import HeldRows
+from megatron_taopd.parallel.memory import rank_memory
 from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import Pending, RolloutEngine
@@ -49,16 +53,23 @@ class Run:
     engine: RolloutEngine
     rollouts: RolloutSchedule
     horizon: Horizon
+    guard: Guard
     costs: tuple[ModelCost, ModelCost]  # of student and teacher
     tokenizer: PreTrainedTokenizerBase
     evaluate: Callable[[int], Evaluation] | None
     monitor: Monitor
     first_step: int
     interrupted: Callable[[], bool]
+    checkpoints: checkpoint.Checkpoints
 
 
 def distill(run: Run) -> int:
-    """Distil until `train.steps` are done, or until someone interrupts; the steps done."""
+    """Distil until `train.steps` are done, or until someone interrupts; the steps done.
+
+    Raises:
+        Broken: there is no use in going on.
+        NotSaved: it is done or interrupted, but its last checkpoint could not be written.
+    """
     config, student, monitor = run.config, run.student, run.monitor
     teacher_fingerprint = run.teacher.fingerprint()
     done = run.first_step
@@ -66,6 +77,7 @@ def distill(run: Run) -> int:
         monitor.log(0, _evaluation(run, 0))
 
     for step in range(run.first_step + 1, config.train.steps + 1):
+        watchdog.at_step(step)
         consumed = run.rollouts.consumed
         try:
             with monitor.span("step"):
@@ -73,18 +85,34 @@ def distill(run: Run) -> int:
         except Interrupted:
             # Nothing has been learned from this step's prompts: it will be done again.
             run.rollouts.rewind(consumed)
-            _save(run, done)
+            _save(run, done, last=True)
+            run.checkpoints.check()
             return done
         done = step
+        run.checkpoints.poll()
+        if run.guard.exhausted:
+            run.checkpoints.finish()
+            monitor.log(step, metrics)
+            raise Broken(
+                f"step {step}: guard.max_skipped: {config.guard.max_skipped} steps in a row were "
+                "skipped, for what the lines above say; mend it, and the same command goes on from "
+                "the last checkpoint"
+            )
         last = step == config.train.steps or run.interrupted()
         if last or _due(step, config.eval.every):
             metrics |= _evaluation(run, step)
-        if last or _due(step, config.checkpoint.every):
-            if run.teacher.fingerprint() != teacher_fingerprint:
-                raise RuntimeError(f"step {step}: the teacher's weights have changed")
+        accuracy = metrics.get("eval/accuracy") if config.checkpoint.keep_best else None
+        is_best = accuracy is not None and run.checkpoints.would_be_best(accuracy)
+        save = last or is_best or _due(step, config.checkpoint.every)
+        if (save or _due(step, config.guard.teacher_every)) and (
+            run.teacher.fingerprint() != teacher_fingerprint
+        ):
+            run.checkpoints.finish()
+            raise Broken(f"step {step}: {config.teacher.path}: the teacher's weights have changed")
+        if save:
             with monitor.span("checkpoint"):
-                _save(run, step)
-        monitor.log(step, metrics)
+                _save(run, step, last, accuracy)
+        monitor.log(step, metrics | run.checkpoints.metrics() | rank_memory())
         if last:
             monitor.write_report(samples())
             break
@@ -92,13 +120,13 @@ def distill(run: Run) -> int:
     if done == config.train.steps and config.checkpoint.export_hf:
         out = f"{config.run.dir}/student"
         save_hf(student.named_tensors(), config.student.path, out, student.dtype)
+    run.checkpoints.check()
     return done
 
 
 def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[Sample]]]:
     """One step of the method: its metrics, and a function that picks samples for the report."""
     config, student, layout, span = run.config, run.student, run.student.layout, run.monitor.span
-    micro_batch_tokens = config.train.micro_batch_tokens
 
     def phase(name: str):
         """Before the student changes, an interrupted run need not finish the step."""
@@ -114,12 +142,52 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     run.engine.rest()
     run.rollouts.run_ahead(step)
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
-    assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
+    assigned = batching.assign(batch, everything, layout, config.train.micro_batch_tokens)
 
-    # … each response row gets its D, C and H (Eq. 3–5) …
     with span("teacher"):
         reading, reading_metrics = run.read(batch)
         teacher_rows = deliver(parts, batch, layout, assigned.owner)
+        del parts  # rows that are somewhere else now
+
+    # … and it learns from what the teacher makes of it, unless the numbers mean nothing.
+    metrics, samples, fault = {}, lambda: None, None
+    try:
+        metrics, samples = learn(
+            run, step, batch, assigned, teacher_rows, reading, begun.length, phase
+        )
+        if not metrics["kept_rows"]:
+            fault = Fault(f"no row of step {step} is kept", key="selection.selector")
+    except Fault as raised:
+        fault = raised
+    student.version = step
+    with span("rollout"):
+        run.rollouts.settle()
+    with span("sync"):
+        run.engine.update_weights(student.named_tensors(), version=step)
+    metrics |= run.teacher.metrics() | reading_metrics | run.engine.metrics()
+    return metrics | observe(run, step, fault, batch), samples
+
+
+def learn(
+    run: Run,
+    step: int,
+    batch: RolloutBatch,
+    assigned: batching.Assignment,
+    teacher_rows: HeldRows,
+    reading: Sequences,
+    length: int,
+    phase: Callable,
+) -> tuple[dict[str, float], Callable[[], list[Sample]]]:
+    """One batch, scored and trained on: what `take_step` returns.
+
+    Raises:
+        Fault: its numbers mean nothing. What it has taken of `mini_batches` stays.
+    """
+    config, student, span = run.config, run.student, run.monitor.span
+    if not batch.num_rows:
+        raise Fault("no response has a token", key="rollout")
+
+    # Each response row gets its D, C and H (Eq. 3–5) …
     with phase("scoring"):
         replay = config.train.schedule == "replay" and replay_fits(run, assigned)
         scores, gap, kept_outputs = score(
@@ -147,26 +215,22 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
             student,
             run.heads,
             teacher_rows,
-            micro_batch_tokens,
+            config.train.micro_batch_tokens,
             config.train.mini_batches,
             vars(config.loss),
+            run.guard,
             kept_outputs,
         )
-    student.version = step
-    with span("rollout"):
-        run.rollouts.settle()
-    with span("sync"):
-        run.engine.update_weights(student.named_tensors(), version=step)
 
     teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
-    metrics |= run.teacher.metrics()
-    metrics |= run.horizon.observe(batch, teachability, begun.length) | reading_metrics
+    metrics |= run.horizon.observe(batch, teachability, length)
     metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
-    metrics |= rollout_metrics(batch, gap, step) | run.engine.metrics()
+    metrics |= rollout_metrics(batch, gap, step)
     warn_of_gap(run, gap, step)
     replayed = kept_outputs is not None
     metrics |= {"train/replayed": int(replayed)}
     metrics |= head_memory(run, assigned, metrics.pop("head_rows"))
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
     metrics |= step_operations(
         *run.costs,
         assigned.lengths,
@@ -178,6 +242,14 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         config.train.recompute,
     )
     return metrics, lambda: sample_rollouts(batch, mask, run.tokenizer, scores=teachability)
+
+
+def observe(run: Run, step: int, fault: Fault | None, batch: RolloutBatch) -> dict[str, float]:
+    """Count a step that was taken or, for a fault, was not; what the log says of it."""
+    metrics = run.guard.observe(fault)
+    if fault and (line := run.guard.line(fault, batch.prompts)):
+        run.monitor.note(fault.key or f"step {step}", line)
+    return metrics
 
 
 def read_parts(run: Run, pending: Pending, phase: Callable) -> list[tuple[Tensor, ReadRows]]:
@@ -270,16 +342,25 @@ def _evaluation(run: Run, step: int) -> dict[str, float]:
         "eval/accuracy": evaluation.accuracy,
         "eval/truncated_share": evaluation.truncated / evaluation.total,
         "eval/response_length_mean": evaluation.mean_length,
+        **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},
     }
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, step: int, last: bool, accuracy: float | None = None) -> None:
     """A checkpoint of the run after this many steps; of none there is nothing to save."""
-    config = run.config.checkpoint
     if step == 0:
         return
-    state = {"prompts_consumed": run.rollouts.consumed, "horizon": run.horizon.state()}
-    checkpoint.save(f"{run.config.run.dir}/checkpoints", step, run.student, state, config.keep)
+    if fault := run.student.broken_weights():
+        run.checkpoints.finish()
+        raise Broken(f"step {step} is not saved: {fault.describe()}")
+    state = {
+        "prompts_consumed": run.rollouts.consumed,
+        "horizon": run.horizon.state(),
+        "guard": run.guard.state(),
+    }
+    run.checkpoints.save(step, run.student, state, accuracy)
+    if last:
+        run.checkpoints.finish()
 
 
 def _due(step: int, every: int) -> bool:

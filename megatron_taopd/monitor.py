@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_taopd.files import reason_of
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.report import Sample, number, percent, seconds, summarize, write_report
 
 PLAIN_LINES = 20  # about this many progress lines where there is no terminal to redraw
@@ -34,6 +37,7 @@ class Monitor:
         steps: of the whole run.
         tensorboard: write scalars for TensorBoard.
         wandb_project: log there, too; None for not.
+        prometheus: (host, port) where the newest numbers can be scraped; None for nowhere.
         rank: of this process.
         first_step: the step that is logged first. Records of this step and later ones, which a
             run killed after its last checkpoint has left, are removed.
@@ -53,6 +57,7 @@ class Monitor:
         steps: int,
         tensorboard: bool = True,
         wandb_project: str | None = None,
+        prometheus: tuple[str, int] | None = None,
         rank: int = 0,
         first_step: int = 0,
         name: str | None = None,
@@ -64,6 +69,8 @@ class Monitor:
             _require("tensorboard", "log.tensorboard: true")
         if wandb_project is not None:
             _require("wandb", f"log.wandb_project: {wandb_project}")
+        if prometheus is not None:
+            _require("prometheus_client", f"log.prometheus_port: {prometheus[1]}")
         self.run_dir = Path(run_dir)
         self.steps = steps
         self.name = name or self.run_dir.resolve().name
@@ -78,8 +85,9 @@ class Monitor:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.records = truncate_records(self.run_dir / "metrics.jsonl", first_step)
-        self._file = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = self._wandb = None
+        self._file = open(self.run_dir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
+        self._unwritten = b""
+        self._tensorboard = self._wandb = self._prometheus = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -101,6 +109,8 @@ class Monitor:
                 resume="allow",
                 config=yaml.safe_load(config_yaml),
             )
+        if prometheus is not None:
+            self._prometheus = PrometheusGauges(*prometheus, self.name)
         self._progress = ProgressLine(steps, first_step, console or Console())
 
     @property
@@ -113,7 +123,8 @@ class Monitor:
         self._synchronize()
         start = time.perf_counter()
         try:
-            yield
+            with watchdog.phase(phase):
+                yield
         finally:
             self._synchronize()
             self._times[f"time/{phase}"] += time.perf_counter() - start
@@ -139,18 +150,37 @@ class Monitor:
         if not self._writes:
             return record
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        self._write_records()
         values = {key: value for key, value in record.items() if value is not None}
         if self._tensorboard:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
+            with self._lost_on_disk_error("tensorboard"):
+                for key, value in values.items():
+                    self._tensorboard.add_scalar(key, value, step)
         if self._wandb:
             self._wandb.log(values, step=step)
+        if self._prometheus:
+            self._prometheus.set(values)
         self._progress.update(record)
         if "eval/accuracy" in record:
             self.write_report()
         return record
+
+    def _write_records(self) -> None:
+        """What cannot be written now, because the disk is full, say, is kept for the next time."""
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            self.note(self._file.name, f"{reason_of(error)}; lines are kept and written later")
+
+    @contextmanager
+    def _lost_on_disk_error(self, name: str) -> Iterator[None]:
+        """What only shows a run does not end it."""
+        try:
+            yield
+        except OSError as error:
+            self.note(str(self.run_dir / name), f"{reason_of(error)}; some of it is lost")
 
     def note(self, key: str, text: str) -> None:
         """Tell the person at the terminal, once for each key."""
@@ -163,7 +193,10 @@ class Monitor:
         if samples is not None:
             self.samples = samples
         if self._writes:
-            write_report(self.report_path, self.records, self.name, self.config_yaml, self.samples)
+            with self._lost_on_disk_error("report.html"):
+                write_report(
+                    self.report_path, self.records, self.name, self.config_yaml, self.samples
+                )
 
     def close(self) -> None:
         """Write the report and close everything."""
@@ -171,11 +204,51 @@ class Monitor:
             return
         self._progress.close()
         self.write_report()
+        self._write_records()
+        self._unwritten = b""
         self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._lost_on_disk_error("tensorboard"):
+                self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+        if self._prometheus:
+            self._prometheus.close()
+
+
+class PrometheusGauges:
+    """The newest record at http://HOST:PORT/metrics: `taopd_time_step{run="…"}` for time/step.
+
+    Raises:
+        ValueError: the port cannot be listened on.
+    """
+
+    def __init__(self, host: str, port: int, run: str):
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self.run = run
+        self.registry = CollectorRegistry()
+        self.gauges: dict[str, Any] = {}
+        try:
+            self.server, self.thread = start_http_server(port, host, self.registry)
+        except OSError as error:
+            reason = reason_of(error)
+            raise ValueError(f"log.prometheus_port: {port} of {host}: {reason}") from error
+
+    def set(self, values: Mapping[str, float]) -> None:
+        from prometheus_client import Gauge
+
+        for key, value in values.items():
+            if key not in self.gauges:
+                name = "taopd_" + re.sub(r"\W", "_", key)
+                gauge = Gauge(name, f"{key} of the last step", ["run"], registry=self.registry)
+                self.gauges[key] = gauge.labels(self.run)
+            self.gauges[key].set(value)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
 
 
 class ProgressLine:

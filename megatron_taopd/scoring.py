@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
+from megatron_taopd.guard import Fault
 from megatron_taopd.loss import kept_row_loss, kept_row_topk_loss
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.parallel import platform
@@ -36,6 +37,11 @@ class Heads:
     teacher: Tensor
     shard: VocabShard
     chunk_rows: int
+
+    @staticmethod
+    def sound(teacher_rows: Tensor) -> Tensor:
+        """[R] bool, the rows of the teacher whose numbers mean something."""
+        return teacher_rows.isfinite().all(1)
 
     def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
         """`score_hidden`; teacher_rows are its hidden states."""
@@ -68,6 +74,12 @@ class TopkHeads:
     student: Tensor
     shard: VocabShard
     chunk_rows: int
+
+    @staticmethod
+    def sound(teacher_rows: Tensor) -> Tensor:
+        """[R] bool, likewise; a log-probability may be −inf."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return (teacher.log_probs < torch.inf).all(1) & (teacher.token_log_probs < torch.inf)
 
     def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
         """`score_topk`: bounds."""
@@ -125,8 +137,12 @@ def score(
         The scores [R], and |log p_trainer − log p_engine| at the probed rows; on the CPU, the same
         on every rank. And the kept outputs of this rank, or None.
 
+    Raises:
+        Fault: hidden states or scores that are not finite, on every rank alike: which of them, the
+            rank that scored them and their sequences. (A D of +inf is a score like any other.)
+
     Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
-    rows) per row and rank over TP; an all-reduce of 20 bytes per row over all ranks.
+    rows) per row and rank over TP; an all-reduce of 24 bytes per row over all ranks.
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
@@ -135,7 +151,8 @@ def score(
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
-        scores = heads.scores(rows, teacher_rows.at(micro_batch.row_ids), k)
+        read = teacher_rows.at(micro_batch.row_ids)
+        scores = heads.scores(rows, read, k)
         probed = micro_batch.row_ids % stride == 0
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
@@ -148,6 +165,7 @@ def score(
                 scores.student_entropy,
                 scores.teacher_entropy,
                 log_probs,
+                culprits(rows.isfinite().all(1), heads.sound(read), scores),
             ]
         )
 
@@ -155,14 +173,44 @@ def score(
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     # Each row is written by one rank, so the sum over all ranks is a gather.
-    table = torch.zeros(5, batch.num_rows, device=platform.device())
+    table = torch.zeros(6, batch.num_rows, device=platform.device())
     if columns and layout.tp_rank == 0:
         ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
         table[:, ids] = torch.cat(columns, dim=1)
     dist.all_reduce(table)
-    *scores, log_probs = table.cpu()
+    *scores, log_probs, faults = table.cpu()
+    if faults.any():
+        raise _fault(faults, batch.row_sequences(), layout.last_stage_rank(assigned.owner, 0))
     probed = torch.arange(0, batch.num_rows, stride)
     return TokenScores(*scores), (log_probs[probed] - batch.log_probs[probed]).abs(), kept
+
+
+_CULPRITS = {1: "teacher hidden states", 2: "student hidden states", 4: "scores"}
+
+
+def culprits(student: Tensor, teacher: Tensor, scores: TokenScores) -> Tensor:
+    """[R] float32, a sum of keys of _CULPRITS: whose numbers are not finite. 0: nobody's.
+
+    Args:
+        student, teacher: [R] bool, the rows whose hidden states are finite. Scores can be at fault
+            only where both are.
+    """
+    sound = ~scores.disagreement.isnan()
+    for values in (scores.compatibility, scores.student_entropy, scores.teacher_entropy):
+        sound &= values.isfinite()
+    return (1 * ~teacher + 2 * ~student + 4 * (student & teacher & ~sound)).float()
+
+
+def _fault(faults: Tensor, sequences: Tensor, rank_of: Tensor) -> Fault:
+    """
+    Args:
+        faults: [R] of `culprits`, and sequences: [R] the sequence of each row.
+        rank_of: [N] the rank that scored each sequence.
+    """
+    whose = [name for bit, name in _CULPRITS.items() if (faults.int() & bit).any()]
+    bad = sequences[faults > 0].unique()
+    what = f"{' and '.join(whose)} are not finite"
+    return Fault(what, rank_of[bad].unique().tolist(), bad.tolist())
 
 
 def sequence_log_probs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +14,15 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_taopd.batching import MicroBatch
-from megatron_taopd.models import gpt, hf_map, pipeline, replay, weights
+from megatron_taopd.guard import Fault, by_rank, listed
+from megatron_taopd.models import gpt, pipeline, replay, weights
 from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.parallel.vocab import VocabShard
 
 if TYPE_CHECKING:
     from megatron_taopd.config import OptimizerSection
@@ -60,15 +62,7 @@ class Student:
         self.trunk = gpt.Trunk(hf, self.config, layout)
         weights.load_weights(self.trunk, hf_dir)
 
-        columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
-        start = layout.tp_rank * columns
-        self.shard = VocabShard(
-            start,
-            start + columns,
-            layout.groups.tp if layout.tp > 1 else None,
-            common_vocabulary,
-            absent,
-        )
+        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
 
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -139,8 +133,46 @@ class Student:
         return replay.replay_outputs(self.trunk, kept, wanted)
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step: (gradient norm before clipping, learning rate used)."""
+        """One optimizer step: (gradient norm before clipping, learning rate used).
+
+        The parts of Megatron's own `ChainedOptimizer.step`, so that its norm is seen in time.
+
+        Raises:
+            Fault: the norm is not finite, on every rank alike. Weights, moments and the schedule
+                are what they were.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            # A rank sees its own gradients, and the sums over the data-parallel ranks of those
+            # parameters whose optimizer state it holds.
+            fault = self._not_finite("gradients", lambda parameter: parameter.main_grad)
+            raise fault or Fault(f"the gradient norm is {grad_norm}, all gradients being finite")
         self.scheduler.step(increment=1)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        _updated, grad_norm, _zeros = self.optimizer.step()
-        return float(grad_norm), learning_rate
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters, most = optimizer.get_parameters(), optimizer.config.clip_grad
+            if parameters and most > 0:
+                clip_grad_by_total_norm_fp32(parameters, most, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm, self.optimizer.param_groups[0]["lr"]
+
+    def broken_weights(self) -> Fault | None:
+        """Which weights are not finite, if any. Collectives: as in `_not_finite`."""
+        return self._not_finite("student weights", lambda parameter: parameter)
+
+    def _not_finite(self, what: str, of: Callable[[Tensor], Tensor]) -> Fault | None:
+        """The ranks and parameters of which `of(parameter)` is not finite.
+
+        Collectives: an all-gather of their names (`guard.by_rank`).
+        """
+        found = by_rank(
+            [
+                name
+                for name, parameter in weights.named_parameters(self.trunk)
+                if not of(parameter).isfinite().all()
+            ]
+        )
+        if not found:
+            return None
+        names = sorted(set().union(*found.values()))
+        return Fault(f"{what} are not finite ({listed('parameter', names)})", [*found])

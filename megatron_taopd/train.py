@@ -1,8 +1,8 @@
 """`torchrun --nproc-per-node N -m megatron_taopd.train CONFIG.yaml section.key=value …`
 
 Reads the configuration, builds both models, the rollout engine and the monitor, and runs the loop.
-A rerun with the same `run.dir` resumes from its last checkpoint. Ctrl-C and SIGTERM end the run
-between two phases of a step, with a checkpoint; the exit status is then 3.
+A rerun with the same `run.dir` resumes from its last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 end
+the run between two phases of a step, with a checkpoint; the exit status is then 3.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -19,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd import config as configuration
+from megatron_taopd import preflight
+from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.parallel import platform
 
-INTERRUPTED = 3  # exit status of a run that was asked to end and can be resumed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -39,36 +41,71 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     joined = platform.initialize()
+    watchdog = watch(config, joined)
     try:
-        run = build(config)
-    except ValueError as error:
-        # A damaged file, say, which the rank that reads it is alone to know of.
-        print(f"error on rank {dist.get_rank()}: {error}", file=sys.stderr)
+        with watchdog:
+            if not preflight.before_run(config):
+                watchdog.stop()
+                return 2
+            run = build(config)
+    except ValueError:
+        # A damaged file, say, which the rank that reads it is alone to know of, and has told.
         return 2
     from megatron.core import parallel_state
 
-    from megatron_taopd.loop import distill
-
     try:
-        done = distill(run)
-        summarize(run.monitor)
-        if interrupted := done < config.train.steps:
-            say(f"stopped after step {done} of {config.train.steps}; the same command resumes")
+        with watchdog:
+            status = run_to_its_end(run)
+        watchdog.stop()
     finally:
         run.engine.close()
         run.teacher.close()
         run.monitor.close()
+        run.checkpoints.close()
         parallel_state.destroy_model_parallel()
     if joined:
         dist.destroy_process_group()
-    return INTERRUPTED if interrupted else 0
+    return status
+
+
+def watch(config: configuration.Config, joined: bool):
+    """A watchdog over the ranks of a group that this process has joined."""
+    from megatron_taopd.parallel.watchdog import Watchdog
+
+    section, world_size = config.watchdog, dist.get_world_size()
+    watched = joined and world_size > 1 and section.silent_s > 0
+    store = dist.distributed_c10d._get_default_store() if watched else None
+    return Watchdog(
+        store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
+    )
+
+
+def run_to_its_end(run) -> int:
+    """Distil; the exit status of the process, the same on every rank."""
+    from megatron_taopd.checkpoint import NotSaved
+    from megatron_taopd.guard import Broken
+    from megatron_taopd.loop import distill
+
+    steps = run.config.train.steps
+    try:
+        done = distill(run)
+    except (Broken, NotSaved) as error:
+        if dist.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    summarize(run.monitor)
+    if done < steps:
+        say(f"stopped after step {done} of {steps}; the same command resumes")
+        return INTERRUPTED
+    return 0
 
 
 def build(config: configuration.Config):
     """Put a run together from its configuration, and resume it if it has a checkpoint."""
     from megatron_taopd import checkpoint
     from megatron_taopd.accounting import ModelCost
-    from megatron_taopd.evaluation import evaluate
+    from megatron_taopd.evaluation import evaluate, grade_exactly, grader
+    from megatron_taopd.guard import Guard
     from megatron_taopd.loop import Run
     from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.monitor import Monitor
@@ -85,6 +122,8 @@ def build(config: configuration.Config):
 
     dtype = DTYPES[config.train.precision]
     rollout, train = config.rollout, config.train
+    directory = Path(config.run.dir)
+    saved = checkpoint.latest_valid(directory / "checkpoints", say, config.checkpoint.trust)
     torch.manual_seed(config.run.seed)
     servers = begin_rollout_servers(config, dtype) if rollout.engine == "sglang" else None
     teacher_servers = None
@@ -164,19 +203,25 @@ def build(config: configuration.Config):
         rollout.horizon_prompt_weight,
     )
 
-    directory = Path(config.run.dir)
-    saved = checkpoint.steps(directory / "checkpoints")
-    first_step, state = (saved[-1], {}) if saved else (0, {"prompts_consumed": 0})
+    # The loss of sampled_token is no distance: of either sign, and around zero.
+    loss_spike = 0 if config.loss.kind == "sampled_token" else config.guard.loss_spike
+    guard = Guard(config.guard.max_skipped, loss_spike)
+
+    first_step, state = saved or 0, {"prompts_consumed": 0}
     if saved:
-        state = checkpoint.load(directory / "checkpoints", first_step, student)
+        trust = config.checkpoint.trust
+        state = checkpoint.load(directory / "checkpoints", first_step, student, trust)
         student.version = first_step
         horizon.load(state.get("horizon", {}))
+        if "guard" in state:
+            guard.load(state["guard"])
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
         directory,
         train.steps,
         config.log.tensorboard,
         config.log.wandb_project,
+        config.log.prometheus_port and (config.log.prometheus_host, config.log.prometheus_port),
         rank=dist.get_rank(),
         first_step=first_step + 1 if saved else 0,
         name=config.run.name,
@@ -189,6 +234,15 @@ def build(config: configuration.Config):
     if saved:
         say(f"resuming after step {first_step}")
 
+    checkpoints = checkpoint.Checkpoints(
+        directory / "checkpoints",
+        config.checkpoint.keep,
+        config.checkpoint.asynchronous,
+        say,
+        saved,
+        state.get("best"),
+    )
+
     evaluation = None
     if config.eval.prompts is not None:
         held_out = load_prompts(
@@ -200,10 +254,20 @@ def build(config: configuration.Config):
         )
 
         longest = config.eval.max_new_tokens or rollout.max_new_tokens
-        eval_sampling = replace(sampling, max_new_tokens=longest)
+        eval_sampling = replace(
+            sampling,
+            max_new_tokens=longest,
+            samples=config.eval.samples,
+            temperature=config.eval.temperature,
+        )
+        grade = grader(config.eval.grader)
+        if config.eval.grader == "auto" and grade is grade_exactly:
+            say("eval.grader: exact, as Math-Verify is not installed")
 
         def evaluation(step: int):
-            return evaluate(engine, held_out, tokenizer, eval_sampling, step)
+            return evaluate(
+                engine, held_out, tokenizer, eval_sampling, step, grade, config.eval.pass_at
+            )
 
     return Run(
         config,
@@ -227,12 +291,14 @@ def build(config: configuration.Config):
             rollout.ahead,
         ),
         horizon,
+        guard,
         (ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))),
         tokenizer,
         evaluation,
         monitor,
         first_step,
         catch_signals(),
+        checkpoints,
     )
 
 
@@ -270,10 +336,17 @@ def begin_servers(
 
 def ready(servers: Future, key: str):
     """The model and its replicas; ValueError on every rank if they do not serve."""
+    from megatron_taopd.parallel import watchdog
     from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
 
+    def wait():
+        while not servers.done():  # `start_timeout_s` ends that
+            watchdog.beat()
+            time.sleep(0.5)
+        return servers.result()
+
     try:
-        on_first_rank(servers.result)
+        on_first_rank(wait)
     except RuntimeError as error:
         raise ValueError(f"{key}: {error}") from error
     return servers.result()
@@ -359,7 +432,7 @@ def summarize(monitor) -> None:
 
 
 def catch_signals():
-    """Let SIGINT and SIGTERM end the run after its step; a second SIGINT ends it at once.
+    """Let SIGINT, SIGTERM and SIGUSR1 end the run after its phase; a second SIGINT does at once.
 
     Returns:
         A function that says whether any rank was signalled, the same on every rank. Collective: an
@@ -372,8 +445,8 @@ def catch_signals():
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    for asked in SIGNALS:
+        signal.signal(asked, handler)
 
     def interrupted() -> bool:
         any_rank = received.to(platform.device(), copy=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
+from megatron_taopd.guard import Fault, Guard, by_rank
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, send_rows
@@ -30,6 +33,7 @@ def train_on(
     micro_batch_tokens: int,
     mini_batches: int,
     loss: dict,
+    guard: Guard,
     kept_outputs: list[list[Tensor]] | None = None,
 ) -> dict[str, float]:
     """`mini_batches` optimizer steps over the kept rows, whole sequences each.
@@ -38,11 +42,16 @@ def train_on(
     that has none is not taken.
 
     Args: those of `backward`. With kept_outputs there is one optimizer step.
+        guard: knows the losses of the steps before.
 
     Returns:
         Metrics of `backward`, means weighted by kept rows, counts summed, the largest `head_rows`;
         `grad_norm` (the mean over the steps, before clipping) and `lr` (of the last step). Without
         kept rows only counts.
+
+    Raises:
+        Fault: a loss that is not finite or has jumped, or gradients that are not finite; that
+            optimizer step and those after it are not taken.
     """
     assert kept_outputs is None or mini_batches == 1, mini_batches
     kept, trained, head_rows, sums, grad_norms = 0, 0, 0, Counter(), []
@@ -53,7 +62,9 @@ def train_on(
             batch, part, scored, student, heads, teacher_rows, micro_batch_tokens, loss,
             kept_outputs,
         )  # fmt: skip
+        guard.check(metrics["loss"])
         grad_norm, lr = student.step()
+        guard.taken(metrics["loss"])
         rows = metrics.pop("kept_rows")
         kept += rows
         trained += metrics.pop("tokens_trained")
@@ -95,6 +106,9 @@ def backward(
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
         every rank. `head_rows`, the most rows of a micro-batch on this data-parallel rank.
 
+    Raises:
+        Fault: the loss is not finite, on every rank alike.
+
     Collectives: one all-to-all that takes the kept teacher rows (D_t elements each, per TP rank)
     to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
     """
@@ -124,12 +138,29 @@ def backward(
         sums = student.forward_backward(assigned.micro_batches, loss_func)
     kept = int(mask.sum())
     means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
+    if not math.isfinite(means["loss"]):
+        raise _fault(sums, assigned.micro_batches, layout)
     return {
         **means,
         "kept_rows": kept,
         "tokens_trained": int(assigned.lengths.sum()),
         "head_rows": max(len(m.rows) for m in assigned.micro_batches),
     }
+
+
+def _fault(
+    sums: Sequence[dict[str, Tensor]], micro_batches: list[batching.MicroBatch], layout: Layout
+) -> Fault:
+    """Whose loss is not finite, from every rank's sums by micro-batch."""
+    counted = sums if layout.tp_rank == 0 else []  # empty but on the last stage
+    bad = [
+        sequence
+        for metrics, micro_batch in zip(counted, micro_batches, strict=False)
+        if not metrics["loss"].isfinite()
+        for sequence in micro_batch.sequences
+    ]
+    found = by_rank(bad)
+    return Fault("the loss is not finite", [*found], sorted(chain(*found.values())))
 
 
 def _follow(

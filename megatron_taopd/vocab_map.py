@@ -60,11 +60,12 @@ class Vocabulary:
         """
         special = self.tokenizer.added_tokens_decoder
         ends = [index for index in self.ends if index in special]
-        preferred = [self._after_an_answer(), self.tokenizer.eos_token_id]
+        preferred = [self.after_an_answer(), self.tokenizer.eos_token_id]
         ends.sort(key=lambda index: preferred.index(index) if index in preferred else 2)
         return dict(zip(("end of turn", "end of text"), ends, strict=False))
 
-    def _after_an_answer(self) -> int | None:
+    def after_an_answer(self) -> int | None:
+        """The id that the chat template puts after an answer."""
         if not self.tokenizer.chat_template:
             return None
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "42"}

@@ -104,6 +104,18 @@ def refused(call, *parts: str) -> str:
 # What works
 
 
+def test_a_value_that_a_file_leaves_open_has_to_be_given(tmp_path):
+    path = tmp_path / "open.yaml"
+    path.write_text(
+        "{student: {path: a}, teacher: {path: b}, run: {dir: c}, data: {prompts: d}, "
+        "rollout: {servers: {urls: '???'}}}"
+    )
+    with pytest.raises(ValueError, match=r"rollout.servers.urls: \?\?\? is left open"):
+        load(path)
+    given = load(path, ["rollout.servers.urls=[http://node:30000]"])
+    assert given.rollout.servers.urls == ("http://node:30000",)
+
+
 def test_a_file_with_overrides(user):
     config = user.check("selection.ratio=0.05", "rollout.stop_token_ids=[3,4]", "run.name=a b")
     assert (config.student.parallel.tp, config.teacher.parallel.pp) == (2, 2)
@@ -358,6 +370,9 @@ def test_overrides_that_are_refused(user, override, parts):
         ("optimizer.clip=-1", ("optimizer.clip: -1.0", "0 or more")),
         ("checkpoint.keep=0", ("checkpoint.keep: 0", "at least 1")),
         ("eval.limit=0", ("eval.limit: 0", "at least 1")),
+        ("guard.max_skipped=0", ("guard.max_skipped: 0", "at least 1")),
+        ("guard.loss_spike=0.5", ("guard.loss_spike: 0.5", "0 or more than 1")),
+        ("watchdog.silent_s=0.1", ("watchdog.silent_s: 0.1", "0 or at least 1")),
         # Combinations
         ("optimizer.decay=cosine", ("optimizer.min_lr: None with optimizer.decay cosine",)),
         ("optimizer.min_lr=0", ("optimizer.min_lr: 0.0 with optimizer.decay constant", "null")),

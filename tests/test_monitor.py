@@ -3,6 +3,8 @@ import importlib.util
 import io
 import json
 import re
+import resource
+import socket
 import sys
 import time
 import types
@@ -91,6 +93,30 @@ def read(monitor):
 # --- records ------------------------------------------------------------------------------------
 
 
+def test_prometheus_serves_the_newest_numbers(tmp_path):
+    import httpx
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = {"tensorboard": False, "prometheus": ("127.0.0.1", port), "name": "tiny"}
+    monitor = Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options)
+    for step in (1, 2):
+        monitor.log(step, {"loss": 2.0 / step, "time/step": 0.5, "broken": float("nan")})
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert 'taopd_step{run="tiny"} 2.0' in page
+    assert 'taopd_loss{run="tiny"} 1.0' in page and 'taopd_time_step{run="tiny"} 0.5' in page
+    assert "broken" not in page
+    monitor.close()
+    Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options).close()  # the port is free
+    with socket.socket() as user:
+        user.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        user.bind(("127.0.0.1", port))
+        user.listen()
+        with pytest.raises(ValueError, match=f"log.prometheus_port: {port} of 127.0.0.1: "):
+            Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options)
+
+
 def test_each_step_is_one_json_object(make_monitor):
     monitor = make_monitor()
     monitor.log(0, {"loss": torch.tensor(1.5), "kept_rows": 7})
@@ -130,6 +156,26 @@ def test_a_resumed_run_takes_back_what_its_checkpoint_does_not_know(make_monitor
     resumed.log(4, {"loss": -4.0})
     assert [record["loss"] for record in read(resumed)] == [0, 1, 2, 3, -4]
     assert not list(resumed.run_dir.glob("*.tmp"))
+
+
+def test_a_full_disk_keeps_lines_waiting(make_monitor):
+    """The disk is full in the middle of a line; later there is room again."""
+    terminal = io.StringIO()
+    monitor = make_monitor(console=Console(file=terminal, width=200))
+    monitor.log(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (monitor.run_dir / "metrics.jsonl").stat().st_size + 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        monitor.log(2, {"loss": 2.0})
+        monitor.log(3, {"loss": 3.0})
+        monitor.write_report()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert terminal.getvalue().count("report.html: no space left; some of it is lost") == 1
+    assert terminal.getvalue().count("metrics.jsonl: no space left; lines are kept") == 1
+    monitor.log(4, {"loss": 4.0})
+    assert [record["loss"] for record in read(monitor)] == [1, 2, 3, 4]
 
 
 def test_only_the_torn_line_is_lost_when_nothing_is_taken_back(tmp_path):

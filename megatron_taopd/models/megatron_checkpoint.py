@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from megatron_taopd.files import os_errors_of_torch
 
 # Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
 SIDE_FILES = "hf"
@@ -96,11 +99,8 @@ class MegatronWriter:
 
     def _append(self, key: Key, value) -> None:
         start = self.stream.tell()
-        try:
+        with os_errors_of_torch():
             torch.save(value, self.stream)
-        except RuntimeError as error:
-            # A full disk, say: torch trips over its own clean-up and hides the reason.
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         self.stored[key] = (self.file, start, self.stream.tell() - start)
 
     def finish(self, common: dict) -> None:
@@ -227,6 +227,46 @@ class MegatronCheckpoint:
         return tensor
 
 
+def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
+    """Look into everything that Megatron's loader unpickles, without executing any of it.
+
+    Args:
+        part, parts: look into one of so many equal shares of the objects beside the metadata.
+
+    Raises:
+        ValueError: one line: something is no tensor, plain container or description of a tensor, or
+            cannot be read.
+    """
+    directory = Path(directory)
+    path = directory / _CONFIG
+    try:
+        if json.loads(path.read_text()) != _BACKEND:
+            raise ValueError("it names another format than torch_dist")
+        path = directory / _METADATA
+        with path.open("rb") as stream:
+            metadata = _StrictUnpickler(stream).load()
+        tensors = _describe(metadata)[0]
+        objects = [i for w, i in metadata.storage_data.items() if w.fqn not in tensors]
+        objects = [(info.relative_path, info.offset, info.length) for info in objects]
+        objects.append((_COMMON, 0, (directory / _COMMON).stat().st_size))
+        for name, offset, length in objects[part::parts]:
+            path = directory / name
+            with path.open("rb") as stream:
+                torch.load(_Section(stream, offset, length), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file trips over
+        raise ValueError(f"{path}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """The first sentence that says something; torch adds advice to disable the check."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if asked := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it asks for {asked[1].rstrip('.')}, which is no tensor or plain value"
+    if text.startswith("Weights only load failed"):
+        return "it is damaged, or holds more than tensors and plain values"
+    return text
+
+
 # Where a chunk starts in its tensor, its shape, and where it lies.
 _Place = tuple[torch.Size, torch.Size, _StorageInfo]
 
@@ -334,6 +374,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module.startswith("megatron.core.dist_checkpointing.strategies."):
             return _Ignored  # what Megatron keeps beside the plans to save again faster
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+
+
+class _StrictUnpickler(_MetadataUnpickler):
+    """For what another unpickler will read, which ignores nothing."""
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("megatron."):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
+        return super().find_class(module, name)
 
 
 class _Ignored:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_taopd.batching import MicroBatch
 from megatron_taopd.models.gpt import packed_forward
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
 
 
@@ -55,6 +55,7 @@ def forward_backward(
 
 def _run(model, layout, micro_batches, last_stage, forward_only: bool) -> list:
     def forward_step(iterator, model):
+        watchdog.beat()
         micro_batch = next(iterator).to(platform.device())
         hidden_states = packed_forward(
             model,

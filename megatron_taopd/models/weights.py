@@ -23,7 +23,7 @@ from megatron_taopd.models.hf_checkpoint import (
     whole_shapes,
 )
 from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
 
 
@@ -50,6 +50,7 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
         known["output_layer.weight"] = known["embedding.word_embeddings.weight"]
     with torch.no_grad():
         for name, parameter in named_parameters(model):
+            watchdog.beat()
             mapping = known[name].mapping
             whole = mapping.merge([checkpoint[n] for n in mapping.names], model.hf)
             parameter.copy_(mapping.shard(whole, layout.tp_rank, layout.tp))

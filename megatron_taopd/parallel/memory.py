@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
+import torch
+import torch.distributed as dist
 from torch.autograd.profiler import profile
+
+from megatron_taopd.parallel import platform
 
 
 @dataclass
@@ -73,3 +78,26 @@ def _highest(sizes: Iterator[int]) -> int:
         total += size
         highest = max(highest, total)
     return highest
+
+
+def rank_memory() -> dict[str, float]:
+    """What the log says of all ranks' memory: the fullest, which one it is, and the emptiest.
+
+    On CUDA the most that torch has held since the last call, on a CPU what the process holds now.
+
+    Collectives: an all-gather of 8 bytes a rank.
+    """
+    if torch.cuda.is_available():
+        held = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        held = psutil.Process().memory_info().rss
+    own = torch.tensor([held], device=platform.device())
+    everyone = own.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(everyone, own)
+    most = everyone.max(dim=0)
+    return {
+        "memory/most_mib": most.values.item() / 2**20,
+        "memory/most_rank": most.indices.item(),
+        "memory/least_mib": everyone.min().item() / 2**20,
+    }

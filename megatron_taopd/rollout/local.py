@@ -26,6 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 
@@ -253,6 +254,7 @@ class DrawTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """[B, V] float32 logits of the next token → [B, V] scores whose argmax is the draw."""
+        watchdog.beat()
         if self.vocab_size is not None:
             logits[:, self.vocab_size :] = -torch.inf
         scores = logits

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
 from megatron_taopd.serving.replicas import Replica, Replicas, ServedModel
@@ -379,6 +380,7 @@ class Generating:
         engine = self.engine
         request = engine.request(self.prompts[place], self.sampling)
         answer = await engine.replicas.complete(request)
+        watchdog.beat()
         meta = answer["meta_info"]
         response = read(answer, self.sampling, engine.vocab_size, engine.stop_ids(self.sampling))
         engine.counts["tokens"] += len(response.tokens)

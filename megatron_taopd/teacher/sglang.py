@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows, no_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
@@ -202,6 +202,7 @@ class _Teacher(ABC):
         seen = int(positions[-1]) + 1 + self.tokens_after
         tokens = sequences.sequence(index)[:seen].tolist()
         answer = await self.replicas.complete(self.request(tokens, int(positions[0])))
+        watchdog.beat()
         return self.rows(answer, tokens, positions)
 
     @property

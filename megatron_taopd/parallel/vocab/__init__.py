@@ -21,6 +21,8 @@ is summed in fp32 at least, and the few numbers a row that are left are merged i
 
 from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, divergence, topk_divergence
 from megatron_taopd.parallel.vocab.heads import (
+    Compared,
+    compare_hidden,
     linear_divergence,
     linear_topk_divergence,
     logits_bytes,
@@ -34,7 +36,9 @@ from megatron_taopd.parallel.vocab.shard import VocabShard
 
 __all__ = [
     "DIVERGENCES",
+    "Compared",
     "VocabShard",
+    "compare_hidden",
     "divergence",
     "linear_divergence",
     "linear_topk_divergence",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -79,34 +82,96 @@ def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Te
 
 def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
     """[tp, R, 6K+6] candidates of every rank → scores. A pure function."""
+    tops = merge_top_sets(gathered, k)
+    return TokenScores(
+        disagreement=tops.disagreement().float(),
+        compatibility=tops.compatibility().float(),
+        student_entropy=tops.student_entropy.float(),
+        teacher_entropy=tops.teacher_entropy.float(),
+        student_topk_ids=tops.student.ids.long() if return_ids else None,
+        teacher_topk_ids=tops.teacher.ids.long() if return_ids else None,
+    )
+
+
+class TopSet(NamedTuple):
+    """The likeliest ids of one model, highest logit first, equal ones by lowest id.
+
+    Attributes:
+        ids: [R, K] int32.
+        own, other: [R, K] float64, the model's logits there, and the other model's.
+    """
+
+    ids: Tensor
+    own: Tensor
+    other: Tensor
+
+    def first(self, k: int) -> TopSet:
+        return TopSet(*(field[:, :k] for field in self))
+
+
+@dataclass(frozen=True)
+class TopSets:
+    """S_S and S_T of rows, and what turns logits into probabilities, all [R] in float64.
+
+    Attributes:
+        student_entropy, teacher_entropy: H, in nats.
+        student_max, teacher_max: the highest logit.
+        student_sum, teacher_sum: Σ exp(z − max).
+    """
+
+    student: TopSet
+    teacher: TopSet
+    student_entropy: Tensor
+    student_max: Tensor
+    student_sum: Tensor
+    teacher_entropy: Tensor
+    teacher_max: Tensor
+    teacher_sum: Tensor
+
+    def first(self, k: int) -> TopSets:
+        """The same for a smaller K."""
+        return replace(self, student=self.student.first(k), teacher=self.teacher.first(k))
+
+    def student_probs(self, logits: Tensor) -> Tensor:
+        """[R, n] p_S from the student's logits, over the whole common vocabulary."""
+        return (logits - self.student_max[:, None]).exp() / self.student_sum[:, None]
+
+    def teacher_probs(self, logits: Tensor) -> Tensor:
+        """[R, n] p_T, likewise."""
+        return (logits - self.teacher_max[:, None]).exp() / self.teacher_sum[:, None]
+
+    def compatibility(self) -> Tensor:
+        """[R] C (Eq. 10)."""
+        mass = (self.student.other - self.teacher_max[:, None]).exp().sum(1)
+        return (mass / self.teacher_sum).clamp(max=1)
+
+    def disagreement(self) -> Tensor:
+        """[R] D (Eq. 9), in nats."""
+        # An id in both sets must count once: sorted by id, its second copy gets no mass from
+        # anyone.
+        union, order = torch.cat([self.student.ids, self.teacher.ids], dim=1).sort(dim=1)
+        again = torch.nn.functional.pad(union.diff(dim=1) == 0, (1, 0))
+        z_s = torch.cat([self.student.own, self.teacher.other], dim=1)
+        z_t = torch.cat([self.student.other, self.teacher.own], dim=1)
+        log_p_s, log_p_t = (
+            z.gather(1, order).masked_fill(again, -torch.inf).log_softmax(1) for z in (z_s, z_t)
+        )
+        p_t = log_p_t.exp()
+        return (log_p_t - log_p_s).mul_(p_t).masked_fill_(p_t == 0, 0).sum(1).clamp(min=0)
+
+
+def merge_top_sets(gathered: Tensor, k: int) -> TopSets:
+    """[tp, R, 6K+6] candidates of every rank → both top-K sets. A pure function."""
     candidates, sums = gathered[..., : 6 * k], gathered[..., 6 * k :]
     ids, own, other, ids_t, own_t, other_t = (
         field.transpose(0, 1).flatten(1) for field in candidates.split(k, dim=2)
     )
-    student_ids, z_s, z_t = _best(ids, own, other, k)
-    teacher_ids, z_t_too, z_s_too = _best(ids_t, own_t, other_t, k)
     sums = sums.view(torch.float32).double()
-    student_entropy, _, _ = _merge_entropy_sums(sums[..., :3])
-    teacher_entropy, teacher_max, teacher_sum = _merge_entropy_sums(sums[..., 3:])
-
-    compatibility = (z_t - teacher_max[:, None]).exp().sum(1) / teacher_sum
-
-    # An id in both sets must count once: sorted by id, its second copy gets no mass from anyone.
-    union, order = torch.cat([student_ids, teacher_ids], dim=1).sort(dim=1)
-    again = torch.nn.functional.pad(union.diff(dim=1) == 0, (1, 0))
-    z_s = torch.cat([z_s, z_s_too], dim=1).gather(1, order).masked_fill(again, -torch.inf)
-    z_t = torch.cat([z_t, z_t_too], dim=1).gather(1, order).masked_fill(again, -torch.inf)
-    log_p_t, log_p_s = z_t.log_softmax(1), z_s.log_softmax(1)
-    p_t = log_p_t.exp()
-    disagreement = (log_p_t - log_p_s).mul_(p_t).masked_fill_(p_t == 0, 0).sum(1)
-
-    return TokenScores(
-        disagreement=disagreement.clamp(min=0).float(),
-        compatibility=compatibility.clamp(max=1).float(),
-        student_entropy=student_entropy.float(),
-        teacher_entropy=teacher_entropy.float(),
-        student_topk_ids=student_ids.long() if return_ids else None,
-        teacher_topk_ids=teacher_ids.long() if return_ids else None,
+    return TopSets(
+        TopSet(*_best(ids, own, other, k)),
+        TopSet(*_best(ids_t, own_t, other_t, k)),
+        *_merge_entropy_sums(sums[..., :3]),
+        *_merge_entropy_sums(sums[..., 3:]),
     )
 
 

@@ -1,0 +1,134 @@
+"""Steps that are not taken: numbers that are not finite, and losses that jump.
+
+Whatever finds such a number raises `Fault`, on every rank alike and before anything of the student
+has changed. The loop catches it, goes on with the next batch, and ends the run (`Broken`) after
+`guard.max_skipped` such steps in a row.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MEMORY = 32  # updates whose losses a new one is compared with
+ENOUGH = 8  # of them, before it is
+SMALLEST_SPIKE = 1e-3  # nats; below, a loss is noise around zero
+MOST_NAMED = 5  # ranks, sequences or parameters in one line
+MOST_LINES = 20  # of skipped steps; then one for every hundredth
+
+
+class Broken(Exception):
+    """The run cannot go on, for a reason of one line that every rank comes to."""
+
+
+class Fault(Exception):
+    """What is wrong with a step; every rank raises the same one.
+
+    Args:
+        what: "the loss is not finite".
+        ranks: global ranks on which it was seen.
+        sequences: of the batch.
+        key: of the configuration, if that is what to look at: the run says so once, not each time.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        ranks: Sequence[int] = (),
+        sequences: Sequence[int] = (),
+        key: str | None = None,
+    ):
+        super().__init__(what)
+        self.what, self.ranks, self.sequences, self.key = what, ranks, sequences, key
+
+    def describe(self, prompts: Tensor | None = None) -> str:
+        """One line; prompts: [N], the prompt of each sequence."""
+        places = []
+        if self.ranks:
+            places.append(listed("rank", self.ranks))
+        if self.sequences:
+            indices = [int(prompts[i]) for i in self.sequences]
+            places.append(f"{listed('sequence', self.sequences)} ({listed('prompt', indices)})")
+        return f"{self.what}: {', '.join(places)}" if places else self.what
+
+
+def listed(noun: str, values: Sequence) -> str:
+    """ "rank 3" or "ranks 0, 3 and 7 more"."""
+    text = ", ".join(map(str, values[:MOST_NAMED]))
+    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
+    return f"{noun}{'s' if len(values) > 1 else ''} {text}{more}"
+
+
+def by_rank(found: Sequence) -> dict[int, list]:
+    """What each rank has found, of those that have found something, on every rank.
+
+    Collectives: an all-gather of the pickled objects; for the path that hardly any step takes.
+    """
+    everyones: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, list(found))
+    return {rank: values for rank, values in enumerate(everyones) if values}
+
+
+class Guard:
+    """Which steps of a run were skipped, and what losses the taken updates had.
+
+    Args:
+        max_skipped: steps in a row, after which the run ends.
+        loss_spike: times the median of the last MEMORY losses, above which an update is not taken;
+            0 never. For losses that are ≥ 0.
+    """
+
+    def __init__(self, max_skipped: int, loss_spike: float):
+        self.max_skipped, self.loss_spike = max_skipped, loss_spike
+        self.losses: deque[float] = deque(maxlen=MEMORY)
+        self.skipped = self.in_a_row = 0
+
+    def check(self, loss: float) -> None:
+        """Raise Fault if the loss of an update that is about to be taken has jumped."""
+        if not self.loss_spike or len(self.losses) < ENOUGH:
+            return
+        usual = median(self.losses)
+        if loss > max(self.loss_spike * usual, SMALLEST_SPIKE):
+            raise Fault(
+                f"the loss is {loss:.4g}, more than guard.loss_spike {self.loss_spike:g} times "
+                f"{usual:.4g}, the median of the last {len(self.losses)}"
+            )
+
+    def taken(self, loss: float) -> None:
+        """Remember the loss of an update."""
+        self.losses.append(loss)
+
+    def observe(self, fault: Fault | None) -> dict[str, int]:
+        """Count a step; what the log says of it."""
+        self.in_a_row = self.in_a_row + 1 if fault else 0
+        self.skipped += fault is not None
+        return {"guard/skipped": int(fault is not None), "guard/skipped_total": self.skipped}
+
+    def line(self, fault: Fault, prompts: Tensor) -> str | None:
+        """About the step observed last, without its number; None if enough has been said."""
+        if self.in_a_row < self.max_skipped and self.skipped > MOST_LINES and self.skipped % 100:
+            return None
+        return (
+            f"{fault.describe(prompts)}; the step is skipped "
+            f"({self.in_a_row} of {self.max_skipped} in a row)"
+        )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many steps in a row were skipped that the run is to end."""
+        return self.in_a_row >= self.max_skipped
+
+    def state(self) -> dict[str, Tensor | int]:
+        """What a resumed run needs."""
+        losses = torch.tensor(list(self.losses), dtype=torch.float64)
+        return {"losses": losses, "skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, Tensor | int]) -> None:
+        """Go on from `state()`."""
+        self.losses.extend(state["losses"].tolist())
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -1,0 +1,169 @@
+"""Ranks that die, hang or raise: all others end, and say which one it was and where.
+
+Each job is a group of processes of its own, started as torchrun would, so that ends harm nobody.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import PRELOAD
+from test_train import kill_all, start, wait_for_step
+
+from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, beat, phase
+
+SILENT_S, STUCK_S = 4, 6
+
+
+def job(misfortune: str, whose: int, directory: str) -> None:
+    """Four steps of two phases; at the third, something happens to one rank before a collective."""
+    dist.init_process_group("gloo")
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    watchdog = Watchdog(store, rank, dist.get_world_size(), SILENT_S, STUCK_S, directory)
+    with watchdog:
+        for step in range(1, 5):
+            at_step(step)
+            with phase("rollout"):
+                beat()
+            with phase("training"):
+                if (step, rank) == (3, whose):
+                    time.sleep(SILENT_S / 4)  # a heartbeat says where
+                    befall(misfortune)
+                beat()
+                dist.all_reduce(torch.ones(1))
+    watchdog.stop()
+    dist.destroy_process_group()
+    print(f"rank {rank} is done")
+
+
+def befall(misfortune: str) -> None:
+    if misfortune == "raises":
+        raise KeyError("the cat")
+    if misfortune == "sleeps":
+        time.sleep(1000)
+    if misfortune == "works":
+        for _ in range(3 * STUCK_S):
+            time.sleep(0.5)
+            beat()
+    if misfortune in ("SIGSTOP", "SIGKILL"):
+        os.kill(os.getpid(), getattr(signal, misfortune))
+
+
+def rank_process(rank, ranks, port, path, *args):
+    """One rank, as torchrun would start it, with its output in a file."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    with open(path, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    job(*args)
+
+
+def run_job(misfortune, whose, directory, ranks=3):
+    """(exit status or None, output) by rank; a rank that is stopped is killed in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    paths = [directory / f"output_{rank}.txt" for rank in range(ranks)]
+    arguments = (misfortune, whose, str(directory))
+    processes = [
+        context.Process(target=rank_process, args=(rank, ranks, port, path, *arguments))
+        for rank, path in enumerate(paths)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for rank, process in enumerate(processes):
+            if misfortune != "SIGSTOP" or rank != whose:
+                process.join(90)
+        ended = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return list(zip(ended, [path.read_text() for path in paths], strict=True))
+
+
+def line_of(output, beginning):
+    """The one line that begins so."""
+    (line,) = [line for line in output.splitlines() if line.startswith(beginning)]
+    return line
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+@pytest.mark.parametrize("misfortune", ["SIGSTOP", "SIGKILL"])
+def test_a_rank_that_falls_silent_is_named_by_all_others(tmp_path, misfortune, whose):
+    """Of rank 0 its store is gone, too, or does not answer."""
+    results = run_job(misfortune, whose, tmp_path)
+    status, _ = results.pop(whose)
+    assert status == (None if misfortune == "SIGSTOP" else -signal.SIGKILL)
+    for rank, (status, output) in zip({0, 1, 2} - {whose}, results, strict=True):
+        assert status == ENDED, output
+        line = line_of(output, f"rank {rank} ends: ")
+        assert f"rank {whose} (" in line and "in training, step 3 for" in line
+        assert "has been silent for" in line
+        assert "Traceback" not in output, output
+
+
+def test_a_stuck_job_names_the_rank_that_is_behind_and_leaves_stacks(tmp_path):
+    for rank, (status, output) in enumerate(run_job("sleeps", 2, tmp_path)):
+        assert status == ENDED, output
+        line = line_of(output, f"rank {rank} ends: no rank has got any further for ")
+        assert "behind is rank 2 (" in line and "in training, step 3 for" in line
+        stacks = (tmp_path / "hang" / f"rank_{rank}.txt").read_text()
+        assert ("in befall" if rank == 2 else "in all_reduce") in stacks
+
+
+def test_an_exception_reaches_the_others_as_one_line(tmp_path):
+    results = run_job("raises", 1, tmp_path)
+    status, output = results.pop(1)
+    assert status == 1
+    before, traceback = output.split("Traceback", 1)
+    assert "error on rank 1 in training, step 3: KeyError: 'the cat'" in before
+    assert "befall(misfortune)" in traceback
+    for rank, (status, output) in zip((0, 2), results, strict=True):
+        assert status == ENDED, output
+        line = line_of(output, f"rank {rank} ends: rank 1 (")
+        assert line.endswith("failed in training, step 3: KeyError: 'the cat'")
+        assert "Traceback" not in output
+
+
+def test_work_that_goes_on_is_no_hang(tmp_path):
+    for rank, (status, output) in enumerate(run_job("works", 1, tmp_path)):
+        assert (status, output.splitlines()[-1]) == (0, f"rank {rank} is done")
+
+
+def test_a_run_ends_when_one_of_its_processes_is_stopped(tmp_path):
+    """The whole thing: torchrun, the tiny pair, and rank 1 stopped in the middle of a step."""
+    import psutil
+
+    options = ["train.steps=2000", "eval.at_start=false", "watchdog.silent_s=6"]
+    process = start(f"run.dir={tmp_path}/run", *options)
+    try:
+        wait_for_step(process, tmp_path / "run", 2)
+        (worker,) = [
+            child
+            for child in psutil.Process(process.pid).children()
+            if child.environ().get("RANK") == "1"
+        ]
+        worker.suspend()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+    assert process.returncode != 0
+    line = line_of(output, "rank 0 ends: ")
+    assert "rank 1 (" in line and ", step " in line and "has been silent for" in line
+    assert "exitcode  : 4" in output
