@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +69,14 @@ def test_plain_text_gets_only_what_the_tokenizer_adds(tokenizer, write):
     path = write({"prompt": "1+1", "answer": "2"})
     prompts = load_prompts(path, tokenizer, template="plain", system="add")
     assert text(tokenizer, prompts.token_ids[0]) == "<BOS>add\n\n1+1"
+
+
+def test_a_chat_template_cannot_reach_the_interpreter(tokenizer, write, monkeypatch):
+    """transformers renders in jinja's sandbox: a model's directory may be hostile."""
+    attack = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    monkeypatch.setattr(tokenizer, "chat_template", attack)
+    with pytest.raises(SecurityError, match="unsafe"):
+        load_prompts(write({"prompt": "1+1", "answer": "2"}), tokenizer)
 
 
 def test_auto_is_plain_without_a_chat_template(tokenizer, write, monkeypatch):
