@@ -183,7 +183,7 @@ def to_hf(
     Collectives: barriers.
     """
     checkpoint = MegatronCheckpoint(megatron_dir)
-    side = _side_files(megatron_dir, hf_dir)
+    side = side_directory(megatron_dir, hf_dir)
     hf = read_config(side)
     parameters = hf_map.parameters(hf)
     keys = find_keys(checkpoint, hf, parameters)
@@ -217,7 +217,12 @@ def to_hf(
     return Converted(str(out), _name(hf), len(shapes), writer.total_bytes, len(writer.files))
 
 
-def _side_files(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
+def side_directory(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
+    """Where config and tokenizer of a Megatron checkpoint are: hf_dir, or else kept beside it.
+
+    Raises:
+        ValueError: neither.
+    """
     side = Path(megatron_dir) / SIDE_FILES if hf_dir is None else Path(hf_dir)
     if hf_dir is None and not (side / "config.json").is_file():
         raise ValueError(

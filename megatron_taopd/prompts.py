@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,7 @@ class Prompts:
         dropped: how many prompts of the file were longer than `max_prompt_tokens`.
         teacher_token_ids: the same prompts as the teacher reads them; None if those are the same
             ids.
+        messages: what each prompt says, its system message included; what `render` takes.
     """
 
     token_ids: list[list[int]]
@@ -36,6 +37,7 @@ class Prompts:
     answers: list[str | None]
     dropped: int
     teacher_token_ids: list[list[int]] | None = None
+    messages: list[list[dict[str, str]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -80,8 +82,8 @@ def load_prompts(
         _encoder(each, template) for each in (tokenizer, teacher_tokenizer) if each is not None
     ]
 
-    prompts, texts, answers, dropped = [], [], [], 0
-    for where, record in _read_records(Path(path)):
+    prompts, texts, answers, said, dropped = [], [], [], [], 0
+    for where, record in read_records(Path(path)):
         if limit is not None and len(prompts) == limit:
             break
         messages = _as_messages(_column(record, prompt_column, where), prompt_column, where)
@@ -95,6 +97,7 @@ def load_prompts(
         prompts.append(renderings)
         texts.append(messages[-1]["content"])
         answers.append(None if answer is None else str(answer))
+        said.append(messages)
     if not prompts:
         raise ValueError(
             f"{path}: no prompt is left: {dropped} have more than "
@@ -102,21 +105,32 @@ def load_prompts(
         )
     ours, *others = map(list, zip(*prompts, strict=True))
     theirs = next((other for other in others if other != ours), None)
-    return Prompts(ours, texts, answers, dropped, theirs)
+    return Prompts(ours, texts, answers, dropped, theirs, said)
+
+
+def render(
+    conversations: Iterable[list[dict[str, str]]], tokenizer, template: str
+) -> list[list[int]]:
+    """The token ids of prompts (`Prompts.messages`) in another tokenizer and chat template.
+
+    Raises:
+        ValueError: there is no chat template where `template` asks for one.
+    """
+    return [*map(_encoder(tokenizer, template), conversations)]
 
 
 def read_texts(
     path: str | Path, prompt_column: str, answer_column: str, limit: int
 ) -> Iterator[str]:
     """What the messages say, and the answers where there are some, of the first `limit` records."""
-    for where, record in islice(_read_records(Path(path)), limit):
+    for where, record in islice(read_records(Path(path)), limit):
         prompt = _column(record, prompt_column, where)
         yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
         with suppress(ValueError):
             yield str(_column(record, answer_column, where))
 
 
-def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where it stands, record), one at a time."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; prompts are read from .jsonl, .json or .parquet")

@@ -22,7 +22,7 @@ from megatron_taopd.models.hf_checkpoint import (
     tensor_shapes,
     whole_shapes,
 )
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
+from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, check_pickles
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
 
@@ -62,12 +62,12 @@ def load_megatron(model: Trunk, directory: str | Path) -> None:
     Whatever layout saved it; each rank reads what it needs. Every rank calls this.
 
     Raises:
-        ValueError: no such checkpoint, or its pickled metadata asks for more than descriptions of
-            tensors.
+        ValueError: no such checkpoint, or something pickled in it is more than plain data.
 
     Collectives: those of Megatron's loader (metadata, some 100 bytes a tensor and rank).
     """
-    MegatronCheckpoint(directory)  # Megatron unpickles the metadata without looking
+    MegatronCheckpoint(directory)
+    check_pickles(directory)  # which Megatron unpickles without looking
     sharded = {
         name: tensor
         for name, tensor in model.sharded_state_dict(

@@ -186,7 +186,7 @@ def _check_space(config: Config) -> Iterator[Finding]:
         Path(config.run.dir),
         parameters(config.student.path),
         DTYPES[config.train.precision].itemsize,
-        config.checkpoint.keep,
+        config.checkpoint.keep + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
     )

@@ -49,7 +49,7 @@ LAYOUTS = {  # ranks, further options
 PHASES = ["build", "rollout", "teacher", "scoring", "selection", "training", "sync", "checkpoint"]
 PHASES += ["eval"]
 # What a step took and how full the machine was is no part of what it computed.
-UNREPEATABLE = ("time/", "checkpoint/", "memory/most", "memory/least")
+UNREPEATABLE = ("time/", "checkpoint/", "memory/most", "memory/least", "rollout/tokens_per_second")
 END_WITHIN = 120  # seconds, for the ranks that are left
 
 
@@ -96,7 +96,7 @@ def try_layout(layout: str, kills: int, generator: random.Random, directory: Pat
     if life.wait() != 0:
         failures.append(f"at the end: {life.output()[-2000:]}")
     elif curve(broken) != curve(whole):
-        failures.append("records differ")
+        failures.append(f"records differ in {', '.join(differing(broken, whole))}")
     elif weights(broken) != weights(whole):
         failures.append("weights differ")
     for failure in failures:
@@ -194,6 +194,11 @@ def curve(run_dir: Path) -> list[dict]:
         {k: v for k, v in json.loads(line).items() if not k.startswith(UNREPEATABLE)}
         for line in lines
     ]
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    pairs = zip(curve(one), curve(other), strict=False)
+    return sorted({k for a, b in pairs for k in a.keys() | b.keys() if a.get(k) != b.get(k)})
 
 
 def weights(run_dir: Path) -> str:

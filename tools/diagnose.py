@@ -1,0 +1,294 @@
+"""The fixed-context diagnostic: which token positions a student learns from, and what tells them.
+
+    python tools/diagnose.py bank --student DIR --prompts FILE --out BANK
+    python tools/diagnose.py score --bank BANK --checkpoint DIR --teacher DIR --out before.parquet
+    torchrun --nproc-per-node 4 tools/diagnose.py score --tp 2 --pp 2 …
+    python tools/diagnose.py gain --before before.parquet --after after.parquet --out gain.parquet
+    python tools/diagnose.py analyze gain_seed0.parquet gain_seed1.parquet --out DIR
+    python tools/diagnose.py alignment --bank BANK --checkpoint DIR --teacher DIR --out FILE
+
+docs/diagnostics.md has what the columns are and how the figures of the paper follow from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+import transformers
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from megatron_taopd.models.hf_checkpoint import DTYPES
+
+
+def main() -> int:
+    arguments = parse()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        results, tables = arguments.run(arguments)
+    except ValueError as error:
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error{rank}: {error}", file=sys.stderr)
+        return 2
+    if first:
+        for table in tables:
+            Console().print(table)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (add_arguments, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=(run.__doc__ or "").split("\n")[0])
+        command.add_argument("--json", type=Path, help="write the figures there, too")
+        command.set_defaults(run=run)
+        add_arguments(command)
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------- bank
+
+
+def bank_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--student", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument("--prompts", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True, help="a new bank, or one to append to")
+    command.add_argument("--prompt-column", default="prompt")
+    command.add_argument("--template", default="auto")
+    command.add_argument("--system")
+    command.add_argument("--max-prompt-tokens", type=int, default=1024)
+    command.add_argument("--limit", type=int, help="prompts; default: all")
+    command.add_argument("--samples", type=int, default=1, help="responses to a prompt")
+    command.add_argument("--max-new-tokens", type=int, default=1024)
+    command.add_argument("--temperature", type=float, default=1.0)
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--top-k", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=64, help="sequences at once on a rank")
+    command.add_argument("--dtype", choices=DTYPES, default="fp32")
+
+
+def run_bank(arguments) -> tuple[dict, list[Table]]:
+    """Let a student answer prompts, and freeze the answers."""
+    from megatron_taopd.diagnostics.bank import Bank, add_rollouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.rollout.engine import Sampling
+
+    platform.initialize()
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+    )
+    data = {
+        "prompt_column": arguments.prompt_column,
+        "template": arguments.template,
+        "system": arguments.system,
+        "max_prompt_tokens": arguments.max_prompt_tokens,
+        "limit": arguments.limit,
+    }
+    add_rollouts(
+        arguments.out,
+        arguments.student,
+        arguments.prompts,
+        sampling,
+        arguments.seed,
+        DTYPES[arguments.dtype],
+        arguments.batch_size,
+        **data,
+    )
+    results = Bank(arguments.out).summary()
+    return results, [as_table(results)]
+
+
+# ------------------------------------------------------------------------------------------ score
+
+
+def score_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bank", type=Path, required=True)
+    command.add_argument(
+        "--checkpoint", type=Path, required=True,
+        help="of the student: Hugging Face or Megatron, such as RUN/checkpoints/step_00000050",
+    )  # fmt: skip
+    command.add_argument("--teacher", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument("--out", type=Path, required=True, help="parquet, a row per position")
+    command.add_argument("--hf", type=Path, help="config and tokenizer of a Megatron checkpoint")
+    command.add_argument("--teacher-prompt", choices=("own", "student"), default="own")
+    command.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the student")
+    command.add_argument("--pp", type=int, default=1, help="pipeline-parallel size of the student")
+    command.add_argument("--teacher-tp", type=int, help="default: --tp")
+    command.add_argument("--teacher-pp", type=int, help="default: --pp")
+    command.add_argument("--teacher-ep", type=int, default=1, help="of a mixture of experts")
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    command.add_argument("--micro-batch-tokens", type=int, default=4096)
+    command.add_argument("--head-memory-mib", type=int, default=512, help="logits at a time")
+    command.add_argument("--view", type=int, default=0, help="sequences to store with their top 5")
+
+
+def run_score(arguments) -> tuple[dict, list[Table]]:
+    """Compare a checkpoint with a teacher at every position of a bank."""
+    from megatron_taopd.parallel import platform
+
+    platform.initialize()
+    from megatron_taopd.diagnostics.score import score_bank
+
+    results = score_bank(
+        arguments.bank,
+        arguments.checkpoint,
+        arguments.teacher,
+        arguments.out,
+        (arguments.tp, arguments.pp),
+        (
+            arguments.teacher_tp or arguments.tp,
+            arguments.teacher_pp or arguments.pp,
+            arguments.teacher_ep,
+        ),
+        hf_dir=arguments.hf,
+        teacher_prompt=arguments.teacher_prompt,
+        dtype=DTYPES[arguments.dtype],
+        micro_batch_tokens=arguments.micro_batch_tokens,
+        head_memory_mib=arguments.head_memory_mib,
+        view=arguments.view,
+    )
+    return results, [as_table(results)]
+
+
+# ------------------------------------------------------------------------------------------- gain
+
+
+def gain_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--before", type=Path, required=True, help="scored table")
+    command.add_argument("--after", type=Path, required=True, help="scored table")
+    command.add_argument("--out", type=Path, required=True)
+
+
+def run_gain(arguments) -> tuple[dict, list[Table]]:
+    """Subtract two tables of one bank: G (Eq. 1) of every position."""
+    from megatron_taopd.diagnostics.table import write_gain
+
+    results = write_gain(arguments.before, arguments.after, arguments.out)
+    return results, [as_table(results)]
+
+
+# -------------------------------------------------------------------------------------- alignment
+
+
+def alignment_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--bank", type=Path, required=True)
+    command.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument("--teacher", type=Path, required=True, help="Hugging Face directory")
+    command.add_argument("--out", type=Path, required=True, help="parquet, a row per token and lr")
+    command.add_argument("--sequences", type=int, default=8, help="the first ones of the bank")
+    command.add_argument("--tokens", type=int, default=64, help="evenly spread over their rows")
+    command.add_argument("--lr", type=float, default=1e-5, help="η of the largest step")
+    command.add_argument("--halvings", type=int, default=2, help="further steps, each of half η")
+    command.add_argument("--teacher-prompt", choices=("own", "student"), default="own")
+
+
+def run_alignment(arguments) -> tuple[dict, list[Table]]:
+    """Measure Proposition 1 (Eq. 2) token by token, on a small model and one process."""
+    from megatron_taopd.diagnostics.alignment import align
+
+    rows = align(
+        arguments.bank,
+        arguments.checkpoint,
+        arguments.teacher,
+        arguments.out,
+        arguments.sequences,
+        arguments.tokens,
+        [arguments.lr / 2**i for i in range(arguments.halvings + 1)],
+        arguments.teacher_prompt,
+    )
+    table = Table(
+        box=SIMPLE,
+        title=f"G = η⟨∇L_fix, ∇ℓ_t⟩ + R over {rows[0]['tokens']} tokens",
+        caption="explained: of G's variance, by the first term; falls: R, as η is halved",
+    )
+    headers = {
+        "lr": "η",
+        "gain_mean": "G",
+        "predicted_mean": "η⟨∇,∇⟩",
+        "explained": "explained",
+        "same_sign": "sign",
+        "remainder_mean": "|R|",
+        "remainder_falls": "falls",
+        "smoothness_max": "β",
+    }
+    for header in headers.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*("–" if row[key] is None else f"{row[key]:.3g}" for key in headers))
+    return {"rows": rows}, [table]
+
+
+# ---------------------------------------------------------------------------------------- analyze
+
+
+def analyze_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("gains", nargs="+", type=Path, help="tables of `gain`, one per seed")
+    command.add_argument("--out", type=Path, required=True, help="directory")
+    command.add_argument("--view", type=Path, help="of `score --view`: responses to show")
+    command.add_argument("--k", type=int, default=16, help="of selectors and figures")
+    command.add_argument("--resamples", type=int, default=2000, help="of prompts")
+    command.add_argument("--seed", type=int, default=0, help="of resamples and `random`")
+
+
+def run_analyze(arguments) -> tuple[dict, list[Table]]:
+    """Gain tables → the paper's regressions, Q3 gaps and selectors: CSV, figures, report.html."""
+    from megatron_taopd.diagnostics.write import write_analysis
+
+    tables = write_analysis(
+        arguments.gains,
+        arguments.out,
+        arguments.view,
+        arguments.k,
+        arguments.resamples,
+        arguments.seed,
+    )
+    rows = [row for row in tables["table9_regression"] if row["K"] == arguments.k]
+    table = Table(box=SIMPLE, title=f"Regression of the gain, K = {arguments.k}")
+    for header in ("seed", "quantity", "estimate", "95 %"):
+        table.add_column(header, justify="left" if header in ("seed", "quantity") else "right")
+    for row in rows:
+        bounds = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        table.add_row(row["seed"], row["quantity"], f"{row['estimate']:+.4f}", bounds)
+    return {"report": str(arguments.out / "report.html"), "regression": rows}, [table]
+
+
+# name → (what adds its arguments, what runs it: arguments → (figures for --json, tables to print))
+COMMANDS = {
+    "bank": (bank_arguments, run_bank),
+    "score": (score_arguments, run_score),
+    "gain": (gain_arguments, run_gain),
+    "analyze": (analyze_arguments, run_analyze),
+    "alignment": (alignment_arguments, run_alignment),
+}
+
+
+def as_table(results: dict) -> Table:
+    table = Table(box=SIMPLE, show_header=False)
+    for name, value in results.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
