@@ -1,0 +1,150 @@
+"""The formulas of `plan/collectives.py` against what ranks of 64 call: a real step, tiny models, a
+fake process group, in one process. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_taopd.plan import links
+
+TOOLS = Path(__file__).parents[1] / "tools"
+WORLD_SIZE, HEADS_K, VOCABULARY, ROWS = 64, 5, 512, 640  # 64 responses of 10 tokens
+SERVED_WIDTH = 128 * 4  # bytes of a teacher's row
+
+CASES = {
+    "dp": dict(student=dict(tp=1, pp=1), ranks=[21]),
+    "tp2-sp": dict(student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full"),
+    "tp2-sp, more columns": dict(
+        student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", vocab_size=2048
+    ),
+    "tp8": dict(student=dict(tp=8, pp=1), teacher=dict(tp=2, pp=2), ranks=[0], k=16),
+    "tp4-pp4": dict(student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63]),
+    "tp2-pp2-sp": dict(
+        student=dict(tp=2, pp=2, sequence=True), teacher=dict(tp=4, pp=2, sequence=True),
+        ranks=[0, 63], tied=False, precision="bf16", sequences=128,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, list[dict]]:
+    """What was called, by case, a result for each of its ranks."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "scaling_bench.fake", json.dumps([*CASES.values()])],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{TOOLS.parent}:{TOOLS}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = iter(json.loads(done.stdout.splitlines()[-1]))
+    return {name: [next(results) for _ in case["ranks"]] for name, case in CASES.items()}
+
+
+def called(result: dict, phase: str, op: str, ranks: int) -> tuple[int, float]:
+    """(calls, bytes sent) of one kind."""
+    for row in result["collectives"]:
+        if (row["phase"], row["op"], row["ranks"]) == (phase, op, ranks):
+            return row["calls"], row["bytes"]
+    return 0, 0.0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_collective_is_called_as_often_and_with_as_many_bytes_as_planned(measured, case):
+    for result in measured[case]:
+        for row in result["collectives"]:
+            where = f"{case}, rank {result['rank']}: {row}"
+            assert row["calls"] == row["planned_calls"], where
+            assert row["bytes"] == pytest.approx(row["planned_bytes"], abs=0.5), where
+        # What no formula has: counts, norms and the sum of the losses.
+        assert result["control_calls"] <= 4 and result["control_bytes"] < 64
+
+
+def test_the_score_table_is_24_bytes_a_row_whatever_the_layout(measured):
+    for case in ("dp", "tp2-sp", "tp8", "tp4-pp4"):
+        for result in measured[case]:
+            expected = links.all_reduce_bytes(24 * ROWS, WORLD_SIZE)
+            assert called(result, "scoring", "all_reduce", WORLD_SIZE) == (1, expected)
+
+
+@pytest.mark.parametrize(("case", "tp", "k"), [("tp2-sp", 2, 5), ("tp8", 8, 16)])
+def test_a_chunk_of_scores_is_one_all_gather_of_24_k_plus_24_bytes_a_row(measured, case, tp, k):
+    rows = ROWS * tp // WORLD_SIZE  # of a data-parallel rank: two sequences of two, or eight
+    calls, sent = called(measured[case][0], "scores", "all_gather", tp)
+    assert sent == links.gather_bytes(rows * (24 * k + 24) * tp, tp)
+    micro_batches = rows // 20  # two sequences each
+    assert calls == micro_batches * 4  # 20 rows in chunks of 6
+    assert called(measured[case][0], "loss", "all_gather", tp)[0] == micro_batches
+
+
+def test_the_loss_calls_nothing_in_its_backward_pass(measured):
+    for results in measured.values():
+        for result in results:
+            last = result["stage"] == result["case"]["student"]["pp"] - 1
+            assert (result["loss_backwards"] > 0) == last
+            assert not [r for r in result["collectives"] if r["phase"] == "loss backward"]
+
+
+def test_hidden_states_cross_and_not_logits(measured):
+    """Bytes of the exchange and of scores do not know the vocabulary's size."""
+    small, large = measured["tp2-sp"][0], measured["tp2-sp, more columns"][0]
+    for phase, op, ranks in (
+        ("exchange", "all_to_all", WORLD_SIZE),
+        ("scores", "all_gather", 2),
+        ("loss", "all_gather", 2),
+        ("scoring", "all_reduce", WORLD_SIZE),
+    ):
+        assert called(small, phase, op, ranks) == called(large, phase, op, ranks)
+    calls, sent = called(small, "exchange", "all_to_all", WORLD_SIZE)
+    most, _ = links.hidden_state_bytes(ROWS, 128, 4, 2, 32, 64, 1)
+    assert calls == 1 and 0 < sent <= most
+    assert sent % SERVED_WIDTH == 0
+    # What does know it: gradients and weights of the head.
+    assert called(small, "optimizer", "all_gather", 32) < called(
+        large, "optimizer", "all_gather", 32
+    )
+
+
+def run_tool(tmp_path, *arguments) -> subprocess.CompletedProcess:
+    from test_plan import MODELS
+
+    for name in ("Qwen3-4B", "Qwen3-14B"):
+        MODELS[name].save_pretrained(tmp_path / name)
+    (tmp_path / "run.yaml").write_text(f"""
+        run: {{dir: run}}
+        student: {{path: {tmp_path}/Qwen3-4B, parallel: {{tp: 2}}}}
+        teacher: {{path: {tmp_path}/Qwen3-14B, parallel: {{tp: 4}}}}
+        data: {{prompts: prompts.jsonl, max_prompt_tokens: 1024}}
+        rollout: {{prompts: 512, max_new_tokens: 7168}}
+        train: {{micro_batch_tokens: 8192, precision: bf16, recompute: full}}
+    """)
+    command = [sys.executable, str(TOOLS / "scaling.py"), arguments[0], str(tmp_path / "run.yaml")]
+    return subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, timeout=120)
+
+
+def test_what_stops_scaling_is_told(tmp_path):
+    out = tmp_path / "sizes.json"
+    done = run_tool(tmp_path, "saturate", "--gpus", "64", "1024", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    small, large = json.loads(out.read_text())
+    assert small["efficiency"] == 1 > large["efficiency"]
+    assert sum(large["behind"].values()) == pytest.approx(1)
+    assert large["step"] == pytest.approx(sum(large["seconds"].values()))
+    assert "lost to" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["counts", "--gpus", "64", "--rank", "64"], "--rank: 64; it has to be within 0 … 63"),
+        (["saturate", "--gpus", "2048"], "fewer than the 1024 data-parallel ranks"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, arguments, message):
+    done = run_tool(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
