@@ -20,7 +20,10 @@ REQUIRED = [
 EXTRAS = {
     "sglang": ["sglang==0.5.20"],  # with CUDA; without: requirements/sglang-cpu.txt
     "te": ["transformer-engine[pytorch]>=2.4"],
-    "eval": ["evalscope>=1.14"],
+    # In an environment of its own: docs/evaluation.md
+    "eval": ["evalscope>=1.14", "langdetect"],
+    "math": ["math-verify[antlr4_13_2]>=0.9"],  # eval.grader: math
+    "plots": ["matplotlib>=3.9"],  # tools/compare_runs.py, tools/diagnose.py analyze
     "wandb": ["wandb>=0.19"],
     "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
@@ -31,6 +34,9 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3",
         "hypothesis>=6",
+        "math-verify[antlr4_13_2]>=0.9",
+        "matplotlib>=3.9",
+        "playwright>=1.45",  # drives an installed Chromium in tests of pages
         "prometheus-client>=0.20",
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",

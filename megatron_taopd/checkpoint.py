@@ -116,9 +116,7 @@ class Checkpoints:
     def would_be_best(self, accuracy: float) -> bool:
         return self.best is None or accuracy > self.best.accuracy
 
-    def save(
-        self, step: int, student: Student, state: dict, accuracy: float | None = None
-    ) -> None:
+    def save(self, step: int, student: Student, state: dict, accuracy: float | None = None) -> None:
         """Save the run after `step` steps, unless that is there already.
 
         Returns once nothing that is to be written can change any more; a save that is still under

@@ -204,7 +204,7 @@ class OptimizerSection:
 class CheckpointSection:
     every: int = 50  # steps; 0: at the end only
     keep: int = 3  # the newest ones
-    # And the one with the best held-out accuracy: a step that is better than all before it is saved.
+    # And the one with the best held-out accuracy: a step that beats all before it is saved.
     keep_best: bool = True
     # The next steps run while a checkpoint is written, from a copy in host memory.
     asynchronous: bool = True

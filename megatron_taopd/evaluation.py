@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from importlib.util import find_spec
+from math import comb
+from pathlib import Path
+from statistics import mean
 
+import torch.distributed as dist
+
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
@@ -30,14 +41,17 @@ class Evaluation:
     """Result of one evaluation.
 
     Attributes:
-        accuracy: correct / total.
+        accuracy: correct / total, of all responses.
+        pass_at: of each k that was asked for, the chance that one of k responses to a problem is
+            right, estimated without bias from all of them.
         truncated: responses that hit the length limit (counted in total; right where they already
             state the answer).
         mean_length: tokens per response, the stop token included.
-        examples: the first few problems.
+        examples: the first few problems, with the first response to each.
     """
 
     accuracy: float
+    pass_at: dict[int, float]
     correct: int
     total: int
     truncated: int
@@ -97,42 +111,119 @@ def is_correct(response: str, gold: str) -> bool:
     )
 
 
+Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and their references
+
+
+def grade_exactly(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
+    """`is_correct`, of each."""
+    return [is_correct(response, gold) for response, gold in zip(responses, golds, strict=True)]
+
+
+def grade_as_mathematics(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
+    r"""What `is_correct` takes, and answers that Math-Verify finds equal: "0.5" and \frac{1}{2}.
+
+    Two plain numbers are left to `is_correct`. An answer that takes Math-Verify more than
+    `math_worker.CPU_S` is wrong.
+    """
+    right = grade_exactly(responses, golds)
+    open_pairs = {}
+    for place, (response, gold) in enumerate(zip(responses, golds, strict=True)):
+        pair = (extract_answer(response), reference_answer(gold))
+        if not right[place] and pair[0] is not None and not all(map(_is_plain_number, pair)):
+            open_pairs.setdefault(pair, []).append(place)
+    for places, verdict in zip(open_pairs.values(), _equal(list(open_pairs)), strict=True):
+        for place in places:
+            right[place] = verdict
+    return right
+
+
+def grader(name: str) -> Grader:
+    """The grader of this name: exact, math, or auto, which is math where Math-Verify is there."""
+    if name == "auto":
+        name = "exact" if find_spec("math_verify") is None else "math"
+    return {"exact": grade_exactly, "math": grade_as_mathematics}[name]
+
+
+def _is_plain_number(answer: str) -> bool:
+    answer = normalize_answer(answer)
+    return re.fullmatch(NUMBER, answer) is not None and "/" not in answer
+
+
+def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Whether the expressions of each pair are equal, by math_worker.py; one that it dies over
+    counts as different."""
+    command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
+    verdicts: list[bool] = []
+    while rest := pairs[len(verdicts) :]:
+        watchdog.beat()
+        lines = "".join(json.dumps(pair) + "\n" for pair in rest)
+        done = subprocess.run(command, input=lines, capture_output=True, text=True)
+        verdicts += map(json.loads, done.stdout.splitlines())
+        if done.returncode < 0:
+            verdicts.append(False)
+        elif done.returncode:
+            raise RuntimeError(f"Math-Verify: {done.stderr.strip().splitlines()[-1]}")
+    return verdicts
+
+
+def pass_at(k: int, samples: int, correct: int) -> float:
+    """The share of the k-subsets of so many samples that have a correct one: the unbiased estimate
+    of pass@k (Chen et al., arXiv 2107.03374)."""
+    return 1 - comb(samples - correct, k) / comb(samples, k)
+
+
 def evaluate(
     engine: RolloutEngine,
     prompts: Prompts,
     tokenizer,
     sampling: Sampling,
     step: int,
+    grade: Grader = grade_exactly,
+    ks: Sequence[int] = (),
     num_examples: int = 4,
 ) -> Evaluation:
-    """Greedy accuracy of the engine's current weights; the same on every rank.
+    """Accuracy of the engine's current weights; the same on every rank.
 
-    Collective: as the engine's `generate`, once.
+    Collectives: as the engine's `generate`, once, and a broadcast of a byte for each response.
 
     Args:
         prompts: with an answer for each.
-        sampling: of which the length limit and the stop tokens are used.
+        sampling: of the responses; temperature 0 is greedy.
+        grade: run on rank 0.
+        ks: of pass@k, each at most `sampling.samples`.
     """
-    greedy = replace(sampling, temperature=0.0, samples=1)
-    batch = engine.generate(prompts.token_ids, range(len(prompts)), step, greedy)
+    batch = engine.generate(prompts.token_ids, range(len(prompts)), step, sampling)
     tokens = batch.response_tokens().split(batch.response_lengths.tolist())
     responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    correct = [is_correct(r, gold) for r, gold in zip(responses, prompts.answers, strict=True)]
+    n = sampling.samples
+    golds = [gold for gold in prompts.answers for _ in range(n)]
+    correct = _on_first_rank(lambda: grade(responses, golds))
+    per_prompt = [sum(correct[i : i + n]) for i in range(0, len(correct), n)]
     examples = [
         Example(
             prompts.texts[i],
-            responses[i],
-            extract_answer(responses[i]) or "",
+            responses[i * n],
+            extract_answer(responses[i * n]) or "",
             reference_answer(prompts.answers[i]),
-            correct[i],
+            correct[i * n],
         )
         for i in range(min(num_examples, len(prompts)))
     ]
     return Evaluation(
         accuracy=sum(correct) / len(correct),
+        pass_at={k: mean(pass_at(k, n, c) for c in per_prompt) for k in ks},
         correct=sum(correct),
         total=len(correct),
         truncated=int(batch.truncated.sum()),
         mean_length=batch.response_lengths.double().mean().item(),
         examples=examples,
     )
+
+
+def _on_first_rank(verdicts: Callable[[], list[bool]]) -> list[bool]:
+    """Found there and sent to all, so that ranks agree on what depends on the time it took."""
+    if not dist.is_initialized():
+        return verdicts()
+    found = [bytes(verdicts()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return list(map(bool, found[0]))

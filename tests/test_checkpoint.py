@@ -172,6 +172,47 @@ def test_the_newest_are_kept_and_remains_removed(tmp_path, student_dir):
     assert sorted(os.listdir(tmp_path)) == ["step_00000003", "step_00000004"]
 
 
+def save_evaluated(student_dir, directory, accuracies, resume_at=None):
+    """A save for each (step, accuracy); what would be the best, and what is at the end."""
+    from megatron_taopd import checkpoint
+
+    student = make_student(student_dir, tp=dist.get_world_size())
+    told, best = [], None
+    if resume_at:
+        best = checkpoint.load(directory, resume_at, student).get("best")
+    checkpoints = checkpoint.Checkpoints(directory, 1, True, told.append, resume_at, best)
+    would_be = []
+    for step, accuracy in accuracies:
+        would_be.append(accuracy is not None and checkpoints.would_be_best(accuracy))
+        checkpoints.save(step, student, STATE, accuracy)
+    checkpoints.finish()
+    checkpoints.close()
+    return would_be, checkpoints.best, files.steps(directory)
+
+
+def test_the_best_is_kept_and_named_beyond_a_restart(tmp_path, student_dir):
+    directory = tmp_path / "checkpoints"
+
+    def named():
+        return json.loads((directory / "best.json").read_text())
+
+    accuracies = [(1, 0.25), (2, 0.5), (3, 0.5), (4, None), (5, 0.4)]
+    answers = run_ranks(2, save_evaluated, student_dir, str(directory), accuracies)
+    assert answers == [([True, True, False, False, False], files.Best(2, 0.5), [2, 5])] * 2
+    assert named() == {"step": 2, "accuracy": 0.5, "path": "step_00000002"}
+
+    (directory / "best.json").unlink()  # what a checkpoint says of it is what counts
+    answers = run_ranks(1, save_evaluated, student_dir, str(directory), [(6, 0.5)], 5)
+    assert answers == [([False], files.Best(2, 0.5), [2, 6])]
+    assert named()["step"] == 2
+    answers = run_ranks(1, save_evaluated, student_dir, str(directory), [(7, 0.75)], 6)
+    assert answers == [([True], files.Best(7, 0.75), [7])]
+
+    shutil.rmtree(directory / "step_00000007")
+    answers = run_ranks(1, save_evaluated, student_dir, str(directory), [(8, 0.1)])
+    assert answers == [([True], files.Best(8, 0.1), [8])]
+
+
 # ------------------------------------------------------------------------------- what is on a disk
 
 

@@ -25,8 +25,8 @@ from step_bench.measure import measure
 from step_bench.pairs import RATIO
 from step_bench.results import tables
 
+from megatron_taopd.build import DTYPES
 from megatron_taopd.parallel import platform
-from megatron_taopd.train import DTYPES
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from vocab_bench.measure import measure
 from vocab_bench.problem import BLOCKS, Setup
 from vocab_bench.results import tables, targets_table
 
-from megatron_taopd.train import DTYPES
+from megatron_taopd.build import DTYPES
 
 
 def main() -> None:

@@ -402,27 +402,27 @@ def kept_rows(bank: Bank, k: int, seed: int) -> Masks:
 def selector_gains(bank: Bank, gain, masks: Masks, counts: np.ndarray) -> list[Row]:
     """Gain of the rows that each selector keeps (Tables 2, 8, 10).
 
-    quantity: `total`, Σ gain in nats; `per kept`, over the number of kept rows; `per kept − random`
-    at the same budget. The rows are chosen once, on the whole bank; a resample of prompts takes
-    those of its prompts.
+    quantity: `total`, Σ gain in nats; `per kept`, over the number of kept rows; `per kept − all`,
+    over the mean gain of all rows, which is what a random choice is expected to give. The rows are
+    chosen once, on the whole bank; a resample of prompts takes those of its prompts.
     """
-    rows, random = [], {}
     everywhere = np.zeros(bank.num_rows, dtype=np.int64)
-    for (name, share), mask in sorted(masks.items(), key=lambda item: item[0][0] != "random"):
+    average = bank.group_means(gain, everywhere, 1, counts)[:, 0]
+    rows = []
+    for (name, share), mask in masks.items():
         sums = (bank.group_sums(values, everywhere, 1)[:, 0] for values in (gain * mask, mask))
         total, kept = (counts @ of_prompts for of_prompts in sums)
         per_kept = ratio(total, kept)
-        random.setdefault(share, per_kept)
-        quantities = {"total": total, "per kept": per_kept}
-        if name != "random":
-            quantities["per kept − random"] = per_kept - random[share]
         rows += [
             {"budget": share, "selector": SELECTOR_NAMES[name], "quantity": quantity}
             | {"rows": int(mask.sum()), **_estimate(interval(values))}
-            for quantity, values in quantities.items()
+            for quantity, values in (
+                ("total", total),
+                ("per kept", per_kept),
+                ("per kept − all", per_kept - average),
+            )
         ]
-    order = list(SELECTOR_NAMES.values())
-    return sorted(rows, key=lambda row: (row["budget"], order.index(row["selector"])))
+    return sorted(rows, key=lambda row: row["budget"])
 
 
 def kept_positions(bank: Bank, masks: Masks) -> list[Row]:

@@ -75,7 +75,7 @@ def render(tables: Tables, k: int, figures: Mapping[str, tuple[str, str]], views
     seeds = list(dict.fromkeys(row["seed"] for row in tables["table5_bank"]))
     main = "mean" if "mean" in seeds else seeds[0]
     about = {r["quantity"]: r for r in tables["table5_bank"] if r["seed"] == main}
-    over = "training seeds, t" if main == "mean" else "prompts, bootstrap"
+    over = "training seeds (t)" if main == "mean" else "prompts (bootstrap)"
     count = "".join(
         f"<span>{label} <b>{number(about[name]['estimate'])}</b></span>"
         for name, label in (("prompts", "prompts"), ("sequences", "responses"))
@@ -114,12 +114,12 @@ def _cards(tables: Tables, about: Mapping[str, Row], seed: str, k: int) -> str:
             "nats, high minus low C, pooled",
         ),
         (
-            "TA-OPD − random at 10 %",
+            "TA-OPD − all tokens, 10 %",
             only(
                 "table10_budget_sweep",
                 budget=0.1,
                 selector="TA-OPD",
-                quantity="per kept − random",
+                quantity="per kept − all",
             ),
             "nats per kept token",
         ),
@@ -170,11 +170,9 @@ def _table_sections(tables: Tables, seed: str) -> str:
             pivot(rows("table8_top_n", quantity="total"), "selector", "budget", "{:.0%}"),
         ),
         (
-            "Exact top-N: gain per kept token minus that of random",
-            "Paired over the same prompts, nats.",
-            pivot(
-                rows("table8_top_n", quantity="per kept − random"), "selector", "budget", "{:.0%}"
-            ),
+            "Exact top-N: gain per kept token minus that of all tokens",
+            "What a random choice is expected to give is taken away; nats.",
+            pivot(rows("table8_top_n", quantity="per kept − all"), "selector", "budget", "{:.0%}"),
         ),
     )
     return "".join(
@@ -190,9 +188,9 @@ def pivot(rows: Sequence[Row], down: str, across: str, header: str) -> str:
     cells = {(row[down], row[across]): row for row in rows}
     lines = []
     for name in dict.fromkeys(row[down] for row in rows):
-        values = "".join(f"<td class=num>{_cell(cells[name, column])}" for column in columns)
+        values = "".join(f"<td class=num>{_cell(cells[name, column])}</td>" for column in columns)
         lines.append(f"<tr><th scope=row>{pretty(escape(name))}</th>{values}</tr>")
-    heads = "".join(f"<th scope=col class=num>{header.format(column)}" for column in columns)
+    heads = "".join(f"<th scope=col class=num>{header.format(column)}</th>" for column in columns)
     return f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -249,13 +247,14 @@ def _token(index: int, token: Mapping[str, Any]) -> str:
 
 
 OWN_CSS = """
-.drawings { display: grid; gap: 12px; }
+.drawings { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
 .drawing, .scroll { overflow-x: auto; }
 .drawing svg { min-width: 860px; margin-top: 10px; }
 .drawing svg text { font-family: inherit !important; fill: var(--text); }
 th {
   font-weight: 500; text-align: left; padding: 5px 16px 5px 0; border-top: 1px solid var(--rule);
 }
+tbody tr:first-child th { border-top: 0; }
 thead th, thead td { border-top: 0; color: var(--soft); font-size: 13px; }
 thead th.num { text-align: right; padding-right: 0; }
 td small { color: var(--soft); }

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_taopd import build
 from megatron_taopd import config as configuration
 from megatron_taopd.accounting import ModelCost
 from megatron_taopd.config import Config, ParallelSection
@@ -282,7 +283,6 @@ def _with_one_server(config: Config, directory: str) -> Config:
 
 
 def _compare(config: Config) -> Iterator[Finding]:
-    from megatron_taopd import train
     from megatron_taopd.parallel.layout import forward_layout, student_layout
     from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.preflight import agreement
@@ -320,8 +320,8 @@ def _compare(config: Config) -> Iterator[Finding]:
     yield from agreement.check_engine(batch, student, micro_batch_tokens, rollout.engine)
 
     if config.teacher.engine == "sglang":
-        servers = train.begin_teacher_servers(config, dtype)
-        teacher = train.sglang_teacher(config, servers, dtype, vocab_map)
+        servers = build.begin_teacher_servers(config, dtype)
+        teacher = build.sglang_teacher(config, servers, dtype, vocab_map)
     else:
         parallel = config.teacher.parallel
         needed = agreement.weight_bytes(config.teacher.path, dtype) // (parallel.tp * parallel.pp)
@@ -336,7 +336,7 @@ def _compare(config: Config) -> Iterator[Finding]:
         rows = rows_within(
             config.train.head_memory_mib << 20, student.shard.stop - student.shard.start
         )
-        heads = train.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
+        heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
         theirs = prompts.teacher_token_ids
         batch = replace(batch, prompts=batch.prompts + chosen)
         reading, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
@@ -349,7 +349,6 @@ def _compare(config: Config) -> Iterator[Finding]:
 
 def _engine(config: Config, vocabulary: Vocabulary):
     """The run's engine; its log-probabilities are over all tokens, as the trainer's are."""
-    from megatron_taopd import train
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.sglang import SGLangEngine
 
@@ -363,6 +362,6 @@ def _engine(config: Config, vocabulary: Vocabulary):
             world_size=dist.get_world_size(),
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    servers = train.begin_servers(config, "rollout", path, longest, dtype, fixed_weights=True)
-    model, replicas = train.ready(servers, "rollout.servers")
+    servers = build.begin_servers(config, "rollout", path, longest, dtype, fixed_weights=True)
+    model, replicas = build.ready(servers, "rollout.servers")
     return SGLangEngine(replicas, model, model.vocab_size, vocabulary.ends, None, tuple)

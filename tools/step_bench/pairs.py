@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_taopd import config as configuration
+from megatron_taopd.build import DTYPES
 from megatron_taopd.models import weights
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
@@ -27,7 +28,6 @@ from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.scoring import Heads
 from megatron_taopd.student import Student
 from megatron_taopd.teacher.megatron import MegatronTeacher
-from megatron_taopd.train import DTYPES
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,29 @@
+"""Figures over seeds, and tables of them as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+
+def mean_and_std(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
+    """ "61.3 ± 0.8", in percent by default; the sample's standard deviation, none of one value."""
+    middle = f"{scale * mean(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ± {scale * stdev(values):.{digits}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is text, the others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def write(stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """STEM.md with the title above the table, and STEM.csv."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_name(stem.name + ".md").write_text(f"{title}\n\n{markdown(header, rows)}")
+    with open(stem.with_name(stem.name + ".csv"), "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

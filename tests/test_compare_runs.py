@@ -1,0 +1,105 @@
+"""Runs compared where all of them have got to, and what is missing of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools" / "compare_runs.py"
+
+
+def make_run(root, selector, seed, steps, kept_rows, seconds, evaluated=True):
+    """A run whose accuracy grows by a point a step; evaluated before the first and every second."""
+    directory = root / f"{selector}-{seed}"
+    directory.mkdir(parents=True)
+    config = f"run: {{seed: {seed}}}\nselection: {{selector: {selector}}}\n"
+    (directory / "config.yaml").write_text(config)
+    records = [{"step": 0, "eval/accuracy": 0.1 + 0.02 * seed}]
+    for step in range(1, steps + 1):
+        record = {"step": step, "loss": 1 / step, "kept_rows": kept_rows, "time/step": seconds}
+        if step % 2 == 0:
+            record |= {"eval/accuracy": 0.1 + 0.02 * seed + 0.01 * step, "time/eval": 1000.0}
+        records.append(record)
+    if not evaluated:
+        records = [{k: v for k, v in r.items() if k != "eval/accuracy"} for r in records]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "metrics.jsonl").write_text(lines + '{"step": 99, "lo')  # it goes on
+    return directory
+
+
+def compare(out, *arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """full keeps ten times the rows of teachability, whose steps take half the time."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = [
+        make_run(root, "full", 0, steps=10, kept_rows=1000, seconds=36.0),
+        make_run(root, "full", 1, steps=10, kept_rows=1000, seconds=36.0),
+        make_run(root, "teachability", 0, steps=20, kept_rows=100, seconds=18.0),
+        make_run(root, "teachability", 2, steps=10, kept_rows=100, seconds=18.0, evaluated=False),
+    ]
+    done = compare(root / "out", *runs, "--json", root / "figures.json")
+    assert done.returncode == 0, done.stderr
+    return json.loads((root / "figures.json").read_text()), root, done.stdout
+
+
+def test_equal_supervision_is_where_the_run_with_the_fewest_rows_ends(compared):
+    figures, _, _ = compared
+    at_rows = figures["kept_rows"]
+    assert at_rows["at"] == 1000
+    full, ours = at_rows["groups"]["full"], at_rows["groups"]["teachability"]
+    assert full["seeds"] == [0, 1] and ours["seeds"] == [0, 2]
+    # One step of full, whose last evaluation was before it, and ten of the other.
+    assert full["accuracy"] == pytest.approx([0.10, 0.12])
+    assert (full["steps"], ours["steps"]) == ([1, 1], [10, 10])
+    assert full["loss"] == [1.0, 1.0]
+    assert ours["accuracy"] == [pytest.approx(0.20), None]
+    assert ours["loss"] == pytest.approx([1 / 10, 1 / 10])
+
+
+def test_equal_time_counts_steps_and_no_evaluations(compared):
+    at_hours = compared[0]["hours"]
+    assert at_hours["at"] == pytest.approx(10 * 18 / 3600)
+    assert at_hours["groups"]["full"]["accuracy"] == pytest.approx([0.14, 0.16])  # after 5 steps
+    assert at_hours["groups"]["teachability"]["accuracy"][0] == pytest.approx(0.20)
+
+
+def test_what_is_missing_is_said(compared):
+    figures, root, printed = compared
+    text = "\n".join(figures["missing"])
+    assert f"{root}/teachability-2: never logged eval/accuracy" in text
+    assert "full: no run with seed 2" in text and "teachability: no run with seed 1" in text
+    assert f"{root}/full-0: 10 of 20 steps" in text
+    for line in figures["missing"]:
+        assert line in printed
+
+
+def test_tables_and_plots(compared):
+    _, root, _ = compared
+    with open(root / "out" / "at_equal_kept_rows.csv") as file:
+        rows = {row["selection.selector"]: row for row in csv.DictReader(file)}
+    assert rows["full"]["accuracy in %"] == "11.0 ± 1.4"
+    assert rows["teachability"]["accuracy in %"] == "20.0 (1 of 2)"
+    assert "| full | 2 |" in (root / "out" / "at_equal_hours.md").read_text()
+    assert (root / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_mistake_is_told_in_one_line(tmp_path):
+    run = make_run(tmp_path, "full", 0, steps=1, kept_rows=1, seconds=1.0)
+    for arguments, line in {
+        (tmp_path / "nowhere",): "nowhere/config.yaml: no such file",
+        (run, "--by", "loss.kind"): "config.yaml: has no loss.kind",
+    }.items():
+        done = compare(tmp_path / "out", *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and line in done.stderr
+        assert done.stderr.count("\n") == 1
