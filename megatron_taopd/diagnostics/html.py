@@ -287,7 +287,10 @@ aside td:first-child { font-family: ui-monospace, Menlo, Consolas, monospace; wi
 aside .bar { width: 35%; padding: 0 8px; }
 @media (max-width: 800px) {
   .split { grid-template-columns: minmax(0, 1fr); }
-  aside { position: sticky; top: auto; bottom: 0; background: var(--card); min-height: 0; }
+  aside {
+    top: auto; bottom: 8px; min-height: 0; max-height: 40vh; overflow-y: auto;
+    background: var(--card);
+  }
 }
 """
 
