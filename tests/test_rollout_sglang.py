@@ -438,7 +438,7 @@ def test_dead_and_hung_servers(engine, endless):
     batch = pending.result()
     assert_same(batch, expected)  # not what the student says, which is what they started with
     assert 21 in batch.weight_versions
-    wait_for(lambda: second.state is State.STALE)
+    wait_for(lambda: second.state is State.STALE, timeout=400)
     assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
     assert [replica.state for replica in engine.replicas.all] == [State.READY] * 2
     assert [replica.version for replica in engine.replicas.all] == [21, 21]
