@@ -229,9 +229,17 @@ def test_aborted_responses_begin_anew(engine, endless):
     update(engine, endless, 10)
     pending = engine.submit(PROMPTS, range(6), 1, LONG)
     wait_for(lambda: engine.replicas.all[0].requests)
-    time.sleep(0.3)
-    engine.replicas.run(engine.replicas.pause("abort"))
-    engine.replicas.run(engine.replicas.resume())
+    before = engine.replicas.counts["retries"]
+
+    def abort():
+        """What runs; a request that has not yet come to the server's scheduler is not hit."""
+        time.sleep(0.3)
+        engine.replicas.run(engine.replicas.pause("abort"))
+        engine.replicas.run(engine.replicas.resume())
+        time.sleep(0.1)
+        return engine.replicas.counts["retries"] > before
+
+    wait_for(abort)
     assert_same(pending.result(), local(endless).generate(PROMPTS, range(6), 1, LONG))
     assert engine.metrics()["rollout/retries"] > 0
 
