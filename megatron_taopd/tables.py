@@ -1,4 +1,4 @@
-"""Figures over seeds, and tables of them as Markdown and CSV."""
+"""Figures over seeds, and tables of them: Markdown, CSV, for the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+
+from rich.box import SIMPLE
+from rich.table import Table
 
 
 def mean_and_std(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
@@ -19,6 +22,17 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def for_terminal(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The first column is text, the others are numbers."""
+    table = Table(box=SIMPLE, title=title)
+    table.add_column(header[0])
+    for name in header[1:]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def write(stem: Path, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -22,9 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from megatron_taopd import tables
 
@@ -80,7 +78,7 @@ def main() -> int:
         title = f"at equal {AXES[axis]}: {number(compared['at'])}"
         header, rows = as_rows(compared, arguments.by)
         tables.write(arguments.out / f"at_equal_{axis}", title, header, rows)
-        console.print(as_table(title, header, rows))
+        console.print(tables.for_terminal(title, header, rows))
     missing += lacking(runs)
     for line in missing:
         console.print(f"missing: {line}", highlight=False, soft_wrap=True)
@@ -240,16 +238,6 @@ def of_seeds(values: list[float], group: dict, scale: float, digits: int) -> str
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def as_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(box=SIMPLE, title=title)
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def band(members: Sequence[Run], axis: str, name: str) -> tuple[np.ndarray, ...] | None:

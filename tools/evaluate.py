@@ -23,9 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import httpx
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from megatron_taopd import benchmarks, tables
 from megatron_taopd.benchmarks import PAPER, Endpoint, Missing
@@ -199,13 +197,7 @@ def first_model(url: str, key: str | None) -> str:
 
 def show(console: Console, stem: Path, title: str, header: list[str], rows: list) -> None:
     tables.write(stem, title, header, rows)
-    table = Table(box=SIMPLE, title=title)
-    table.add_column(header[0])
-    for name in header[1:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    console.print(tables.for_terminal(title, header, rows))
 
 
 if __name__ == "__main__":
