@@ -41,7 +41,6 @@ from megatron_taopd.checkpoint_files import (
     Sum,
     SummedFile,
     first,
-    gather,
     keep_newest,
     latest_valid,
     name_best,
@@ -56,6 +55,7 @@ from megatron_taopd.files import os_errors_of_torch, reason_of
 from megatron_taopd.models.hf_checkpoint import copy_side_files
 from megatron_taopd.models.megatron_checkpoint import SIDE_FILES, check_pickles
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import gather, told
 from megatron_taopd.student import Student
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
@@ -183,11 +183,10 @@ class Checkpoints:
             written = writing.written.result()
             ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(written, ranks)
-            outcome = [None, None]
+            outcome = None
             if ranks is not None:
-                outcome = [self._publish(writing, ranks), max(w.seconds for w in ranks)]
-            dist.broadcast_object_list(outcome)
-            error, self._metrics["checkpoint/write_s"] = outcome
+                outcome = self._publish(writing, ranks), max(w.seconds for w in ranks)
+            error, self._metrics["checkpoint/write_s"] = told(outcome)
             if error:
                 self._fail(writing.step, error)
             else:

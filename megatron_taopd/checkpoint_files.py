@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_taopd.files import reason_of
+from megatron_taopd.parallel.objects import gather
 
 MANIFEST = "checksums.json"
 BEST = "best.json"
@@ -210,15 +211,6 @@ def latest_valid(
             "directory is removed"
         )
     return None
-
-
-def gather(value: Any) -> list:
-    """Of every rank, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def first(values: list) -> Any:

@@ -17,6 +17,7 @@ from statistics import mean
 import torch.distributed as dist
 
 from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.objects import told
 from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
@@ -222,8 +223,5 @@ def evaluate(
 
 def _on_first_rank(verdicts: Callable[[], list[bool]]) -> list[bool]:
     """Found there and sent to all, so that ranks agree on what depends on the time it took."""
-    if not dist.is_initialized():
-        return verdicts()
-    found = [bytes(verdicts()) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return list(map(bool, found[0]))
+    decides = not dist.is_initialized() or dist.get_rank() == 0
+    return list(map(bool, told(bytes(verdicts()) if decides else None)))

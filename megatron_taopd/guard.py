@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from statistics import median
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from megatron_taopd.parallel.objects import gather
 
 MEMORY = 32  # updates whose losses a new one is compared with
 ENOUGH = 8  # of them, before it is
@@ -69,9 +70,7 @@ def by_rank(found: Sequence) -> dict[int, list]:
 
     Collectives: an all-gather of the pickled objects; for the path that hardly any step takes.
     """
-    everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, list(found))
-    return {rank: values for rank, values in enumerate(everyones) if values}
+    return {rank: values for rank, values in enumerate(gather(list(found))) if values}
 
 
 class Guard:

@@ -18,6 +18,7 @@ from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, send_rows
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.objects import told
 from megatron_taopd.scoring import Heads, TopkHeads
 from megatron_taopd.student import Student
 from megatron_taopd.types import RolloutBatch
@@ -193,10 +194,9 @@ def _global_sums(sums: Sequence[dict[str, Tensor]], layout: Layout) -> dict[str,
     local: Counter = Counter()
     for metrics in sums:
         local.update({name: float(value) for name, value in metrics.items()})
-    names = [sorted(local)]
-    dist.broadcast_object_list(names, src=layout.last_stage_rank(0, 0))
+    names = told(sorted(local), src=layout.last_stage_rank(0, 0))
     counted = sums and layout.tp_rank == 0
-    values = [local[name] if counted else 0.0 for name in names[0]]
+    values = [local[name] if counted else 0.0 for name in names]
     table = torch.tensor(values, dtype=torch.float64, device=platform.device())
     dist.all_reduce(table)
-    return dict(zip(names[0], table.tolist(), strict=True))
+    return dict(zip(names, table.tolist(), strict=True))

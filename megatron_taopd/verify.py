@@ -21,6 +21,7 @@ from megatron_taopd.convert import (
 from megatron_taopd.models import hf_map
 from megatron_taopd.models.hf_checkpoint import HFCheckpoint, whole_shapes
 from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
+from megatron_taopd.parallel.objects import gather
 
 
 @dataclass
@@ -73,10 +74,7 @@ def compare_tensors(hf_dir: str | Path, megatron_dir: str | Path, advance: Advan
                 difference = (tensor.double() - other.double()).abs().max().item()
                 mine.largest = max(mine.largest, difference if difference >= 0 else torch.inf)
             advance(tensor.nbytes, to_do)
-    everyone = [mine]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+    everyone = gather(mine)
     return Comparison(
         tensors=sum(c.tensors for c in everyone),
         bytes=sum(c.bytes for c in everyone),

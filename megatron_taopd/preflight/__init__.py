@@ -25,6 +25,7 @@ from megatron_taopd.accounting import ModelCost
 from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.models.hf_checkpoint import DTYPES, load_config
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import told
 from megatron_taopd.preflight import machine, network, storage, texts
 from megatron_taopd.preflight.findings import (
     Finding,
@@ -147,10 +148,7 @@ def _join() -> Iterator[Finding]:
 
 
 def _of_first_rank(work: Callable[[], list[Finding]]) -> list[Finding]:
-    told = [work() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return told[0]
+    return told(work() if not dist.is_initialized() or dist.get_rank() == 0 else None)
 
 
 def _check_config(config: Config, ranks: int) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
@@ -16,6 +15,7 @@ from megatron_taopd.guard import Fault
 from megatron_taopd.models import gpt, hf_map, pipeline, weights
 from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.objects import gather
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.preflight.findings import Finding, error, ok
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
@@ -139,6 +139,4 @@ def available_bytes(local_ranks: int) -> int:
     free = psutil.virtual_memory().available // local_ranks
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, free)
-    return min(everyone)
+    return min(gather(free))

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from megatron_taopd.parallel.objects import gather
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -60,8 +62,7 @@ def of_all_hosts(findings: Sequence[Finding], host: str, speaks: bool) -> list[F
     """
     if not dist.is_initialized():
         return list(findings)
-    told: list = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (host, list(findings)) if speaks else None)
+    told = gather((host, list(findings)) if speaks else None)
     hosts = [each for each in told if each is not None]
     everywhere = [f for f in hosts[0][1] if all(f in found for _, found in hosts)]
     local = [

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 from megatron_taopd.preflight.machine import driver, versions
 from megatron_taopd.serving.server import PORTS, free_port, is_free
@@ -122,8 +123,7 @@ def check_ranks(host: str) -> list[Finding]:
     software = versions() | {"driver": driver()}
     dist.barrier()  # so that all look at their clocks at once
     me = Rank(dist.get_rank(), host, name, software, time.time(), speed)
-    ranks: list = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, me)
+    ranks = gather(me)
     return [*compared(ranks), *_check_links(host, [rank.host for rank in ranks])]
 
 
@@ -182,8 +182,7 @@ def _check_links(host: str, hosts: Sequence[str]) -> Iterator[Finding]:
                 groups["inside a host"] = group
     mine = {name: _time_all_reduce(group) for name, group in groups.items()}
     mine["over all ranks"] = _time_all_reduce(None)
-    everyone: list = [None] * len(hosts)
-    dist.all_gather_object(everyone, mine)
+    everyone = gather(mine)
     for name in dict.fromkeys(name for figures in everyone for name in figures):
         latency, bandwidth = zip(*(f[name] for f in everyone if name in f), strict=True)
         yield ok(

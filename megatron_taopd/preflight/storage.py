@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_taopd import checkpoint_files
+from megatron_taopd.parallel.objects import gather, told
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
 CONFIG = "config.yaml"  # in a run's directory, the configuration that it was last started with
@@ -69,17 +70,16 @@ def check_shared(directory: Path, host: str) -> list[Finding]:
     Collectives: a broadcast and an all-gather of some 100 bytes.
     """
     with ExitStack() as until_seen:
-        told: list = [None]
+        found = None
         if dist.get_rank() == 0:
             try:
-                told[0] = str(until_seen.enter_context(written_file(directory)))
+                found = str(until_seen.enter_context(written_file(directory)))
             except OSError as problem:
-                told[0] = _unwritable("run.dir", directory, problem)
-        dist.broadcast_object_list(told, src=0)
-        if isinstance(told[0], Finding):
-            return told
-        answers: list = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (host, _appears(Path(told[0]))))
+                found = _unwritable("run.dir", directory, problem)
+        found = told(found)
+        if isinstance(found, Finding):
+            return [found]
+        answers = gather((host, _appears(Path(found))))
     if blind := sorted({name for name, sees in answers if not sees}):
         return [
             error(

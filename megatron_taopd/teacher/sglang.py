@@ -36,6 +36,7 @@ from torch import Tensor
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows, no_rows
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.objects import told
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
 from megatron_taopd.serving.replicas import Replica, Replicas, ServedModel
 from megatron_taopd.teacher.delivery import ReadRows, deliver
@@ -162,17 +163,16 @@ class _Teacher(ABC):
         future = self.replicas.spawn(coroutine()) if self.leads else None
         result = error = None
         while True:
-            word: list = [None]
+            word = None
             if self.leads:
                 try:
                     result = future.result(SIGN_OF_LIFE_S)
-                    word = [("done", result if tell else None)]
+                    word = "done", result if tell else None
                 except NotYet:
-                    word = [("wait", None)]
+                    word = "wait", None
                 except Exception as raised:
-                    error, word = raised, [(type(raised), str(raised))]
-            dist.broadcast_object_list(word, src=0, group=self.group)
-            kind, value = word[0]
+                    error, word = raised, (type(raised), str(raised))
+            kind, value = told(word, group=self.group)
             if kind == "done":
                 return result if self.leads else value
             if kind != "wait":

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
+from megatron_taopd.parallel.objects import told
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
 
 TIMEOUT_S = 600.0  # of one request; the largest is a bucket's, or a whole checkpoint to be read
@@ -228,13 +229,12 @@ def on_first_rank(work: Callable[[], None]) -> None:
 
     Collectives: a broadcast of some 100 bytes.
     """
-    told, cause = [None], None
+    failed, cause = None, None
     if dist.get_rank() == 0:
         try:
             work()
         except Exception as error:
-            told, cause = [(isinstance(error, ValueError), str(error) or repr(error))], error
-    dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        is_value_error, message = told[0]
+            failed, cause = (isinstance(error, ValueError), str(error) or repr(error)), error
+    if failed := told(failed):
+        is_value_error, message = failed
         raise (ValueError if is_value_error else RuntimeError)(message) from cause
