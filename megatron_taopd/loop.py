@@ -26,7 +26,7 @@ from megatron_taopd.rollout.engine import Pending, RolloutEngine
 from megatron_taopd.rollout.horizon import Horizon
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.scoring import Heads, TopkHeads, score
-from megatron_taopd.selection import select, selection_metrics
+from megatron_taopd.selection import budget, select, selection_metrics
 from megatron_taopd.student import Student
 from megatron_taopd.teachability import learnable_disagreement
 from megatron_taopd.teacher.delivery import ReadRows, deliver
@@ -205,6 +205,7 @@ def learn(
             config.selection.concentrate,
             batch.cu_rows,
         )
+        warn_of_small_q3(run, mask, step)
 
     # … and the loss falls on these alone (Eq. 6–7).
     with span("training"):
@@ -305,6 +306,18 @@ def warn_of_gap(run: Run, gap: Tensor, step: int) -> None:
             "rollout.gap_warning",
             f"step {step}: engine and trainer differ by {mean:.3g} in log-probability on average, "
             f"more than {most:g}",
+        )
+
+
+def warn_of_small_q3(run: Run, mask: Tensor, step: int) -> None:
+    """Of masks inside Q3 that are all of it, and so equal one another."""
+    selection = run.config.selection
+    most, kept = budget(selection.ratio, len(mask)), int(mask.sum())
+    if selection.selector.startswith("q3_") and kept < most:
+        run.monitor.note(
+            "selection.ratio",
+            f"step {step}: {selection.selector} could keep {most} rows, but Q3 has {kept}: all of "
+            "them are kept, as by every q3 selector; a lower ratio or more prompts tell them apart",
         )
 
 

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import dense
 import pytest
@@ -6,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_taopd.loop import warn_of_small_q3
 from megatron_taopd.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
@@ -282,3 +284,23 @@ def test_concentrating_gives_up_late_rows():
 def test_a_selector_without_mass_cannot_concentrate(selector):
     with pytest.raises(ValueError, match=f"selection.concentrate: 0.5: {selector} has no prior"):
         select(selector, random_scores(10), 0.1, 0, 0.5, torch.tensor([0, 10]))
+
+
+def test_a_mask_that_is_all_of_q3_is_told_of():
+    """The q3 selectors are then one and the same, and comparing them says nothing."""
+    notes = {}
+    selection = SimpleNamespace(selector="q3_high_di", ratio=0.1)
+    run = SimpleNamespace(
+        config=SimpleNamespace(selection=selection), monitor=SimpleNamespace(note=notes.__setitem__)
+    )
+    mask = torch.zeros(100, dtype=torch.bool)
+    mask[:10] = True
+    warn_of_small_q3(run, mask, step=1)
+    assert not notes
+    mask[0] = False
+    warn_of_small_q3(run, mask, step=2)
+    assert "could keep 10 rows, but Q3 has 9" in notes["selection.ratio"]
+    selection.selector = "q3"
+    del notes["selection.ratio"]
+    warn_of_small_q3(run, mask, step=3)
+    assert not notes
