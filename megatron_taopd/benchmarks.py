@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from megatron_taopd.checkpoint_files import sum_of
+from megatron_taopd.files import file_written_aside
 from megatron_taopd.prompts import read_records
+from megatron_taopd.serving.supervise import supervised
 from megatron_taopd.tables import mean_and_std
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
@@ -87,6 +91,7 @@ class Endpoint:
     top_p: float
     concurrency: int
     api_key: str | None = None
+    sums: dict[str, Any] | None = None  # of the files it serves, if they are known
 
 
 @dataclass
@@ -155,13 +160,28 @@ def score(
 
     Args:
         data: what `prepare` has written, and how many rows.
-        out: directory for EvalScope's task, log, answers and report.
+        out: directory for EvalScope's task, log, answers and report. Answers that are there to the
+            same rows and settings, of the same files of the model, are taken, and only the others
+            asked for; what else is there is deleted.
         python: interpreter of an environment that has EvalScope.
 
     Raises:
         Missing: EvalScope failed, or some row has no score.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    generation = {
+        "temperature": endpoint.temperature,
+        "top_p": endpoint.top_p,
+        "max_tokens": endpoint.max_tokens,
+        "seed": seed,
+    }
+    split = data / f"{PAPER[name].split}.jsonl"
+    asked = {"generation": generation, "rows": sum_of(split), "model": endpoint.sums}
+    known = endpoint.sums is not None and _read(out / "asked.json") == json.loads(json.dumps(asked))
+    if not known:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        with file_written_aside(out / "asked.json") as aside:
+            aside.write_text(json.dumps(asked))
     task = {
         "model": endpoint.model,
         "model_id": "model",
@@ -169,32 +189,34 @@ def score(
         "api_url": f"{endpoint.url}/v1",
         "datasets": [name],
         "dataset_args": {name: {"dataset_id": str(data.resolve()), **PAPER[name].arguments}},
-        "generation_config": {
-            "temperature": endpoint.temperature,
-            "top_p": endpoint.top_p,
-            "max_tokens": endpoint.max_tokens,
-            "seed": seed,
-        },
+        "generation_config": generation,
         "judge": {"strategy": "rule"},
         "eval_batch_size": endpoint.concurrency,
         "seed": seed,
         "work_dir": str(out.resolve()),
         "no_timestamp": True,
+        "use_cache": str(out.resolve()) if known else None,
+        "rerun_review": known,  # else the address of the server has to be the same, too
     }
     (out / "task.json").write_text(json.dumps(task, indent=1))
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(data.resolve() / "cache"),
+        # Beside the rows: what is below them would be read as rows, too.
+        "HF_DATASETS_CACHE": str(data.resolve().with_name(f"{name}.cache")),
         "TAOPD_API_KEY": endpoint.api_key or "EMPTY",
     }
     with open(out / "output.txt", "w") as log:
-        command = [python, "-c", _RUN, str(out / "task.json")]
+        command = supervised([python, "-c", _RUN, out / "task.json"])
         code = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
     report = out / "reports" / "model" / f"{name}.json"
     if code or not report.is_file():
         raise Missing(f"EvalScope failed; see {out / 'output.txt'}")
     return _primary(json.loads(report.read_text()), rows, report)
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _primary(report: dict, rows: int, path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import dense
@@ -11,8 +12,10 @@ import torch
 from step import row_logits
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.alignment import align, take_steps
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
+from megatron_taopd.diagnostics.engines import local_engine
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.vocab_map import Vocabulary
 
@@ -47,7 +50,12 @@ def test_quadratic_losses_have_the_remainder_of_their_curvature():
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     out = tmp_path_factory.mktemp("banks") / "bank"
-    add_rollouts(out, STUDENT, TINY / "test.jsonl", Sampling(max_new_tokens=12), 0, limit=3)
+    prompts, sampling = TINY / "test.jsonl", Sampling(max_new_tokens=12)
+    engine = partial(local_engine, student=STUDENT, seed=0)
+    with pytest.MonkeyPatch.context() as patch:  # its third sequence is in another shard
+        patch.setattr(bank_module, "SEQUENCES_PER_SHARD", 2)
+        add_rollouts(out, STUDENT, prompts, sampling, 0, engine, limit=3)
+    assert len(Bank(out).shards) == 2
     return Bank(out)
 
 
@@ -57,10 +65,10 @@ def test_a_step_is_plain_gradient_descent_on_one_tokens_loss(bank, tmp_path):
     (Its norms work in fp32, as transformers has them.)
     """
     lr = 1e-3
-    align(bank.dir, STUDENT, TEACHER, tmp_path / "a.parquet", 2, 3, [lr])
+    align(bank.dir, STUDENT, TEACHER, tmp_path / "a.parquet", 3, 4, [lr])
     table = pq.read_table(tmp_path / "a.parquet").to_pylist()
-    assert len(table) == 3 and table[0]["position"] == 0
-    batch, size = bank.read(0, 2).batch, Vocabulary.from_pretrained(STUDENT).size
+    assert len(table) == 4 and table[0]["position"] == 0 and table[-1]["sequence"] == 2
+    batch, size = bank.first(3).batch, Vocabulary.from_pretrained(STUDENT).size
 
     z_s, z_t, model = row_logits(STUDENT, TEACHER, batch, size)
     fixed = dense.divergence(z_s, z_t, "forward_kl").mean()
@@ -101,3 +109,6 @@ def test_the_remainder_falls_four_times_as_fast_as_the_step_is_halved(bank, tmp_
 def test_nothing_to_step_on_is_refused(bank, tmp_path):
     with pytest.raises(ValueError, match="sequences, tokens and lr: have to be above 0"):
         align(bank.dir, STUDENT, TEACHER, tmp_path / "a.parquet", 2, 3, [0.0])
+    with pytest.raises(ValueError, match="bank: has 3 sequences; 4 are asked for"):
+        align(bank.dir, STUDENT, TEACHER, tmp_path / "a.parquet", 4, 3, [1e-4])
+    assert not (tmp_path / "a.parquet").exists()

@@ -123,7 +123,7 @@ def test_tables(tmp_path):
 
 def run_tool(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 def test_mistakes_are_told_before_a_server_starts(tmp_path):
@@ -146,8 +146,12 @@ def test_evalscope_reads_the_rows_and_scores_a_server(tmp_path):
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (tmp_path / "student" / "chat_template.jinja").write_text(template)
     data = tmp_path / "data"
+    problem = {"problem": "1 + 1?", "answer": "2"}
+    choices = {f"Incorrect Answer {n}": str(n) for n in (1, 2, 3)}
     rows = {
-        "math_500": {"problem": "1 + 1?", "answer": "2"},
+        "aime24": problem,
+        "aime25": problem,
+        "gpqa_diamond": {"Question": "0 + 0?", "Correct Answer": "0", **choices},
         "humaneval": HUMANEVAL,
         "ifeval": {
             "key": 1,
@@ -155,21 +159,37 @@ def test_evalscope_reads_the_rows_and_scores_a_server(tmp_path):
             "instruction_id_list": ["punctuation:no_comma"],
             "kwargs": [{}],
         },
+        "math_500": problem,
     }
     for name, row in rows.items():
         (data / name).mkdir(parents=True)
         (data / name / "test.jsonl").write_text(json.dumps(row) + "\n")
-    done = run_tool(
-        tmp_path / "student", "--data", data, "--out", tmp_path / "out", "--seeds", "0", "1",
-        "--max-tokens", "8", "--dtype", "float32", "--python", EVALSCOPE, "--concurrency", "2",
-        "--benchmarks", "math_500", "ifeval", "humaneval", "--json", tmp_path / "scores.json",
+    asked = (
+        tmp_path / "student", "--data", data, "--out", tmp_path / "out", "--max-tokens", "8",
+        "--dtype", "float32", "--mem-fraction", "0.1", "--python", EVALSCOPE,
+        "--json", tmp_path / "scores.json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (scores,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    assert {name: len(values) for name, values in scores["by_benchmark"].items()} == {
-        "math_500": 2,
-        "ifeval": 2,
-    }
-    assert "--run-code" in scores["missing"]["humaneval"]
-    assert scores["average_of"] == "average of 2 of 6"
+
+    def scores(*further):
+        done = run_tool(*asked, *further)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (of_student,) = json.loads((tmp_path / "scores.json").read_text())["scores"]
+        return of_student
+
+    first = scores("--seeds", "0", "--run-code")
+    assert {name: len(values) for name, values in first["by_benchmark"].items()} == dict.fromkeys(
+        PAPER, 1
+    )
+    assert first["average_of"] == "six-benchmark average"
+
+    # Called again, it asks for what is not there; without leave to run code, not for that.
+    math = tmp_path / "out" / "1-student" / "math_500"
+    (answers,) = math.glob("seed_0/predictions/*/*")
+    before = answers.stat().st_mtime_ns
+    second = scores("--seeds", "0", "1", "2", "--benchmarks", "math_500", "humaneval")
+    assert second["by_benchmark"]["math_500"][:1] == first["by_benchmark"]["math_500"]
+    assert len(second["by_benchmark"]["math_500"]) == 3
+    assert answers.stat().st_mtime_ns == before
+    assert "--run-code" in second["missing"]["humaneval"]
+    assert second["average_of"] == "average of 1 of 6"
     assert "missing" in (tmp_path / "out" / "1-student" / "scores.md").read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import dense
@@ -14,19 +16,24 @@ from ranks import run_ranks
 from step import row_logits
 from transformers import AutoTokenizer
 
+from megatron_taopd.config import ServersSection
 from megatron_taopd.convert import to_megatron
+from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
+from megatron_taopd.diagnostics.engines import local_engine, sglang_engine
 from megatron_taopd.diagnostics.table import KS, MEASURES, PLACE, read_table, write_gain
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"
+TOOLS = Path(__file__).parent.parent / "tools"
 SAMPLING = Sampling(max_new_tokens=12, samples=2)
 
 
-def add(out, seed=0, prompts=TINY / "test.jsonl", limit=6, student=STUDENT, **data):
-    add_rollouts(out, student, prompts, SAMPLING, seed, limit=limit, **data)
+def add(out, seed=0, prompts=TINY / "test.jsonl", limit=6, student=STUDENT, engine=None, **data):
+    engine = engine or partial(local_engine, student=student, seed=seed)
+    add_rollouts(out, student, prompts, SAMPLING, seed, engine, limit=limit, **data)
     return Bank(out)
 
 
@@ -47,6 +54,14 @@ def files(directory) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------- banks
 
 
+def students_log_probs(batch):
+    """[R] float64 of the response tokens, over the ids that stand for a token."""
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    logits, _, _ = row_logits(STUDENT, STUDENT, batch, tokens)
+    return dense.log_probs(logits).gather(1, batch.response_tokens()[:, None])[:, 0]
+
+
 def test_a_bank_holds_what_the_student_wrote(bank):
     contexts = bank.read(0)
     batch = contexts.batch
@@ -56,10 +71,8 @@ def test_a_bank_holds_what_the_student_wrote(bank):
     asked = [json.loads(line)["prompt"] for line in lines[:6]]
     assert [said[-1]["content"] for said in contexts.messages.values()] == asked
     assert contexts.prompts_for(tokenizer) == contexts.prompts
-    tokens = 1 + max(tokenizer.get_vocab().values())  # ids without a token are not drawn
-    logits, _, _ = row_logits(STUDENT, STUDENT, batch, tokens)
-    at_tokens = dense.log_probs(logits).gather(1, batch.response_tokens()[:, None])[:, 0]
-    torch.testing.assert_close(batch.log_probs.double(), at_tokens, atol=1e-4, rtol=0)
+    want = students_log_probs(batch)
+    torch.testing.assert_close(batch.log_probs.double(), want, atol=1e-4, rtol=0)
 
 
 def test_the_same_call_makes_the_same_bank(bank, tmp_path):
@@ -153,9 +166,101 @@ def test_a_bank_is_of_one_tokenizer_and_one_student(own_bank, tmp_path):
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_anything_is_made(tmp_path, sampling, message):
+    engine = partial(local_engine, student=STUDENT, seed=0)
     with pytest.raises(ValueError, match=message):
-        add_rollouts(tmp_path / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, limit=2)
+        add_rollouts(tmp_path / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=2)
     assert not (tmp_path / "bank").exists()
+
+
+def test_the_first_sequences_are_those_of_all_shards(own_bank, monkeypatch):
+    """A shard has ten, and the second one of the first addition two."""
+    monkeypatch.setattr(bank_module, "SEQUENCES_PER_SHARD", 10)
+    other = add(own_bank.dir.parent / "other")
+    assert [shard["sequences"] for shard in other.shards] == [10, 2]
+    grown = add(other.dir, seed=1)
+    shards = [grown.read(shard) for shard in range(4)]
+    for n in (1, 10, 11, 12, 13, 24):
+        found = grown.first(n)
+        assert found.first == 0 and found.batch.num_sequences == n
+        batches = [shard.batch for shard in shards]
+        tokens = [batch.sequence(i) for batch in batches for i in range(batch.num_sequences)]
+        assert torch.equal(found.batch.tokens, torch.cat(tokens[:n]))
+        log_probs = torch.cat([batch.log_probs for batch in batches])
+        assert torch.equal(found.batch.log_probs, log_probs[: found.batch.num_rows])
+        assert {*found.messages} == {*found.batch.prompts.tolist()}
+    with pytest.raises(ValueError, match=r"other: has 24 sequences; 25 are asked for"):
+        grown.first(25)
+    mixed = add(other.dir, seed=2, template="plain")
+    assert mixed.first(24).template == "auto"
+    with pytest.raises(ValueError, match=r"the templates auto and plain rendered its first 25 seq"):
+        mixed.first(25)
+
+
+# ----------------------------------------------------------------------------------------- SGLang
+
+
+def add_by_sglang(out):
+    """On a server of our own, and on the same one again as if it were somebody else's."""
+    import httpx
+    import torch.distributed as dist
+
+    def engine(**servers):
+        section = ServersSection(max_total_tokens=8192, **servers)
+        keywords = {"student": STUDENT, "dtype": torch.float32, "logs": out / "servers"}
+        return partial(sglang_engine, servers=section, **keywords)
+
+    @contextmanager
+    def lasting(*_):  # `add_rollouts` is not its last user
+        yield own
+
+    vocabulary = Vocabulary.from_pretrained(STUDENT)
+    with engine(start_timeout_s=180)(vocabulary, 100) as own:
+        server = own.replicas.all[0].server if own.leads else None
+        told = [server and server.url]
+        dist.broadcast_object_list(told)
+        there = engine(urls=(told[0],), start_timeout_s=0)
+        add(out, engine=lasting)
+        add(out, seed=1, engine=there)
+        if server:
+            weights = {"model_path": str(STUDENT), "weight_version": "7"}
+            httpx.post(f"{server.url}/update_weights_from_disk", json=weights, timeout=60)
+        with pytest.raises(ValueError, match="a server has weights of step 7, which a run gave it"):
+            add(out, seed=2, engine=there)
+        assert server is None or server.alive
+    assert server is None or not server.alive
+    with pytest.raises(ValueError, match=r"^engine sglang: http://127.0.0.1:9/model_info: Connect"):
+        add(out, seed=2, engine=engine(urls=("http://127.0.0.1:9",), start_timeout_s=0))
+
+
+def test_sglang_answers_with_the_students_probabilities(tmp_path):
+    run_ranks(2, add_by_sglang, tmp_path / "bank", timeout=400)
+    bank = Bank(tmp_path / "bank")
+    assert [(s["engine"], s["seed"], s["sequences"]) for s in bank.shards] == [
+        ("sglang", 0, 12),
+        ("sglang", 1, 12),
+    ]
+    assert bank.read(0).batch.tokens.tolist() != bank.read(1).batch.tokens.tolist()
+    batch = bank.first(24).batch
+    want = students_log_probs(batch)
+    torch.testing.assert_close(batch.log_probs.double(), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--url", "http://a:1"], "--url, --server-tp: are of --engine sglang"),
+        (["--server-tp", "2"], "--url, --server-tp: are of --engine sglang"),
+        (["--engine", "sglang", "--url", "http://a:1", "--server-tp", "2"], "--server-tp: 2 with"),
+    ],
+)
+def test_options_of_another_engine_are_refused(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.syspath_prepend(TOOLS)
+    import diagnose
+
+    paths = ["--student", STUDENT, "--prompts", TINY / "test.jsonl", "--out", tmp_path / "bank"]
+    monkeypatch.setattr("sys.argv", ["diagnose", "bank", *map(str, paths), *arguments])
+    with pytest.raises(ValueError, match=message):
+        diagnose.engine_of(diagnose.parse())
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -317,7 +422,7 @@ def test_a_bank_of_several_shards_is_one_table(own_bank, bank, tmp_path):
 def test_a_view_shows_the_likeliest_tokens_of_both_models(bank, tmp_path):
     score(bank, tmp_path / "t.parquet", 2, (2, 1), (2, 1, 1), view=2)
     shown = json.loads((tmp_path / "t.view.json").read_text())["sequences"]
-    batch, tokenizer = bank.read(0, 2).batch, AutoTokenizer.from_pretrained(STUDENT)
+    batch, tokenizer = bank.first(2).batch, AutoTokenizer.from_pretrained(STUDENT)
     assert [view["sequence"] for view in shown] == [0, 1]
     z_s, z_t, _ = row_logits(STUDENT, TEACHER, batch, Vocabulary.from_pretrained(STUDENT).size)
     positions = [position for view in shown for position in view["positions"]]
@@ -350,6 +455,7 @@ def test_what_does_not_belong_together_is_refused(bank, tmp_path):
     assert "another one" in error(other)
     assert "give the directory of one Megatron" in error(tmp_path)
     assert "micro_batch_tokens: 8 is too small" in error(STUDENT, micro_batch_tokens=8)
+    assert "has 12 sequences; 13 are asked for" in error(STUDENT, view=13)
     assert not list(tmp_path.glob("t.parquet*"))
 
 

@@ -161,6 +161,16 @@ def test_pivot_marks_what_excludes_zero():
     assert "<td class=num>−1 <small>[−2, +0.5]</small>" in table
 
 
+@pytest.mark.parametrize("name", ["ΔR² (+ C), 10⁻³", "ΔR² (decomposed), 10⁻³", "R² (baseline)"])
+def test_an_in_sample_r2_is_never_marked(report, name):
+    """More variables raise it, so that its interval excludes 0 without an effect, too."""
+    rows = [row for row in report[1]["table9_regression"] if row["quantity"] == name]
+    (row, *_) = [row for row in rows if row["seed"] == "seed0"]
+    assert row["low"] > 0 or "decomposed" in name
+    assert "<b>" not in pivot([row | {"low": 0.1}], "quantity", "K", "K = {}")
+    assert "<b>" in pivot([row | {"low": 0.1, "quantity": "gap"}], "quantity", "K", "K = {}")
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Headless Chromium."""

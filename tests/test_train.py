@@ -252,6 +252,41 @@ def test_interrupted_in_or_after_a_step(tmp_path, at_call, done):
     assert curve(resumed) == curve(whole)
 
 
+def what_evaluations_leave(directory):
+    """Each evaluation's figures, by step; best.json; the checkpoints; the student's weights."""
+    evaluations = {
+        record["step"]: {k: v for k, v in record.items() if k.startswith("eval/")}
+        for record in read_metrics(directory)
+        if "eval/accuracy" in record
+    }
+    checkpoints = directory / "checkpoints"
+    names = sorted(path.name for path in checkpoints.glob("step_*"))
+    best = json.loads((checkpoints / "best.json").read_text())
+    weights = directory / "student" / "model.safetensors"
+    return evaluations, best, names, weights.read_bytes() if weights.exists() else None
+
+
+def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
+    """In step 3, right after an evaluation, and in step 4, between two of them."""
+    options = [
+        "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}",
+        "train.steps=5", "checkpoint={every: 0, keep: 1}", "optimizer.warmup_steps=0",
+        "eval={every: 2, limit: 48, samples: 2, temperature: 1.0, pass_at: [2]}",
+    ]  # fmt: skip
+    run_ranks(1, train, [f"run.dir={tmp_path}/whole", *options])
+    whole = what_evaluations_leave(tmp_path / "whole")
+    assert [*whole[0]] == [0, 2, 4, 5] and whole[3]
+    for at_call, done in ((15, 2), (21, 3)):  # a step asks six times
+        stopped = [f"run.dir={tmp_path}/{done}", *options]
+        [(status, _)] = run_ranks(1, partial(interrupted_train, at_call=at_call), stopped)
+        evaluations, best, names, weights = what_evaluations_leave(tmp_path / str(done))
+        assert (status, [*evaluations], weights) == (3, [0, 2], None)
+        assert best["step"] == 2 and names == sorted({"step_00000002", f"step_{done:08d}"})
+        [(status, _)] = run_ranks(1, train, stopped)
+        assert status == 0
+        assert what_evaluations_leave(tmp_path / str(done)) == whole
+
+
 def test_resume_on_another_layout(tmp_path):
     """TP2 → DP2: the same curve up to rounding."""
     options = ["checkpoint.every=2", "train.steps=4"]

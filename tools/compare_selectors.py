@@ -88,6 +88,7 @@ def train(config: str, directory: Path, overrides: list[str]) -> dict:
         "after": accuracies[-1],
         "worst": min(accuracies),
         "grad_norm": mean(r["grad_norm"] for r in steps),
+        "kept_rows": mean(r["kept_rows"] for r in steps),
         "tokens_trained": sum(r["tokens_trained"] for r in steps)
         / sum(r["tokens_rolled_out"] for r in steps),
     }
@@ -103,6 +104,7 @@ def summarize(selector: str, runs: list[dict]) -> dict:
         "std": stdev(after) if len(after) > 1 else None,
         "worst": min(run["worst"] for run in runs),
         "grad_norm": mean(run["grad_norm"] for run in runs),
+        "kept_rows": mean(run["kept_rows"] for run in runs),
         "tokens_trained": mean(run["tokens_trained"] for run in runs),
     }
 
@@ -111,10 +113,11 @@ def as_table(rows: list[dict], seeds: int) -> Table:
     table = Table(
         box=SIMPLE,
         title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}",
-        caption="‖g‖ before clipping; trained: share of the tokens rolled out",
+        caption="‖g‖ before clipping; kept: rows a step, on average; trained: share of the tokens "
+        "rolled out",
     )
     table.add_column("selector", no_wrap=True)
-    for header in ("each seed", "mean", "std", "worst", "‖g‖", "trained"):
+    for header in ("each seed", "mean", "std", "worst", "‖g‖", "kept", "trained"):
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -124,6 +127,7 @@ def as_table(rows: list[dict], seeds: int) -> Table:
             "–" if row["std"] is None else f"{100 * row['std']:.1f}",
             f"{100 * row['worst']:.1f}",
             f"{row['grad_norm']:.1f}",
+            f"{row['kept_rows']:.0f}",
             f"{row['tokens_trained']:.0%}",
         )
     return table

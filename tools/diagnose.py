@@ -1,6 +1,6 @@
 """The fixed-context diagnostic: which token positions a student learns from, and what tells them.
 
-    python tools/diagnose.py bank --student DIR --prompts FILE --out BANK
+    python tools/diagnose.py bank --student DIR --prompts FILE --out BANK [--engine sglang]
     python tools/diagnose.py score --bank BANK --checkpoint DIR --teacher DIR --out before.parquet
     torchrun --nproc-per-node 4 tools/diagnose.py score --tp 2 --pp 2 …
     python tools/diagnose.py gain --before before.parquet --after after.parquet --out gain.parquet
@@ -16,7 +16,9 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import transformers
@@ -25,6 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_taopd.models.hf_checkpoint import DTYPES
+
+if TYPE_CHECKING:
+    from megatron_taopd.diagnostics.bank import OpenEngine
 
 
 def main() -> int:
@@ -79,8 +84,33 @@ def bank_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch-size", type=int, default=64, help="sequences at once on a rank")
+    command.add_argument("--batch-size", type=int, default=64, help="at once, per rank or server")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
+    command.add_argument("--engine", choices=("local", "sglang"), default="local")
+    command.add_argument("--server-tp", type=int, help="GPUs of the SGLang server; default: 1")
+    command.add_argument(
+        "--url", nargs="+", default=[],
+        help="of SGLang servers that are there, with the student's weights",
+    )  # fmt: skip
+
+
+def engine_of(arguments) -> OpenEngine:
+    """What opens the engine that the arguments ask for."""
+    from megatron_taopd.config import ServersSection
+    from megatron_taopd.diagnostics.engines import local_engine, sglang_engine
+
+    urls, tp, size = tuple(arguments.url), arguments.server_tp, arguments.batch_size
+    if arguments.engine == "local" and (urls or tp):
+        raise ValueError("--url, --server-tp: are of --engine sglang")
+    if urls and tp:
+        raise ValueError(f"--server-tp: {tp} with --url, whose servers are there already")
+    common = {"student": arguments.student, "dtype": DTYPES[arguments.dtype]}
+    if arguments.engine == "local":
+        return partial(local_engine, **common, seed=arguments.seed, batch_size=size)
+    servers = ServersSection(tp=tp or 1, concurrency=size)
+    if urls:
+        servers = ServersSection(urls=urls, concurrency=size, start_timeout_s=0)
+    return partial(sglang_engine, **common, servers=servers, logs=arguments.out / "servers")
 
 
 def run_bank(arguments) -> tuple[dict, list[Table]]:
@@ -89,6 +119,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
     from megatron_taopd.parallel import platform
     from megatron_taopd.rollout.engine import Sampling
 
+    open_engine = engine_of(arguments)
     platform.initialize()
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -110,8 +141,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         arguments.prompts,
         sampling,
         arguments.seed,
-        DTYPES[arguments.dtype],
-        arguments.batch_size,
+        open_engine,
         **data,
     )
     results = Bank(arguments.out).summary()

@@ -60,6 +60,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="GPUs of the server")
     parser.add_argument("--dtype", default="auto", help="of the server")
     parser.add_argument("--context-length", type=int, help="of the server; default: the model's")
+    parser.add_argument(
+        "--mem-fraction",
+        type=float,
+        help="of the device's memory, for the server; default: its own",
+    )
     parser.add_argument("--python", default=sys.executable, help="of EvalScope's environment")
     return parser.parse_args()
 
@@ -167,9 +172,11 @@ def serve(
         url = arguments.url.rstrip("/").removesuffix("/v1")
         yield Endpoint(url, arguments.model or first_model(url, key), *generation, key)
         return
+    from megatron_taopd.checkpoint_files import sum_of
     from megatron_taopd.convert import to_hf
     from megatron_taopd.serving.server import Server
 
+    sums = {f.name: sum_of(f) for f in sorted(checkpoint.iterdir()) if f.is_file()}
     hf_dir = checkpoint
     if kind_of(checkpoint) == "megatron":
         hf_dir = scratch / "model"
@@ -180,10 +187,11 @@ def serve(
         tp=arguments.tp,
         dtype=arguments.dtype,
         context_length=arguments.context_length,
+        mem_fraction=arguments.mem_fraction,
         token_ids_only=False,
     )
     with server:
-        yield Endpoint(server.url, str(hf_dir), *generation)
+        yield Endpoint(server.url, str(hf_dir), *generation, sums=sums)
 
 
 def first_model(url: str, key: str | None) -> str:

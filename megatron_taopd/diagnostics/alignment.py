@@ -138,7 +138,8 @@ def align(
         teacher_prompt: own or student, whose rendering of the prompts the teacher reads.
 
     Raises:
-        ValueError: there is no such bank or model; the bank is of another tokenizer.
+        ValueError: there is no such bank or model; the bank is of another tokenizer, or has fewer
+            sequences.
     """
     bank = Bank(bank_dir)
     for directory in (checkpoint, teacher):
@@ -148,7 +149,7 @@ def align(
     if min(sequences, tokens) < 1 or min(lrs) <= 0:
         raise ValueError("sequences, tokens and lr: have to be above 0")
     vocab_map = VocabMap.between(vocabulary, teacher_vocabulary)
-    contexts = bank.read(0, sequences)
+    contexts = bank.first(sequences)
     batch = contexts.batch
     own = teacher_prompt == "own"
     prompts = contexts.prompts_for(teacher_vocabulary.tokenizer) if own else None

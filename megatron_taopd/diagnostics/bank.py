@@ -8,10 +8,12 @@ a bank grows by whole additions or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,13 +21,12 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from megatron_taopd.checkpoint_files import gather, sum_of, sync
+from megatron_taopd.checkpoint_files import sum_of, sync
 from megatron_taopd.files import file_written_aside, reason_of
 from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_config
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import gather
 from megatron_taopd.prompts import load_prompts, render
-from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
-from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.engine import RolloutEngine, Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 from megatron_taopd.vocab_map import Vocabulary
 
@@ -116,27 +117,33 @@ class Bank:
                 "make a bank with its own"
             )
 
-    def read(self, shard: int, limit: int | None = None) -> Contexts:
-        """One shard, or its first sequences.
+    def read(self, shard: int) -> Contexts:
+        """One shard.
 
         Raises:
             ValueError: the file is missing or not as it was written.
         """
-        about = self.shards[shard]
-        table = self._table(shard).slice(0, limit).to_pydict()
-        responses = [torch.tensor(tokens) for tokens in table["response"]]
-        batch = make_rollout_batch(
-            table["prompt_tokens"],
-            table["prompt"],
-            responses,
-            [torch.tensor(values) for values in table["log_probs"]],
-            table["truncated"],
-            [torch.zeros_like(tokens) for tokens in responses],
-        )
-        said = zip(table["prompt"], table["messages"], strict=True)
-        messages = {prompt: json.loads(text) for prompt, text in said}
         first = sum(s["sequences"] for s in self.shards[:shard])
-        return Contexts(batch, first, messages, about["template"])
+        return _contexts(self._table(shard), first, self.shards[shard]["template"])
+
+    def first(self, sequences: int) -> Contexts:
+        """The first sequences, of as many shards as they take.
+
+        Raises:
+            ValueError: there are fewer, or several templates rendered them; as for `read`.
+        """
+        ends = list(accumulate(shard["sequences"] for shard in self.shards))
+        if sequences > ends[-1]:
+            raise ValueError(f"{self.dir}: has {ends[-1]} sequences; {sequences} are asked for")
+        shards = range(1 + bisect_left(ends, sequences))
+        templates = sorted({self.shards[shard]["template"] for shard in shards})
+        if len(templates) > 1:
+            raise ValueError(
+                f"{self.dir}: the templates {' and '.join(templates)} rendered its first "
+                f"{sequences} sequences; take fewer, of one template"
+            )
+        table = pa.concat_tables([self._table(shard) for shard in shards])
+        return _contexts(table.slice(0, sequences), 0, templates[0])
 
     def _table(self, shard: int) -> pa.Table:
         about = self.shards[shard]
@@ -160,32 +167,52 @@ class Bank:
         return numbers, answered
 
 
+def _contexts(table: pa.Table, first: int, template: str) -> Contexts:
+    columns = table.to_pydict()
+    responses = [torch.tensor(tokens) for tokens in columns["response"]]
+    batch = make_rollout_batch(
+        columns["prompt_tokens"],
+        columns["prompt"],
+        responses,
+        [torch.tensor(values) for values in columns["log_probs"]],
+        columns["truncated"],
+        [torch.zeros_like(tokens) for tokens in responses],
+    )
+    said = zip(columns["prompt"], columns["messages"], strict=True)
+    return Contexts(batch, first, {prompt: json.loads(text) for prompt, text in said}, template)
+
+
+OpenEngine = Callable[[Vocabulary, int], AbstractContextManager[RolloutEngine]]
+
+
 def add_rollouts(
     out: str | Path,
     student: str | Path,
     prompts: str | Path,
     sampling: Sampling,
     seed: int,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 64,
+    open_engine: OpenEngine,
     **data,
 ) -> None:
     """Let a student answer prompts, and add that to the bank `out`, which is made if need be.
 
     A prompt has one number in the whole bank, however often it is asked, and a file's repeats of a
-    prompt are asked once. Responses depend on (seed, the prompt's number, sample) alone. Every rank
-    calls this and generates its share.
+    prompt are asked once. Every rank calls this. From the in-process engine, responses depend on
+    (seed, the prompt's number, sample) alone; SGLang's are not reproducible, and the seed only
+    tells additions apart.
 
     Args:
         student: Hugging Face directory.
         sampling: `samples` responses to every prompt.
-        batch_size: sequences generated at once on a rank.
+        seed: recorded; what samples with it is the engine.
+        open_engine: makes the engine of the student (`engines.py`), from its vocabulary and the
+            longest sequence to come; called once nothing is left that can be refused.
         data: `load_prompts` takes these.
 
     Raises:
         ValueError: what is wrong with the prompts or the place to write to; a prompt was answered
-            with this seed before; the bank is of another student or tokenizer. The bank is what it
-            was.
+            with this seed before; the bank is of another student or tokenizer; a server has the
+            weights of a later step. The bank is what it was.
 
     Collectives: those of the engine.
     """
@@ -224,27 +251,23 @@ def add_rollouts(
             f"{prompts}; give another seed or other prompts"
         )
 
-    engine = LocalEngine.from_hf(
-        student,
-        dtype,
-        platform.device(),
-        batch_size=batch_size,
-        seed=seed,
-        rank=dist.get_rank() if dist.is_initialized() else 0,
-        world_size=dist.get_world_size() if dist.is_initialized() else 1,
-        vocab_size=1 + max(vocabulary.tokenizer.get_vocab().values()),
-    )
     writes = not dist.is_initialized() or dist.get_rank() == 0
     made_by = {"prompts": str(prompts), "seed": seed, "system": data.get("system")}
     made_by |= {"template": data.get("template", "auto"), "sampling": asdict(sampling)}
     added = []
-    for part in _parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples)):
-        batch = engine.generate(part, [numbers[ids] for ids in part], 0, sampling)
-        if writes:
-            file = f"shard_{len(record['shards']) + len(added):05d}.parquet"
-            messages = {numbers[ids]: asked[ids] for ids in part}
-            added.append(_write_shard(Path(out) / file, batch, messages) | made_by)
-    engine.close()
+    with open_engine(vocabulary, longest) as engine:
+        made_by["engine"] = engine.name
+        for part in _parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples)):
+            batch = engine.generate(part, [numbers[ids] for ids in part], 0, sampling)
+            if batch.weight_versions.any():
+                raise ValueError(
+                    f"a server has weights of step {int(batch.weight_versions.max())}, which a run "
+                    f"gave it; start it anew with those of {student}"
+                )
+            if writes:
+                file = f"shard_{len(record['shards']) + len(added):05d}.parquet"
+                messages = {numbers[ids]: asked[ids] for ids in part}
+                added.append(_write_shard(Path(out) / file, batch, messages) | made_by)
     if writes:
         record = {**record, "shards": [*record["shards"], *added]}
         with file_written_aside(path) as aside:

@@ -146,7 +146,8 @@ def _table_sections(tables: Tables, seed: str) -> str:
     sections = (
         (
             "Regression of the gain",
-            "Table 9. All variables standardised in each resample; ΔR² over the baseline.",
+            "Table 9. All variables standardised in each resample; ΔR² over the "
+            "baseline; more variables raise it anyway, so it is never bold.",
             pivot(rows("table9_regression"), "quantity", "K", "K = {}"),
         ),
         (
@@ -183,7 +184,7 @@ def _table_sections(tables: Tables, seed: str) -> str:
 
 
 def pivot(rows: Sequence[Row], down: str, across: str, header: str) -> str:
-    """An HTML table of estimates and intervals; what excludes 0 is bold."""
+    """An HTML table of estimates and intervals; what excludes 0 is bold, but for R²."""
     columns = list(dict.fromkeys(row[across] for row in rows))
     cells = {(row[down], row[across]): row for row in rows}
     lines = []
@@ -196,7 +197,10 @@ def pivot(rows: Sequence[Row], down: str, across: str, header: str) -> str:
 
 def _cell(row: Row) -> str:
     clear = row["low"] > 0 or row["high"] < 0
-    value = f"<b>{signed(row['estimate'])}</b>" if clear else signed(row["estimate"])
+    in_sample = "R²" in row.get("quantity", "")  # more variables raise it, also without an effect
+    value = signed(row["estimate"])
+    if clear and not in_sample:
+        value = f"<b>{value}</b>"
     return f"{value} <small>{bounds(row)}</small>"
 
 

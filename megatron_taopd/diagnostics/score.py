@@ -229,7 +229,7 @@ def score_bank(
 
     Raises:
         ValueError: the bank, a checkpoint or the layout is not what it should be; the bank is of
-            another tokenizer; a number of the table is none.
+            another tokenizer, or has fewer sequences than `view`; a number of the table is none.
     """
     bank = Bank(bank_dir)
     hf_dir = hf_directory(checkpoint, hf_dir)
@@ -241,6 +241,7 @@ def score_bank(
             f"micro_batch_tokens: {micro_batch_tokens} is too small for the {longest} tokens of "
             f"the longest sequence of {bank_dir}"
         )
+    viewed = bank.first(view) if view else None
     vocab_map = VocabMap.between(vocabulary, teacher_vocabulary)
     pair = Pair(
         checkpoint, hf_dir, teacher, parallel, teacher_parallel, vocab_map, dtype,
@@ -273,13 +274,12 @@ def score_bank(
             if writes:
                 columns = place(contexts) | dict(zip(MEASURES, table.numpy(), strict=True))
                 writer.write_table(pa.table(columns, schema=schema))
-    if view:
-        contexts = bank.read(0, view)
-        reading = teacher_reading(contexts, vocab_map, tokenizer, pair.teacher)
-        tops = pair.compare(contexts.batch, reading, likeliest, 4 * TOP)
+    if viewed:
+        reading = teacher_reading(viewed, vocab_map, tokenizer, pair.teacher)
+        tops = pair.compare(viewed.batch, reading, likeliest, 4 * TOP)
         if writes:
             with file_written_aside(out.with_suffix(".view.json")) as aside:
-                shown = {**about, "sequences": view_of(contexts, tops, vocabulary.tokenizer)}
+                shown = {**about, "sequences": view_of(viewed, tops, vocabulary.tokenizer)}
                 aside.write_text(json.dumps(shown, ensure_ascii=False) + "\n")
     means = dict(zip(MEASURES, (totals / rows).tolist(), strict=True))
     return {"out": str(out), "positions": rows, **means}

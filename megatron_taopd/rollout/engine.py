@@ -58,7 +58,13 @@ class Pending(Protocol):
 
 class RolloutEngine(Protocol):
     """Generates with the student's weights. Every method is collective: all ranks call it, with the
-    same arguments, in the same order."""
+    same arguments, in the same order.
+
+    Attributes:
+        name: as `rollout.engine` calls it.
+    """
+
+    name: str
 
     def submit(
         self,

@@ -46,6 +46,8 @@ class LocalEngine:
             model has more columns than tokens, or than the teacher).
     """
 
+    name = "local"
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -42,9 +42,9 @@ class SGLangEngine:
         model: that they serve; its `longest` is the longest sequence.
         vocab_size: tokens with this id or above are never drawn and take no probability.
         eos_token_ids: end a response.
-        sync: how weights get to the servers.
+        sync: how weights get to the servers; None: the replicas have `fixed_weights`.
         weights: the student's named tensors as they are now, from the first; collective. For
-            servers that come back without them.
+            servers that come back without them, so None with fixed weights.
         version: of these weights; None: the last update's.
         probe: looks after each sync whether it took effect; None: nothing does.
         release_memory: `rest` has the servers give back their device memory.
@@ -52,14 +52,16 @@ class SGLangEngine:
     Collective: makes a gloo group.
     """
 
+    name = "sglang"
+
     def __init__(
         self,
         replicas: Replicas | None,
         model: ServedModel,
         vocab_size: int,
         eos_token_ids: Iterable[int],
-        sync: WeightSync,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        sync: WeightSync | None = None,
+        weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
         version: Callable[[], int] | None = None,
         probe: Probe | None = None,
         release_memory: bool = False,

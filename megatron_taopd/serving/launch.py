@@ -16,7 +16,7 @@ from megatron_taopd.serving.server import Server
 if TYPE_CHECKING:
     from megatron_taopd.config import ServersSection
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def open_replicas(

@@ -25,6 +25,8 @@ import httpx
 import psutil
 import torch
 
+from megatron_taopd.serving.supervise import supervised
+
 _HERE = Path(__file__).parent
 POLL_S = 0.25
 ATTEMPTS = 3  # at a free port
@@ -136,11 +138,10 @@ class Server:
                 f"port {self.port} of {self.host} is in use: stop its user or take another"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        supervise = [sys.executable, "-I", _HERE / "supervise.py", str(os.getpid())]
         with open(self.log, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [*supervise, *self.command, "--port", str(self.port)],
+                supervised([*self.command, "--port", str(self.port)]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -24,6 +24,11 @@ SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
+def supervised(command: list[str]) -> list[str]:
+    """The command to start instead, by this process."""
+    return [sys.executable, "-I", __file__, str(os.getpid()), *map(str, command)]
+
+
 def main(parent: int, command: list[str]) -> int:
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a dying process leaves becomes a child of this one

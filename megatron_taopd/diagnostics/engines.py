@@ -1,0 +1,103 @@
+"""Who answers a bank's prompts: the in-process engine, or SGLang servers of the student.
+
+Both are context managers for `bank.add_rollouts`, once all but the vocabulary and the longest
+sequence is given: `partial(local_engine, student=…, …)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_taopd.parallel import platform
+from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
+from megatron_taopd.serving.launch import open_replicas
+from megatron_taopd.serving.replicas import ServedModel
+from megatron_taopd.vocab_map import Vocabulary
+
+if TYPE_CHECKING:
+    from megatron_taopd.config import ServersSection
+
+
+@contextmanager
+def local_engine(
+    vocabulary: Vocabulary,
+    _longest: int,
+    *,
+    student: str | Path,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+) -> Iterator[LocalEngine]:
+    """On every rank of the job, if there is one.
+
+    Args:
+        student: Hugging Face directory.
+        batch_size: sequences generated at once on a rank.
+    """
+    rank, world_size = 0, 1
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    engine = LocalEngine.from_hf(
+        student,
+        dtype,
+        platform.device(),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        vocab_size=tokens_of(vocabulary),
+    )
+    with closing(engine):
+        yield engine
+
+
+@contextmanager
+def sglang_engine(
+    vocabulary: Vocabulary,
+    longest: int,
+    *,
+    student: str | Path,
+    dtype: torch.dtype,
+    servers: ServersSection,
+    logs: Path,
+) -> Iterator[SGLangEngine]:
+    """On servers that rank 0 starts and, whatever happens, ends; or on some that are there.
+
+    Every rank calls this, in a process group (`platform.initialize`).
+
+    Args:
+        student: Hugging Face directory, whose weights the servers have.
+        dtype: of servers that are started; their logs go to the directory `logs`.
+
+    Raises:
+        ValueError: on every rank: a server did not start, does not answer, serves another model or
+            takes no sequence of `longest` tokens.
+
+    Collectives: a broadcast of some 100 bytes; makes a gloo group.
+    """
+    model, opened = ServedModel.of(student, longest), []
+    with ExitStack() as stack:
+
+        def start() -> None:
+            replicas = open_replicas(servers, model, dtype, logs, fixed_weights=True)
+            opened.append(stack.enter_context(replicas))
+
+        try:
+            on_first_rank(start)
+        except RuntimeError as error:
+            raise ValueError(f"engine sglang: {error}") from error
+        replicas = opened[0] if opened else None
+        yield SGLangEngine(replicas, model, tokens_of(vocabulary), vocabulary.ends)
+
+
+def tokens_of(vocabulary: Vocabulary) -> int:
+    """How many ids can be drawn: those up to the last that stands for a token."""
+    return 1 + max(vocabulary.tokenizer.get_vocab().values())

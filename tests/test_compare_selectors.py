@@ -1,0 +1,57 @@
+"""The table over selectors and seeds, from finished runs, which are not repeated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "compare_selectors.py"
+
+
+def finish_run(root, selector, seed, kept_rows):
+    """A run of as many steps as it has numbers of kept rows, the third of them not taken."""
+    directory = root / f"{selector}-{seed}"
+    (directory / "student").mkdir(parents=True)
+    records = [{"step": 0, "eval/accuracy": 0.2}]
+    for step, kept in enumerate(kept_rows, 1):
+        tokens = {"tokens_trained": 30, "tokens_rolled_out": 60}
+        taken = {"grad_norm": 2.0, "kept_rows": kept} if step != 3 else {"grad_norm": None}
+        records.append({"step": step, **taken, **tokens})
+    records[-1]["eval/accuracy"] = 0.5 + seed / 10
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (directory / "metrics.jsonl").write_text(lines)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """`q3_high_dl` finds fewer positions of its kind than it may keep."""
+    root = tmp_path_factory.mktemp("runs")
+    finish_run(root, "full", 0, [100, 120, 0, 140])
+    finish_run(root, "full", 1, [100, 120, 0, 152])
+    finish_run(root, "q3_high_dl", 0, [7, 9, 0, 5])
+    finish_run(root, "q3_high_dl", 1, [8, 8, 0, 8])
+    command = [sys.executable, TOOL, "CONFIG", "--out", root, "--seeds", "0", "1"]
+    command += ["--selectors", "full", "q3_high_dl", "--json", root / "figures.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((root / "figures.json").read_text()), done.stdout
+
+
+def test_kept_rows_are_a_mean_over_the_steps_taken_and_the_seeds(compared):
+    (full, q3), shown = compared
+    assert (full["kept_rows"], q3["kept_rows"]) == (122, 7.5)
+    assert "kept" in shown and "kept: rows a step" in shown
+    lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()}
+    assert lines["full"][1:] == ["50.0", "60.0", "55.0", "7.1", "20.0", "2.0", "122", "50%"]
+
+
+def test_what_else_a_row_has(compared):
+    (full, _), _ = compared
+    assert full["selector"] == "full" and full["before"] == 0.2 and full["after"] == [0.5, 0.6]
+    assert (full["mean"], full["worst"]) == (0.55, 0.2) and full["grad_norm"] == 2
+    assert full["tokens_trained"] == pytest.approx(0.5) and full["std"] == pytest.approx(0.0707107)
