@@ -98,8 +98,9 @@ def distill(run: Run) -> int:
                 "skipped, for what the lines above say; mend it, and the same command goes on from "
                 "the last checkpoint"
             )
-        last = step == config.train.steps or run.interrupted()
-        if last or _due(step, config.eval.every):
+        finished = step == config.train.steps
+        last = finished or run.interrupted()
+        if finished or _due(step, config.eval.every):
             metrics |= _evaluation(run, step)
         accuracy = metrics.get("eval/accuracy") if config.checkpoint.keep_best else None
         is_best = accuracy is not None and run.checkpoints.would_be_best(accuracy)

@@ -267,7 +267,7 @@ def what_evaluations_leave(directory):
 
 
 def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
-    """In step 3, right after an evaluation, and in step 4, between two of them."""
+    """In step 3, before and after its training, and in step 4."""
     options = [
         "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}",
         "train.steps=5", "checkpoint={every: 0, keep: 1}", "optimizer.warmup_steps=0",
@@ -276,15 +276,15 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
     run_ranks(1, train, [f"run.dir={tmp_path}/whole", *options])
     whole = what_evaluations_leave(tmp_path / "whole")
     assert [*whole[0]] == [0, 2, 4, 5] and whole[3]
-    for at_call, done in ((15, 2), (21, 3)):  # a step asks six times
-        stopped = [f"run.dir={tmp_path}/{done}", *options]
+    for at_call, done in ((15, 2), (18, 3), (21, 3)):  # a step asks six times
+        stopped = [f"run.dir={tmp_path}/{at_call}", *options]
         [(status, _)] = run_ranks(1, partial(interrupted_train, at_call=at_call), stopped)
-        evaluations, best, names, weights = what_evaluations_leave(tmp_path / str(done))
+        evaluations, best, names, weights = what_evaluations_leave(tmp_path / str(at_call))
         assert (status, [*evaluations], weights) == (3, [0, 2], None)
         assert best["step"] == 2 and names == sorted({"step_00000002", f"step_{done:08d}"})
         [(status, _)] = run_ranks(1, train, stopped)
         assert status == 0
-        assert what_evaluations_leave(tmp_path / str(done)) == whole
+        assert what_evaluations_leave(tmp_path / str(at_call)) == whole
 
 
 def test_resume_on_another_layout(tmp_path):
