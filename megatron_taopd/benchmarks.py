@@ -176,12 +176,13 @@ def score(
     }
     split = data / f"{PAPER[name].split}.jsonl"
     asked = {"generation": generation, "rows": sum_of(split), "model": endpoint.sums}
-    known = endpoint.sums is not None and _read(out / "asked.json") == json.loads(json.dumps(asked))
+    asked, record = json.dumps(asked), out / "asked.json"
+    known = endpoint.sums is not None and record.is_file() and record.read_text() == asked
     if not known:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        with file_written_aside(out / "asked.json") as aside:
-            aside.write_text(json.dumps(asked))
+        with file_written_aside(record) as aside:
+            aside.write_text(asked)
     task = {
         "model": endpoint.model,
         "model_id": "model",
@@ -213,10 +214,6 @@ def score(
     if code or not report.is_file():
         raise Missing(f"EvalScope failed; see {out / 'output.txt'}")
     return _primary(json.loads(report.read_text()), rows, report)
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _primary(report: dict, rows: int, path: Path) -> float:

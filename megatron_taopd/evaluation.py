@@ -14,10 +14,8 @@ from math import comb
 from pathlib import Path
 from statistics import mean
 
-import torch.distributed as dist
-
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.parallel.objects import told
+from megatron_taopd.parallel.objects import of_first_rank
 from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
@@ -198,7 +196,8 @@ def evaluate(
     responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     n = sampling.samples
     golds = [gold for gold in prompts.answers for _ in range(n)]
-    correct = _on_first_rank(lambda: grade(responses, golds))
+    # By one rank, so that all agree on what depends on the time it took.
+    correct = of_first_rank(lambda: grade(responses, golds))
     per_prompt = [sum(correct[i : i + n]) for i in range(0, len(correct), n)]
     examples = [
         Example(
@@ -219,9 +218,3 @@ def evaluate(
         mean_length=batch.response_lengths.double().mean().item(),
         examples=examples,
     )
-
-
-def _on_first_rank(verdicts: Callable[[], list[bool]]) -> list[bool]:
-    """Found there and sent to all, so that ranks agree on what depends on the time it took."""
-    decides = not dist.is_initialized() or dist.get_rank() == 0
-    return list(map(bool, told(bytes(verdicts()) if decides else None)))

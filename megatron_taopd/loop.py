@@ -313,8 +313,10 @@ def warn_of_gap(run: Run, gap: Tensor, step: int) -> None:
 def warn_of_small_q3(run: Run, mask: Tensor, step: int) -> None:
     """Of masks inside Q3 that are all of it, and so equal one another."""
     selection = run.config.selection
+    if not selection.selector.startswith("q3_"):
+        return
     most, kept = budget(selection.ratio, len(mask)), int(mask.sum())
-    if selection.selector.startswith("q3_") and kept < most:
+    if kept < most:
         run.monitor.note(
             "selection.ratio",
             f"step {step}: {selection.selector} could keep {most} rows, but Q3 has {kept}: all of "

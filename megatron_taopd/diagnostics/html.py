@@ -147,7 +147,7 @@ def _table_sections(tables: Tables, seed: str) -> str:
         (
             "Regression of the gain",
             "Table 9. All variables standardised in each resample; ΔR² over the "
-            "baseline; more variables raise it anyway, so it is never bold.",
+            "baseline, in-sample and no test, so it is never bold.",
             pivot(rows("table9_regression"), "quantity", "K", "K = {}"),
         ),
         (
@@ -197,7 +197,7 @@ def pivot(rows: Sequence[Row], down: str, across: str, header: str) -> str:
 
 def _cell(row: Row) -> str:
     clear = row["low"] > 0 or row["high"] < 0
-    in_sample = "R²" in row.get("quantity", "")  # more variables raise it, also without an effect
+    in_sample = "R²" in row.get("quantity", "")  # moves with the variables, also without an effect
     value = signed(row["estimate"])
     if clear and not in_sample:
         value = f"<b>{value}</b>"

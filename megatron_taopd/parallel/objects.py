@@ -5,9 +5,12 @@ Tensors do not go this way: parallel/exchange.py.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def gather(value: Any) -> list:
@@ -32,3 +35,11 @@ def told(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> An
     values = [value]
     dist.broadcast_object_list(values, src=src, group=group)
     return values[0]
+
+
+def of_first_rank(work: Callable[[], T]) -> T:
+    """What it gives on global rank 0, the only one that does it, on every rank.
+
+    Collectives: those of `told`.
+    """
+    return told(work() if not dist.is_initialized() or dist.get_rank() == 0 else None)

@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from megatron_taopd.accounting import ModelCost
 from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.models.hf_checkpoint import DTYPES, load_config
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import told
+from megatron_taopd.parallel.objects import of_first_rank
 from megatron_taopd.preflight import machine, network, storage, texts
 from megatron_taopd.preflight.findings import (
     Finding,
@@ -74,7 +74,7 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
         return of_all_hosts(found, host, local_rank == 0)
 
     def first(*checks: tuple) -> list[Finding]:
-        return _of_first_rank(lambda: [f for check in checks for f in examined(*check)])
+        return of_first_rank(lambda: [f for check in checks for f in examined(*check)])
 
     all_found = first((_check_config, config, ranks))
     yield "configuration", all_found
@@ -135,7 +135,7 @@ def before_run(config: Config) -> bool:
         storage.save_config(Path(config.run.dir), configuration.to_yaml(config))
         return []
 
-    return not _failed(_of_first_rank(work))
+    return not _failed(of_first_rank(work))
 
 
 def _failed(findings: Sequence[Finding]) -> bool:
@@ -145,10 +145,6 @@ def _failed(findings: Sequence[Finding]) -> bool:
 def _join() -> Iterator[Finding]:
     platform.initialize()
     yield from ()
-
-
-def _of_first_rank(work: Callable[[], list[Finding]]) -> list[Finding]:
-    return told(work() if not dist.is_initialized() or dist.get_rank() == 0 else None)
 
 
 def _check_config(config: Config, ranks: int) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM}
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
-def supervised(command: list[str]) -> list[str]:
+def supervised(command: list[str | os.PathLike]) -> list[str]:
     """The command to start instead, by this process."""
     return [sys.executable, "-I", __file__, str(os.getpid()), *map(str, command)]
 
