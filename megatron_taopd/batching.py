@@ -264,12 +264,20 @@ class Assignment:
     micro_batches: list[MicroBatch]
 
 
-def assign(batch: Sequences, mask: Tensor, layout: Layout, micro_batch_tokens: int) -> Assignment:
+def assign(
+    batch: Sequences,
+    mask: Tensor,
+    layout: Layout,
+    micro_batch_tokens: int,
+    rows_held: Tensor | None = None,
+) -> Assignment:
     """Cut, drop, balance and pack the batch for a model's layout; the same plan on every rank.
 
     Args:
         mask: [R] bool, the wanted rows.
         micro_batch_tokens: the most tokens in a micro-batch.
+        rows_held: [dp] int64, the rows that each data-parallel rank has from the parts of a batch
+            before this one, all of whose rows it keeps: see `hand_out`.
 
     Raises:
         ValueError: a sequence is longer than a micro-batch.
@@ -277,6 +285,10 @@ def assign(batch: Sequences, mask: Tensor, layout: Layout, micro_batch_tokens: i
     lengths = cut_lengths(batch, mask)
     multiple = layout.tp if layout.sequence else 1
     ranks = plan(lengths, layout.dp, micro_batch_tokens, multiple)
+    if rows_held is not None:
+        rows = batch.cu_rows.diff().tolist()
+        sizes = [sum(rows[i] for packed in share for i in packed) for share in ranks]
+        ranks = hand_out(ranks, sizes, rows_held.tolist())
     owner = torch.zeros_like(lengths)
     for rank, micro_batches in enumerate(ranks):
         owner[[sequence for packed in micro_batches for sequence in packed]] = rank
@@ -285,6 +297,39 @@ def assign(batch: Sequences, mask: Tensor, layout: Layout, micro_batch_tokens: i
         for sequences in ranks[layout.dp_rank]
     ]
     return Assignment(lengths, owner, own)
+
+
+def hand_out(shares: list, sizes: Sequence[int], held: Sequence[int]) -> list:
+    """Deal one share to each rank: the largest to the one that holds least, and so on.
+
+    Every rank's work is a share of the same plan as before, and what the ranks hold afterwards
+    differs by at most the larger of two numbers: by how much it differed before, and by how much
+    the shares do. Ranks that hold equally much take the shares as they are numbered.
+
+    Args:
+        shares: one for each rank.
+        sizes: of the shares, in rows.
+        held: rows that each rank has already.
+
+    Returns:
+        The share of each rank.
+    """
+    if len(set(held)) <= 1:
+        return shares
+    emptiest_first = sorted(range(len(held)), key=lambda rank: (held[rank], rank))
+    largest_first = sorted(range(len(sizes)), key=lambda share: (-sizes[share], share))
+    taken = dict(zip(emptiest_first, largest_first, strict=True))
+    return [shares[taken[rank]] for rank in range(len(held))]
+
+
+def rows_by_rank(batch: Sequences, owner: Tensor, world_size: int) -> Tensor:
+    """[world_size] int64, the response rows of the sequences that each data-parallel rank runs.
+
+    Args:
+        owner: [N] int64, the rank of each sequence.
+    """
+    rows = torch.zeros(world_size, dtype=torch.int64)
+    return rows.index_add_(0, owner, batch.cu_rows.diff())
 
 
 def shorten(

@@ -148,7 +148,6 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
     with span("teacher"):
         reading, reading_metrics = run.read(batch)
         teacher_rows = deliver(parts, batch, layout, assigned.owner)
-        del parts  # rows that are somewhere else now
 
     # … and it learns from what the teacher makes of it, unless the numbers mean nothing.
     metrics, samples, fault = {}, lambda: None, None

@@ -179,7 +179,7 @@ def _follow(
     sequences = batch.row_sequences()[kept]
     tp_ranks = range(layout.tp)
     return send_rows(
-        held,
+        [held],  # later mini-batches need what is here
         kept.repeat(layout.tp),
         torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
         torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),

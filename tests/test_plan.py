@@ -466,6 +466,33 @@ def test_servers_take_their_share_of_the_gpus_they_are_on(setup_of):
     assert "rollout servers" in items(released, "rollout")
 
 
+def test_a_streaming_teacher_is_planned(setup_of):
+    """Qwen3-14B at TP4 and DP16 reads 32 sequences of 7,168 rows of 5,120 bf16 numbers a rank."""
+    rows, half = 32 * 7168 * 5120 * 2, 16 * 7168 * 5120 * 2  # the student's 32 ranks score 16 each
+    servers = ("rollout.engine=sglang", "rollout.servers={replicas: 1, tp: 8, mem_fraction: 0.4}")
+    offloaded = setup_of(*servers, "teacher.offload=true", "rollout.sync.release_memory=true")
+    assert offloaded.stream
+    rollout, teacher = items(offloaded, "rollout"), items(offloaded, "teacher")
+    # The trunk and the rows are there while servers generate, and servers until all is read.
+    assert rollout["rows read"] == teacher["rows read"] == rows
+    assert rollout["teacher trunk"] == teacher["teacher trunk"] > 0
+    assert rollout["rollout servers"] == teacher["rollout servers"] == round(0.4 * 79 * 2**30)
+    assert "rollout servers" not in items(offloaded, "scoring")
+    exchange = items(offloaded, "exchange")
+    assert (exchange["rows read"], exchange["rows in transit"]) == (rows, rows)
+    assert items(offloaded, "scoring")["teacher rows"] == half
+    kept = items(offloaded, "training")["kept teacher rows"]  # 10 %, at the ranks that train them
+    assert kept == round(0.1 * 16 * 7168) * 5120 * 2
+
+    for other in (
+        setup_of(*servers, "teacher.offload=true", "rollout.stream=false"),
+        setup_of("teacher.offload=true"),  # the engine in these processes has finished by then
+    ):
+        assert not other.stream
+        assert not {"rows read", "teacher trunk"} & items(other, "rollout").keys()
+        assert items(other, "teacher")["rows read"] == rows
+
+
 def test_a_served_teacher_may_be_quantised_and_has_no_trunk_here(setup_of, models, tmp_path):
     directory = tmp_path / "Qwen3-235B-A22B-FP8"
     config = json.loads((models / "Qwen3-235B-A22B" / "config.json").read_text())

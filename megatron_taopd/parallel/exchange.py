@@ -7,6 +7,7 @@ where it has to go: rows travel in one all-to-all, with no negotiation before it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -14,44 +15,58 @@ from torch import Tensor
 
 from megatron_taopd.parallel import platform
 
+_ROWS_AT_A_TIME = 256  # that are copied by their numbers, which takes a temporary of so many
+
 
 @dataclass(frozen=True)
 class HeldRows:
     """Hidden states of some response rows.
 
     Attributes:
-        ids: [n] int64 on the CPU, ascending canonical row numbers.
+        ids: [n] int64 on the CPU, canonical row numbers in any order, each once.
         rows: [n, D] on this rank's device.
     """
 
     ids: Tensor
     rows: Tensor
 
-    @classmethod
-    def from_unordered(cls, ids: Tensor, rows: Tensor) -> HeldRows:
-        order = ids.argsort()
-        return cls(ids[order], rows[order.to(rows.device)])
+    @cached_property
+    def _order(self) -> Tensor:
+        """[n] int64, sorts the ids: numbers are sorted, never the rows, which would be a copy."""
+        return self.ids.argsort()
+
+    def places(self, ids: Tensor) -> Tensor:
+        """[len(ids)] int64, where each of these rows lies here, −1 for one that is not held."""
+        if not len(self.ids):
+            return torch.full_like(ids, -1)
+        where = torch.searchsorted(self.ids, ids, sorter=self._order)
+        where = self._order[where.clamp(max=len(self.ids) - 1)]
+        return where.where(self.ids[where] == ids, -1)
 
     def at(self, ids: Tensor) -> Tensor:
         """[len(ids), D], in the order asked for. KeyError for a row that is not held."""
-        ids = ids.cpu()
-        where = torch.searchsorted(self.ids, ids)
-        if len(ids) and not torch.equal(self.ids[where.clamp(max=len(self.ids) - 1)], ids):
+        where = self.places(ids.cpu())
+        if (where < 0).any():
             raise KeyError("asked for a row that this rank does not hold")
         return self.rows[where.to(self.rows.device)]
 
 
-def send_rows(held: HeldRows, ids: Tensor, source: Tensor, destination: Tensor) -> HeldRows:
+def send_rows(held: list[HeldRows], ids: Tensor, source: Tensor, destination: Tensor) -> HeldRows:
     """Move rows between ranks, as all of them have agreed.
 
     Args:
-        held: what this rank has (possibly nothing: then [0, D]).
+        held: what this rank has, in any number of pieces (of no rows: [0, D]). The list is emptied:
+            a piece that nobody else refers to is freed as soon as its rows are in the send buffer,
+            so that no more than twice the rows that are held or received exist at a time.
         ids, source, destination: [P] int64 on the CPU, equal on every rank: row `ids[i]` goes from
             global rank `source[i]` to `destination[i]`. A row may go to several ranks, and also to
             its own.
 
     Returns:
         The rows that came to this rank.
+
+    Raises:
+        KeyError: a row that this rank was to send is not held.
 
     Collectives: one all-to-all over the world, P·D elements in total, of which rows that stay on
     their rank cost nothing on the wire.
@@ -63,13 +78,29 @@ def send_rows(held: HeldRows, ids: Tensor, source: Tensor, destination: Tensor) 
     incoming = incoming[source[incoming].argsort(stable=True)]
     send_counts = destination[outgoing].bincount(minlength=world_size).tolist()
     receive_counts = source[incoming].bincount(minlength=world_size).tolist()
-    sent = held.at(ids[outgoing])
+    sent = _take(held, ids[outgoing])
     received = sent.new_empty(len(incoming), sent.shape[1])
     # Bytes, because gloo moves no bfloat16.
     dist.all_to_all_single(
         received.view(torch.uint8), sent.view(torch.uint8), receive_counts, send_counts
     )
-    return HeldRows.from_unordered(ids[incoming], received)
+    return HeldRows(ids[incoming], received)
+
+
+def _take(held: list[HeldRows], ids: Tensor) -> Tensor:
+    """[len(ids), D] from pieces, in the order asked for; the list is emptied on the way."""
+    rows = held[0].rows.new_empty(len(ids), held[0].rows.shape[1])
+    missing = len(ids)
+    while held:
+        piece = held.pop()
+        where = piece.places(ids)
+        here = (where >= 0).nonzero()[:, 0]
+        for some in here.split(_ROWS_AT_A_TIME):
+            rows[some.to(rows.device)] = piece.rows[where[some].to(rows.device)]
+        missing -= len(here)
+    if missing:
+        raise KeyError("asked for a row that this rank does not hold")
+    return rows
 
 
 def no_rows(width: int, dtype: torch.dtype) -> HeldRows:

@@ -43,6 +43,7 @@ REMEDIES = {
     "rows read": "rollout.prompts, or more data parallelism of the teacher",
     "rows in transit": "rollout.prompts",
     "teacher rows": "rollout.prompts, or more data parallelism of the student",
+    "kept teacher rows": "selection.ratio",
     "logits": "train.head_memory_mib",
     "kept layer outputs": "train.replay_memory_mib, or train.schedule: two_pass",
     "activations": "train.recompute: full, or train.micro_batch_tokens",
@@ -123,7 +124,6 @@ def phases(
     if not setup.release_memory:
         resident |= servers
         servers = {}
-    found = {"rollout": resident | servers | (_rollout(setup) if setup.rollout is None else {})}
 
     # What the teacher said stays where it was read until it is where it is scored.
     row = (2 * setup.k + 1) * 4 if setup.columns_only else teacher.hidden * e
@@ -132,19 +132,19 @@ def phases(
         reads, sends = work.sequences * work.response * row, grid.tp
     elif own is not None and place.teacher_stage == own.pp - 1:
         reads, sends = work.rows_of(own.dp) * row, -(-grid.tp // own.tp)
-    read = {"rows read": reads} if reads else {}
+    read = {"teacher trunk": trunk, "rows read": reads}
     scored = {"teacher rows": work.rows_of(grid.dp) * row} if last else {}
+    found = {"rollout": resident | servers | (read if setup.stream else {})}
+    if setup.rollout is None:
+        found["rollout"] |= _rollout(setup)
     if own is not None:
-        found["teacher"] = resident | {
-            "teacher trunk": trunk,
-            "forward pass": forward_bytes(
-                teacher, own, work.tokens_at_a_time(own.dp, setup.micro_batch_tokens), e
-            ),
-            "rows read": 3 * reads,  # by micro-batch, together, and in order
-        }
-    # The rows in order, those sent, those received, and these in order.
-    transit = (1 + sends) * reads + scored.get("teacher rows", 0)
-    found["exchange"] = resident | read | scored | {"rows in transit": transit}
+        # Servers give memory back once every answer is read (`engine.rest`), streamed or not.
+        tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
+        forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
+        found["teacher"] = resident | servers | read | forward
+    # Beside the send buffer there is first what was read, which is freed, then what is received.
+    ends = max({"rows read": reads}, scored, key=lambda items: sum(items.values()))
+    found["exchange"] = resident | ends | {"rows in transit": sends * reads}
 
     rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
     columns = student.vocab // grid.tp
@@ -164,6 +164,8 @@ def phases(
             kept = {"kept layer outputs": outputs}
     found["scoring"] = resident | scored | kept | work_at_hand
     base = resident | scored | kept
+    if last and not kept and grid.dp > 1:  # at the ranks that train their sequences
+        base["kept teacher rows"] = round(work.kept * work.rows_of(grid.dp)) * row
     found["training"] = base | _training(setup, place.stage, tokens, bool(kept), cuda)
     found["optimizer"] = resident | scored | {"Adam's temporaries": owned * 4}
     found["sync"] = resident | servers | scored | _sync(setup)

@@ -74,6 +74,8 @@ class Setup:
         teacher, teacher_grid: the grid is None of a served teacher.
         columns_only: the teacher gives its top-K, so that no head of it is here.
         rollout, teacher_servers: None where there are no such servers.
+        stream: the teacher reads answers while servers generate others, so that its trunk is on the
+            device and its rows gather meanwhile. The in-process engine has finished by then.
     """
 
     gpus: int
@@ -102,6 +104,7 @@ class Setup:
     sync_bucket: int
     release_memory: bool
     ahead: int
+    stream: bool
     checkpoint_every: int
 
     @classmethod
@@ -188,6 +191,7 @@ class Setup:
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
             ahead=rollout.ahead,
+            stream=rollout.stream and rollout.engine == "sglang",
             checkpoint_every=config.checkpoint.every,
         )
 

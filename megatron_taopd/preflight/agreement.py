@@ -109,9 +109,8 @@ def check_teacher(
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, student.layout, micro_batch_tokens)
     with torch.no_grad(), teacher.resident():
-        part = teacher.read(reading)
-    places = torch.arange(batch.num_sequences)
-    rows = deliver([(places, part)], batch, student.layout, assigned.owner)
+        parts = [(torch.arange(batch.num_sequences), teacher.read(reading))]
+    rows = deliver(parts, batch, student.layout, assigned.owner)
     what = f"teacher ({getattr(teacher, 'layout', 'served')})"
     remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +26,13 @@ class ReadRows:
 
 
 def deliver(
-    parts: Sequence[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
+    parts: list[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
 ) -> HeldRows:
     """The teacher's hidden states at all response rows, on the ranks that will score them.
 
     Args:
-        parts: (places in the batch, what was read); every sequence of the batch once.
+        parts: (places in the batch, what was read); every sequence of the batch once. The list is
+            emptied, so that rows are freed once they are sent (`send_rows`).
         batch: the whole batch; the same on every rank.
         student: layout of the model whose last stage scores.
         owner: [N] int64, the student's data-parallel rank that scores each sequence.
@@ -42,14 +42,24 @@ def deliver(
 
     Collectives: one all-to-all of R · D · tp elements over all ranks, tp being the student's.
     """
-    holders = parts[0][1].holders.new_empty(batch.num_sequences, parts[0][1].holders.shape[1])
-    ids, rows = [], []
-    for places, part in parts:
-        holders[places] = part.holders
-        ids.append(batch.rows_of(places)[part.held.ids])
-        rows.append(part.held.rows)
-    held = HeldRows.from_unordered(torch.cat(ids), torch.cat(rows))
+    held, holders = _in_batch(parts, batch)
     return send_rows(held, *_routes(batch, student, owner, holders))
+
+
+def _in_batch(
+    parts: list[tuple[Tensor, ReadRows]], batch: Sequences
+) -> tuple[list[HeldRows], Tensor]:
+    """The parts' rows by their numbers in the batch, and [N, h] who holds those of each sequence.
+
+    Empties the list of parts.
+    """
+    holders = parts[0][1].holders.new_empty(batch.num_sequences, parts[0][1].holders.shape[1])
+    held = []
+    while parts:
+        places, part = parts.pop()
+        holders[places] = part.holders
+        held.append(HeldRows(batch.rows_of(places)[part.held.ids], part.held.rows))
+    return held, holders
 
 
 def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor):

@@ -15,7 +15,7 @@ from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.exchange import HeldRows, no_rows
+from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.teacher.delivery import ReadRows, deliver
 from megatron_taopd.types import Sequences
@@ -50,6 +50,7 @@ class MegatronTeacher:
         config = gpt.transformer_config(hf, layout, dtype)
         self.trunk = gpt.Trunk(hf, config, layout, head=False).requires_grad_(False).eval()
         weights.load_weights(self.trunk, hf_dir)
+        self.rows_held = torch.zeros(layout.dp, dtype=torch.int64)  # by `read`, since `resident`
         self.host = self._host_copy() if offload else None
         if offload:
             self._release()
@@ -65,12 +66,16 @@ class MegatronTeacher:
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
         """`read` and `deliver` for a batch that is whole."""
         with self.resident():
-            part = self.read(batch)
-        return deliver([(torch.arange(batch.num_sequences), part)], batch, student, owner)
+            parts = [(torch.arange(batch.num_sequences), self.read(batch))]
+        return deliver(parts, batch, student, owner)
 
     @torch.no_grad()
     def read(self, sequences: Sequences) -> ReadRows:
         """Run the trunk over sequences; their rows stay where they were computed.
+
+        Parts of a batch that are read within one `resident` block are dealt so that every
+        data-parallel rank holds about equally many rows of all of them: counts differ by at most
+        what one part alone gives its ranks more than others, a sequence or so.
 
         Args:
             sequences: in the teacher's ids; the same on every rank. The weights are `resident`.
@@ -78,23 +83,28 @@ class MegatronTeacher:
         Collectives: those of the trunk's forward.
         """
         everything = torch.ones(sequences.num_rows, dtype=torch.bool)
-        own = batching.assign(sequences, everything, self.layout, self.micro_batch_tokens)
+        own = batching.assign(
+            sequences, everything, self.layout, self.micro_batch_tokens, self.rows_held
+        )
+        self.rows_held += batching.rows_by_rank(sequences, own.owner, self.layout.dp)
         held = self._forward(own.micro_batches)
         tp_ranks = torch.arange(self.layout.tp)
         holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
         return ReadRows(held, holders)
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> HeldRows:
-        outputs = forward(
-            self.trunk,
-            self.layout,
-            micro_batches,
-            lambda micro_batch, hidden: gpt.pick_rows(hidden, micro_batch.rows, self.layout),
-        )
-        if not outputs:
-            return no_rows(self.trunk.config.hidden_size, self.dtype)
+        """The rows of each micro-batch go where they stay, so that there is one copy of them."""
+        sizes = [len(m.rows) if self.layout.is_last_stage else 0 for m in micro_batches]
+        shape = sum(sizes), self.trunk.config.hidden_size
+        rows = torch.empty(shape, dtype=self.dtype, device=platform.device())
+        places = iter(rows.split(sizes))
+
+        def keep(micro_batch: batching.MicroBatch, hidden: Tensor) -> None:
+            next(places).copy_(gpt.pick_rows(hidden, micro_batch.rows, self.layout))
+
+        forward(self.trunk, self.layout, micro_batches, keep)
         ids = torch.cat([m.row_ids for m in micro_batches])
-        return HeldRows.from_unordered(ids, torch.cat(outputs))
+        return HeldRows(ids[: len(rows)], rows)
 
     def metrics(self) -> dict[str, float]:
         """What the log says of its work; nothing."""
@@ -130,7 +140,8 @@ class MegatronTeacher:
 
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """The weights on the device for the time of some forward passes."""
+        """The weights on the device for the time in which a batch is read, whole or in parts."""
+        self.rows_held.zero_()
         if self.host is None:
             yield
             return

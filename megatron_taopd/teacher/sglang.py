@@ -77,8 +77,8 @@ class _Teacher(ABC):
 
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
         """`read` and `deliver` for a batch that is whole."""
-        part = self.read(batch)
-        return deliver([(torch.arange(batch.num_sequences), part)], batch, student, owner)
+        parts = [(torch.arange(batch.num_sequences), self.read(batch))]
+        return deliver(parts, batch, student, owner)
 
     def read(self, sequences: Sequences) -> ReadRows:
         """Ask the servers, each sequence once, all at the same time; rank 0 holds the rows.

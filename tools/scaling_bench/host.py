@@ -62,7 +62,7 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int, ratio: floa
             own = batching.assign(batch, everything, teacher, 2 * length)
         held = torch.cat([m.row_ids for m in own.micro_batches])
         read = ReadRows(
-            HeldRows.from_unordered(held, torch.zeros(len(held), 4)),
+            HeldRows(held, torch.zeros(len(held), 4)),
             teacher.last_stage_rank(own.owner[:, None], torch.arange(tp)),
         )
         with part("routes of the teacher's rows"), Recorder():

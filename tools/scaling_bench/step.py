@@ -109,11 +109,10 @@ class Step:
         batch, phase, setup = self.batch, self.phase, self.setup
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
         assigned = batching.assign(batch, everything, self.layout, setup.micro_batch_tokens)
-        with phase("teacher"), torch.no_grad():
-            part = self.teacher.read(batch)
+        with phase("teacher"), torch.no_grad(), self.teacher.resident():
+            parts = [(torch.arange(batch.num_sequences), self.teacher.read(batch))]
         with phase("exchange"):
-            whole = [(torch.arange(batch.num_sequences), part)]
-            rows = deliver(whole, batch, self.layout, assigned.owner)
+            rows = deliver(parts, batch, self.layout, assigned.owner)
         with phase("scoring"):
             scores, *_ = score(batch, assigned, self.student, self.heads, rows, setup.k)
         with phase("selection"):

@@ -1,0 +1,246 @@
+"""A batch that the teacher reads as it comes: who holds its rows, the same numbers, no copies."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, run_ranks
+from step import make_batch, make_model
+
+from megatron_taopd.batching import assign, hand_out, rows_by_rank
+from megatron_taopd.rollout.engine import make_rollout_batch
+from megatron_taopd.types import RolloutBatch
+
+VOCABULARY, WIDTH = 64, 32
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("teacher"), VOCABULARY, WIDTH, 4, seed=1)
+
+
+def part_of(batch: RolloutBatch, places: list[int]) -> RolloutBatch:
+    """These sequences of a batch, as an engine hands them out."""
+    prompts, responses = [], []
+    for place in places:
+        prompt, response = batch.sequence(place).tensor_split([int(batch.prompt_lengths[place])])
+        prompts.append(prompt.tolist())
+        responses.append(response)
+    zeros = [torch.zeros(len(response)) for response in responses]
+    return make_rollout_batch(prompts, places, responses, zeros, [False] * len(places), zeros)
+
+
+def arriving(batch: RolloutBatch, size: int) -> list[list[int]]:
+    """Places in parts of this size, the shortest response first, as servers finish them."""
+    order = batch.response_lengths.argsort(stable=True)
+    return [places.sort().values.tolist() for places in order.split(size)]
+
+
+# ------------------------------------------------------------------------------------------- deals
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 16, 24, 40, 100, 512])
+@pytest.mark.parametrize("finished", ["shortest first", "in any order"])
+def test_rows_held_are_balanced_over_the_parts_of_a_heavy_tailed_batch(size, finished):
+    """512 responses with a median of 1,100 tokens and a longest of 7,168, on 16 ranks."""
+    ranks, generator = 16, torch.Generator().manual_seed(0)
+    responses = (7 + torch.randn(512, generator=generator)).exp().clamp(1, 7168).long()
+    prompts = torch.randint(20, 1024, (512,), generator=generator)
+    order = torch.randperm(512, generator=generator)
+    if finished == "shortest first":
+        order = responses.argsort()
+    layout = SimpleNamespace(dp=ranks, dp_rank=0, tp=1, sequence=False)
+    held = torch.zeros(ranks, dtype=torch.int64)
+    for places in order.split(size):
+        rows, lengths = responses[places], (prompts + responses)[places]
+        part = RolloutBatch(
+            tokens=torch.zeros(int(lengths.sum()), dtype=torch.int64),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            prompt_lengths=prompts[places],
+            log_probs=torch.zeros(int(rows.sum())),
+            truncated=torch.zeros(len(places), dtype=torch.bool),
+            prompts=places,
+            weight_versions=torch.zeros(int(rows.sum()), dtype=torch.int64),
+        )
+        everything = torch.ones(part.num_rows, dtype=torch.bool)
+        dealt = assign(part, everything, layout, 8192, held)
+        held += rows_by_rank(part, dealt.owner, ranks)
+    assert held.sum() == responses.sum()
+    assert held.max() <= 1.1 * held.double().mean()
+
+
+def test_shares_go_to_who_holds_least():
+    """By hand: rank 1 has least and takes the share of 5 rows, then ranks 2 and 0; of equals the
+    first."""
+    assert hand_out(["a", "b", "c"], [3, 5, 1], [9, 2, 4]) == ["c", "b", "a"]
+    assert hand_out(["a", "b", "c", "d"], [2, 2, 1, 1], [0, 7, 7, 0]) == ["a", "c", "d", "b"]
+    # Nobody is behind: as the plan has it, so that both models share out a whole batch alike.
+    assert hand_out(["a", "b"], [1, 2], [4, 4]) == ["a", "b"]
+
+
+def test_shares_are_compared_by_their_rows():
+    """Two ranks, which hold 5 rows and none: the answer of 9 goes to the second, the two of 2 to
+    the first."""
+    answers = [torch.zeros(rows) for rows in (9, 2, 2)]
+    batch = make_rollout_batch([[1]] * 3, range(3), answers, answers, [False] * 3, answers)
+    layout = SimpleNamespace(dp=2, dp_rank=0, tp=1, sequence=False)
+    everything = torch.ones(13, dtype=torch.bool)
+    assert assign(batch, everything, layout, 64).owner.tolist() == [0, 1, 1]
+    assert assign(batch, everything, layout, 64, torch.tensor([5, 0])).owner.tolist() == [1, 0, 0]
+
+
+def test_rows_are_counted_by_the_rank_that_runs_them():
+    batch = make_batch(VOCABULARY, num_sequences=4)
+    owner = torch.tensor([2, 0, 2, 2])
+    rows = batch.response_lengths.tolist()
+    assert rows_by_rank(batch, owner, 4).tolist() == [rows[1], 0, rows[0] + rows[2] + rows[3], 0]
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
+    """Two batches by `loop.read_parts`, and the second delivered to a student without tensor
+    parallelism: (of each batch, the rows of its parts that this rank holds; ids and rows that came
+    here)."""
+    from megatron_taopd import batching, loop
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.teacher.delivery import deliver
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.emulate_cuda()
+    layout = layouts.student_layout(1, 1)
+    teacher = MegatronTeacher(
+        teacher_dir, layouts.forward_layout(*parallel), torch.float32, micro_batch_tokens
+    )
+    pending = SimpleNamespace(
+        parts=lambda: ((torch.tensor(places), part_of(batch, places)) for places in parts)
+    )
+    run = SimpleNamespace(
+        config=SimpleNamespace(rollout=SimpleNamespace(stream=True)),
+        teacher=teacher,
+        read=lambda part: (part, {}),
+        monitor=SimpleNamespace(span=lambda _: nullcontext()),
+    )
+    held = []
+    for _ in range(2):
+        read = loop.read_parts(run, pending, lambda _: nullcontext())
+        held.append([len(part.held.ids) for _, part in read])
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
+    came = deliver(read, batch, layout, assigned.owner)
+    assert not read  # nothing refers to what was sent
+    return held, came.ids, came.rows
+
+
+LAYOUTS = {  # of the teacher: (tp, pp), which leaves so many data-parallel ranks
+    "DP2": (2, (1, 1), 2),
+    "DP4": (4, (1, 1), 4),
+    "TP2 DP2": (4, (2, 1, True), 2),
+    "PP2 DP2": (4, (1, 2), 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_parts_are_held_in_equal_shares_and_give_the_rows_of_the_whole(teacher_dir, layout, size):
+    world_size, parallel, dp = LAYOUTS[layout]
+    batch = make_batch(VOCABULARY, num_sequences=13)
+    case = teacher_dir, parallel, batch
+    streamed = run_ranks(world_size, read_in_parts, *case, arriving(batch, size))
+    whole = run_ranks(world_size, read_in_parts, *case, [list(range(13))])
+
+    longest, (tp, *_) = int(batch.response_lengths.max()), parallel
+    for held in zip(*(rounds for rounds, _, _ in streamed), strict=True):
+        sums = [sum(parts) for parts in held]
+        holding = sums[-dp * tp :]  # the ranks of the last stage
+        assert sum(holding) == sum(sums) == batch.num_rows * tp
+        assert max(holding) - min(holding) <= longest
+    for (first, second), _, _ in streamed:  # each batch is dealt anew
+        assert first == second
+
+    for (_, ids, rows), (_, whole_ids, whole_rows) in zip(streamed, whole, strict=True):
+        order, whole_order = ids.argsort(), whole_ids.argsort()
+        assert torch.equal(ids[order], whole_ids[whole_order])
+        assert torch.equal(rows[order], whole_rows[whole_order])
+    assert sorted(i for _, ids, _ in streamed for i in ids.tolist()) == [*range(batch.num_rows)]
+
+
+def test_a_row_that_is_not_held_is_a_mistake():
+    with pytest.raises(RankError, match="asked for a row that this rank does not hold"):
+        run_ranks(1, ask_for_what_is_not_there)
+
+
+def ask_for_what_is_not_there():
+    from megatron_taopd.parallel.exchange import HeldRows, send_rows
+
+    held = [HeldRows(torch.tensor([5, 2]), torch.ones(2, 3))]
+    here = torch.zeros(2, dtype=torch.int64)
+    send_rows(held, torch.tensor([2, 3]), here, here)
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def peak_of_delivery(batch, parts):
+    """(bytes held, bytes received, the most that existed), from before the parts were read."""
+    from megatron_taopd import batching
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.exchange import HeldRows
+    from megatron_taopd.parallel.memory import peak_memory
+    from megatron_taopd.teacher.delivery import ReadRows, deliver
+
+    platform.emulate_cuda()
+    layout, rank = layouts.student_layout(1, 1), dist.get_rank()
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    scorers = batching.assign(batch, everything, layout, 4096).owner
+    with peak_memory() as memory:
+        read, bytes_held = [], 0
+        for number, places in enumerate(parts):
+            part = part_of(batch, places)
+            holders = (torch.arange(len(places)) + number) % dist.get_world_size()
+            ids = part.rows_of((holders == rank).nonzero()[:, 0])
+            rows = torch.full((len(ids), 1024), float(number))
+            read.append((torch.tensor(places), ReadRows(HeldRows(ids, rows), holders[:, None])))
+            bytes_held += rows.nbytes
+        del rows
+        came = deliver(read, batch, layout, scorers)
+    return bytes_held, came.rows.nbytes, memory.peak
+
+
+@pytest.mark.parametrize("size", [100, 800])
+def test_delivery_has_every_row_at_most_twice(size):
+    """Once where it was read or where it is scored, and once on its way."""
+    batch = make_batch(VOCABULARY, num_sequences=800)
+    for held, received, peak in run_ranks(2, peak_of_delivery, batch, arriving(batch, size)):
+        assert peak <= 2.2 * max(held, received)  # numbers of rows, and 256 rows at a time
+
+
+def peak_of_reading(teacher_dir, batch, micro_batch_tokens):
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.memory import peak_memory
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.emulate_cuda()
+    layouts.student_layout(1, 1)
+    layout = layouts.forward_layout(1, 1)
+    teacher = MegatronTeacher(teacher_dir, layout, torch.float32, micro_batch_tokens)
+    with teacher.resident(), peak_memory() as memory:
+        part = teacher.read(batch)
+    return part.held.rows.nbytes, memory.peak
+
+
+def test_reading_has_every_row_once(teacher_dir):
+    """And what micro-batches of 64 tokens and numbers of rows need: half as much as these narrow
+    rows."""
+    batch = make_batch(VOCABULARY, num_sequences=1200)
+    ((held, peak),) = run_ranks(1, peak_of_reading, teacher_dir, batch, 64)
+    assert held == batch.num_rows * WIDTH * 4
+    assert peak < 1.9 * held
