@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import batching
-from megatron_taopd.convert import side_directory
+from megatron_taopd.convert import read_config, side_directory
 from megatron_taopd.diagnostics.bank import Bank, Contexts, weights_fingerprint
 from megatron_taopd.diagnostics.table import KS, MEASURES, PLACE
 from megatron_taopd.files import file_written_aside
@@ -233,7 +233,8 @@ def score_bank(
     """
     bank = Bank(bank_dir)
     hf_dir = hf_directory(checkpoint, hf_dir)
-    load_config(teacher)
+    for directory in (hf_dir, teacher):
+        read_config(directory)
     vocabulary, teacher_vocabulary = (Vocabulary.from_pretrained(d) for d in (hf_dir, teacher))
     bank.check_tokenizer(vocabulary, checkpoint)
     if (longest := max(shard["longest"] for shard in bank.shards)) > micro_batch_tokens:

@@ -66,7 +66,11 @@ def transformer_config(
         hf: of a family in `hf_map.FAMILIES`.
         dtype: of the parameters, torch.float32 or torch.bfloat16.
         recompute: "none", "selective" (core attention) or "full" (every layer).
+
+    Raises:
+        ValueError: the model does something that the trunk does not, one line with the key.
     """
+    hf_map.check_keys(hf)
     engine = use_transformer_engine()
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
@@ -273,16 +277,14 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
 def rope_frequencies(hf: PretrainedConfig) -> Tensor:
     """[head_dim / 2] float32 inverse frequencies, by transformers' own rules for the RoPE type.
 
-    Raises:
-        ValueError: the type scales attention or changes with the length of the input.
+    Args:
+        hf: with a type of `hf_keys.ROPE_TYPES`; none of these scales attention or changes with the
+            length of the input.
     """
     rope = hf.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind == "default":
         width = hf_map.head_dim(hf)
         return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    if kind not in hf_map.ROPE_TYPES:
-        supported = ", ".join(hf_map.ROPE_TYPES)
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: {supported}")
     frequencies, _attention_scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
     return frequencies

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+
+from megatron_taopd.models.hf_keys import unsupported
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,6 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def check_architecture(config: PretrainedConfig) -> None:
@@ -193,28 +194,13 @@ def check_architecture(config: PretrainedConfig) -> None:
             raise ValueError(f"{name} is not supported; supported: {', '.join(ARCHITECTURES)}")
         if ARCHITECTURES[name] != config.model_type:
             raise ValueError(f"{name} with model_type {config.model_type} contradict each other")
-    for unsupported in _unsupported(config):
-        raise ValueError(f"{unsupported} is not supported")
+    check_keys(config)
 
 
-def _unsupported(config: PretrainedConfig) -> Iterator[str]:
-    rope = config.rope_parameters or {}
-    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
-        yield f"rope_type {kind} (only {', '.join(ROPE_TYPES)})"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        yield f"sliding-window attention (window {config.sliding_window})"
-    if getattr(config, "attention_bias", False):
-        yield "attention_bias"
-    if getattr(config, "mlp_bias", False):
-        yield "mlp_bias"
-    if config.hidden_act != "silu":
-        yield f"hidden_act {config.hidden_act} (only silu)"
-    if getattr(config, "quantization_config", None):
-        yield "a checkpoint of quantised weights"
-    if num_experts(config) and (config.mlp_only_layers or config.decoder_sparse_step != 1):
-        yield "a mixture of dense and expert layers"
+def check_keys(config: PretrainedConfig) -> None:
+    """Raise ValueError, one line, for the first key whose effect the trunk does not have."""
+    for sentence in unsupported(config):
+        raise ValueError(sentence)
 
 
 def check_layout(config: PretrainedConfig, path, tp: int, pp: int, ep: int = 1) -> None:
