@@ -25,6 +25,7 @@ from transformers import AutoConfig
 from yaml import YAMLError
 
 from megatron_taopd.loss import LOSSES
+from megatron_taopd.models.hf_checkpoint import INDEX, SINGLE, weight_map
 from megatron_taopd.models.hf_map import (
     check_architecture,
     check_layout,
@@ -670,13 +671,16 @@ def _check_files(config: Config) -> None:
         teacher = config.teacher
         if model == "teacher" and teacher.engine == "sglang" and teacher.form == "topk":
             continue  # nothing is read of its weights
-        weights = [path / "model.safetensors"]
-        if (index := path / "model.safetensors.index.json").is_file():
-            names = _read_json(key, index).get("weight_map", {}).values()
-            weights = [path / name for name in sorted(set(names))]
-        for file in weights:
-            if not file.is_file():
-                raise ValueError(f"{key}: {file} is missing; {wanted} with safetensors weights")
+        if (path / INDEX).is_file():
+            _read_json(key, path / INDEX)
+        elif not (path / SINGLE).is_file():
+            raise ValueError(
+                f"{key}: {path / SINGLE} is missing; {wanted} with safetensors weights"
+            )
+        try:
+            weight_map(path)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
 
 def _check_model(model: str, config: Config, world_size: int) -> None:

@@ -190,6 +190,19 @@ def test_weights_in_shards(user):
     user.check()
 
 
+def test_weights_that_are_two_models(user):
+    """Before anything is built, as wherever else a directory is read."""
+    directory = user.dir / "models" / "teacher"
+    (directory / "adapter_model.safetensors").touch()
+    refused(user.check, "teacher.path", "adapter_model.safetensors", "move it elsewhere")
+    (directory / "adapter_model.safetensors").rename(directory / "a.safetensors")
+    index = {"weight_map": {"w": "a.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(user.check, "teacher.path", "an index of a.safetensors", "keep one of them")
+    (directory / "model.safetensors").unlink()
+    user.check()
+
+
 def test_evaluation_may_be_left_out(user):
     assert user.check("eval.prompts=null").eval.prompts is None
 

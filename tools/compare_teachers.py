@@ -21,9 +21,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_taopd import config as configuration
+from megatron_taopd.models.hf_checkpoint import load_model
 from megatron_taopd.models.weights import load_head
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.prompts import load_prompts
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def load(path: str):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_model(path, torch.float32).eval()
 
 
 def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from megatron_taopd import benchmarks, tables
 from megatron_taopd.benchmarks import PAPER, Endpoint, Missing
+from megatron_taopd.models.hf_checkpoint import weight_map
 
 
 def main() -> int:
@@ -115,7 +116,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.api_key_env and arguments.api_key_env not in os.environ:
         raise ValueError(f"--api-key-env: {arguments.api_key_env} is not set")
     for checkpoint in arguments.checkpoints:
-        kind_of(checkpoint)
+        if kind_of(checkpoint) == "hf":
+            weight_map(checkpoint)
     if shutil.which(arguments.python) is None:
         raise ValueError(f"--python: {arguments.python}: no such program")
     found = subprocess.run(

@@ -18,8 +18,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from megatron_taopd.models.hf_checkpoint import load_model
 from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
 from megatron_taopd.prompts import load_prompts
 from megatron_taopd.rollout.engine import Sampling
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def load(path: str):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_model(path, torch.float32).eval()
 
 
 def contexts(arguments, vocabularies: list[Vocabulary], size: int):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_taopd.models.hf_checkpoint import SINGLE, weight_map
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server
 
@@ -65,6 +66,8 @@ def plan(arguments: argparse.Namespace) -> list[partial]:
         )
     if arguments.api_key_env is not None and not os.environ.get(arguments.api_key_env):
         raise ValueError(f"--api-key-env: {arguments.api_key_env} is not set")
+    if (Path(arguments.model) / SINGLE).is_file():
+        weight_map(arguments.model)
     devices = arguments.gpus or list(range(torch.cuda.device_count()))
     if len(devices) % arguments.tp:
         raise ValueError(f"--tp: {arguments.tp} does not divide the {len(devices)} GPUs")

@@ -21,11 +21,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
 from megatron_taopd.diagnostics.bank import Bank
 from megatron_taopd.files import file_written_aside
-from megatron_taopd.models.hf_checkpoint import load_config
+from megatron_taopd.models.hf_checkpoint import load_config, load_model
 from megatron_taopd.parallel.vocab import VocabShard, divergence
 from megatron_taopd.types import Sequences
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
@@ -192,7 +191,7 @@ def load_float64(hf_dir: Path):
     Its norms are replaced: transformers' work in fp32 whatever they get, which puts 1e-7 on a loss,
     far above the remainder of a small step.
     """
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float64).eval()
+    model = load_model(hf_dir, torch.float64).eval()
     model.config.use_cache = False
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):

@@ -13,14 +13,14 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_taopd.models.hf_map import Parameter
 
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Everything of a directory that is not weights.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
 # The names that safetensors' headers have for what a weight may be.
@@ -30,7 +30,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The names that users choose from.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,9 +55,16 @@ def tensor_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this model has, as transformers says.
 
     The output of a tied model is left out.
+
+    Raises:
+        ValueError: transformers makes no model of this config.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever it trips over in a user's config
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"config.json: transformers makes no model of it: {reason}") from error
     tensors = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
@@ -78,34 +85,83 @@ def whole_shapes(
     }
 
 
+def weight_map(hf_dir: str | Path) -> dict[str, str] | None:
+    """The file of each tensor by the directory's index, or None: all are in model.safetensors.
+
+    This is transformers' choice: model.safetensors where there is one, else the index's shards;
+    neither other indexes, formats and variants nor what lies in folders. SGLang goes by the index,
+    and without one takes every safetensors file. A directory that is two models to the two is
+    refused, as is one where transformers would apply an adapter and others would not.
+
+    Raises:
+        ValueError: one line: no safetensors, a file that the index names is missing, or readers
+            differ.
+    """
+    directory = Path(hf_dir)
+    index, named = directory / INDEX, None
+    if index.is_file():
+        named = _read_index(index)
+        for file in sorted(set(named.values())):
+            if not (directory / file).is_file():
+                raise ValueError(f"{index}: names {file}, which is not there; that file is missing")
+    if (directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{hf_dir}: adapter_config.json beside the weights: transformers applies the adapter, "
+            "others do not; merge it into the weights, or move it elsewhere"
+        )
+    if not (directory / SINGLE).is_file():
+        if named is None:
+            raise ValueError(f"{hf_dir}: no {SINGLE} and no {INDEX}")
+        return named
+    if named is not None:
+        if others := sorted(set(named.values()) - {SINGLE}):
+            raise ValueError(
+                f"{hf_dir}: {SINGLE}, which transformers reads, beside an index of {others[0]}, "
+                "which SGLang reads: two models in one directory; keep one of them"
+            )
+        return named
+    beside = sorted(path.name for path in directory.glob("[!.]*.safetensors"))
+    beside.remove(SINGLE)
+    if beside and beside != ["consolidated.safetensors"]:  # which SGLang leaves out
+        raise ValueError(
+            f"{hf_dir}: {beside[0]} beside {SINGLE}: SGLang reads both, transformers the latter; "
+            "move it elsewhere"
+        )
+    return None
+
+
+def load_model(hf_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """transformers' model of a directory, on the CPU, if every reader takes the same weights of it.
+
+    Raises:
+        ValueError: what `weight_map` refuses.
+    """
+    weight_map(hf_dir)
+    return AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype, local_files_only=True)
+
+
 class HFCheckpoint:
     """The tensors of a Hugging Face directory, each read from safetensors when asked for.
 
     Raises:
-        ValueError: no safetensors, a file that the index names is missing, or one is damaged.
+        ValueError: what `weight_map` refuses, or a damaged file.
     """
 
     def __init__(self, hf_dir: str | Path):
         self.dir = Path(hf_dir)
-        index = self.dir / INDEX
-        if index.is_file():
-            self.files = _read_index(index)
-        elif (self.dir / "model.safetensors").is_file():
-            with self._open("model.safetensors") as file:
-                self.files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise ValueError(f"{hf_dir}: no model.safetensors and no {INDEX}")
-        for file in sorted(set(self.files.values())):
-            if not (self.dir / file).is_file():
-                raise ValueError(f"{index}: names {file}, which is not there")
+        self.files = weight_map(hf_dir)
+        if self.files is None:
+            with self._open(SINGLE) as file:
+                self.files = dict.fromkeys(file.keys(), SINGLE)
 
     @contextmanager
     def _open(self, file: str):
         try:
             with safe_open(self.dir / file, framework="pt") as opened:
                 yield opened
-        except SafetensorError as error:
-            raise ValueError(f"{self.dir / file}: damaged safetensors file ({error})") from error
+        except (SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.dir / file}: damaged safetensors file ({reason})") from error
 
     def __getitem__(self, name: str) -> Tensor:
         with self._holding(name) as file:
@@ -148,6 +204,11 @@ class HFCheckpoint:
                 config.json gives it, or not of floating-point numbers.
         """
         shapes = tensor_shapes(config)
+        if (self.dir / "hf_quant_config.json").is_file():
+            raise ValueError(
+                f"{self.dir}: hf_quant_config.json, by which SGLang reads quantised weights; "
+                "give the original, or move it elsewhere"
+            )
         if missing := sorted(shapes.keys() - self.files.keys()):
             raise ValueError(f"{self.dir}: {len(missing)} tensors are missing, first {missing[0]}")
         extra = self.files.keys() - shapes.keys()
@@ -197,8 +258,9 @@ def _read_index(index: Path) -> dict[str, str]:
         files = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
             raise ValueError("a file that is not beside it")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of safetensors files ({error!r})") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(repr(error).split())
+        raise ValueError(f"{index}: not an index of safetensors files ({reason})") from error
     return files
 
 
@@ -270,7 +332,7 @@ class HFWriter:
             shape, dtype = self.tensors[name]
             start, end = end, end + prod(shape) * dtype.itemsize
             header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
+                "dtype": DTYPE_NAMES[dtype],
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }
@@ -289,7 +351,7 @@ def side_files(directory: str | Path) -> Iterator[Path]:
     """Config, generation config, tokenizer, chat template, licence: all that is not weights."""
     for pattern in _SIDE_FILES:
         for path in sorted(Path(directory).glob(pattern)):
-            if path.name != INDEX:
+            if path.is_file() and not path.name.endswith(".index.json"):
                 yield path
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -26,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_taopd.models.hf_checkpoint import load_model
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
@@ -74,7 +74,7 @@ class LocalEngine:
     @classmethod
     def from_hf(cls, path: str | Path, dtype: torch.dtype, device: torch.device | str, **kwargs):
         """Load a Hugging Face checkpoint directory; `kwargs` as for the class."""
-        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device), **kwargs)
+        return cls(load_model(path, dtype).to(device), **kwargs)
 
     def generate(
         self,
