@@ -1,4 +1,8 @@
-"""A tiny random checkpoint of each family that is supported."""
+"""A tiny random checkpoint of each family that is supported.
+
+Where two families could have the same number, and it may be another in a real model, they have
+different ones: what is read from no config would otherwise be right by luck.
+"""
 
 from __future__ import annotations
 
@@ -28,27 +32,41 @@ EXPERTS = dict(
     head_dim=16,
     tie_word_embeddings=False,
     num_experts=8,
-    num_experts_per_tok=2,
     moe_intermediate_size=24,
 )
+
+
+def rope(theta: float, rope_type: str = "default", **scaling: float) -> dict:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **scaling}}
+
+
 CONFIGS = {
-    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
-    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES, **rope(1e6), rms_norm_eps=1e-6, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(
+        **SIZES, **rope(1e4, "linear", factor=4.0), rms_norm_eps=1e-3, tie_word_embeddings=True
+    ),
+    "qwen3": Qwen3Config(
+        **SIZES, **rope(5e3), head_dim=16, rms_norm_eps=3e-3, tie_word_embeddings=True
+    ),
     "llama": LlamaConfig(
         **SIZES,
+        **rope(
+            5e5,
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+        rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
     ),
-    "qwen3_moe": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
-    "qwen3_moe-unnormalised": Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=False),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SIZES, **EXPERTS, **rope(1e3), num_experts_per_tok=2, norm_topk_prob=True
+    ),
+    "qwen3_moe-unnormalised": Qwen3MoeConfig(
+        **SIZES, **EXPERTS, **rope(1e7), num_experts_per_tok=3, norm_topk_prob=False
+    ),
 }
 
 
