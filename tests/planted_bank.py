@@ -20,11 +20,14 @@ def planted_columns(
 ) -> dict[str, np.ndarray]:
     """gain = (learnable + prompt's slope)·D̃·C̃ + incompatible·D̃·(1 − C̃) + prompt + noise.
 
-    Each prompt has two responses of rows / 2 tokens, and its own level and slope: the rows of a
-    prompt are alike. D̃ and C̃ are uniform variables, of which D and C are simple functions.
+    Each prompt has two responses, of a quarter to a half of its rows and of the rest, and its own
+    level and slope: the rows of a prompt are alike. D̃ and C̃ are uniform variables, of which D and
+    C are simple functions.
     """
     rng = np.random.default_rng(seed)
     prompt = np.repeat(np.arange(prompts), rows)
+    first = rows // 2 - np.arange(prompts) % (rows // 4)
+    lengths = np.stack([first, rows - first], axis=1).ravel()
     n = len(prompt)
     d, c = rng.random(n), rng.random(n)
     level, slope = rng.normal(size=prompts), 2 * rng.normal(size=prompts)
@@ -33,9 +36,9 @@ def planted_columns(
     entropy = rng.gamma(1.0, size=n)
     columns = {
         "prompt": prompt,
-        "sequence": np.arange(n) // (rows // 2),
-        "position": np.arange(n) % (rows // 2),
-        "length": np.full(n, rows // 2),
+        "sequence": np.repeat(np.arange(2 * prompts), lengths),
+        "position": np.concatenate([np.arange(length) for length in lengths]),
+        "length": np.repeat(lengths, lengths),
         "token": rng.integers(100, size=n),
         "student_entropy": entropy,
         "teacher_entropy": 0.5 * entropy + rng.gamma(1.0, size=n),

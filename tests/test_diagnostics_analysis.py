@@ -20,6 +20,36 @@ from megatron_taopd.selection import SELECTORS, budget, select
 from megatron_taopd.teachability import incompatible_disagreement, learnable_disagreement
 
 BANKS = 200
+# As the paper has them, in its Sections 3, C and F.
+MODELS = {
+    "baseline": ["H", "D", "H·D", "position", "teacher entropy"],
+    "+ C": ["H", "D", "H·D", "position", "teacher entropy", "C"],
+    "decomposed": ["H", "D^L", "D^I", "H·D", "position", "teacher entropy"],
+}
+CONTROLS = ["H", "position", "teacher entropy"]
+PROXIES = {
+    "C": "Teacher mass on student support",
+    "overlap": "Top-K overlap",
+    "jaccard": "Top-K Jaccard",
+    "shared": "Shared teacher top-K mass",
+    "cbc": "CBC",
+}
+RATIOS = [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5]
+NAMES = {
+    "full": "Full OPD",
+    "random": "Random",
+    "entropy": "Entropy",
+    "divergence": "Raw KL",
+    "compatibility": "C-only",
+    "tip": "TIP",
+    "teachability": "TA-OPD",
+    "teachability_entropy": "TA-OPD+Ent.",
+    "q3": "Q3-only",
+    "q3_high_c": "Q3+high-C",
+    "q3_high_dl": "Q3+TA (high D^L)",
+    "q3_low_dl": "Q3+low D^L",
+    "q3_high_di": "Q3+high D^I",
+}
 
 
 def value(rows, **keys):
@@ -39,8 +69,8 @@ def standardize(values):
     return (values - values.mean()) / values.std()
 
 
-def explicit_fit(bank, gain, rows, terms):
-    """Least squares on replicated rows, every variable standardised among them."""
+def design(bank, rows, terms):
+    """[rows, terms] the regressors of replicated rows, each standardised among them."""
     d, c = (torch.from_numpy(bank.columns[f"{name}_16"]) for name in "DC")
     h = bank.columns["student_entropy"]
     columns = {
@@ -53,24 +83,60 @@ def explicit_fit(bank, gain, rows, terms):
         "D^L": learnable_disagreement(d, c).numpy()[rows],
         "D^I": incompatible_disagreement(d, c).numpy()[rows],
     }
-    x = np.stack([standardize(columns[term]) for term in terms], axis=1)
-    y = standardize(gain[rows])
+    return np.stack([standardize(columns[term]) for term in terms], axis=1)
+
+
+def explicit_fit(bank, gain, rows, terms):
+    """Coefficients and R² of least squares on replicated rows."""
+    x, y = design(bank, rows, terms), standardize(gain[rows])
     beta = np.linalg.lstsq(x, y, rcond=None)[0]
     return beta, 1 - ((y - x @ beta) ** 2).sum() / (y**2).sum()
 
 
-@pytest.mark.parametrize("model", analysis.MODELS)
-def test_resampled_regressions_equal_those_on_replicated_rows(model):
+def triple(values):
+    """[3, …] what a table says of values [1 + resamples, …]: the bank's own, and the interval."""
+    return np.stack([values[0], *np.quantile(values[1:], (0.025, 0.975), axis=0)])
+
+
+def test_resampled_regressions_equal_those_on_replicated_rows():
+    """Which terms each model has, their coefficients, and what Table 9 makes of them."""
     bank, gain = planted_bank(0, 12, 40, learnable=2.0)
     counts = draw_counts(bank.num_prompts, 20, seed=1)
-    columns = [np.ones(bank.num_rows), *analysis.predictors(bank, 16).values(), gain]
-    moments = np.einsum("wp,pij->wij", counts, analysis.prompt_moments(bank, columns))
-    beta, r2 = analysis.fit(analysis.correlations(moments), analysis.MODELS[model])
-    for resample in range(len(counts)):
-        rows, _ = replicate(bank, gain, counts[resample])
-        expected_beta, expected_r2 = explicit_fit(bank, gain, rows, analysis.MODELS[model])
-        np.testing.assert_allclose(beta[resample], expected_beta, rtol=1e-8, atol=1e-10)
-        np.testing.assert_allclose(r2[resample], expected_r2, rtol=1e-8)
+    coefficients, differences = analysis.regressions(bank, gain, 16, counts)
+    assert {row["model"] for row in coefficients} == {*MODELS}
+    beta, r2 = {}, {}
+    for model, terms in MODELS.items():
+        fits = [explicit_fit(bank, gain, replicate(bank, gain, n)[0], terms) for n in counts]
+        beta[model], r2[model] = (np.array(values) for values in zip(*fits, strict=True))
+        found = [row for row in coefficients if row["model"] == model]
+        assert [row["term"] for row in found] == terms
+        found = np.array([[row[key] for row in found] for key in ("estimate", "low", "high")])
+        np.testing.assert_allclose(found, triple(beta[model]), rtol=1e-8, atol=1e-10)
+    learnable, incompatible = beta["decomposed"][:, 1], beta["decomposed"][:, 2]
+    for quantity, expected in {
+        "β(D^L)": learnable,
+        "β(D^I)": incompatible,
+        "gap": learnable - incompatible,
+        "ΔR² (+ C), 10⁻³": 1e3 * (r2["+ C"] - r2["baseline"]),
+        "ΔR² (decomposed), 10⁻³": 1e3 * (r2["decomposed"] - r2["baseline"]),
+        "R² (baseline)": r2["baseline"],
+    }.items():
+        found = value(differences, quantity=quantity)
+        np.testing.assert_allclose(found, triple(expected), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("residual", ["controls", "decomposed"])
+def test_residuals_are_those_behind_their_terms(residual):
+    bank, gain = planted_bank(0, 12, 40, learnable=2.0)
+    terms = {"controls": CONTROLS, "decomposed": MODELS["decomposed"]}[residual]
+    x = design(bank, np.arange(bank.num_rows), terms)
+    x = np.concatenate([np.ones((bank.num_rows, 1)), x], axis=1)
+    left = gain - x @ np.linalg.lstsq(x, gain, rcond=None)[0]
+    rows = analysis.residual_bins(bank, gain, 16, draw_counts(bank.num_prompts, 3, seed=1))
+    bins = analysis.quantile_buckets(bank.columns["C_16"])
+    for bucket in range(10):
+        found, _, _ = value(rows, residual=residual, variable="C", bucket=bucket)
+        np.testing.assert_allclose(found, left[bins == bucket].mean(), rtol=1e-8)
 
 
 def test_resampled_gaps_equal_those_on_replicated_rows():
@@ -78,7 +144,8 @@ def test_resampled_gaps_equal_those_on_replicated_rows():
     counts = draw_counts(bank.num_prompts, 50, seed=1)
     rows_of_table = analysis.support_gaps(bank, gain, 16, counts)
     q3 = analysis.in_q3(bank, 16)
-    for proxy, name in analysis.PROXIES.items():
+    assert {row["proxy"] for row in rows_of_table} == {*PROXIES.values()}
+    for proxy, name in PROXIES.items():
         values = bank.columns[f"{proxy}_16"]
         high = np.zeros(bank.num_rows, dtype=bool)
         high[q3] = analysis.high_half(values[q3])
@@ -121,7 +188,7 @@ def test_intervals_cover_planted_coefficients_at_the_nominal_rate():
             _, low, high = value(rows, quantity=name)
             hits[name] += covered(low, truth[name], high)
         # The mistake that the bootstrap over prompts avoids: every row its own cluster.
-        x = np.stack([analysis.predictors(bank, 16)[t] for t in analysis.MODELS["decomposed"]], 1)
+        x = design(bank, np.arange(bank.num_rows), MODELS["decomposed"])
         beta, _, _, _ = np.linalg.lstsq(x, standardize(gain), rcond=None)
         noise = (standardize(gain) - x @ beta).std()
         error = 1.96 * noise * np.sqrt(np.linalg.inv(x.T @ x)[1, 1])
@@ -139,7 +206,7 @@ def test_a_bank_without_an_effect_shows_none():
         _, low, high = value(analysis.regressions(bank, gain, 16, counts)[1], quantity="gap")
         false["regression"] += not covered(low, 0, high)
         gaps = analysis.support_gaps(bank, gain, 16, counts)
-        _, low, high = value(gaps, proxy=analysis.PROXIES["C"], estimator="pooled")
+        _, low, high = value(gaps, proxy=PROXIES["C"], estimator="pooled")
         false["Q3"] += not covered(low, 0, high)
     for name, count in false.items():
         assert 0.015 <= count / BANKS <= 0.10, (name, count / BANKS)
@@ -150,7 +217,7 @@ def test_q3_gap_finds_what_was_planted():
     counts = draw_counts(bank.num_prompts, 300, 0)
     for row in analysis.support_gaps(bank, gain, 16, counts):
         # d is uniform in (1/2, 1) there, c in two halves whose means differ by 1/2: 2 · 3/4 · 1/2.
-        if row["proxy"] == analysis.PROXIES["C"]:
+        if row["proxy"] == PROXIES["C"]:
             assert row["low"] < 0.75 < row["high"]
         assert row["low"] > 0
 
@@ -161,14 +228,24 @@ def analyzed():
     return bank, gain, analysis.analyze(bank, {"a": gain}, resamples=10, seed=5)
 
 
+def test_every_selector_and_budget_has_its_rows(analyzed):
+    _, _, tables = analyzed
+    assert {*NAMES} == {*SELECTORS}
+    for table, ratios in (("table10_budget_sweep", RATIOS), ("table8_top_n", [0.03, 0.05, 0.1])):
+        rows = [row for row in tables[table] if row["quantity"] == "total"]
+        found = {(row["selector"], row["budget"]) for row in rows}
+        assert len(rows) == len(found)
+        assert found == {(name, ratio) for name in NAMES.values() for ratio in ratios}
+
+
 @pytest.mark.parametrize("name", SELECTORS)
 def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(name, analyzed):
     bank, gain, tables = analyzed
     q3 = int(analysis.in_q3(bank, 16).sum())
-    for ratio in analysis.RATIOS:
+    for ratio in RATIOS:
         mask = select(name, bank.scores(16), ratio, 5).numpy()
         n = bank.num_rows if name == "full" else budget(ratio, bank.num_rows)
-        label = analysis.SELECTOR_NAMES[name]
+        label = NAMES[name]
         rows = [r for r in tables["table10_budget_sweep"] if r["selector"] == label]
         rows = [r for r in rows if r["budget"] == ratio]
         expected = {"total": gain[mask].sum(), "per kept": gain[mask].mean()}

@@ -31,7 +31,7 @@ def stored_view(bank: str = "planted", positions: int = 10) -> dict:
     messages = [{"role": "user", "content": "1 < 2?\n</script>"}]
     return {
         "bank": bank,
-        "sequences": [{"sequence": 3, "prompt": 1, "messages": messages, "positions": shown}],
+        "sequences": [{"sequence": 1, "prompt": 0, "messages": messages, "positions": shown}],
     }
 
 
@@ -118,7 +118,7 @@ def test_view_shows_the_scores_of_its_rows(report):
     bank, gains = read_gains(paths)
     (view,) = read_views(path, bank, gains["seed1"], 16)
     assert view.prompt == "1 < 2?\n</script>"
-    rows = np.flatnonzero(bank.sequence == 3)
+    rows = np.flatnonzero(bank.sequence == 1)
     for name, column in (
         ("learnable", shape_variables(bank, 16)["D^L"]),
         ("C", bank.columns["C_16"]),
@@ -133,7 +133,7 @@ def test_mistakes_are_told_in_one_line(report, tmp_path):
         ("no JSON", "not a file that `score --view` wrote"),
         (json.dumps([]), "not a file that `score --view` wrote"),
         (json.dumps(stored_view("other")), "of bank other, the tables are of planted"),
-        (json.dumps(stored_view(positions=9)), "sequence 3 has 9 positions, 10 in the tables"),
+        (json.dumps(stored_view(positions=9)), "sequence 1 has 9 positions, 10 in the tables"),
     ):
         view = tmp_path / "view.json"
         view.write_text(stored)
