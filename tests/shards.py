@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.parallel.vocab import VocabShard
+from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS
 
 SIZE, PADDED = 90, 96
 # Where the shards of a group start and stop. Columns 90 … 95 are outside the common vocabulary.
@@ -52,6 +53,26 @@ def make_logits(kind: str, rows: int = 12, seed: int = 0) -> tuple[torch.Tensor,
         student[0, 8:SIZE] = -torch.inf  # fewer than k ids left
     student[:, SIZE:] = teacher[:, SIZE:] = torch.nan
     return student, teacher
+
+
+def tops_in_k_blocks(k: int, tied: bool, rows: int = 3) -> torch.Tensor:
+    """[rows, width] logits whose top-K are each in a block of columns of its own, in any order, all
+    different or all equal; the last block is not a whole one."""
+    generator = torch.Generator().manual_seed(k)
+    blocks = 4 * k + 1
+    logits = torch.rand(rows, blocks * BLOCK_COLUMNS - 7, generator=generator)
+    for row in logits:
+        places = torch.randperm(blocks - 1, generator=generator)[:k] * BLOCK_COLUMNS
+        places += torch.randint(BLOCK_COLUMNS, (k,), generator=generator)
+        row[places] = 2.0 if tied else torch.arange(2.0, 2 + k)
+    return logits
+
+
+def spoil(logits: torch.Tensor, row: int, column: int, sign: int) -> torch.Tensor:
+    """A copy with one nan, of either sign: what x86 makes of inf − inf is negative."""
+    logits = logits.clone()
+    logits[row, column] = torch.tensor(torch.nan).copysign(torch.tensor(float(sign)))
+    return logits
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from unittest import mock
 
+import dense
 import pytest
 import torch
+from shards import tops_in_k_blocks
 
 from megatron_taopd.parallel.vocab import reductions
 from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, Divergence
@@ -46,6 +48,12 @@ def make_logits(width: int, kind: str = "plain", rows: int = 3) -> tuple[torch.T
     return student, teacher
 
 
+def reference_gradient(*arguments) -> torch.Tensor:
+    """`reductions.logits_gradient` without the kernels, on CUDA too."""
+    with mock.patch.object(reductions, "_fused", return_value=False):
+        return reductions.logits_gradient(*arguments)
+
+
 def normalizers_of(student, teacher) -> Normalizers:
     _, saved = Divergence(VocabShard(0, student.shape[1], None, student.shape[1])).forward(
         student, teacher
@@ -61,6 +69,16 @@ def test_entropy_sums_and_block_tops(width, kind):
     assert torch.equal(tops, reductions._block_tops(logits))
     want = reductions._entropy_sums(logits.double())
     torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 16])
+def test_the_top_k_may_lie_in_k_blocks(k, tied):
+    logits = tops_in_k_blocks(k, tied).to(DEVICE)
+    _, tops = kernels.entropy_sums_and_block_tops(logits)
+    columns = reductions._top_columns(logits, tops, k)
+    want = dense.topk_ids(logits, k)
+    assert [sorted(row) for row in columns.tolist()] == [sorted(row) for row in want]
 
 
 def test_a_row_without_any_probability_has_a_finite_max_and_no_rest():
@@ -107,11 +125,79 @@ def test_logits_gradient(width, kind, dtype):
     divergence = Divergence(shard, kind, beta=0.3, alpha=0.2)
     _, saved = divergence.forward(student, teacher)
     grad = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
-    want = divergence.gradient(student, teacher, saved, grad, torch.empty_like(student))
     *normalizers, mean = saved.split(1, dim=1)
+    want = reference_gradient(
+        kind, divergence.teacher_share, student, teacher, Normalizers(*normalizers), mean, grad,
+        torch.empty_like(student),
+    )  # fmt: skip
     got = kernels.logits_gradient(
         kind, divergence.teacher_share, student, teacher, Normalizers(*normalizers), mean, grad,
         torch.empty_like(student, dtype=dtype),
     )  # fmt: skip
     rtol = 1e-5 if dtype == torch.float32 else 2**-7  # the interpreter cuts digits off
     torch.testing.assert_close(got.float(), want, rtol=rtol, atol=1e-6)
+
+
+# ------------------------------------------------------------------------ what is not a number
+
+NAN, INF = torch.nan, torch.inf
+# Into the first block of a row, one in the middle, the last one; two of one lane, and of two.
+SPOILT = [{column: value} for value in (NAN, INF, -INF) for column in (0, 2500, 4999)]
+SPOILT += [{3: INF, 4099: INF}, {3: INF, 40: INF}, {3: NAN, 40: INF}, {3: INF, 4099: NAN}]
+everywhere = pytest.mark.parametrize("spoilt", SPOILT, ids=str)
+
+
+def spoil(logits: torch.Tensor, values: dict[int, float]) -> torch.Tensor:
+    """A copy in which the first and the last row have these values."""
+    logits = logits.clone()
+    for column, value in values.items():
+        logits[0, column] = logits[-1, column] = value
+    return logits
+
+
+def assert_same(got, want, rtol=1e-5, atol=1e-6):
+    """Numbers that agree, and nan exactly where the reference has nan."""
+    torch.testing.assert_close(got.float(), want.float(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+@everywhere
+def test_sums_and_normalizers_of_what_is_not_a_number(spoilt):
+    logits = spoil(make_logits(5000)[0], spoilt)
+    sums, tops = kernels.entropy_sums_and_block_tops(logits)
+    normalizer = kernels.log_normalizer(logits)
+    assert_same(tops, reductions._block_tops(logits), 0, 0)
+    assert_same(sums, reductions._entropy_sums(logits))
+    assert_same(normalizer, reductions._log_normalizer(logits))
+    if NAN in spoilt.values():
+        assert sums[::2].isnan().all() and normalizer[::2].isnan().all()
+
+
+@everywhere
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergences_of_what_is_not_a_number(kind, whose, spoilt):
+    """With the row's own normalisers, and with those that it had before it was spoilt."""
+    clean = make_logits(5000)
+    place = ("student", "teacher").index(whose)
+    models = [spoil(z, spoilt) if i == place else z for i, z in enumerate(clean)]
+    divergence = Divergence(VocabShard(0, 5000, None, 5000), kind, beta=0.3, alpha=0.2)
+    grad = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
+    for known in (models, clean):
+        _, saved = divergence.forward(*known)
+        *normalizers, mean = saved.split(1, dim=1)
+        normalizers = Normalizers(*normalizers)
+        if kind in ("reverse_kl", "forward_kl"):
+            value = kernels.kl_within(kind, *models, normalizers)
+            want = reductions._kl_within(kind, *models, *normalizers)
+        else:
+            value = kernels.mixture_sums(kind, divergence.teacher_share, *models, normalizers)
+            want = reductions._mixture_sums(kind, divergence.teacher_share, *models, *normalizers)
+        assert_same(value, want)
+        given = kind, divergence.teacher_share, *models, normalizers, mean, grad
+        want = reference_gradient(*given, torch.empty_like(models[0]))
+        for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+            got = kernels.logits_gradient(*given, torch.empty_like(models[0], dtype=dtype))
+            assert_same(got, want, rtol)
+        if NAN in spoilt.values() and known is models:
+            assert value[::2].isnan().view(2, -1).any(1).all()
+            assert got[::2].isnan().any(1).all()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 from shards import (
+    LAYOUTS,
     PADDED,
     SIZE,
     columns,
@@ -18,6 +19,8 @@ from shards import (
     on_every_layout,
     relative_error,
     shard_of,
+    spoil,
+    tops_in_k_blocks,
 )
 
 from megatron_taopd.parallel.vocab import (
@@ -25,7 +28,7 @@ from megatron_taopd.parallel.vocab import (
     divergence,
     score_rows,
 )
-from megatron_taopd.parallel.vocab.reductions import top_columns_and_entropy_sums
+from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS, top_columns_and_entropy_sums
 from megatron_taopd.parallel.vocab.scores import local_candidates, merge_candidates
 
 
@@ -83,6 +86,19 @@ def test_d_is_infinite_where_the_student_excludes_what_the_teacher_wants():
     assert 0 < scores.disagreement[1] < torch.inf
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("whose", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("column", [0, 60])
+def test_a_row_with_a_nan_has_no_scores(column, whose, sign):
+    """D and the entropy of its model, on every rank; what guards a step looks at them."""
+    logits = [*make_logits("plain")]
+    logits[whose] = spoil(logits[whose], 3, column, sign)
+    sound = (torch.arange(12) != 3).tolist()
+    for (scores,) in run_ranks(4, scores_on_rank, LAYOUTS["some empty"], [logits], 4):
+        own = (scores.student_entropy, scores.teacher_entropy)[whose]
+        assert scores.disagreement.isfinite().tolist() == own.isfinite().tolist() == sound
+
+
 @pytest.mark.parametrize("k", [0, SIZE + 1])
 def test_k_beyond_the_common_vocabulary_is_refused(k):
     student, teacher = make_logits("plain")
@@ -130,6 +146,16 @@ def merged(bounds, student, teacher, k):
         for s in shards
     ]
     return merge_candidates(torch.stack(local), k, return_ids=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+def test_the_top_k_may_lie_in_k_blocks(k, tied):
+    logits = tops_in_k_blocks(k, tied)
+    columns, _ = top_columns_and_entropy_sums(logits, k)
+    want = dense.topk_ids(logits, k)
+    assert [sorted(row) for row in columns.tolist()] == [sorted(row) for row in want]
+    assert all(len({v // BLOCK_COLUMNS for v in row}) == k for row in want)
 
 
 @given(

@@ -2,6 +2,9 @@
 
 A program walks along its row in steps of STEP columns. Each of its lanes reduces every STEP-th
 column on its own, with a running max; the lanes are brought together at the end of the row.
+
+What is not a number in a row is not one in what the row comes down to, as in the reference: a max
+or a comparison as CUDA has them would leave a nan out, and `_larger` does not.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ def _grid(*logits: Tensor) -> tuple[int]:
 
 
 @triton.jit
+def _larger(a, b):
+    """torch's maximum; nan if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _row_of(logits, stride, columns, num_columns):
     """One step of this program's row; −inf past its end."""
     start = logits + tl.program_id(0).to(tl.int64) * stride
@@ -35,9 +44,15 @@ def _row_of(logits, stride, columns, num_columns):
 
 
 @triton.jit
-def _scale(top, top_of_all):
-    """What exp(z − top) of a lane has to be multiplied by; 0 for a lane that has seen nothing."""
-    return tl.where(top > _LOWEST, tl.exp(tl.maximum(top - top_of_all, -200.0)), 0.0)
+def _gap(a, b):
+    """−|a − b|, above the range in which exp is not 0."""
+    return _larger(-tl.abs(a - b), -200.0)
+
+
+@triton.jit
+def _weight(z, gap):
+    """exp(gap) of a logit, or of a lane's max; 0 for −inf, and for a lane that has seen nothing."""
+    return tl.where(z <= _LOWEST, 0.0, tl.exp(gap))
 
 
 @triton.jit
@@ -53,25 +68,25 @@ def _entropy_sums_kernel(
         z = _row_of(logits, stride, start + lanes, num_columns)
 
         blocks = start // BLOCK + tl.arange(0, STEP // BLOCK)
-        block_tops = tl.max(tl.reshape(z, [STEP // BLOCK, BLOCK]), axis=1)
+        block_tops = tl.reduce(tl.reshape(z, [STEP // BLOCK, BLOCK]), 1, _larger)
         tl.store(tops + row * num_blocks + blocks, block_tops, mask=blocks < num_blocks)
 
         # The lane's max counts as a 1 that is not in `rest`. A higher logit takes its place.
         higher = z > top
-        gap = tl.maximum(-tl.abs(z - top), -200.0)
-        weight = tl.where(z > _LOWEST, tl.exp(gap), 0.0)
+        gap = _gap(z, top)
+        weight = _weight(z, gap)
         moved = weight * (weighted + gap * (1 + rest))
         weighted = tl.where(higher, moved, weighted + weight * gap)
         rest = tl.where(higher, weight * (1 + rest), rest + weight)
-        top = tl.maximum(top, z)
+        top = _larger(top, z)
 
-    top_of_all = tl.max(top, axis=0)
-    scale = _scale(top, top_of_all)
-    shift = tl.maximum(top - top_of_all, -200.0)
-    own_max = tl.where(lanes == tl.argmax(top, axis=0), 0.0, 1.0)
+    top_of_all = tl.reduce(top, 0, _larger)
+    gap = _gap(top, top_of_all)
+    weight = _weight(top, gap)
+    highest = lanes == tl.argmax(top, axis=0)  # whose max is left out
     tl.store(sums + row * 3, top_of_all)
-    tl.store(sums + row * 3 + 1, tl.sum(scale * (rest + own_max), axis=0))
-    tl.store(sums + row * 3 + 2, tl.sum(scale * (weighted + shift * (1 + rest)), axis=0))
+    tl.store(sums + row * 3 + 1, tl.sum(tl.where(highest, rest, weight * (1 + rest)), axis=0))
+    tl.store(sums + row * 3 + 2, tl.sum(weight * (weighted + gap * (1 + rest)), axis=0))
 
 
 def entropy_sums_and_block_tops(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,11 +109,12 @@ def _log_normalizer_kernel(logits, stride, num_columns, out, STEP: tl.constexpr)
     total = tl.zeros([STEP], tl.float32)
     for start in range(0, num_columns, STEP):
         z = _row_of(logits, stride, start + lanes, num_columns)
-        weight = tl.where(z > _LOWEST, tl.exp(tl.maximum(-tl.abs(z - top), -200.0)), 0.0)
+        weight = _weight(z, _gap(z, top))
         total = tl.where(z > top, total * weight + 1, total + weight)
-        top = tl.maximum(top, z)
-    top_of_all = tl.max(top, axis=0)
-    total = tl.sum((_scale(top, top_of_all) * total).to(tl.float64), axis=0)
+        top = _larger(top, z)
+    top_of_all = tl.reduce(top, 0, _larger)
+    weight = _weight(top, _gap(top, top_of_all))
+    total = tl.sum((weight * total).to(tl.float64), axis=0)
     row = tl.program_id(0).to(tl.int64)
     tl.store(out + row * 2, top_of_all.to(tl.float64))
     tl.store(out + row * 2 + 1, total)
@@ -132,8 +148,14 @@ def _log_ratio(z_s, z_t, top_s, top_t, excess):
 
 @triton.jit
 def _bounded(ratio):
-    """`reductions._bounded`; only nan differs from itself."""
-    return tl.minimum(tl.maximum(tl.where(ratio == ratio, ratio, 0.0), -80.0), 80.0)
+    """`reductions._bounded`."""
+    return tl.clamp(ratio, -80.0, 80.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _term(p, value):
+    """p·value, and 0 for p = 0 whatever the value."""
+    return p * tl.where(p == 0, 0.0, value)
 
 
 @triton.jit
@@ -165,10 +187,10 @@ def _kl_within_kernel(
         ratio = _log_ratio(z_s, z_t, top_s, top_t, excess)
         if KIND == _REVERSE:
             p = _probs(z_s, top_s, log_sum)
-            total += tl.where(p == 0, 0.0, p * ratio)
+            total += _term(p, ratio)
         else:
             p = _probs(z_t, top_t, log_sum - excess)
-            total -= tl.where(p == 0, 0.0, p * ratio)
+            total -= _term(p, ratio)
     tl.store(out + tl.program_id(0), tl.sum(total.to(tl.float64), axis=0).to(tl.float32))
 
 
@@ -199,12 +221,12 @@ def _mixture_sums_kernel(
         p_s = _probs(z_s, top_s, log_sum)
         ratio = _bounded(_log_ratio(z_s, z_t, top_s, top_t, excess))
         to_mixture = _mixture_log_ratio(ratio, teacher_share)
-        student_kl += p_s * to_mixture
+        student_kl += _term(p_s, to_mixture)
         if KIND == _JSD:
             p_t = _probs(z_t, top_t, log_sum - excess)
-            other += p_t * _mixture_log_ratio(-ratio, 1 - teacher_share)
+            other += _term(p_t, _mixture_log_ratio(-ratio, 1 - teacher_share))
         else:
-            other += p_s * _mixture_h(to_mixture, teacher_share, KIND)
+            other += _term(p_s, _mixture_h(to_mixture, teacher_share, KIND))
     row = tl.program_id(0).to(tl.int64)
     tl.store(out + row * 2, tl.sum(student_kl.to(tl.float64), axis=0).to(tl.float32))
     tl.store(out + row * 2 + 1, tl.sum(other.to(tl.float64), axis=0).to(tl.float32))
@@ -241,7 +263,7 @@ def _logits_gradient_kernel(
         h = _log_ratio(z_s, z_t, top_s, top_t, excess)
         if KIND != _REVERSE:
             h = _mixture_h(_mixture_log_ratio(_bounded(h), teacher_share), teacher_share, KIND)
-        value = tl.where(p_s == 0, 0.0, p_s * (h - mean))
+        value = _term(p_s, h - mean)
     row_out = out + tl.program_id(0).to(tl.int64) * stride_out
     tl.store(row_out + columns, (value * grad).to(out.dtype.element_ty), mask=columns < num_columns)
 

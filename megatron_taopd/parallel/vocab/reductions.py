@@ -65,9 +65,10 @@ def order_key(logits: Tensor, ids: Tensor) -> Tensor:
     """int64 keys that are all different and sort by (logit, lowest id), so that topk is exact.
 
     An fp32 number's bits, read as an integer, sort like the number, once those of negative numbers
-    are flipped (all but the sign). Adding 0 turns −0 into 0, which would differ.
+    are flipped (all but the sign). Adding 0 turns −0 into 0, which would differ. A nan, whatever
+    its bits, sorts like +inf: a row that has one has it among its top-K.
     """
-    bits = (logits + 0.0).view(torch.int32)
+    bits = (logits + 0.0).nan_to_num(torch.inf, torch.inf, -torch.inf).view(torch.int32)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) - ids
 
 
@@ -233,11 +234,12 @@ def _mixture_sums(
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """log(p/q) within ±80, in place, so that exp is finite in fp32; nan, where both are 0, is 0.
+    """log(p/q) within ±80, in place, so that exp is finite in fp32; nan where both are 0, or either
+    is nan.
 
     Beyond that the smaller of the two is nothing in a sum over the mixture.
     """
-    return log_ratio.nan_to_num_(nan=0.0).clamp_(-80, 80)
+    return log_ratio.clamp_(-80, 80)
 
 
 def _mixture_log_ratio(log_ratio: Tensor, weight: float) -> Tensor:
