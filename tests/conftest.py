@@ -1,6 +1,7 @@
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: ranks and test workers share cores
+# Before torch: ranks and test workers share the cores. What is started from here inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from importlib.util import find_spec
 from unittest import mock
@@ -9,7 +10,7 @@ import torch
 from hypothesis import settings
 from ranks import close_pools
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Whether Triton interprets kernels is settled at its first import, which may be another library's.
 if find_spec("triton") and not torch.cuda.is_available():
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):

@@ -2,21 +2,37 @@
 
 Nothing here is sharded, chunked, vectorised or clever. Logits are [R, vocabulary] tensors of any
 float type; `size` is the common vocabulary, columns from there on do not exist. Results are float64
-and differentiable where that makes sense.
+and differentiable where that makes sense. `in_float32` has the same formulas in float32, for their
+rounding.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import ROUND_CEILING, Decimal
 
 import torch
 from torch import Tensor
 
+_dtype = torch.float64
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Probabilities and divergences are in float32: what rounding makes of the plain formulas."""
+    global _dtype
+    _dtype = torch.float32
+    try:
+        yield
+    finally:
+        _dtype = torch.float64
+
 
 def log_probs(logits: Tensor, size: int | None = None) -> Tensor:
     """[R, size] log p over the common vocabulary at temperature 1."""
-    return torch.log_softmax(logits.double()[:, :size], dim=-1)
+    return torch.log_softmax(logits.to(_dtype)[:, :size], dim=-1)
 
 
 def expectation(p: Tensor, f: Tensor) -> Tensor:
@@ -139,7 +155,7 @@ def topk_divergence(
 ) -> Tensor:
     """[R] the divergence over the ids that a teacher reports [R, K] and all others together."""
     values = []
-    for z, row_ids, row_log_probs in zip(student, ids.tolist(), log_probs.double(), strict=True):
+    for z, row_ids, row_log_probs in zip(student, ids.tolist(), log_probs.to(_dtype), strict=True):
         common = [v for v in range(size) if v not in absent]
         p = dict(zip(common, log_probs_of(z, common).exp(), strict=True))
         known = [i for i, v in enumerate(row_ids) if v in p]
@@ -154,7 +170,7 @@ def topk_divergence(
 
 def log_probs_of(z: Tensor, ids: list[int]) -> Tensor:
     """[len(ids)] log p of one row, over these ids alone."""
-    return torch.log_softmax(z.double()[ids], dim=0)
+    return torch.log_softmax(z.to(_dtype)[ids], dim=0)
 
 
 def quantile(values: list[float], q: float) -> float:

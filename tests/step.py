@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import dense
 import torch
 import torch.distributed as dist
+from rounding import MULTIPLE
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.types import RolloutBatch
@@ -170,15 +171,23 @@ def gather_gradients(student):
     return dict(exported)
 
 
-def row_logits(student_dir, teacher_dir, batch, size, vocab_map=None, teacher_prompts=None):
-    """Float64 logits of both models at all response rows, whole models, a sequence at a time, for
-    the tokens that both models have."""
+def row_logits(
+    student_dir,
+    teacher_dir,
+    batch,
+    size,
+    vocab_map=None,
+    teacher_prompts=None,
+    dtype=torch.float64,
+):
+    """Logits of both models at all response rows, whole models, a sequence at a time, for the
+    tokens that both models have; and the student."""
     vocab_map = vocab_map or VocabMap(torch.arange(size))
     reading, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float64)
+    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype)
     teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_dir, dtype=torch.float64, experts_implementation="eager"
+        teacher_dir, dtype=dtype, experts_implementation="eager"
     )
     student_logits, teacher_logits = [], []
     for i in range(batch.num_sequences):
@@ -191,24 +200,57 @@ def row_logits(student_dir, teacher_dir, batch, size, vocab_map=None, teacher_pr
     return torch.cat(student_logits), torch.cat(teacher_logits), student
 
 
+def dense_gradients(loss, *models_and_batch, **vocabularies):
+    """`loss(student's logits, teacher's)` of whole models in float64: its value, its gradients by
+    name, and the relative error of what float32 makes of them, done the same way."""
+
+    def back_propagated(dtype):
+        z_s, z_t, student = row_logits(*models_and_batch, **vocabularies, dtype=dtype)
+        value = loss(z_s, z_t)
+        value.backward()
+        return value.item(), {name: p.grad for name, p in student.named_parameters()}
+
+    value, exact = back_propagated(torch.float64)
+    with dense.in_float32():
+        _, plain = back_propagated(torch.float32)
+    return value, exact, relative_error(plain, exact)
+
+
+def relative_error(gradients, expected) -> float:
+    """Worst over tensors of |g − e| / |e| in the Frobenius norm, and none missing."""
+    assert gradients.keys() == expected.keys()
+    return max(
+        ((gradients[n].double() - e.double()).norm() / e.double().norm()).item()
+        for n, e in expected.items()
+    )
+
+
+def assert_gradients(gradients, expected, rounding: float) -> None:
+    """See that they differ by no more than a few times that relative error."""
+    error = relative_error(gradients, expected)
+    assert error <= MULTIPLE * rounding, (error, rounding)
+
+
 def dense_step(
     student_dir, teacher_dir, batch, size, ratio=0.3, mask=None, loss=None, **vocabularies
 ):
     """The same step in float64: no cuts, no packing, no shards."""
-    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, size, **vocabularies)
-    d = dense.disagreement(z_s.detach(), z_t, 5)
-    c = dense.compatibility(z_s.detach(), z_t, 5)
-    h_s, h_t = dense.entropy(z_s.detach()), dense.entropy(z_t)
+    given = student_dir, teacher_dir, batch, size
+    with torch.no_grad():
+        z_s, z_t, _ = row_logits(*given, **vocabularies)
+    d, c = dense.disagreement(z_s, z_t, 5), dense.compatibility(z_s, z_t, 5)
+    h_s, h_t = dense.entropy(z_s), dense.entropy(z_t)
     if mask is None:
         mask = dense.select(dense.selector_scores("teachability", d, c, h_s), ratio)
     kind = (loss or {"kind": "reverse_kl"})["kind"]
-    value = dense.divergence(z_s[mask], z_t[mask], kind).mean()
-    value.backward()
-    gradients = {name: p.grad for name, p in student.named_parameters()}
+    value, gradients, rounding = dense_gradients(
+        lambda z_s, z_t: dense.divergence(z_s[mask], z_t[mask], kind).mean(), *given, **vocabularies
+    )
     return {
         "scores": (d, c, h_s, h_t),
         "mask": mask,
-        "loss": value.item(),
+        "loss": value,
         "gradients": gradients,
+        "rounding": rounding,
         "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),
     }

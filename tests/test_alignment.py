@@ -92,7 +92,7 @@ def test_a_step_is_plain_gradient_descent_on_one_tokens_loss(bank, tmp_path):
                 for i in range(batch.num_sequences)
             ]
         after = dense.divergence(torch.cat(logits)[:, :size], z_t, "forward_kl").mean()
-        assert row["gain"] == pytest.approx((fixed - after).item(), rel=1e-3, abs=1e-6)
+        assert row["gain"] == pytest.approx((fixed - after).item(), rel=1e-3, abs=4e-6)
         assert row["remainder"] == pytest.approx(row["gain"] - lr * row["inner"], abs=1e-15)
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from step import OPTIMIZER, dense_step, make_batch, make_model, row_logits, step_on_ranks
+from step import (
+    OPTIMIZER,
+    assert_gradients,
+    dense_gradients,
+    dense_step,
+    make_batch,
+    make_model,
+    step_on_ranks,
+)
 
 from megatron_taopd.parallel.memory import peak_memory
 
@@ -63,7 +71,7 @@ def assert_agrees(result, oracle):
     assert torch.equal(result["mask"], oracle["mask"])
     assert result["metrics"]["loss"] == pytest.approx(oracle["loss"], rel=1e-5)
     assert result["metrics"]["kept_rows"] == int(oracle["mask"].sum())
-    assert relative_error(result["gradients"], oracle["gradients"]) < 1e-5
+    assert_gradients(result["gradients"], oracle["gradients"], oracle["rounding"])
     # Clipping goes by this norm; shards must all be counted, and replicas once.
     assert result["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
 
@@ -201,20 +209,14 @@ def test_ranks_that_share_a_key_value_head(tmp_path, sequence):
             assert_agrees(result, oracle)
 
 
-def relative_error(gradients, expected) -> float:
-    """Worst over tensors of |g − e| / |e| in the Frobenius norm, and none missing."""
-    assert gradients.keys() == expected.keys()
-    return max(((gradients[n].double() - e).norm() / e.norm()).item() for n, e in expected.items())
-
-
 @pytest.mark.parametrize("parallel", [(2, 1, False), (1, 2, False), (1, 1, False)])
 def test_self_distillation_is_zero(pair, parallel):
     """Invariant 1: the teacher is the student, in another layout."""
     _, teacher = pair
     batch = make_batch(216)
     (result, _) = run_ranks(2, step_on_ranks, teacher, teacher, parallel, (1, 2, False), batch, 216)
-    assert abs(result["metrics"]["loss"]) <= 1e-6
-    assert max(g.abs().max().item() for g in result["gradients"].values()) <= 1e-6
+    assert abs(result["metrics"]["loss"]) <= 1e-5
+    assert max(g.abs().max().item() for g in result["gradients"].values()) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -264,8 +266,8 @@ def test_both_schedules_have_the_same_gradients(tmp_path, pair, recompute, tied)
     ]  # fmt: skip
     two_pass, replayed = (result["gradients"] for result in results)
     for name, gradient in two_pass.items():
-        torch.testing.assert_close(replayed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert results[1]["metrics"]["loss"] == pytest.approx(results[0]["metrics"]["loss"], rel=1e-6)
+        torch.testing.assert_close(replayed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert results[1]["metrics"]["loss"] == pytest.approx(results[0]["metrics"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skewed_reverse_kl"])
@@ -286,16 +288,16 @@ def test_sampled_token_loss_is_a_policy_gradient(pair):
     step = partial(step_on_ranks, loss={"kind": "sampled_token"}, mask=mask)
     results = run_ranks(2, step, *pair, (2, 1, False), (1, 2, False), batch, SIZE)
 
-    z_s, z_t, student = row_logits(student_dir, teacher_dir, batch, SIZE)
     tokens = batch.response_tokens()[:, None]
-    log_p = torch.log_softmax(z_s, -1).gather(1, tokens)[:, 0]
-    log_q = torch.log_softmax(z_t, -1).gather(1, tokens)[:, 0]
-    advantage = (log_q - log_p).detach()
-    ratio = (log_p - batch.log_probs.double()).exp()
-    (-(ratio * advantage)[mask].mean()).backward()
-    expected = {name: p.grad for name, p in student.named_parameters()}
+
+    def loss(z_s, z_t):
+        log_p, log_q = (z.log_softmax(-1).gather(1, tokens)[:, 0] for z in (z_s, z_t))
+        ratio = (log_p - batch.log_probs.to(log_p.dtype)).exp()
+        return -(ratio * (log_q - log_p).detach())[mask].mean()
+
+    _, *expected = dense_gradients(loss, student_dir, teacher_dir, batch, SIZE)
     for result in results:
-        assert relative_error(result["gradients"], expected) < 1e-5
+        assert_gradients(result["gradients"], *expected)
 
 
 def test_the_teacher_does_not_change(pair):

@@ -13,8 +13,15 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from step import dense_step, make_batch, make_model, row_logits, step_on_ranks
-from test_step import LAYOUTS, assert_agrees, relative_error
+from step import (
+    assert_gradients,
+    dense_gradients,
+    dense_step,
+    make_batch,
+    make_model,
+    step_on_ranks,
+)
+from test_step import LAYOUTS, assert_agrees
 from test_train import curve, train
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -422,9 +429,9 @@ def test_self_distillation_through_a_relabelling_is_zero(pair, name):
     for result in run_ranks(
         world_size, step, pair["twin"], pair["relabelled twin"], *layouts, batch, 216
     ):
-        assert result["scores"].disagreement.abs().max() <= 1e-6
-        assert abs(result["metrics"]["loss"]) <= 1e-6
-        assert max(g.abs().max().item() for g in result["gradients"].values()) <= 1e-6
+        assert result["scores"].disagreement.abs().max() <= 1e-5
+        assert abs(result["metrics"]["loss"]) <= 1e-5
+        assert max(g.abs().max().item() for g in result["gradients"].values()) <= 1e-5
 
 
 # On two shards there are ids without a counterpart on both; some of them are in the responses.
@@ -461,18 +468,19 @@ def test_the_policy_gradient_leaves_out_samples_without_a_counterpart(pair):
     step = partial(step_on_ranks, **given, loss={"kind": "sampled_token"}, mask=everything)
     results = run_ranks(2, step, *models, (2, 1, False), (1, 2, False), batch, SIZE)
 
-    z_s, z_t, student = row_logits(*models, batch, SIZE, **given)
     tokens = batch.response_tokens()
     known = WITH_ABSENT.to_teacher(tokens) >= 0
     column = torch.searchsorted(WITH_ABSENT.common, tokens[known])[:, None]
-    log_p = torch.log_softmax(z_s[known], -1).gather(1, column)[:, 0]
-    log_q = torch.log_softmax(z_t[known], -1).gather(1, column)[:, 0]
-    ratio = (log_p - batch.log_probs[known].double()).exp()
-    (-(ratio * (log_q - log_p).detach()).sum() / batch.num_rows).backward()
     assert not known.all()
-    expected = {name: p.grad for name, p in student.named_parameters()}
+
+    def loss(z_s, z_t):
+        log_p, log_q = (z[known].log_softmax(-1).gather(1, column)[:, 0] for z in (z_s, z_t))
+        ratio = (log_p - batch.log_probs[known].to(log_p.dtype)).exp()
+        return -(ratio * (log_q - log_p).detach()).sum() / batch.num_rows
+
+    _, *expected = dense_gradients(loss, *models, batch, SIZE, **given)
     for result in results:
-        assert relative_error(result["gradients"], expected) < 1e-5
+        assert_gradients(result["gradients"], *expected)
 
 
 # ----------------------------------------------------------------------------------- whole runs
