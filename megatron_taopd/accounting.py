@@ -31,13 +31,17 @@ class ModelCost:
 
     @classmethod
     def of(cls, hf: PretrainedConfig) -> ModelCost:
-        queries = hf.num_attention_heads * head_dim(hf)
-        keys = hf.num_key_value_heads * head_dim(hf)
+        """Of a family without a table of weights (a served teacher's), as if it were Llama's or,
+        with experts, Qwen3-MoE's: roughly."""
+        hf = hf.get_text_config()
+        heads = getattr(hf, "num_attention_heads", 0)  # some have none
+        queries = heads and heads * head_dim(hf)
+        keys = heads and (getattr(hf, "num_key_value_heads", None) or heads) * head_dim(hf)
         attention = hf.hidden_size * (2 * queries + 2 * keys)  # q and output, k and v
-        mlp = 3 * hf.hidden_size * hf.intermediate_size
-        if experts := num_experts(hf):  # those that a token visits, and the router
-            mlp = 3 * hf.hidden_size * hf.moe_intermediate_size * hf.num_experts_per_tok
-            mlp += hf.hidden_size * experts
+        width = getattr(hf, "intermediate_size", None) or 4 * hf.hidden_size
+        if visited := getattr(hf, "num_experts_per_tok", None):
+            width = visited * (getattr(hf, "moe_intermediate_size", None) or width)
+        mlp = 3 * hf.hidden_size * width + hf.hidden_size * num_experts(hf)  # and the router
         return cls(
             per_token=2 * hf.num_hidden_layers * (attention + mlp),
             per_pair=4 * hf.num_hidden_layers * queries,  # scores, and the sum of values

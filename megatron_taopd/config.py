@@ -33,6 +33,7 @@ from megatron_taopd.models.hf_map import (
     listed,
     num_experts,
 )
+from megatron_taopd.models.output_head import find_head
 from megatron_taopd.prompts import read_texts
 from megatron_taopd.selection import CONCENTRATES, SELECTORS
 from megatron_taopd.vocab_map import MIN_SHARED, VocabMap, Vocabulary
@@ -696,6 +697,10 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
             check_architecture(hf)
     except ValueError as error:
         raise ValueError(f"{key}: {path}: {error}") from None
+    if served:
+        hf = hf.get_text_config()
+    if served and section.form == "hidden_states":
+        _check_head(key, path)
     if num_experts(hf) and model == "student":
         raise ValueError(f"{key}: {path}: a mixture of experts is supported as a teacher only")
 
@@ -722,7 +727,7 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
         responses["eval.max_new_tokens"] = config.eval.max_new_tokens
     for response_key, response in responses.items():
         longest = config.data.max_prompt_tokens + response
-        if longest > hf.max_position_embeddings:
+        if longest > (getattr(hf, "max_position_embeddings", None) or longest):  # or no limit
             raise ValueError(
                 f"{response_key}: {response} after data.max_prompt_tokens "
                 f"{config.data.max_prompt_tokens} make {longest} tokens; {path} takes "
@@ -737,6 +742,13 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
             f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
         )
+
+
+def _check_head(key: str, path: str) -> None:
+    try:
+        find_head(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; take teacher.form: topk") from None
 
 
 def _read_json(key: str, path: Path) -> dict:

@@ -40,7 +40,7 @@ class Vocabulary:
     def from_pretrained(cls, hf_dir: str | Path) -> Vocabulary:
         """Read a Hugging Face directory."""
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-        config = AutoConfig.from_pretrained(hf_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(hf_dir, local_files_only=True).get_text_config()
         ends = config.eos_token_id
         if (Path(hf_dir) / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(hf_dir, local_files_only=True)

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
+    PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -147,6 +150,23 @@ def test_families(user, config_class):
     for name in ("teacher",) if experts else ("student", "teacher"):
         user.model(name, config_class, vocab_size=128)  # Qwen2's tokenizer class adds an id
     user.check()
+
+
+def test_a_served_teacher_whose_logits_are_more_than_its_head(user):
+    """Known before anything is started; and a served teacher may be of any family."""
+    served = "teacher.engine=sglang teacher.parallel.pp=1".split()
+    cap = {"final_logit_softcapping": 30.0}
+    for kind, changes, said in (
+        (Gemma2Config, cap, ("Gemma2ForCausalLM", "final_logit_softcapping 30")),
+        (PhiConfig, {}, ("PhiForCausalLM", "its output head has a bias")),
+        (GraniteConfig, {"logits_scaling": 8.0}, ("damaged safetensors",)),  # what comes after
+        (Qwen3Config, {}, ("damaged safetensors",)),
+    ):
+        ARCHITECTURES.setdefault(kind, kind.__name__.replace("Config", "ForCausalLM"))
+        user.model("teacher", kind, **changes)
+        said = "teacher.path", "models/teacher", *said, "take teacher.form: topk"
+        refused(lambda: user.check(*served), *said)
+        user.check(*served, "teacher.form=topk")
 
 
 def test_experts_of_a_teacher_on_several_ranks(user):

@@ -174,6 +174,12 @@ class HFCheckpoint:
         with self._open(self.files[name]) as file:
             yield file
 
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype | None]:
+        """Shape and dtype of a tensor, None for a dtype that no weight has unquantised."""
+        with self._holding(name) as file:
+            tensor = file.get_slice(name)
+            return tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype())
+
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """[len(ids), D] these rows of a matrix, zeros for an id of −1; nothing else is read.
 

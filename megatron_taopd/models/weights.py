@@ -23,6 +23,7 @@ from megatron_taopd.models.hf_checkpoint import (
     whole_shapes,
 )
 from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, check_pickles
+from megatron_taopd.models.output_head import OutputHead, find_head
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
 
@@ -84,12 +85,22 @@ def load_megatron(model: Trunk, directory: str | Path) -> None:
 def load_head(hf_dir: str | Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """[len(ids), D] rows of a checkpoint's output projection, on this rank's device.
 
+    A factor that the model has on its logits is in them, so that logits are rows · hidden. Where it
+    is no power of two, a narrow dtype rounds them once more.
+
     Args:
         ids: [V] int64, the row for each column; zeros for −1, a column that takes part in nothing.
+
+    Raises:
+        ValueError: the model's logits are no such product (`output_head`).
     """
-    hf = load_config(hf_dir)
-    name = "model.embed_tokens.weight" if hf.tie_word_embeddings else "lm_head.weight"
-    return HFCheckpoint(hf_dir).rows(name, ids).to(platform.device(), dtype)
+    return load_rows(hf_dir, find_head(hf_dir), ids, dtype)
+
+
+def load_rows(hf_dir: str | Path, head: OutputHead, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """`load_head` of a head that has been found."""
+    rows = HFCheckpoint(hf_dir).rows(head.name, ids).to(platform.device())
+    return (rows if head.scale == 1 else rows.float() * head.scale).to(dtype)
 
 
 def export_weights(
