@@ -11,7 +11,9 @@ import dense
 import pytest
 import torch
 import torch.distributed as dist
+from families import SIZES, save_random
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from sglang_server import serve
 from shards import SIZE, columns, make_logits, shard_of
 from step import (
@@ -23,11 +25,13 @@ from step import (
     make_batch,
     row_logits,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig
 
+from megatron_taopd.models import weights
 from megatron_taopd.parallel.vocab import score_topk
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, pack, unpack
 from megatron_taopd.serving.replicas import Replicas, ServedModel
+from megatron_taopd.teacher import sglang as module
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TeacherSequences
@@ -266,7 +270,7 @@ def test_the_fingerprint_sees_another_model():
     servers.all[0].says = servers.all[1].says = answer(-4.1)
     assert teacher.fingerprint() != first
     servers.all[1].says = answer(-4.3)
-    with pytest.raises(RuntimeError, match=r"url1 and url0 serve different teachers: .* by 0.2"):
+    with pytest.raises(RuntimeError, match=r"url1: other weights than url0: .* by 0.2 on average"):
         teacher.fingerprint()
     with pytest.raises(RuntimeError, match=r"no server of the teacher answers: url0: .*gone"):
         stub(Servers(RuntimeError("gone"))).fingerprint()
@@ -277,7 +281,7 @@ class Servers:
 
     def __init__(self, *answers):
         self.all = self.live = [
-            SimpleNamespace(url=f"url{i}", says=a) for i, a in enumerate(answers)
+            SimpleNamespace(url=f"url{i}", says=a, dtype="bfloat16") for i, a in enumerate(answers)
         ]
 
     async def post(self, replica, path, request):
@@ -318,6 +322,101 @@ def test_servers_without_hidden_states():
         SGLangTeacher(Refuses(None), MODEL, HIDDEN, torch.float32)
 
 
+# A teacher whose logits are more than head · hidden
+
+GRANITE = GraniteConfig(
+    **SIZES,
+    logits_scaling=6.0,
+    embedding_multiplier=3.0,
+    tie_word_embeddings=False,
+    architectures=["GraniteForCausalLM"],
+)
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory):
+    """A Granite's directory, and a server of it."""
+    path = tmp_path_factory.mktemp("granite") / "model"
+    save_random(GRANITE, path)
+    with serve(path, context_length=124, mem_fraction=0.2, args=HOOK_ARGS) as server:
+        yield path, server
+
+
+def test_a_factor_of_the_logits_is_in_the_head(granite):
+    path, server = granite
+    tokens = make_batch(GRANITE.vocab_size).sequence(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0].log_softmax(1)
+    everything = TeacherSequences(
+        tokens, *(torch.tensor([0, len(tokens)]),) * 2, torch.arange(len(tokens))
+    )
+    with Replicas([server.url], ServedModel.of(path, 116), fixed_weights=True) as replicas:
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+            teacher = SGLangTeacher(replicas, replicas.model, 32, dtype)
+            rows = teacher.read(everything).held.rows.float()
+            head = weights.load_head(path, torch.arange(200), dtype).float()
+            got = (rows @ head.T).log_softmax(1)
+            torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+        # As it would be without the factor.
+        plain = (rows @ model.lm_head.weight.T.detach()).log_softmax(1)
+        assert (plain - expected).abs().max() > 1
+
+
+def no_factor(config, tensors):
+    config["logits_scaling"] = 1.0
+
+
+def one_row(config, tensors):
+    tensors["lm_head.weight"][17] *= 1.01
+
+
+def another_seed(config, tensors):
+    tensors["lm_head.weight"] = torch.randn(200, 32) * 0.2
+
+
+@pytest.mark.parametrize("change", [no_factor, one_row, another_seed])
+def test_a_head_that_is_not_the_servers_is_noticed(granite, tmp_path, change):
+    path, server = granite
+    config = json.loads((path / "config.json").read_text())
+    tensors = load_file(path / "model.safetensors")
+    change(config, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model = ServedModel.of(path, 116)
+    with Replicas([server.url], model, fixed_weights=True) as replicas:
+        served = rf"teacher.servers: {server.url}: .* head in {tmp_path} .* take teacher.form: topk"
+        with pytest.raises(ValueError, match=served) as caught:
+            SGLangTeacher(replicas, model._replace(path=str(tmp_path)), 32, torch.float32)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_our_head_says_and_how_far_rounding_reaches(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(module, "_BLOCK", 64)  # of 200 rows
+    save_random(GRANITE, tmp_path)
+    torch.manual_seed(1)
+    hidden = (torch.randn(50, 32) * 4).to(dtype)
+    targets = torch.randint(200, (50,))
+    got, explained = module.head_log_probs(tmp_path, hidden, targets, dtype)
+    head = load_file(tmp_path / "model.safetensors")["lm_head.weight"].double() / 6
+    logits = hidden.double() @ head.T
+    expected = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    # As a server has it: all of it in its own dtype, logits included.
+    theirs = (hidden @ (head * 6).to(dtype).T / 6).float().log_softmax(1)
+    theirs = theirs.gather(1, targets[:, None])[:, 0].double()
+    assert (got - theirs).abs().max() <= explained
+    assert explained < {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(got, expected, rtol=0, atol=explained)
+
+
+def test_numbers_tell_their_dtype():
+    values = torch.randn(4, 8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert module._dtype_of(values.to(dtype)) == dtype
+        assert module._dtype_of(values.to(dtype).float()) == dtype
+
+
 # The whole step
 
 
@@ -326,7 +425,6 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     from megatron.core import parallel_state
 
     from megatron_taopd import batching
-    from megatron_taopd.models import weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
     from megatron_taopd.scoring import Heads, TopkHeads, score

@@ -69,4 +69,5 @@ def open_replicas(
         attempts=section.attempts,
         start_timeout_s=section.start_timeout_s,
         fixed_weights=fixed_weights,
+        dtype=_DTYPES[dtype],
     )

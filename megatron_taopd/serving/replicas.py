@@ -18,8 +18,9 @@ import signal
 import threading
 import time
 import uuid
+from asyncio import FIRST_COMPLETED
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -27,17 +28,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 from transformers import AutoConfig
 
-from megatron_taopd.serving.server import Server, cause
+from megatron_taopd.serving.server import Server
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 60.0  # pause, resume, flush
+PULSE_S = 2.0  # how often a server that has not answered yet is looked at
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.25, 30.0  # of the exponential back-off
 RESTARTS = 3  # in a row that may fail
 # SGLang cuts a response off, without a word, two tokens before its context or its KV cache ends,
 # and takes no prompt within the last seven: both must be this much longer than any sequence.
 CONTEXT_MARGIN = 7
+PROBES, PROBE_TOKENS = 4, 32
+# Nats: mean |Δ log p| that kernels, batches and layouts may make between servers of one model.
+SAME_MODEL = {"float32": 1e-3}
+SAME_MODEL_NARROW = 0.05
 # What tells two models of one family apart.
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
 
@@ -99,11 +106,12 @@ class Replica:
 
     Attributes:
         start: starts it anew; None: it is not ours.
-        tp: its tensor parallelism.
+        tp: its tensor parallelism; dtype: of its weights and activations, as SGLang names it.
         tokens, requests: outstanding, prompt and longest response; their requests.
         version: of the weights that it was given last.
         reported: what somebody else's server calls its weights.
         raw_logprobs: output log-probabilities are those at temperature 1.
+        remarks: what a user should know of how it was started.
         generation: counts its losses, to tell what was sent before one from what was sent after.
         syncing: it is being given weights, and may not answer for a while.
         trouble: what happened last.
@@ -113,12 +121,13 @@ class Replica:
         self.start = None if isinstance(source, str) else source
         self._url = source.rstrip("/") if isinstance(source, str) else None
         self.server: Server | None = None
-        self.tp = 1
+        self.tp, self.dtype = 1, "auto"
         self.state = State.DOWN
         self.tokens = self.requests = 0
         self.version: int | None = None
         self.reported: str | None = None
         self.raw_logprobs = True
+        self.remarks: list[str] = []
         self.generation = 0
         self.syncing = False
         self.trouble = "has not started"
@@ -159,9 +168,12 @@ class Replicas:
             to answer; it may miss that once.
         patience_s: before a replica that is not ours is given up.
         start_timeout_s: how long one that is not ours, but perhaps still loading, may not listen.
+        dtype: that weights and activations should have, as SGLang names it; None: any. It is a
+            remark if they do not.
 
     Raises:
-        ValueError: a URL serves another model, or cannot take the longest sequence.
+        ValueError: a URL serves another model, or other weights than the rest, or cannot take the
+            longest sequence.
         RuntimeError: a server did not start, or a URL does not answer.
     """
 
@@ -179,14 +191,17 @@ class Replicas:
         health_timeout_s: float = 30.0,
         patience_s: float = 600.0,
         start_timeout_s: float = 0.0,
+        dtype: str | None = None,
     ):
-        self.model = model
+        self.model, self.dtype = model, dtype
         self.concurrency, self.timeout_s, self.attempts = concurrency, timeout_s, attempts
         self.fixed_weights = fixed_weights
         self.health_every_s, self.health_timeout_s = health_every_s, health_timeout_s
         self.patience_s = patience_s
         self.start_timeout_s = start_timeout_s
         self.counts: Counter[str] = Counter()
+        # With fixed weights: one that has them, and what it said of the tokens of `log_probs`.
+        self._reference: tuple[Replica, np.ndarray] | None = None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._closing = False
         self.all = [Replica(source) for source in sources]
@@ -231,6 +246,11 @@ class Replicas:
     def live(self) -> list[Replica]:
         """Those that can be given weights."""
         return [replica for replica in self.all if replica.alive]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should know of how the replicas were started."""
+        return [f"{replica.url} {remark}" for replica in self.all for remark in replica.remarks]
 
     @property
     def stale(self) -> list[Replica]:
@@ -342,18 +362,44 @@ class Replicas:
     ) -> Any:
         """The JSON (else text) that a replica answers a POST with; no retries.
 
+        A replica that cannot answer any more, because it is dead, stopped or out of reach, is not
+        waited for.
+
         Raises:
             RuntimeError: with the address and the server's message.
         """
         url = replica.url + path
+        request = asyncio.ensure_future(self._client.post(url, json=payload))
+        loss = asyncio.ensure_future(self._until_lost(replica))
         try:
-            request = self._client.post(url, json=payload)
-            response = await asyncio.wait_for(request, timeout)
-        except asyncio.TimeoutError:
-            raise RuntimeError(f"{url}: no answer within {timeout:g} s") from None
+            await asyncio.wait({request, loss}, timeout=timeout, return_when=FIRST_COMPLETED)
+            if request.done():
+                return _parsed(url, request.result())
+            why = loss.result() if loss.done() else f"no answer within {timeout:g} s"
+            raise RuntimeError(f"{url}: {why}")
         except httpx.TransportError as error:
             raise RuntimeError(f"{url}: {error!r}") from error
-        return _parsed(url, response)
+        finally:
+            request.cancel()
+            loss.cancel()
+
+    async def _until_lost(self, replica: Replica) -> str:
+        """Return when a replica has twice in a row shown no sign of life, and what is missing.
+
+        The scheduler may be busy with the very request that is waited for: nothing is asked of it.
+        """
+        missed = 0
+        while missed < 2:
+            await asyncio.sleep(PULSE_S)
+            trouble = None
+            try:
+                await self._fetch(replica, "/model_info")
+            except RuntimeError as error:
+                trouble = str(error)
+            if replica.server is not None:
+                trouble = await asyncio.to_thread(replica.server.trouble) or trouble
+            missed = 0 if trouble is None else missed + 1
+        return f"the server is lost: {trouble}"
 
     async def post_all(
         self,
@@ -362,9 +408,9 @@ class Replicas:
         targets: Iterable[Replica] | None = None,
         timeout: float = CONTROL_TIMEOUT_S,
     ) -> list:
-        """`post` to these replicas at once, or to all live ones."""
+        """`post` to these replicas at once, or to all live ones; what failed, once all are done."""
         targets = self.live if targets is None else targets
-        return await asyncio.gather(*(self.post(r, path, payload, timeout) for r in targets))
+        return await all_of(self.post(r, path, payload, timeout) for r in targets)
 
     async def pause(self, mode: str, targets: Iterable[Replica] | None = None) -> None:
         """Stop generating; what is under way is aborted (and comes back to begin anew), retracted,
@@ -422,14 +468,25 @@ class Replicas:
             if replica.start is not None:
                 replica.server = replica.start()
         starts = (asyncio.to_thread(r.server.wait_until_ready) for r in self.all if r.server)
-        await _all(starts)
-        await _all(self._wait_until_listens(r) for r in self.all if not r.server)
-        await _all(self._check(replica) for replica in self.all)
+        await all_of(starts)
+        await all_of(self._wait_until_listens(r) for r in self.all if not r.server)
+        await all_of(self._check(replica) for replica in self.all)
         for replica in self.all:
             own = replica.server is not None
             replica.version = 0 if own or self.fixed_weights else None
             replica.state = State.STALE if replica.version is None else State.READY
+        await self._compare()
         self._watches = [asyncio.ensure_future(self._watch(replica)) for replica in self.all]
+
+    async def _compare(self) -> None:
+        """Raises ValueError if one of those that have their weights serves others than the rest."""
+        serving = [replica for replica in self.all if replica.version is not None]
+        if len(serving) > 1 or self.fixed_weights:
+            self._reference = agreed(serving, await all_of(map(self.log_probs, serving)))
+
+    async def log_probs(self, replica: Replica) -> np.ndarray:
+        """[n] float64, what a server says of some tokens, the same in every run."""
+        return await probe_log_probs(self.post, replica, self.model)
 
     async def _close(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -466,13 +523,12 @@ class Replicas:
     async def _healthy(self, replica: Replica) -> bool:
         """/server_info asks the scheduler, generates nothing, and so never disturbs an update."""
         for _ in range(2):
-            if replica.server is not None and not replica.server.alive:
-                log = replica.server.log
-                replica.trouble = f"died: {cause(_tail(log))} (log: {log})"
-                return False
             try:
+                own = replica.server
+                if own is not None and (trouble := await asyncio.to_thread(own.trouble)):
+                    raise RuntimeError(trouble)
                 await self._get(replica, "/server_info")
-                if replica.server is None:
+                if own is None:
                     info = await self._get(replica, "/model_info")
                     replica.reported = info.get("weight_version")
                 return True
@@ -509,6 +565,7 @@ class Replicas:
                 replica.version = 0 if self.fixed_weights else None
                 replica.server = replica.start()
                 await asyncio.to_thread(replica.server.wait_until_ready)
+                await self._check_weights(replica)
                 return await self._revive(replica, self.fixed_weights)
             except Exception as error:  # whatever it is, the watch goes on
                 replica.trouble = str(error) or repr(error)
@@ -524,11 +581,18 @@ class Replicas:
             attempt += 1
             try:
                 await self._check(replica)
+                await self._check_weights(replica)
                 return await self._revive(replica, self._has_weights(replica))
             except Exception as error:  # whatever it is, the watch goes on
                 replica.trouble = str(error) or repr(error)
             if time.monotonic() > deadline and replica.state is not State.DEAD:
                 await self._lose(replica, State.DEAD)
+
+    async def _check_weights(self, replica: Replica) -> None:
+        """Raises ValueError if one that was away has come back with others than the fixed ones."""
+        if self._reference is not None and self.fixed_weights:
+            first, log_probs = self._reference
+            agreed([first, replica], [log_probs, await self.log_probs(replica)])
 
     def _troubles(self) -> list[str]:
         return [f"{r.url} {r.trouble}" for r in self.all]
@@ -548,14 +612,17 @@ class Replicas:
             return
 
     async def _get(self, replica: Replica, path: str) -> dict:
+        return _parsed(replica.url + path, await self._fetch(replica, path))
+
+    async def _fetch(self, replica: Replica, path: str) -> httpx.Response:
+        """Whatever it answers; RuntimeError if nothing."""
         url = replica.url + path
         try:
-            response = await asyncio.wait_for(self._client.get(url), self.health_timeout_s)
+            return await asyncio.wait_for(self._client.get(url), self.health_timeout_s)
         except asyncio.TimeoutError:
             raise RuntimeError(f"{url}: no answer within {self.health_timeout_s:g} s") from None
         except httpx.TransportError as error:
             raise RuntimeError(f"{url}: {error!r}") from error
-        return _parsed(url, response)
 
     async def _check(self, replica: Replica) -> None:
         """Whether a server is there, and is one of our model.
@@ -565,7 +632,7 @@ class Replicas:
         """
         info = await self._get(replica, "/model_info")
         server = await self._get(replica, "/server_info")
-        replica.tp = server.get("tp_size", 1)
+        replica.tp, replica.dtype = server.get("tp_size", 1), server.get("dtype", "auto")
         replica.reported = info.get("weight_version")
         expected, path = self.model, info["model_path"]
         found = {"model_type": info.get("model_type"), "vocab_size": await self._vocab(replica)}
@@ -576,6 +643,10 @@ class Replicas:
         elif Path(path).name != Path(expected.path).name:
             found |= {"path": path}
         wrong = {k: v for k, v in found.items() if v != expected.sizes.get(k)}
+        if not info.get("is_generation", True):
+            raise ValueError(f"{replica.url} embeds, it does not generate ({path})")
+        if self.fixed_weights and info.get("load_format") == "dummy":
+            raise ValueError(f"{replica.url} has random weights (--load-format dummy)")
         if wrong:
             wanted = {k: expected.sizes.get(k, expected.path) for k in wrong}
             raise ValueError(
@@ -589,6 +660,9 @@ class Replicas:
                 f"{expected.longest}: start it with --context-length and --max-total-tokens of "
                 f"{expected.longest + CONTEXT_MARGIN} or more"
             )
+        replica.remarks = remarks(server, self.dtype)
+        if self.fixed_weights and os.path.realpath(path) != os.path.realpath(expected.path):
+            replica.remarks.append(f"serves {path}, which has the sizes of {expected.path}")
         if replica.server is None:
             replica.raw_logprobs = await self._reports_raw(replica)
 
@@ -622,6 +696,80 @@ class Replicas:
         return spreads[1] > spreads[0] / 2
 
 
+def remarks(server: Mapping[str, Any], dtype: str | None) -> list[str]:
+    """What makes a server of the right model answer otherwise than its weights in this dtype would.
+
+    Args:
+        server: its /server_info.
+        dtype: as SGLang names it; None: any.
+    """
+    found = []
+    if dtype is not None and (other := server.get("dtype", "auto")) not in ("auto", dtype):
+        found.append(f"computes in {other}, the run in {dtype}")
+    if quantization := server.get("quantization"):
+        found.append(f"has quantised weights ({quantization})")
+    if (cache := server.get("kv_cache_dtype", "auto")) not in ("auto", server.get("dtype")):
+        found.append(f"keeps keys and values in {cache}")
+    if server.get("enable_lora") or server.get("lora_paths"):
+        found.append("takes LoRA adapters, of which requests here name none")
+    if (overrides := server.get("json_model_override_args") or "{}") != "{}":
+        found.append(f"overrides config.json: {overrides}")
+    return found
+
+
+def probe_tokens(model: ServedModel) -> list[list[int]]:
+    """A few sequences of random tokens, the same in every run."""
+    shape = PROBES, min(PROBE_TOKENS, model.longest - 1)
+    return np.random.default_rng(0).integers(model.vocab_size, size=shape).tolist()
+
+
+async def probe_log_probs(post: Callable, replica: Any, model: ServedModel) -> np.ndarray:
+    """[n] float64, the log-probability of every token but the first of `probe_tokens`."""
+    request = {
+        "input_ids": probe_tokens(model),
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    answers = await post(replica, "/generate", request)
+    rows = [answer["meta_info"]["input_token_logprobs"][1:] for answer in answers]
+    return np.array([lp for row in rows for lp, *_ in row], dtype=np.float64)  # null is nan
+
+
+def agreed(replicas: Sequence[Any], log_probs: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+    """The replica that is closest to most of them, and what it says.
+
+    Args:
+        replicas: with `url` and `dtype`.
+        log_probs: [n] of each of them, as `probe_log_probs` has them.
+
+    Raises:
+        ValueError: one is further from that than rounding explains, or says no numbers.
+    """
+    table = np.stack(log_probs)
+    for replica, row in zip(replicas, table, strict=True):
+        if not np.isfinite(row).all():
+            raise ValueError(f"{replica.url}: log-probabilities that are not finite")
+    gaps = np.abs(table[:, None] - table).mean(2)
+    middle = int(np.median(gaps, axis=1).argmin())
+    bound = same_model(replicas)
+    if odd := [i for i, gap in enumerate(gaps[middle]) if gap > bound]:
+        names = ", ".join(replicas[i].url for i in odd)
+        others = len(replicas) - len(odd)
+        rest = f" and {others - 1} others" if others > 1 else ""
+        raise ValueError(
+            f"{names}: other weights than {replicas[middle].url}{rest}: log-probabilities of the "
+            f"same tokens differ by {max(gaps[middle][odd]):.3g} on average, rounding explains "
+            f"{bound:g}"
+        )
+    return replicas[middle], log_probs[middle]
+
+
+def same_model(replicas: Iterable[Any]) -> float:
+    """Mean |Δ log p| that rounding explains between these replicas of one model."""
+    return max(SAME_MODEL.get(replica.dtype, SAME_MODEL_NARROW) for replica in replicas)
+
+
 class Failed(Exception):
     """An attempt that says nothing about the request."""
 
@@ -630,12 +778,20 @@ def _delay(attempt: int) -> float:
     return min(FIRST_DELAY_S * 2 ** (attempt - 1), LONGEST_DELAY_S)
 
 
-async def _all(awaitables: Iterable[Awaitable]) -> None:
-    """Wait for all of them, and only then raise what any of them raised."""
+async def all_of(awaitables: Iterable[Awaitable]) -> list:
+    """Wait for all of them; their results, or one error that has what each of the failed ones says.
+
+    Raises:
+        ValueError, RuntimeError: the first one's kind.
+    """
     results = await asyncio.gather(*awaitables, return_exceptions=True)
-    for error in results:
-        if isinstance(error, BaseException):
-            raise error
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if not errors:
+        return results
+    if len(errors) == 1 or not all(isinstance(e, ValueError | RuntimeError) for e in errors):
+        raise errors[0]
+    kind = ValueError if isinstance(errors[0], ValueError) else RuntimeError
+    raise kind("; ".join(dict.fromkeys(map(str, errors)))) from errors[0]
 
 
 def _parsed(url: str, response: httpx.Response) -> Any:
@@ -673,9 +829,3 @@ def _stop(server: Server, grace_s: float = 10) -> None:
     if server.alive:  # its supervisor may have been stopped with it, and would not hear
         os.kill(server.pid, signal.SIGCONT)
     server.stop(grace_s)
-
-
-def _tail(log: Path, size: int = 1 << 20) -> str:
-    with open(log, "rb") as file:
-        file.seek(max(0, os.path.getsize(log) - size))
-        return file.read().decode(errors="replace")

@@ -32,6 +32,11 @@ POLL_S = 0.25
 ATTEMPTS = 3  # at a free port
 PORTS = range(20000, 32768)  # below those that the kernel hands out by itself
 ERROR = re.compile(r"^(?:[\w.]+(?:Error|Exception)\b|\S+: error:).*", re.MULTILINE)
+LIFELESS = {
+    psutil.STATUS_ZOMBIE: "dead",
+    psutil.STATUS_DEAD: "dead",
+    psutil.STATUS_STOPPED: "stopped",
+}
 IN_USE = re.compile(r"address already in use|port.* is not available", re.IGNORECASE)
 
 CPU_ARGS = (
@@ -138,6 +143,7 @@ class Server:
                 f"port {self.port} of {self.host} is in use: stop its user or take another"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._workers: dict[psutil.Process, str] = {}
         with open(self.log, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -189,7 +195,25 @@ class Server:
                     self.stop(grace_s=0)
                     self._fail(f"was not ready within {self.start_timeout:g} s")
                 time.sleep(POLL_S)
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.pid).children(recursive=True):
+                if (name := process.name()).startswith("sglang::"):
+                    self._workers[process] = name
         return self
+
+    def trouble(self) -> str | None:
+        """What the table of processes says of a server that was ready: None, or that it has ended,
+        or that its scheduler or detokenizer has, or was stopped. A server need not notice that.
+        """
+        if not self.alive:
+            return f"died: {cause(self._output())} (log: {self.log})"
+        for worker, name in self._workers.items():
+            status = psutil.STATUS_DEAD
+            with suppress(psutil.NoSuchProcess):
+                status = worker.status() if worker.is_running() else status
+            if status in LIFELESS:
+                return f"its {name} (process {worker.pid}) is {LIFELESS[status]}"
+        return None
 
     def _generates(self, client: httpx.Client) -> bool:
         with suppress(httpx.TransportError):

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,19 +34,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.models import weights
+from megatron_taopd.models.output_head import find_head
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows, no_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import told
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
-from megatron_taopd.serving.replicas import Replica, Replicas, ServedModel
+from megatron_taopd.serving.replicas import (
+    Replica,
+    Replicas,
+    ServedModel,
+    agreed,
+    probe_log_probs,
+    probe_tokens,
+    same_model,
+)
 from megatron_taopd.teacher.delivery import ReadRows, deliver
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import Sequences
 
 SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while it waits; gloo gives up after minutes
-SAME_MODEL = 0.05  # nats: mean |Δ log p| that kernels and batches may cause
-_PROBES, _PROBE_TOKENS = 4, 32
+_BLOCK = 8192  # rows of the head that are held at a time while it is compared
 
 
 class _Teacher(ABC):
@@ -109,9 +119,10 @@ class _Teacher(ABC):
         """A number that changes with the model that is served.
 
         The log-probabilities of some fixed tokens, asked of every server that is up, must stay
-        within SAME_MODEL of the first ones on average. That sees another model, a server that was
-        restarted with other weights, and servers that differ. It does not see a change that moves
-        no log-probability by more, single bits among them, and nothing that happened before.
+        within rounding (`same_model`) of the first ones on average. That sees another model, a
+        server that was restarted with other weights, and servers that differ. It does not see a
+        change that moves no log-probability by more, single bits among them, and nothing that
+        happened before.
 
         Collective: a broadcast of some bytes.
 
@@ -210,38 +221,23 @@ class _Teacher(ABC):
         return ", ".join(replica.url for replica in self.replicas.all)
 
     async def _fingerprint(self) -> int:
-        tokens = np.random.default_rng(0).integers(
-            self.model.vocab_size, size=(_PROBES, min(_PROBE_TOKENS, self.model.longest - 1))
-        )
-        request = {
-            "input_ids": tokens.tolist(),
-            "sampling_params": {"max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
         replicas = self.replicas.live
-        answers = await asyncio.gather(
-            *(self.replicas.post(replica, "/generate", request) for replica in replicas),
-            return_exceptions=True,
-        )
-        found = {}
-        for replica, answer in zip(replicas, answers, strict=True):
-            if not isinstance(answer, BaseException):
-                found[replica.url] = np.array(
-                    [lp for a in answer for lp, *_ in a["meta_info"]["input_token_logprobs"][1:]]
-                )
+        asking = (probe_log_probs(self.replicas.post, r, self.model) for r in replicas)
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        found = [
+            (replica, answer)
+            for replica, answer in zip(replicas, answers, strict=True)
+            if not isinstance(answer, BaseException)
+        ]
         if not found:
             raise RuntimeError(f"no server of the teacher answers: {self._urls}: {answers}")
-        (url, log_probs), *others = found.items()
-        for other, theirs in others:
-            if (gap := np.abs(theirs - log_probs).mean()) > SAME_MODEL:
-                raise RuntimeError(
-                    f"{other} and {url} serve different teachers: their log-probabilities differ "
-                    f"by {gap:.3g} on average"
-                )
+        try:
+            _, log_probs = agreed(*zip(*found, strict=True))
+        except ValueError as error:
+            raise RuntimeError(f"the teacher's servers differ: {error}") from None
         if self.reference is None:
             self.reference = log_probs
-        same = np.abs(log_probs - self.reference).mean() <= SAME_MODEL
+        same = np.abs(log_probs - self.reference).mean() <= same_model(replicas)
         return zlib.crc32((self.reference if same else log_probs).round(3).tobytes())
 
 
@@ -313,6 +309,84 @@ class SGLangTeacher(_Teacher):
                     f"{' '.join(SERVER_ARGS)} --enable-return-hidden-states"
                 ) from None
         self.rows(answer, [0, 0], torch.arange(2))
+
+    async def _check_all(self) -> None:
+        """Further: our head on a server's hidden states says what the server says itself."""
+        await super()._check_all()
+        for replica in self.replicas.live:
+            await self._check_head(replica)
+
+    async def _check_head(self, replica: Replica) -> None:
+        hidden, tokens, theirs = [], [], []
+        for sequence in probe_tokens(self.model):
+            request = self.request(sequence, 0) | {"return_logprob": True, "logprob_start_len": 0}
+            answer = await self.replicas.post(replica, "/generate", request)
+            self.rows(answer, sequence, torch.arange(1))  # all of them are there
+            hidden.append(_hidden_states(answer)[:-1])
+            tokens += sequence[1:]
+            theirs += [lp for lp, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
+        rows, targets = torch.cat(hidden), torch.tensor(tokens)
+        ours, explained = await asyncio.to_thread(
+            head_log_probs, self.model.path, rows, targets, self.dtype
+        )
+        gap = float((ours - torch.tensor(theirs, dtype=torch.float64)).abs().max())
+        if not gap <= explained:  # nor NaN
+            raise ValueError(
+                f"teacher.servers: {replica.url}: log-probabilities that the head in "
+                f"{self.model.path} gives to its hidden states are up to {gap:.3g} from its own, "
+                f"rounding explains {explained:.2g}: it serves another model than teacher.path, or "
+                "one whose logits are more than head · hidden states; take teacher.form: topk"
+            )
+
+
+def head_log_probs(
+    hf_dir: str | Path, hidden: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, float]:
+    """What our head of a checkpoint says of a server's hidden states.
+
+    Args:
+        hidden: [n, D] as the server sent them.
+        targets: [n] int64 token ids.
+        dtype: that rows and head have in the run.
+
+    Returns:
+        [n] float64 log-probabilities on the CPU; the most by which the server's may differ from
+        them. Logits are rounded to the narrower dtype on both sides, by half an ε each, which moves
+        a log-probability by twice that: 2 ε of the highest logit. And 4 ε of fp32: of the
+        log-probability, and √D times of |hidden| · |row| for a sum of D products.
+
+    Memory: _BLOCK rows of the head.
+    """
+    head = find_head(hf_dir)
+    rows = hidden.to(platform.device(), dtype)
+    targets = targets.to(rows.device)
+    totals, chosen = (
+        rows.new_full((len(rows),), value, dtype=torch.float64) for value in (-torch.inf, 0)
+    )
+    highest = longest = 0.0
+    for start in range(0, head.shape[0], _BLOCK):
+        ids = torch.arange(start, min(start + _BLOCK, head.shape[0]))
+        weight = weights.load_rows(hf_dir, head, ids, dtype).float()
+        logits = rows.float() @ weight.t()
+        totals = totals.logaddexp(logits.double().logsumexp(1))
+        here = (targets >= start) & (targets < start + len(ids))
+        chosen[here] = logits[here].gather(1, targets[here, None] - start)[:, 0].double()
+        highest = max(highest, float(logits.abs().max()))
+        longest = max(longest, float(weight.norm(dim=1).max()))
+    narrow = max((_dtype_of(hidden), dtype), key=lambda d: torch.finfo(d).eps)
+    log_probs = chosen - totals
+    sums = head.shape[1] ** 0.5 * longest * float(rows.float().norm(dim=1).max())
+    explained = 2 * torch.finfo(narrow).eps * highest
+    explained += 4 * torch.finfo(torch.float32).eps * (sums + float(log_probs.abs().max()))
+    return log_probs.cpu(), explained
+
+
+def _dtype_of(hidden: Tensor) -> torch.dtype:
+    """The narrowest that holds these numbers: SGLang's lists do not say in which they were."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(hidden.to(dtype).to(hidden.dtype), hidden):
+            return dtype
+    return hidden.dtype
 
 
 def _hidden_states(answer: dict) -> Tensor | None:
