@@ -112,7 +112,8 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
             vocab_size=vocab_map.size,
         )
     else:
-        engine = sglang_engine(config, servers, student, student_vocabulary.ends, vocab_map.size)
+        ends, size = student_vocabulary.ends, vocab_map.size
+        engine = sglang_engine(config, servers, student, ends, size, prompts.token_ids)
     sampling = Sampling(
         max_new_tokens=rollout.max_new_tokens,
         samples=rollout.samples,
@@ -273,19 +274,22 @@ def ready(servers: Future, key: str):
 
     try:
         on_first_rank(wait)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
-    return servers.result()
+    model, replicas = servers.result()
+    for remark in replicas.remarks if replicas else ():
+        say(f"{key}: {remark}")
+    return model, replicas
 
 
 def sglang_teacher(config, servers: Future, dtype: torch.dtype, vocab_map):
     """The teacher on servers that were begun."""
-    from megatron_taopd.models.hf_checkpoint import load_config
+    from megatron_taopd.models.output_head import find_head
     from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 
     model, replicas = ready(servers, "teacher.servers")
     if config.teacher.form == "hidden_states":
-        return SGLangTeacher(replicas, model, load_config(model.path).hidden_size, dtype)
+        return SGLangTeacher(replicas, model, find_head(model.path).shape[1], dtype)
     say(
         f"teacher.form: topk; D, C and the teacher's entropy are lower bounds from its "
         f"{config.teacher.topk} likeliest tokens (Eq. 17)"
@@ -309,7 +313,7 @@ def read_heads(config, student, vocab_map, chunk_rows: int):
     return Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
 
-def sglang_engine(config, servers: Future, student, ends, vocab_size: int):
+def sglang_engine(config, servers: Future, student, ends, vocab_size: int, prompts):
     """The engine on servers that were begun; ValueError on every rank if they do not serve."""
     from megatron_taopd.rollout import weight_sync
     from megatron_taopd.rollout.sglang import SGLangEngine
@@ -335,7 +339,7 @@ def sglang_engine(config, servers: Future, student, ends, vocab_size: int):
         ways[sync.way](config.student.path, sync.bucket_mib << 20),
         weights=partial(weight_sync.Repeatable, student.named_tensors),
         version=lambda: student.version,
-        probe=weight_sync.Probe(log_probs, sync.max_gap),
+        probe=weight_sync.Probe(log_probs, sync.max_gap, prompts),
         release_memory=sync.release_memory,
     )
 

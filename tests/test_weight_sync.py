@@ -29,14 +29,16 @@ from transformers import AutoModelForCausalLM
 from megatron_taopd.rollout.weight_sync import (
     DiskSync,
     DistributedSync,
+    Probe,
     Repeatable,
     TensorSync,
     check_probe,
+    distributed,
     probe_replica,
     tensor,
 )
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
-from megatron_taopd.rollout.weight_sync.distributed import local_address
+from megatron_taopd.rollout.weight_sync.distributed import _Group, local_address
 
 STUDENT = "examples/tiny_pair/student"
 VOCABULARY = 1152
@@ -423,6 +425,158 @@ def test_probe_ignores_what_rounding_hides():
         check_probe("a", engine, trainer + 0.02, engine, trainer, 0.3)
     with pytest.raises(RuntimeError, match="nan"):
         check_probe("a", engine * torch.nan, trainer, engine, trainer, 0.3)
+
+
+# Servers in trouble, beside others that are well
+
+
+class Device:
+    """As much of CUDA as sending needs: transfers run by themselves; a stream that was told to wait
+    for one waits till it has ended, and so does whoever waits for the stream or for the device."""
+
+    is_cuda, device = True, torch.device("cuda", 0)  # of a bucket's bytes
+
+    def __init__(self, monkeypatch):
+        self.running, self.default_stream_waits = set(), set()
+        for name, fake in {
+            "set_device": lambda device: None,
+            "synchronize": lambda *_: self.wait_for(self.running),
+            "current_stream": lambda *_: SimpleNamespace(synchronize=self.finish_stream),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def wait_for(self, transfers):
+        while transfers & self.running:
+            time.sleep(0.01)
+
+    def finish_stream(self):
+        self.wait_for(self.default_stream_waits)
+
+
+class Backend:
+    """The trainer's end of a group with one server on this device."""
+
+    def __init__(self, device, alive):
+        self.device, self.alive, self.aborted = device, alive, threading.Event()
+
+    def broadcast(self, tensors, options):
+        self.device.running.add(self)
+        if self.alive:
+            threading.Timer(0.3, lambda: self.device.running.discard(self)).start()
+        return self
+
+    def is_completed(self):
+        return self not in self.device.running
+
+    def wait(self):
+        self.device.default_stream_waits.add(self)
+
+    def abort(self):
+        self.device.running.discard(self)
+        self.aborted.set()
+
+
+@pytest.fixture
+def alone():
+    """A world of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sync_with(monkeypatch, timeout_s, **alive):
+    """(sync, its groups with these servers, the servers) on a fake device."""
+    device = Device(monkeypatch)
+    sync = DistributedSync(STUDENT, BUCKET, timeout_s)
+    for name, is_alive in alive.items():
+        sync._groups[f"http://{name}"] = _Group(name, Backend(device, is_alive), "7")
+    bucket = Bucket([Entry("a", torch.Size([2]), torch.bfloat16, 0, 4)], device)
+    return sync, dict(sync._groups), [Replica(f"http://{name}") for name in alive], bucket
+
+
+def dies_of(*names, after=0.05):
+    async def post(replica, path, payload, timeout):
+        await asyncio.sleep(after)
+        if replica.url.removeprefix("http://") in names:
+            raise RuntimeError(f"{replica.url}{path}: connection reset")
+        return {}
+
+    return post
+
+
+def test_a_dead_server_holds_up_no_push_and_others_are_not_blamed(monkeypatch, alone):
+    """On a GPU that they share: the dead one's transfer runs till it is aborted."""
+    sync, groups, replicas, bucket = sync_with(monkeypatch, 600, first=True, dead=False, last=True)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        sync._send(Client(dies_of("dead")), replicas, bucket)
+    assert time.monotonic() - started < 60
+    assert "http://dead/update_weights_from_distributed: connection reset" in str(caught.value)
+    assert "first" not in str(caught.value) and "last" not in str(caught.value)
+    assert groups["http://dead"].backend.aborted.wait(60)
+    sync._abandon(replicas)
+    assert sync._groups == {url: groups[url] for url in ("http://first", "http://last")}
+    assert not any(g.backend.aborted.is_set() for g in sync._groups.values())
+    sync._send(Client(dies_of()), [replicas[0], replicas[2]], bucket)  # and so they go on
+
+
+def test_every_server_that_failed_is_named(monkeypatch, alone):
+    sync, _, replicas, bucket = sync_with(monkeypatch, 600, a=False, b=True, c=False)
+    with pytest.raises(RuntimeError, match=r"^http://a/.* reset; http://c/[^;]* reset$"):
+        sync._send(Client(dies_of("a", "c")), replicas, bucket)
+
+
+def test_a_server_that_only_stays_silent_is_given_up_after_the_time_out(monkeypatch, alone):
+    sync, groups, replicas, bucket = sync_with(monkeypatch, 1.0, hung=False, well=True)
+    monkeypatch.setattr(distributed, "GRACE_S", 0.1)
+    with pytest.raises(
+        RuntimeError, match=r"^http://hung: the weight transfer failed: no end"
+    ):
+        sync._send(Client(dies_of()), replicas, bucket)
+    assert groups["http://hung"].backend.aborted.wait(60)
+    assert list(sync._groups) == ["http://well"]
+
+
+def test_those_that_joined_keep_their_groups_if_another_does_not(monkeypatch, alone):
+    sync = DistributedSync(STUDENT, BUCKET, 600)
+    monkeypatch.setattr(distributed, "join_group", lambda store, name, *_: name)
+    replicas = [Replica("http://127.0.0.1:1"), Replica("http://127.0.0.1:2")]
+    with pytest.raises(RuntimeError, match=r"^http://127.0.0.1:1/init_weights_update_group: conn"):
+        sync._prepare(Client(dies_of("127.0.0.1:1")), replicas, 1)
+    assert list(sync._groups) == ["http://127.0.0.1:2"]
+
+
+def test_memory_that_others_gave_back_is_remembered_if_one_fails(alone):
+    sync = TensorSync(STUDENT, BUCKET)
+    with pytest.raises(RuntimeError, match=r"^http://b/pause_generation: connection reset$"):
+        sync.release(Client(dies_of("b")), [Replica(f"http://{name}") for name in "abc"])
+    assert sync._without_weights == sync._without_cache == {"http://a", "http://c"}
+
+
+def test_requests_that_move_no_weights_have_a_short_time_out(alone, tmp_path):
+    """A hung server is waited for by the first of them."""
+    timeouts = {}
+
+    async def records(replica, path, payload, timeout):
+        timeouts[path.partition("?")[0]] = timeout
+        return {"meta_info": {"weight_version": "1"}}
+
+    for way in ("tensor", "disk"):
+        sync = make_sync(way, tmp_path)
+        tensors = [(name, torch.zeros(shape)) for name, shape in sync.shapes.items()]
+        sync.push(Client(records), [Replica("http://a")], tensors, 1)
+    sync.release(Client(records), [Replica("http://a")])
+    weights = {path: t for path, t in timeouts.items() if path.startswith("/update_weights_from")}
+    assert set(weights.values()) == {600} and len(weights) == 2
+    assert {t for path, t in timeouts.items() if path not in weights} == {60}
+
+
+def test_the_probe_asks_from_the_first_sync_on():
+    """Of the prompts those with a token to ask about, and all servers at a time."""
+    prompts = [[7], *([i] * (i + 50) for i in range(9))]
+    probe = Probe(lambda sequences: torch.zeros(4 * 47), 0.3, prompts)
+    assert probe.sequences == [[i] * 48 for i in range(4)]
+    assert Probe(lambda sequences: torch.zeros(1), 0.3, [[7], [8, 9]]).sequences == [[8, 9]]
 
 
 # A server's end

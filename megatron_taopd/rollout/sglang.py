@@ -159,15 +159,27 @@ class SGLangEngine:
             trouble = str(error)
         if self.leads and trouble is None:
             self.replicas.run(self.replicas.deliver(targets, version))
+        self._settle(trouble, targets, f"weights of version {version}")
+        if trouble is None:
+            self.failed_syncs = 0
+
+    def _settle(self, trouble: str | None, targets: Sequence[Replica] | None, what: str) -> None:
+        """Go on after a trouble with these servers if one of them is in trouble itself.
+
+        Collective: a broadcast of 16 bytes and what is wrong.
+
+        Raises:
+            RuntimeError: none is, or it was so for FAILED_SYNCS in a row, on every rank.
+        """
         excused = False
         if self.leads and trouble is not None:
             excused = self.replicas.run(self.replicas.give_up(targets))
             excused = excused and self.failed_syncs + 1 < FAILED_SYNCS
         word = Word.NOTHING if trouble is None else Word.RESYNC if excused else Word.ERROR
         word, message = self.broadcast(word, _encoded(trouble or ""))
-        self.failed_syncs = 0 if word == Word.NOTHING else self.failed_syncs + 1
+        self.failed_syncs += word != Word.NOTHING
         if word == Word.ERROR:
-            raise RuntimeError(f"weights of version {version}: {_decoded(message)}")
+            raise RuntimeError(f"{what}: {_decoded(message)}")
 
     def broadcast(self, word: Word, payload: np.ndarray | None = None) -> tuple[Word, np.ndarray]:
         """Rank 0's word and its int32 numbers, on every rank.
@@ -230,9 +242,18 @@ class SGLangEngine:
         }
 
     def rest(self) -> None:
-        """See `RolloutEngine.rest`. Collective if memory is released."""
-        if self.release_memory:
-            self.sync.release(self.replicas, self.replicas.live if self.leads else None)
+        """See `RolloutEngine.rest`. Collective if memory is released.
+
+        A server that is lost on the way does without; the others wait for weights.
+        """
+        if not self.release_memory:
+            return
+        targets, trouble = self.replicas.live if self.leads else None, None
+        try:
+            self.sync.release(self.replicas, targets)
+        except RuntimeError as error:
+            trouble = str(error)
+        self._settle(trouble, targets, "release of memory")
 
     def close(self) -> None:
         if self.leads:
@@ -288,10 +309,7 @@ class Generating:
         """See `Pending.result`. Before `parts` or after; collective and errors likewise."""
         while self.missing:
             self._advance()
-        batch = self._batch(range(len(self.prompts)))
-        if self.engine.probe is not None:
-            self.engine.probe.choose(batch)
-        return batch
+        return self._batch(range(len(self.prompts)))
 
     def _advance(self) -> None:
         """Do what rank 0 says next. Collective."""

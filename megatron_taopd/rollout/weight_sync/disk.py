@@ -57,7 +57,7 @@ class DiskSync(BucketSync):
             "load_format": "auto",  # not that of its start, which may have been "dummy"
             "flush_cache": False,
         }
-        self._post_all(client, targets, "/update_weights_from_disk", request)
+        self._post_all(client, targets, "/update_weights_from_disk", request, self.timeout_s)
         self._discard()
 
     def _abandon(self, targets: Sequence[Replica]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -22,15 +23,23 @@ from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica, on_first_rank
 
 GRACE_S = 5.0  # for the server's own word on a transfer that has broken off
+POLL_S = 0.001
+SLACK_S = 60.0  # after our own time-out NCCL's would end the process
 
 
 @dataclass
 class _Group:
-    """The trainer's end of a process group with one server, and the version it last had there."""
+    """The trainer's end of a process group with one server.
+
+    Attributes:
+        version: of the weights that the server last had by it.
+        idle: nothing is on its way.
+    """
 
     name: str
     backend: dist.Backend
     version: str | None = None
+    idle: bool = True
 
 
 class DistributedSync(BucketSync):
@@ -42,13 +51,14 @@ class DistributedSync(BucketSync):
 
     One group for each server, not one for all. A server that dies within a collective takes the
     group with it, and the others' workers would wait there till NCCL's watchdog ends them, too.
-    So a failure is that server's alone, and a restarted one gets a new group while the others keep
-    theirs. The price: rank 0 sends the weights once for every server (all at a time), where a
-    common ring would send them once.
+    So a failure is that server's alone: its transfer is aborted when its request fails, the others'
+    go on to their end, and a restarted one gets a new group while the others keep theirs. The
+    price: rank 0 sends the weights once for every server (all at a time), where a common ring would
+    send them once.
 
     A group is made on the first push to a server and again when the server is another process than
     it was (its weight version is not what was pushed last; asking costs one token's generation) or
-    the last push to it failed. SGLang's end of an abandoned group stays until it exits.
+    the last transfer to it failed. SGLang's end of an abandoned group stays until it exits.
 
     Bytes: the weights, once for every server. Buckets are flat uint8 (SGLang's "flattened_bucket"),
     so gloo carries bfloat16, too.
@@ -81,21 +91,24 @@ class DistributedSync(BucketSync):
             answer = client.spawn(client.post(replica, path, request, self.timeout_s))
             join = partial(join_group, store, name, world_size, address, device, self.timeout_s)
             calls.append((replica, answer, in_background(join)))
-        self._wait(calls)
-        for replica, _, joined in calls:
-            self._groups[replica.url] = _Group(names[replica.url], joined.result())
+        try:
+            self._wait(calls)
+        finally:  # of those that joined, although another one did not
+            for replica, answer, joined in calls:
+                if succeeded(answer) and succeeded(joined):
+                    self._groups[replica.url] = _Group(names[replica.url], joined.result())
 
     def _drop_groups_of_restarted(self, client: Client, targets: Sequence[Replica]) -> None:
         """SGLang dies of an update in a group that it does not know."""
         known = [replica for replica in targets if replica.url in self._groups]
         request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 0}}
         answers = [
-            client.spawn(client.post(r, "/generate", request, self.timeout_s)) for r in known
+            client.spawn(client.post(r, "/generate", request, self.control_s)) for r in known
         ]
         for replica, answer in zip(known, answers, strict=True):
             version = answer.result()["meta_info"]["weight_version"]
             if version != self._groups[replica.url].version:
-                self._abandon([replica])
+                self._drop(replica)
 
     def _store(self, address: str) -> dist.TCPStore:
         """Where groups meet; it listens on this address alone, at a port that is free."""
@@ -119,10 +132,12 @@ class DistributedSync(BucketSync):
         on_first_rank(lambda: self._broadcast(client, targets, bucket))
 
     def _broadcast(self, client: Client, targets: Sequence[Replica], bucket: Bucket) -> None:
-        platform.synchronize()  # the bucket is filled: the threads below have streams of their own
+        if bucket.data.is_cuda:  # it is filled; the device may still have a dead server's transfer
+            torch.cuda.current_stream().synchronize()
         calls = []
         for replica in targets:
             group = self._groups[replica.url]
+            group.idle = False
             request = {
                 "names": [entry.name for entry in bucket.entries],
                 "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
@@ -140,23 +155,30 @@ class DistributedSync(BucketSync):
     def _wait(self, calls: Sequence[tuple[Replica, Future, Future]]) -> None:
         """Wait until every server has answered and this side is done with it, or either failed.
 
-        A failure of the one can leave the other waiting for long: it is left to itself. The first
-        error is raised when all servers have been seen to.
+        Each is waited for by itself: one that fails is given up at once, while the transfers to the
+        others come to their end.
+
+        Raises:
+            RuntimeError: what failed, of every server with which something did.
         """
-        errors = []
-        for replica, answer, own in calls:
-            _, waiting = wait((answer, own), self.timeout_s, FIRST_EXCEPTION)
-            if not waiting and not answer.exception() and not own.exception():
-                continue
-            wait((answer,), GRACE_S)  # the server's own word goes before torch's
-            if answer.done() and answer.exception():
-                errors.append(answer.exception())
-                continue
-            answer.cancel()
-            reason = own.exception() if own.done() else f"no end within {self.timeout_s:g} s"
-            errors.append(RuntimeError(f"{replica.url}: the weight transfer failed: {reason}"))
+        waiting = [in_background(partial(self._wait_for, *call)) for call in calls]
+        errors = [str(error) for error in (future.exception() for future in waiting) if error]
         if errors:
-            raise errors[0]
+            raise RuntimeError("; ".join(errors))
+
+    def _wait_for(self, replica: Replica, answer: Future, own: Future) -> None:
+        wait((answer, own), self.timeout_s, FIRST_EXCEPTION)
+        if succeeded(answer) and succeeded(own):
+            if group := self._groups.get(replica.url):
+                group.idle = True
+            return
+        wait((answer,), GRACE_S)  # the server's own word goes before torch's
+        self._drop(replica)  # which ends this side's waiting, too
+        if answer.done() and (error := answer.exception()):
+            raise error
+        answer.cancel()
+        reason = own.exception() if own.done() else f"no end within {self.timeout_s:g} s"
+        raise RuntimeError(f"{replica.url}: the weight transfer failed: {reason}")
 
     def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
         for replica in targets:
@@ -164,8 +186,16 @@ class DistributedSync(BucketSync):
 
     def _abandon(self, targets: Sequence[Replica]) -> None:
         for replica in targets:
-            if group := self._groups.pop(replica.url, None):
-                in_background(group.backend.abort)  # in its own time
+            if (group := self._groups.get(replica.url)) and not group.idle:
+                self._drop(replica)
+
+    def _drop(self, replica: Replica) -> None:
+        if group := self._groups.pop(replica.url, None):
+            in_background(group.backend.abort)  # in its own time
+
+
+def succeeded(future: Future) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def backend_of(device: torch.device) -> str:
@@ -185,7 +215,7 @@ def join_group(
     Only the prefixes of its keys are an agreement: SGLang's own one, and two that torch adds. As a
     bare backend it is not entered in torch's table of groups, so it can be abandoned.
     """
-    timeout = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s + SLACK_S)
     for prefix in (name, f"{name}/", f"{device.type}/"):
         store = dist.PrefixStore(prefix, store)
     if device.type == "cuda":
@@ -202,14 +232,22 @@ def join_group(
 
 
 def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
-    """Return when the bytes have left."""
+    """Return when the bytes have left.
+
+    This one transfer is looked at, nothing is waited for by a stream: what waits on the device for
+    a dead server would hold up all that is queued behind it, transfers to the others included.
+    """
     if data.is_cuda:
-        torch.cuda.set_device(data.device)
+        torch.cuda.set_device(data.device)  # threads do not inherit it
     options = dist.BroadcastOptions()
-    options.rootRank, options.timeout = 0, timedelta(seconds=timeout_s)
-    backend.broadcast([data], options).wait()
-    if data.is_cuda:  # NCCL's wait is the stream's, not ours
-        torch.cuda.synchronize()
+    options.rootRank, options.timeout = 0, timedelta(seconds=timeout_s + SLACK_S)
+    work = backend.broadcast([data], options)
+    deadline = time.monotonic() + timeout_s
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no end within {timeout_s:g} s")
+        time.sleep(POLL_S)
+    work.wait()  # raises what went wrong
 
 
 def in_background(function: Callable[[], Any]) -> Future:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from megatron_taopd.rollout.weight_sync.sequence import Client, Post, Replica, on_first_rank
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.serving.replicas import all_of
 
-SEQUENCES, TOKENS = 4, 48  # of the run's first batch
+SEQUENCES, TOKENS = 4, 48  # of the run's prompts
 
 
 class Probe:
@@ -20,19 +21,20 @@ class Probe:
         log_probs: the trainer's of every token but the first of each sequence, concatenated;
             collective, the same on every rank.
         max_gap: see `check_probe`.
+        prompts: of the run, whose first tokens are asked about from its first sync on.
     """
 
-    def __init__(self, log_probs: Callable[[Sequence[Sequence[int]]], Tensor], max_gap: float):
+    def __init__(
+        self,
+        log_probs: Callable[[Sequence[Sequence[int]]], Tensor],
+        max_gap: float,
+        prompts: Iterable[Sequence[int]],
+    ):
         self.log_probs, self.max_gap = log_probs, max_gap
-        self.sequences: list[list[int]] = []
+        long_enough = (list(ids[:TOKENS]) for ids in prompts if len(ids) > 1)
+        self.sequences = list(islice(long_enough, SEQUENCES))
         # By url, what a server and the trainer answered after the server's last weights.
         self.answers: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def choose(self, batch: RolloutBatch) -> None:
-        """Take the first batch's first tokens for all the run."""
-        if not self.sequences:
-            first = range(min(SEQUENCES, batch.num_sequences))
-            self.sequences = [batch.sequence(i)[:TOKENS].tolist() for i in first]
 
     def check(self, client: Client | None, targets: Sequence[Replica] | None) -> None:
         """Ask the servers that were just given the trainer's weights. Every rank calls this.
@@ -45,9 +47,8 @@ class Probe:
         trainer = self.log_probs(self.sequences)
 
         def work() -> None:
-            for replica in targets:
-                asking = probe_replica(client.post, replica, self.sequences)
-                engine = client.spawn(asking).result()
+            asking = all_of(probe_replica(client.post, r, self.sequences) for r in targets)
+            for replica, engine in zip(targets, client.spawn(asking).result(), strict=True):
                 before = self.answers.get(replica.url, (None, None))
                 check_probe(replica.url, engine, trainer, *before, self.max_gap)
                 self.answers[replica.url] = engine, trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
 from megatron_taopd.parallel.objects import told
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
+from megatron_taopd.serving.replicas import all_of
 
-TIMEOUT_S = 600.0  # of one request; the largest is a bucket's, or a whole checkpoint to be read
+TIMEOUT_S = 600.0  # of a bucket, or a whole checkpoint to be read
+CONTROL_TIMEOUT_S = 60.0  # of a request that moves no weights
 CACHE_TAGS = ("kv_cache", "cuda_graph")  # of SGLang's memory, beside "weights"
 
 
@@ -83,14 +84,14 @@ class BucketSync:
     Args:
         hf_dir: Hugging Face directory of the model, for the names and shapes of its tensors.
         bucket_bytes: the most bytes on their way at a time; a larger tensor goes alone.
-        timeout_s: of one request.
+        timeout_s: of one request that moves weights; of others at most CONTROL_TIMEOUT_S.
     """
 
     def __init__(self, hf_dir: str | Path, bucket_bytes: int, timeout_s: float = TIMEOUT_S):
         self.hf_dir = Path(hf_dir)
         self.shapes = tensor_shapes(load_config(hf_dir))
         self.bucket_bytes = bucket_bytes
-        self.timeout_s = timeout_s
+        self.timeout_s, self.control_s = timeout_s, min(timeout_s, CONTROL_TIMEOUT_S)
         self._checked_ahead = False
         # Servers, by url, that gave memory back and are still without it.
         self._without_weights: set[str] = set()
@@ -126,13 +127,19 @@ class BucketSync:
         """Have colocated servers give back their device memory. They wait, and the next push to
         them gives it to them again. Running requests are aborted. Every rank calls this.
 
+        Raises:
+            RuntimeError: a server failed, on every rank; the others have given theirs back.
+
         Collectives: a broadcast of some 100 bytes.
         """
 
+        async def one(replica: Replica) -> None:
+            await release(client.post, [replica], self.control_s)
+            self._without_weights.add(replica.url)
+            self._without_cache.add(replica.url)
+
         def work() -> None:
-            client.spawn(release(client.post, targets, self.timeout_s)).result()
-            self._without_weights.update(replica.url for replica in targets)
-            self._without_cache.update(replica.url for replica in targets)
+            client.spawn(all_of(map(one, targets))).result()
 
         on_first_rank(work)
 
@@ -144,7 +151,7 @@ class BucketSync:
     def _finish(self, client: Client, targets: Sequence[Replica], version: int) -> None:
         self._last(client, targets)
         # Not with the update itself: there it asserts that the server is idle, and kills it.
-        self._post_all(client, targets, f"/flush_cache?timeout={self.timeout_s:g}", {})
+        self._post_all(client, targets, f"/flush_cache?timeout={self.control_s:g}", {})
         new = {"new_version": str(version), "abort_all_requests": False}
         self._post_all(client, targets, "/update_weight_version", new)
         self._resume(client, targets, self._without_cache, CACHE_TAGS)
@@ -158,12 +165,18 @@ class BucketSync:
         # Forgotten first: SGLang dies of it if it was restarted meanwhile, and would again.
         without -= {replica.url for replica in waiting}
         if waiting:
-            client.spawn(resume(client.post, waiting, tags, self.timeout_s)).result()
+            client.spawn(resume(client.post, waiting, tags, self.control_s)).result()
 
     def _post_all(
-        self, client: Client, targets: Sequence[Replica], path: str, payload: dict
+        self,
+        client: Client,
+        targets: Sequence[Replica],
+        path: str,
+        payload: dict,
+        timeout_s: float | None = None,
     ) -> None:
-        client.spawn(post_all(client.post, targets, path, payload, self.timeout_s)).result()
+        timeout_s = self.control_s if timeout_s is None else timeout_s
+        client.spawn(post_all(client.post, targets, path, payload, timeout_s)).result()
 
     # What the ways differ in
 
@@ -193,17 +206,13 @@ class BucketSync:
 async def post_all(
     post: Post, targets: Sequence[Replica], path: str, payload: dict, timeout_s: float
 ) -> None:
-    """The same request to all servers at a time; the first failure, once all have answered."""
+    """The same request to all servers at a time; every failure, once all are done."""
     await all_of([post(replica, path, payload, timeout_s) for replica in targets])
 
 
-async def all_of(awaitables: Iterable[Awaitable]) -> None:
-    for answer in await asyncio.gather(*awaitables, return_exceptions=True):
-        if isinstance(answer, BaseException):
-            raise answer
-
-
-async def release(post: Post, targets: Sequence[Replica], timeout_s: float = TIMEOUT_S) -> None:
+async def release(
+    post: Post, targets: Sequence[Replica], timeout_s: float = CONTROL_TIMEOUT_S
+) -> None:
     """Pause servers and free their device memory: weights, KV cache, CUDA graphs.
 
     A paused server's requests wait, those of a health check that generates included.
@@ -216,7 +225,10 @@ async def release(post: Post, targets: Sequence[Replica], timeout_s: float = TIM
 
 
 async def resume(
-    post: Post, targets: Sequence[Replica], tags: Sequence[str], timeout_s: float = TIMEOUT_S
+    post: Post,
+    targets: Sequence[Replica],
+    tags: Sequence[str],
+    timeout_s: float = CONTROL_TIMEOUT_S,
 ) -> None:
     """Allocate again what `release` freed: ("weights",) before a push, CACHE_TAGS before the server
     continues. SGLang dies of it if that had not been released."""

@@ -21,9 +21,9 @@ from megatron_taopd.rollout.weight_sync.sequence import (
     BucketSync,
     Client,
     Replica,
-    all_of,
     on_first_rank,
 )
+from megatron_taopd.serving.replicas import all_of
 
 _REDUCED_DEVICE = 6  # the device's place among the arguments that rebuild a CUDA tensor
 
