@@ -154,7 +154,7 @@ def test_families(user, config_class):
 
 def test_a_served_teacher_whose_logits_are_more_than_its_head(user):
     """Known before anything is started; and a served teacher may be of any family."""
-    served = "teacher.engine=sglang teacher.parallel.pp=1".split()
+    served = ["teacher.engine=sglang", "teacher.parallel.pp=1"]
     cap = {"final_logit_softcapping": 30.0}
     for kind, changes, said in (
         (Gemma2Config, cap, ("Gemma2ForCausalLM", "final_logit_softcapping 30")),

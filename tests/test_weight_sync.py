@@ -529,9 +529,7 @@ def test_every_server_that_failed_is_named(monkeypatch, alone):
 def test_a_server_that_only_stays_silent_is_given_up_after_the_time_out(monkeypatch, alone):
     sync, groups, replicas, bucket = sync_with(monkeypatch, 1.0, hung=False, well=True)
     monkeypatch.setattr(distributed, "GRACE_S", 0.1)
-    with pytest.raises(
-        RuntimeError, match=r"^http://hung: the weight transfer failed: no end"
-    ):
+    with pytest.raises(RuntimeError, match=r"^http://hung: the weight transfer failed: no end"):
         sync._send(Client(dies_of()), replicas, bucket)
     assert groups["http://hung"].backend.aborted.wait(60)
     assert list(sync._groups) == ["http://well"]

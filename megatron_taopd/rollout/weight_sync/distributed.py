@@ -173,11 +173,12 @@ class DistributedSync(BucketSync):
                 group.idle = True
             return
         wait((answer,), GRACE_S)  # the server's own word goes before torch's
+        reason = own.exception() if own.done() else None
         self._drop(replica)  # which ends this side's waiting, too
         if answer.done() and (error := answer.exception()):
             raise error
         answer.cancel()
-        reason = own.exception() if own.done() else f"no end within {self.timeout_s:g} s"
+        reason = reason or f"no end within {self.timeout_s:g} s"
         raise RuntimeError(f"{replica.url}: the weight transfer failed: {reason}")
 
     def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
