@@ -62,11 +62,19 @@ def close_pools() -> None:
 
 
 class RankPool:
-    def __init__(self, world_size: int):
+    """Ranks that answer calls until they are killed.
+
+    Args:
+        path: directories that they import from first. Such ranks are started from nothing: the fork
+            server has imported Megatron without these.
+    """
+
+    def __init__(self, world_size: int, path: tuple[str, ...] = ()):
         # Not forked from this process: torch's thread pools do not survive that. The fork server
         # only imports, so it has no threads.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = multiprocessing.get_context("spawn" if path else "forkserver")
+        if not path:
+            context.set_forkserver_preload(PRELOAD)
         self.directory = tempfile.mkdtemp(prefix="ranks-")
         self.connections, self.processes = [], []
         try:
@@ -74,7 +82,9 @@ class RankPool:
                 ours, theirs = context.Pipe()
                 store = os.path.join(self.directory, "store")
                 # Not daemonic: a daemon may have no children, and checkpoint writers fork.
-                process = context.Process(target=_serve, args=(rank, world_size, store, theirs))
+                process = context.Process(
+                    target=_serve, args=(rank, world_size, store, theirs, path)
+                )
                 process.start()
                 theirs.close()
                 self.connections.append(ours)
@@ -126,8 +136,11 @@ class RankPool:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, store: str, connection: Connection, path: tuple[str, ...]
+) -> None:
     """The life of one rank: join the group, then answer calls until the pipe closes."""
+    sys.path[:0] = path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then kills us
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     if sys.platform == "linux":

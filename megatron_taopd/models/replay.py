@@ -66,7 +66,8 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
     Args:
         kept: from `keep_outputs`, of a pass with the same weights.
         wanted: by micro-batch, [T'] int64, where each token of the new micro-batch stood in the
-            kept one; −1 for padding. Under sequence parallelism T' is a multiple of tp.
+            kept one; −1 for padding; on any device. Under sequence parallelism T' is a multiple of
+            tp.
 
     Collectives: under sequence parallelism, an all-gather per layer of the kept outputs.
     """
@@ -76,7 +77,8 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
 
     def look_up(index: int, forward, hidden_states: Tensor, **options) -> tuple[Tensor, None]:
         if index == 0:
-            outputs, current["wanted"] = next(turn)
+            outputs, places = next(turn)
+            current["wanted"] = places.to(outputs[0].device, non_blocking=True)
             current["outputs"] = list(outputs)
             outputs.clear()
         output = _pick(trunk, current["outputs"].pop(0), current["wanted"])

@@ -1,0 +1,449 @@
+"""The product as if on CUDA (`support/pretend_cuda.py`): what would raise there raises here."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import EXPERTS, SIZES, save_random
+from ranks import run_ranks
+from safetensors.torch import load_file
+from support.apart import Apart
+from test_train import curve, read_metrics
+from test_vocab_map import relabel_tiny_teacher
+from transformers import Qwen3MoeConfig
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
+STUDENT, TEACHER = TINY / "student", TINY / "teacher"
+
+
+@pytest.fixture(scope="module")
+def on_cuda():
+    """`run_ranks`, on ranks that believe they have a CUDA device each."""
+    with Apart() as apart:
+        yield lambda size, function, *args: apart.run(size, pretending, function, *args)
+
+
+def pretending(function, *args):
+    """What the function returns, and what the host waited for: a phase is a span of the monitor."""
+    from support.pretend_cuda import pretend_cuda
+
+    from megatron_taopd.monitor import Monitor
+
+    waits = pretend_cuda()
+    waits.counts.clear()
+    with mock.patch.object(Monitor, "span", waits.of_span(Monitor.span)):
+        return function(*args), waits.counts
+
+
+# -------------------------------------------------------------------------------------- the device
+
+
+def errors_of(calls):
+    """The type and first line of what each expression raises; None of one that raises nothing."""
+    names = {
+        "torch": torch,
+        "dist": dist,
+        "device": torch.arange(6.0, device="cuda"),
+        "host": torch.arange(6.0),
+        "table": torch.zeros(4, 3),
+        "table_on_device": torch.zeros(4, 3, device="cuda"),
+        "places": torch.tensor([1, 0]),
+    }
+    found = {}
+    for call in calls:
+        try:
+            eval(call, names)
+            found[call] = None
+        except Exception as error:
+            found[call] = (type(error).__name__, str(error).split("\n")[0])
+    return found
+
+
+MIXED = (
+    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+)
+RAISES = {
+    "device + host": MIXED,
+    "torch.cat([device, host])": MIXED,
+    "torch.stack([device.sum(), host.sum()])": MIXED,
+    "torch.where(host > 2, device, device)": MIXED,
+    "torch.mm(table_on_device.T, table)": MIXED,
+    "torch.isin(device, host)": MIXED,
+    "torch.searchsorted(device, host)": MIXED,
+    "table_on_device.index_select(0, places)": MIXED,
+    "table_on_device.gather(0, places[:, None])": MIXED,
+    "table_on_device.scatter_add_(0, places[:, None], table[:2])": MIXED,
+    "table_on_device.index_put_((places,), table[:2])": MIXED,
+    "table_on_device.masked_fill_(table == 0, 1.0)": MIXED,
+    "torch.equal(device, host)": MIXED,
+    "torch.add(device, 1, out=host)": MIXED,
+    "table[places.cuda()]": "indices should be either on cpu or on the same device",
+    "device.numpy()": "can't convert cuda:0 device type tensor to numpy",
+    "dist.all_reduce(host)": "No backend type associated with device type cpu",
+    "dist.all_gather_into_tensor(host.new_empty(6), device)": "No backend type associated",
+}
+ALLOWED = [
+    "device * host.sum()",  # a scalar may come from anywhere
+    "device + 1",
+    "table_on_device[places]",
+    "table_on_device.index_put_((places,), torch.tensor(1.0))",
+    "device.copy_(host)",
+    "host.copy_(device)",
+    "device.cpu() + host",
+    "torch.tensor([device.sum(), host.sum()])",
+    "dist.all_reduce(device)",
+    "dist.all_gather_object([None], 'text')",
+]
+
+
+def test_devices_that_do_not_match_raise(on_cuda):
+    [(found, _)] = on_cuda(1, errors_of, [*RAISES])
+    for call, message in RAISES.items():
+        assert found[call] is not None and message in found[call][1], (call, found[call])
+
+
+def test_what_cuda_allows_is_allowed(on_cuda):
+    [(found, _)] = on_cuda(1, errors_of, ALLOWED)
+    assert found == dict.fromkeys(ALLOWED)
+
+
+def devices_in_the_backward_pass():
+    """Where saved tensors and gradients say they are; and a gradient that was computed there."""
+    seen = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            seen.extend(str(t.device) for t in (x, grad, grad.new_zeros(1), x.sum()))
+            return 2 * x * grad
+
+    model = torch.nn.Linear(3, 3, bias=False).to("cuda")
+    model.weight.data.copy_(torch.eye(3))
+    Square.apply(model(torch.arange(3.0, device="cuda"))).sum().backward()
+    return seen, str(model.weight.grad.device), model.weight.grad.cpu()
+
+
+def test_the_backward_pass_is_on_the_device(on_cuda):
+    [((seen, device, grad), _)] = on_cuda(1, devices_in_the_backward_pass)
+    assert (seen, device) == (["cuda:0"] * 4, "cuda:0")
+    x = torch.arange(3.0)
+    assert torch.equal(grad, 2 * x[:, None] * x)
+
+
+def wait_in_phases():
+    from support.pretend_cuda import pretend_cuda
+
+    waits, x, host = pretend_cuda(), torch.arange(4.0, device="cuda"), torch.zeros(4)
+    waits.counts.clear()
+    with waits.phase("outer"):
+        x.tolist()
+        with waits.phase("inner"):
+            [x.sum().item() for _ in range(3)]
+        x[x > 1]  # as many as there are
+    with waits.phase("copies"):
+        x.copy_(host)
+        x.to("cpu", non_blocking=True)
+        host.to("cuda")
+        torch.cuda.synchronize()
+        (x + x).to("cuda")  # is there
+    return waits.by_phase(), waits.by_line("inner")
+
+
+def test_host_waits_are_counted_by_phase_and_line(on_cuda):
+    [((phases, lines), _)] = on_cuda(1, wait_in_phases)
+    assert phases == {"outer": 2, "inner": 3, "copies": 3}
+    [line] = lines
+    assert line.startswith("tests/test_pretend_cuda.py:") and line.endswith(" <listcomp>")
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+SHORT = [
+    str(TINY.parent / "tiny_pair.yaml"), "student.parallel={tp: 1, pp: 1}",
+    "teacher.parallel={tp: 1, pp: 1}", "train.steps=2", "checkpoint.every=1", "rollout.prompts=4",
+    "rollout.max_new_tokens=8", "eval={limit: 2, every: 1}", "log.tensorboard=false",
+]  # fmt: skip
+HIDDEN = "teacher={engine: sglang, form: hidden_states}"
+TOPK = "teacher={engine: sglang, form: topk, topk: 32}"
+# Every schedule with every loss but one, every form of teacher with both schedules.
+RUNS = {
+    "replay, reverse_kl, Megatron": [
+        "train={schedule: replay, recompute: full, micro_batch_tokens: 80}",
+        "selection={selector: teachability_entropy, ratio: 0.4}",
+    ],
+    "replay, jsd, hidden states": [
+        HIDDEN, "loss.kind=jsd", "train={schedule: replay, head_memory_mib: 1}",
+        "checkpoint.asynchronous=false", "rollout.stream=false", "rollout.samples=2",
+    ],
+    "replay, skewed_reverse_kl, top-K": [
+        TOPK, "loss={kind: skewed_reverse_kl, alpha: 0.3}", "train.schedule=replay",
+        "selection={concentrate: 0.3, ratio: 0.3}",
+        "eval={samples: 2, temperature: 1, pass_at: [2]}",
+    ],
+    "replay, sampled_token, offloaded": [
+        "teacher.offload=true", "loss.kind=sampled_token", "train.schedule=replay",
+        "rollout={horizon: auto, horizon_floor: 2}", "guard.teacher_every=1",
+    ],
+    "two passes, forward_kl, a mixture of experts": [
+        "teacher.path={experts}", "loss.kind=forward_kl",
+        "train={mini_batches: 2, recompute: selective}",
+        "selection={selector: random, ratio: 0.4}", "optimizer.clip=0",
+    ],
+    "two passes, jsd, Megatron, other words": [
+        "teacher.path={words}", "loss={kind: jsd, beta: 0.2}",
+        "selection={selector: tip, concentrate: 0.2}",
+        "rollout={temperature: 0.7, top_p: 0.9, top_k: 50}", "train.micro_batch_tokens=80",
+    ],
+    "two passes, reverse_kl, top-K": [
+        TOPK, "selection.selector=full", "train.mini_batches=3", "optimizer.decay=constant",
+    ],
+    "two passes, sampled_token, hidden states": [
+        HIDDEN, "loss.kind=sampled_token", "train.mini_batches=2", "rollout.horizon=6",
+    ],
+    "TP2 SP | PP2, replay, forward_kl": [
+        "student.parallel={tp: 2, sequence: true}", "teacher={parallel: {pp: 2}, offload: true}",
+        "train.schedule=replay", "loss.kind=forward_kl", "teacher.path={words}",
+    ],
+    "DP2 | TP2, two passes, reverse_kl": [
+        "teacher.parallel={tp: 2, sequence: true}", "selection.ratio=0.5",
+        "train={mini_batches: 2, micro_batch_tokens: 80}",
+    ],
+    "PP2 | served, two passes, skewed_reverse_kl": [
+        "student.parallel={pp: 2}", HIDDEN, "loss.kind=skewed_reverse_kl", "train.recompute=full",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A mixture of experts, and a teacher with other ids that lacks some of the student's words."""
+    return make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def make_teachers(directory):
+    experts = Qwen3MoeConfig(**SIZES | {"vocab_size": 1152}, **EXPERTS, norm_topk_prob=True)
+    save_random(experts, directory / "experts")
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TEACHER / file, directory / "experts")
+    lacking = {word: word.upper() for word in ("well", "okay", "so", "then")}
+    return {
+        "experts": directory / "experts",
+        "words": relabel_tiny_teacher(directory / "words", lacking, seed=6),
+    }
+
+
+def run(run_dir, overrides, *steps):
+    """A run that ends, and is resumed, after so many steps: (exit statuses, steps that it resumed
+    from, metrics)."""
+    from megatron_taopd import build, checkpoint
+    from megatron_taopd.train import main
+
+    resumed, load = [], checkpoint.load
+    with (
+        mock.patch.object(build, "begin_teacher_servers", stand_in),
+        mock.patch.object(checkpoint, "load", lambda *a: (resumed.append(a[1]), load(*a))[1]),
+    ):
+        statuses = [
+            main([*SHORT, f"run.dir={run_dir}", *overrides, f"train.steps={done}"])
+            for done in steps
+        ]
+    return statuses, resumed, read_metrics(run_dir)
+
+
+def stand_in(config, _dtype):
+    """The teacher's servers, within this process."""
+    from support.served_teacher import ServedTeacher
+
+    from megatron_taopd.serving.replicas import ServedModel
+
+    served = None if dist.get_rank() else ServedTeacher(config.teacher.path)
+    begun: Future = Future()
+    begun.set_result((ServedModel.of(config.teacher.path, 128), served))
+    return begun
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_path, name):
+    """It is resumed for its last step, and takes what it takes on the CPU in one go."""
+    overrides = [o.format(**teachers) if "path={" in o else o for o in RUNS[name]]
+    ranks = 2 if "|" in name else 1
+    [(found, waits), *_] = on_cuda(ranks, run, tmp_path / "cuda", overrides, 2, 3)
+    statuses, resumed, records = found
+    assert (statuses, resumed) == ([0, 0], [2])
+    [(*_, on_cpu), *_] = run_ranks(ranks, run, tmp_path / "cpu", overrides, 3)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    for ours, reference in zip(curve(records), curve(on_cpu), strict=True):
+        assert ours == pytest.approx(reference, rel=1e-4, abs=1e-5)
+    phases = {wait.phase for wait in waits}
+    assert {"rollout", "teacher", "scoring", "training", "sync", "checkpoint", "eval"} <= phases
+
+
+@pytest.mark.parametrize("schedule", ["two_pass", "replay"])
+def test_a_run_in_half_precision(on_cuda, tmp_path, schedule):
+    """Flash attention of packed sequences, bf16 operands of heads, fp32 master weights."""
+    overrides = ["train={precision: bf16, micro_batch_tokens: 80}", f"train.schedule={schedule}"]
+    [((statuses, resumed, records), _)] = on_cuda(1, run, tmp_path / "run", overrides, 1, 2)
+    assert (statuses, resumed) == ([0, 0], [1])
+    for record in curve(records):
+        assert 0 < record["loss"] < 20 and record["rollout/logprob_gap_max"] < 0.1
+
+
+# ------------------------------------------------------------------------------ without the loop
+
+
+def doctor(run_dir):
+    from megatron.core import parallel_state
+
+    from megatron_taopd import config, preflight
+
+    options = [*SHORT[1:3], f"run.dir={run_dir}", "data.limit=20", "rollout.max_new_tokens=8"]
+    try:
+        return dict(preflight.examine(config.load(SHORT[0], options), ranks=1, quick=False))[
+            "models"
+        ]
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_the_doctor_compares_the_models(on_cuda, tmp_path):
+    [(findings, _)] = on_cuda(1, doctor, tmp_path / "run")
+    assert [finding.level for finding in findings] == ["ok", "ok"]
+    assert "log p of 8 greedy tokens differs by" in findings[0].what
+
+
+def fill_and_score(directory):
+    from megatron.core import parallel_state
+
+    from megatron_taopd.diagnostics.bank import add_rollouts
+    from megatron_taopd.diagnostics.engines import local_engine
+    from megatron_taopd.diagnostics.score import score_bank
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.rollout.engine import Sampling
+
+    platform.initialize()
+    engine, sampling = partial(local_engine, student=STUDENT, seed=0), Sampling(8, samples=2)
+    try:
+        add_rollouts(directory / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=4)
+        table = directory / "table.parquet"
+        means = score_bank(directory / "bank", STUDENT, TEACHER, table, view=1)
+        return {name: mean for name, mean in means.items() if name != "out"}
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_a_bank_is_filled_and_scored(on_cuda, tmp_path):
+    for name in ("cuda", "cpu"):
+        (tmp_path / name).mkdir()
+    [(means, _)] = on_cuda(1, fill_and_score, tmp_path / "cuda")
+    [reference] = run_ranks(1, fill_and_score, tmp_path / "cpu")
+    assert means == pytest.approx(reference, rel=1e-4, abs=1e-5)
+
+
+def convert_and_verify(out):
+    from megatron.core import parallel_state
+
+    from megatron_taopd import convert, verify
+
+    convert.to_megatron(STUDENT, out)
+    try:
+        found = verify.compare_tensors(STUDENT, out, convert.ignore)
+        return found.different, verify.compare_logits(STUDENT, out)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_a_conversion_is_verified(on_cuda, tmp_path):
+    [((different, (difference, largest)), _)] = on_cuda(
+        1, convert_and_verify, tmp_path / "megatron"
+    )
+    assert different == 0 and difference < 1e-4 < largest
+
+
+class Client:
+    """What a server answers to the requests of a push."""
+
+    async def post(self, _replica, _path, _payload, _timeout):
+        return {"meta_info": {"weight_version": "0"}}
+
+    def spawn(self, coroutine) -> Future:
+        future: Future = Future()
+        future.set_result(asyncio.run(coroutine))
+        return future
+
+
+def push(directory):
+    """The student's weights as two ways of weight sync send them, by name, and where they were."""
+    from megatron.core import parallel_state
+    from step import OPTIMIZER
+
+    from megatron_taopd.parallel.layout import student_layout
+    from megatron_taopd.rollout import weight_sync
+    from megatron_taopd.rollout.weight_sync import disk, distributed
+    from megatron_taopd.student import Student
+
+    broadcast, devices, written = {}, set(), {}
+    entries = iter(())
+
+    class Group:
+        def broadcast(self, tensors, _options):
+            devices.add(str(tensors[0].device))
+            bucket = next(entries)
+            broadcast.update({name: t.cpu() for name, t in bucket.tensors()})
+            return SimpleNamespace(wait=lambda: None)
+
+    def send(self, client, targets, bucket):
+        nonlocal entries
+        entries = iter([bucket])
+        return sending(self, client, targets, bucket)
+
+    def last(self, client, targets):
+        self._writer.write_index()
+        for file in self._checkpoint.glob("*.safetensors"):
+            written.update(load_file(file))
+
+    student = Student(
+        STUDENT, student_layout(1, 1), torch.float32, "none", OPTIMIZER, 10, common_vocabulary=1152
+    )
+    target, tensors = (
+        [SimpleNamespace(url="http://127.0.0.1:1", tp=1)],
+        weight_sync.Repeatable(student.named_tensors),
+    )
+    sending = distributed.DistributedSync._send
+    try:
+        with (
+            mock.patch.object(distributed, "join_group", lambda *_: Group()),
+            mock.patch.object(distributed.DistributedSync, "_send", send),
+            mock.patch.object(disk.DiskSync, "_last", last),
+        ):
+            for way in (
+                weight_sync.DistributedSync,
+                partial(weight_sync.DiskSync, directory=directory),
+            ):
+                way(STUDENT, 150_000).push(Client(), target, tensors, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return broadcast, devices, written
+
+
+def test_weights_are_sent_from_the_device(on_cuda, tmp_path):
+    [((broadcast, devices, written), _)] = on_cuda(1, push, tmp_path)
+    assert devices == {"cuda:0"}
+    expected = load_file(STUDENT / "model.safetensors")
+    for sent in (broadcast, written):
+        assert sent.keys() == expected.keys()
+        assert all(torch.equal(sent[name], tensor) for name, tensor in expected.items())
