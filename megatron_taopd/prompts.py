@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import zlib
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-TEMPLATES = ("auto", "chat", "plain")
+from megatron_taopd.parallel import watchdog
+from megatron_taopd.rendering import Message, Renderer
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Prompts:
     answers: list[str | None]
     dropped: int
     teacher_token_ids: list[list[int]] | None = None
-    messages: list[list[dict[str, str]]] = field(default_factory=list)
+    messages: list[list[Message]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -56,18 +58,15 @@ def load_prompts(
 ) -> Prompts:
     """Read prompts from a .jsonl, .json (lines) or .parquet file; the first two also as .gz.
 
-    A prompt is a string or a list of chat messages ({role, content}). Dotted column names reach
-    into nested records (DAPO-Math-17k: `prompt`, `reward_model.ground_truth`; GSM8K: `question`,
-    `answer`). What a user wrote stays text: where it spells a special token ("<|im_end|>"), that
-    token's characters are tokenised like any others. (Added tokens that their tokenizer does not
-    call special, such as Qwen's <think>, are matched wherever they stand.)
+    A prompt is a string or a list of chat messages ({role, content}); a content may be a list of
+    text parts. Dotted column names reach into nested records (DAPO-Math-17k: `prompt`,
+    `reward_model.ground_truth`; GSM8K: `question`, `answer`). Every message arrives whole, as plain
+    text, once (`Renderer`).
 
     Args:
         tokenizer: a transformers tokenizer.
-        answer_column: None reads no answers.
-        template: `chat` applies the tokenizer's chat template with its generation prompt; `plain`
-            joins the messages by blank lines and adds only what the tokenizer itself adds (a bos);
-            `auto` is `chat` where the tokenizer has a chat template.
+        answer_column: of the reference answers, text or numbers; None reads none.
+        template: `auto`, `chat` or `plain`, as for `Renderer`.
         system: put before the messages that have no system message of their own.
         max_prompt_tokens: longer prompts are dropped; with a teacher's tokenizer, those that are
             longer for either model.
@@ -75,29 +74,25 @@ def load_prompts(
         teacher_tokenizer: renders the same messages, with its own chat template, for a teacher.
 
     Raises:
-        ValueError: the file is missing, unreadable or of an unknown type; a column is missing; a
-            prompt is neither text nor messages; there is no chat template; no prompt is left.
+        ValueError: in one line, with file, line and column: the file is missing, unreadable or of
+            an unknown type; a column is missing; a prompt is neither text nor messages, or one
+            that `Renderer` refuses; an answer is missing or blank; no prompt is left.
     """
-    encoders = [
-        _encoder(each, template) for each in (tokenizer, teacher_tokenizer) if each is not None
-    ]
+    renderers = [Renderer(t, template) for t in (tokenizer, teacher_tokenizer) if t is not None]
 
     prompts, texts, answers, said, dropped = [], [], [], [], 0
-    for where, record in read_records(Path(path)):
-        if limit is not None and len(prompts) == limit:
-            break
-        messages = _as_messages(_column(record, prompt_column, where), prompt_column, where)
-        answer = None if answer_column is None else _column(record, answer_column, where)
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        renderings = [encode(messages) for encode in encoders]
+    for where, messages, answer in _read(Path(path), prompt_column, answer_column, system):
+        with _told(where):
+            renderings = [render(messages) for render in renderers]
         if max(map(len, renderings)) > max_prompt_tokens:
             dropped += 1
             continue
         prompts.append(renderings)
         texts.append(messages[-1]["content"])
-        answers.append(None if answer is None else str(answer))
+        answers.append(answer)
         said.append(messages)
+        if len(prompts) == limit:
+            break
     if not prompts:
         raise ValueError(
             f"{path}: no prompt is left: {dropped} have more than "
@@ -108,15 +103,70 @@ def load_prompts(
     return Prompts(ours, texts, answers, dropped, theirs, said)
 
 
-def render(
-    conversations: Iterable[list[dict[str, str]]], tokenizer, template: str
-) -> list[list[int]]:
+def render(conversations: Iterable[Sequence[Message]], tokenizer, template: str) -> list[list[int]]:
     """The token ids of prompts (`Prompts.messages`) in another tokenizer and chat template.
 
     Raises:
-        ValueError: there is no chat template where `template` asks for one.
+        ValueError: there is no chat template where `template` asks for one; it does not fit one of
+            the prompts.
     """
-    return [*map(_encoder(tokenizer, template), conversations)]
+    renderer, rendered = Renderer(tokenizer, template), []
+    for number, messages in enumerate(conversations, 1):
+        with _told(f"prompt {number}"):
+            rendered.append(renderer(messages))
+    return rendered
+
+
+def check_prompts(
+    path: str | Path,
+    tokenizers: Iterable,
+    prompt_column: str,
+    answer_column: str | None,
+    template: str,
+    system: str | None,
+    limit: int | None,
+) -> None:
+    """Refuse what `load_prompts` would, as far as it can be told without tokenising: columns,
+    answers, roles and who speaks last.
+
+    Args:
+        tokenizers: of all models that read the prompts.
+        limit: records that are looked at.
+
+    Raises:
+        ValueError: as `load_prompts`.
+    """
+    renderers = [Renderer(tokenizer, template) for tokenizer in tokenizers]
+    records = _read(Path(path), prompt_column, answer_column, system)
+    for where, messages, _ in islice(records, limit):
+        with _told(where):
+            for renderer in renderers:
+                renderer.check(messages)
+
+
+def _read(
+    path: Path, prompt_column: str, answer_column: str | None, system: str | None
+) -> Iterator[tuple[str, list[Message], str | None]]:
+    """Yield (where the prompt stands, its messages, the answer if one is asked for)."""
+    for where, record in read_records(path):
+        messages = _as_messages(_column(record, prompt_column, where), prompt_column, where)
+        answer = None
+        if answer_column is not None:
+            answer = _as_answer(_column(record, answer_column, where), answer_column, where)
+        where = f"{where}: column {prompt_column!r}"
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+            where += " (after data.system)"
+        yield where, messages, answer
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Errors say where."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def read_texts(
@@ -127,39 +177,64 @@ def read_texts(
         prompt = _column(record, prompt_column, where)
         yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
         with suppress(ValueError):
-            yield str(_column(record, answer_column, where))
+            yield _as_answer(_column(record, answer_column, where), answer_column, where)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where it stands, record), one at a time."""
+    """Yield (where it stands, record), one at a time; each of them is a sign of life.
+
+    Raises:
+        ValueError: the file is missing, damaged or of an unknown type; a line is no JSON object.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; prompts are read from .jsonl, .json or .parquet")
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".jsonl", ".json"):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        records = _read_lines(path)
+    elif path.suffix == ".parquet":
+        records = _read_parquet(path)
+    else:
+        raise ValueError(f"{path}: unknown type; .jsonl, .json (also .gz) and .parquet are read")
+    for each in records:
+        watchdog.beat()
+        yield each
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path} line {number}"
-                    yield where, _parse_line(line, where)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+                    yield where, _parse_line(line.removeprefix(BOM_UTF8), where)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read after line {number}: {error}") from None
 
-        row = 0
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
         for table in pq.ParquetFile(path).iter_batches(batch_size=1024):
             for record in table.to_pylist():
                 row += 1
                 yield f"{path} row {row}", record
-    else:
-        raise ValueError(f"{path}: unknown type; .jsonl, .json (also .gz) and .parquet are read")
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read after row {row}: {reason}") from None
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg}); each line is a JSON object") from None
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep or long for it
+        reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
+        raise ValueError(f"{where}: not JSON ({reason}); each line is a JSON object") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: {line[:40]!r}; each line is a JSON object")
+        raise ValueError(f"{where}: {line.decode()[:40]!r}; each line is a JSON object")
     return record
 
 
@@ -175,57 +250,67 @@ def _column(record: dict[str, Any], column: str, where: str) -> Any:
     return value
 
 
-def _as_messages(prompt: Any, column: str, where: str) -> list[dict[str, str]]:
+def _as_messages(prompt: Any, column: str, where: str) -> list[Message]:
+    """The messages of a prompt; keys without a value, which parquet fills in, are left out."""
     if isinstance(prompt, str) and prompt:
-        return [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return prompt
-    raise ValueError(
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise _no_prompt(prompt, column, where)
+    messages = []
+    for message in prompt:
+        given = _without_nulls(message)
+        content = given.get("content", "" if given.get("tool_calls") else None)
+        if isinstance(content, list) and all(map(_is_text_part, content)):
+            content = "".join(part["text"] for part in content)
+        if not (isinstance(given.get("role"), str) and isinstance(content, str)):
+            raise _no_prompt(prompt, column, where)
+        _check_unicode(content, column, where)
+        messages.append({**given, "content": content})
+    return messages
+
+
+def _without_nulls(message: Any) -> Message:
+    items = message.items() if isinstance(message, dict) else ()
+    return {key: value for key, value in items if value is not None}
+
+
+def _no_prompt(prompt: Any, column: str, where: str) -> ValueError:
+    return ValueError(
         f"{where}: column {column!r} is {str(prompt)[:40]!r}; "
         "text or a list of messages {role, content} is needed"
     )
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
     )
 
 
-def _encoder(tokenizer, template: str) -> Callable[[list[dict[str, str]]], list[int]]:
-    if template not in TEMPLATES:
-        raise ValueError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}")
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("template: chat, but the tokenizer has no chat template; plain works")
-    return partial({"chat": _encode_chat, "plain": _encode_plain}[template], tokenizer)
+def _as_answer(answer: Any, column: str, where: str) -> str:
+    """The reference answer as text; numbers as they are written without an exponent."""
+    if isinstance(answer, str) and answer.strip():
+        _check_unicode(answer, column, where)
+        return answer
+    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
+        number = Decimal(str(answer))
+        if number.is_finite():
+            return f"{number:f}"
+    raise ValueError(
+        f"{where}: column {column!r} is {json.dumps(answer, default=str)[:40]}; "
+        "a reference answer is text that is not blank, or a number"
+    )
 
 
-def _encode_plain(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    text = "\n\n".join(message["content"] for message in messages)
-    return tokenizer(text, split_special_tokens=True)["input_ids"]
-
-
-def _encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    contents = [message["content"] for message in messages]
-    if not any(token in content for token in tokenizer.all_special_tokens for content in contents):
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    # The template's special tokens count, the contents' must not: render around private-use marks
-    # and tokenise the pieces apart. Only done on need, as a merge may span a piece's border.
-    marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
-    rendered = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    token_ids = []
-    for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
-        is_content = i % 2 == 1
-        token_ids += tokenizer(
-            contents[int(piece)] if is_content else piece,
-            add_special_tokens=False,
-            split_special_tokens=is_content,
-        )["input_ids"]
-    return token_ids
+def _check_unicode(text: str, column: str, where: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer or file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: column {column!r} has {error.object[error.start]!r}, half a surrogate pair, "
+            "which is no text"
+        ) from None
 
 
 def prompt_order(num_prompts: int, epoch: int, seed: int, shuffle: bool = True) -> np.ndarray:

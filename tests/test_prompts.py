@@ -11,7 +11,14 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_taopd.prompts import PromptStream, load_prompts, prompt_order, read_texts
+from megatron_taopd.prompts import (
+    PromptStream,
+    check_prompts,
+    load_prompts,
+    prompt_order,
+    read_texts,
+    render,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -206,6 +213,122 @@ def test_a_bad_record_is_named_in_one_line(tokenizer, tmp_path, line, message):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "answer", [None, "", " \n", [], ["4"], {"is": 4}, True, False, "NaN", "1e999"]
+)
+def test_a_reference_answer_is_text_or_a_number(tokenizer, tmp_path, answer):
+    """NaN and 1e999, infinity, as JSON numbers that Python writes and reads."""
+    written = answer if answer in ("NaN", "1e999") else json.dumps(answer)
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a", "answer": "4"}}\n{{"prompt": "b", "answer": {written}}}\n')
+    with pytest.raises(ValueError) as error:
+        load_prompts(path, tokenizer)
+    assert str(error.value).startswith(f"{path} line 2: column 'answer' is ")
+    assert str(error.value).endswith("a reference answer is text that is not blank, or a number")
+    with pytest.raises(ValueError, match="line 2: column 'answer' is "):
+        check_prompts(path, [tokenizer], "prompt", "answer", "auto", None, None)
+    assert len(load_prompts(path, tokenizer, answer_column=None)) == 2
+
+
+@pytest.mark.parametrize(
+    "written, text",
+    [("2", "2"), ("2.50", "2.5"), ("-0.1", "-0.1"), ("1e22", "1" + "0" * 22), ("1e-7", "0.0000001"),
+     ('" 2 "', " 2 "), ('"null"', "null"), ("9" * 400, "9" * 400)],
+)  # fmt: skip
+def test_numbers_are_answers_as_they_are_written_out(tokenizer, tmp_path, written, text):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a", "answer": {written}}}')
+    assert load_prompts(path, tokenizer).answers == [text]
+
+
+def test_what_a_prompt_cannot_be_is_told_with_file_line_and_column(tokenizer, write):
+    good = [{"role": "user", "content": "hi"}]
+    endings = {
+        "message 2 of 2 (role 'assistant') is the assistant's": {
+            "role": "assistant",
+            "content": "x",
+        },
+        "message 2 of 2 (role 'human')": {"role": "human", "content": "x"},
+        "message 2 of 2 (role 'user') is empty": {"role": "user", "content": ""},
+        "text or a list of messages": {"from": "human", "value": "x"},
+        "is needed": {"role": "user", "content": 5},
+        "content} is needed": {"role": "user", "content": [{"type": "image", "text": "x"}]},
+        "'\\ud83d', half a surrogate pair": {"role": "user", "content": "\ud83d"},
+    }
+    for why, message in endings.items():
+        path = write({"asks": {"chat": good}}, {"asks": {"chat": [*good, message]}})
+        for read in (
+            lambda path: load_prompts(path, tokenizer, "asks.chat", None),
+            lambda path: check_prompts(path, [tokenizer], "asks.chat", None, "auto", None, None),
+        ):
+            with pytest.raises(ValueError) as error:
+                read(path)
+            told = str(error.value)
+            assert told.startswith(f"{path} line 2: column 'asks.chat'") and why in told, told
+            assert "\n" not in told
+
+
+def test_text_in_parts_is_put_together_and_empty_columns_of_parquet_are_none(tokenizer, tmp_path):
+    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": [{"role": "user", "content": parts}]}))
+    assert load_prompts(path, tokenizer, answer_column=None).texts == ["1+1"]
+    turns = [{"role": "system", "content": "x", "name": "n"}, {"role": "user", "content": "1+1"}]
+    pq.write_table(pa.Table.from_pylist([{"prompt": turns}]), tmp_path / "p.parquet")
+    prompts = load_prompts(tmp_path / "p.parquet", tokenizer, answer_column=None)
+    assert prompts.messages == [turns]  # no "name": None in the user's
+
+
+def test_a_system_message_that_the_template_has_no_place_for(tokenizer, write, monkeypatch):
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + CHAT_TEMPLATE)
+    path = write({"prompt": "1+1"})
+    assert len(load_prompts(path, tokenizer, answer_column=None)) == 1
+    with pytest.raises(
+        ValueError, match=r"line 1: column 'prompt' \(after data.system\): .*no syst"
+    ):
+        load_prompts(path, tokenizer, answer_column=None, system="add")
+
+
+def test_nothing_is_read_behind_the_limit(tokenizer, write):
+    path = write({"prompt": "a"}, {"prompt": [{"role": "human", "content": "b"}]})
+    assert len(load_prompts(path, tokenizer, answer_column=None, limit=1)) == 1
+    check_prompts(path, [tokenizer], "prompt", None, "auto", None, limit=1)
+
+
+def test_another_rendering_names_the_prompt_that_it_refuses(tokenizer):
+    said = [[{"role": role, "content": "hi"}] for role in ("user", "human")]
+    assert len(render(said[:1], tokenizer, "chat")) == 1
+    with pytest.raises(ValueError, match=r"prompt 2: message 1 of 1 \(role 'human'\)"):
+        render(said, tokenizer, "chat")
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not JSON (invalid start"),
+        ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 10**5, "line 2: not JSON ("),
+        ("p.jsonl", b'{"prompt": "a"}\n{"n": ' + b"1" * 5000 + b"}", "line 2: not JSON ("),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "cannot be read after line "),
+        ("p.jsonl.gz", b'{"prompt": "a"}\n', "cannot be read after line 0: Not a gzipped file"),
+        ("p.parquet", b"PAR1 no such thing PAR1", "cannot be read after row 0: "),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_told_in_one_line(tokenizer, tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_prompts(tmp_path / name, tokenizer, answer_column=None)
+    told = str(error.value)
+    assert told.startswith(str(tmp_path / name)) and why in told and "\n" not in told, told
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tokenizer, tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}')
+    assert load_prompts(tmp_path / "p.jsonl", tokenizer, answer_column=None).texts == ["a"]
+
+
 def test_a_bad_path_is_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_prompts(tmp_path / "missing.jsonl", tokenizer)
@@ -241,21 +364,6 @@ def test_dapo_with_the_real_qwen_tokenizer(data, qwen):
     assert len(prompts) + prompts.dropped == 10
     assert prompts.answers[0] == "113"
     assert prompts.texts[0].startswith("Solve the following math problem")
-
-
-def test_both_ways_of_encoding_a_chat_agree_on_ordinary_text(data, qwen):
-    """The piecewise way taken for spelt-out special tokens gives the canonical ids around them."""
-    from megatron_taopd.prompts import _encode_chat
-
-    plain = _encode_chat(qwen, [{"role": "user", "content": "What is 2 + 2 ?"}])
-    spelt = _encode_chat(qwen, [{"role": "user", "content": "What is 2 + 2 ?<|im_end|>"}])
-    text_ids = qwen("<|im_end|>", split_special_tokens=True)["input_ids"]
-    assert len(text_ids) > 1
-    cut = plain.index(qwen.convert_tokens_to_ids("<|im_end|>"))
-    # "?<" is one token, so the last content token differs
-    assert spelt[: cut - 1] == plain[: cut - 1]
-    assert spelt[-5:] == plain[-5:]
-    assert spelt.count(qwen.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
 def test_an_epoch_is_a_seeded_permutation():

@@ -1,0 +1,334 @@
+"""One conversation → the token ids that one model reads before it answers.
+
+Every message arrives whole, as plain text, once, and the next turn is the assistant's; a
+conversation of which that cannot be said is refused. A chat template is a program that may leave
+out, repeat, trim or rewrite what it is given, so its rendering is looked at: the *skeleton*, what
+it writes around placeholders in messages of the same roles, has to fit around the messages
+themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from jinja2.exceptions import SecurityError
+from tokenizers import AddedToken
+
+TEMPLATES = ("auto", "chat", "plain")
+ROLES = ("system", "user", "assistant", "tool")  # that a template need not name to know them
+_CALLS = ("tool_calls", "function_call")  # what a message says beside its content
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))  # code points without a meaning
+_PLACEHOLDER = "\ue000{}\ue001"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a chat template writes around the messages of a conversation.
+
+    Attributes:
+        literals: the texts before, between and after the contents.
+        order: the messages whose contents stand between them; an empty one stands nowhere.
+        special: the ids of the special tokens among the literals.
+    """
+
+    literals: list[str]
+    order: list[int]
+    special: list[int]
+
+    def filled(self, contents: Sequence[str]) -> str:
+        """The rendering, if the template does nothing to the contents."""
+        return "".join(chain.from_iterable(zip(self.literals, [*contents, ""], strict=True)))
+
+    def arrivals(self, rendering: str, messages: Sequence[Message]) -> list[str]:
+        """What a rendering has between the literals.
+
+        A template may trim white space and leave out an assistant's reasoning; it may do nothing
+        else. The list ends before the first message to which it did.
+        """
+        contents = [messages[i]["content"] for i in self.order]
+        if rendering == self.filled(contents):
+            return contents
+        arrived: list[str] = []
+        end = len(self.literals[0]) if rendering.startswith(self.literals[0]) else None
+        for i, literal in zip(self.order, self.literals[1:], strict=True):
+            fitting = [
+                text
+                for text in _trimmed(messages[i])
+                if end is not None and rendering.startswith(text + literal, end)
+            ]
+            if not fitting:
+                return arrived
+            arrived.append(max(fitting, key=len))
+            end += len(arrived[-1]) + len(literal)
+        return arrived if end == len(rendering) else arrived[:-1]
+
+
+def _trimmed(message: Message) -> set[str]:
+    """What a template may make of a message."""
+    texts = [message["content"]]
+    if message["role"] == "assistant" and "</think>" in texts[0]:
+        texts.append(texts[0].rpartition("</think>")[2])
+    return {
+        each
+        for text in texts
+        for white in (None, "\n")
+        for each in (text, text.strip(white), text.lstrip(white), text.rstrip(white))
+    }
+
+
+class Renderer:
+    """Renders conversations for one tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: `chat` applies the tokenizer's chat template with its generation prompt; `plain`
+            joins the messages by blank lines and adds only what the tokenizer itself adds (a bos);
+            `auto` is `chat` where the tokenizer has a chat template.
+
+    Raises:
+        ValueError: an unknown `template`, or no chat template where it asks for one.
+    """
+
+    def __init__(self, tokenizer, template: str = "auto"):
+        if template not in TEMPLATES:
+            raise ValueError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}")
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "plain"
+        if template == "chat" and not tokenizer.chat_template:
+            raise ValueError("template: chat, but the tokenizer has no chat template; plain works")
+        self.tokenizer = tokenizer
+        self.source = tokenizer.get_chat_template() if template == "chat" else None
+        self.name = f"the chat template of {tokenizer.name_or_path}"
+        self._skeletons: dict[tuple, Skeleton] = {}
+        self._readers: dict[str, tuple[Any, dict[int, int]]] = {}
+
+        # Llama 3 marks tokens as special that it names nowhere else.
+        named = {*tokenizer.all_special_tokens}
+        self.special = {
+            token.content: i
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or token.content in named
+        }
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # Text may be unknown, and is no control token then; unless that is the name of one.
+        unknown = {tokenizer.unk_token} - {tokenizer.bos_token, tokenizer.eos_token}
+        self._control = {i for token, i in self.special.items() if token not in unknown}
+        self._added = (
+            self._control_ids(self._encode("a", whole=True)) if self.source is None else []
+        )
+
+    def __call__(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, up to and including the generation prompt.
+
+        What a message says stays text: where it spells a special token ("<|im_end|>"), its
+        characters are tokenised like any others, where they stand. (Added tokens that their
+        tokenizer does not call special, such as Qwen's <think>, are matched in any text.)
+
+        Raises:
+            ValueError: `check` refuses it; the template changes the text of a message, but for the
+                white space around it and the reasoning of an assistant's turn; the tokenizer has no
+                ids for the characters of a special token that a message spells.
+        """
+        skeleton = self.check(messages)
+        if skeleton is None:
+            text = "\n\n".join(message["content"] for message in messages)
+            ids = self._encode(text, whole=True, special_as_text=True)
+            self._compare(ids, self._added, text)
+            return ids
+        rendering = self._apply(messages)
+        arrived = skeleton.arrivals(rendering, messages)
+        if len(arrived) < len(skeleton.order):  # a template may write the date, which has changed
+            self._skeletons.clear()
+            skeleton = self.check(messages)
+            arrived = skeleton.arrivals(rendering, messages)
+        if len(arrived) < len(skeleton.order):
+            i = skeleton.order[len(arrived)]
+            raise ValueError(
+                f"{_named(i, messages)}: {self.name} changes its text: it has to arrive as it is"
+            )
+        if not any(map(self._spelled.search, arrived)):
+            ids = self._encode(rendering)
+            if self._control_ids(ids) == skeleton.special:
+                return ids
+        return self._literally(skeleton, arrived)
+
+    def check(self, messages: Sequence[Message]) -> Skeleton | None:
+        """The skeleton of a conversation (None: plain), once it is one that could be rendered.
+
+        That depends on the roles and on which contents are empty, and is remembered.
+
+        Raises:
+            ValueError: the last turn is the assistant's, or empty; a role that the template does
+                not know; the template raises, or leaves out or repeats a message.
+        """
+        last = len(messages) - 1
+        for i, message in enumerate(messages):
+            if not self._knows(message["role"]):
+                raise ValueError(
+                    f"{_named(i, messages)}: {self._known_roles()}; rename it, or take it out"
+                )
+        if messages[last]["role"] == "assistant":
+            raise _ends_with_answer(messages)
+        if not messages[last]["content"]:
+            raise ValueError(f"{_named(last, messages)} is empty, and the last; nothing is asked")
+        if self.source is None:
+            return None
+        if any(len(message) > 2 for message in messages):
+            self._check_further_keys(messages)
+            return self._read_skeleton(messages)
+        shape = tuple((message["role"], not message["content"]) for message in messages)
+        if shape not in self._skeletons:
+            self._skeletons[shape] = self._read_skeleton(messages)
+        return self._skeletons[shape]
+
+    def _knows(self, role: str) -> bool:
+        """Whether it is one of ROLES or a string in the template's source: many a template writes
+        any role as it stands, which its model has never seen."""
+        if role in ROLES or self.source is None:
+            return role in ROLES
+        return bool(re.search(rf"""['"]{re.escape(role)}['"]""", self.source))
+
+    def _known_roles(self) -> str:
+        roles = ", ".join(ROLES)
+        if self.source is None:
+            return f"the roles of a prompt are {roles}"
+        return f"{self.name} does not name that role, and it is none of {roles}"
+
+    def _check_further_keys(self, messages: Sequence[Message]) -> None:
+        for i, message in enumerate(messages):
+            further = {k: v for k, v in message.items() if k not in ("role", "content")}
+            for text in _strings(further):
+                if found := self._spelled.search(text):
+                    raise ValueError(
+                        f"{_named(i, messages)} spells the special token {found[0]!r} outside its "
+                        "content"
+                    )
+            for key in set(_CALLS) & {key for key, value in further.items() if value}:
+                without = {k: v for k, v in message.items() if k != key}
+                others = [*messages[:i], without, *messages[i + 1 :]]
+                if self._apply(messages) == self._apply(others):
+                    raise ValueError(f"{_named(i, messages)}: {self.name} leaves out its {key}")
+
+    def _read_skeleton(self, messages: Sequence[Message]) -> Skeleton:
+        marked = [
+            {**message, "content": message["content"] and _PLACEHOLDER.format(i)}
+            for i, message in enumerate(messages)
+        ]
+        rendering = self._apply(marked)
+        parts = re.split(_PLACEHOLDER.format(r"(\d+)"), rendering)
+        literals, order = parts[::2], [*map(int, parts[1::2])]
+        for i, message in enumerate(messages):
+            if message["content"] and (times := order.count(i)) != 1:
+                what = f"repeats it {times} times" if times else "leaves it out"
+                raise ValueError(f"{_named(i, messages)}: {self.name} {what}")
+        last = marked[-1]
+        if last["role"] not in ROLES and rendering == self._try([*marked[:-1], _assistants(last)]):
+            raise _ends_with_answer(messages)
+        special = self._control_ids(self._encode("a".join(literals)))
+        return Skeleton(literals, order, special)
+
+    def _apply(self, messages: Sequence[Message]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except SecurityError:  # which no prompt is to blame for
+            raise
+        except Exception as error:  # whatever a template raises or trips over
+            raise ValueError(f"{self.name} refuses it: {' '.join(str(error).split())}") from None
+
+    def _try(self, messages: Sequence[Message]) -> str | None:
+        try:
+            return self._apply(messages)
+        except ValueError:
+            return None
+
+    def _encode(self, text: str, whole: bool = False, special_as_text: bool = False) -> list[int]:
+        """The ids of a text; `whole`: with what the tokenizer adds to one."""
+        return self.tokenizer(text, add_special_tokens=whole, split_special_tokens=special_as_text)[
+            "input_ids"
+        ]
+
+    def _control_ids(self, ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if i in self._control]
+
+    def _literally(self, skeleton: Skeleton, arrived: Sequence[str]) -> list[int]:
+        """The ids of a rendering in which the special tokens of the literals alone are special.
+
+        Read by a copy of the tokenizer for which all of them are text, and those behind a mark that
+        stands nowhere else are tokens.
+        """
+        text = skeleton.filled(arrived)
+        mark = next(c for c in map(chr, chain(*_PRIVATE_USE)) if c not in text)
+        if mark not in self._readers:
+            self._readers[mark] = self._reader(mark)
+        reader, originals = self._readers[mark]
+        marked = [self._spelled.sub(rf"{mark}\g<0>", literal) for literal in skeleton.literals]
+        text = Skeleton(marked, skeleton.order, []).filled(arrived)
+        ids = reader(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [originals.get(i, i) for i in ids]
+        self._compare(ids, skeleton.special, "\n".join(arrived))
+        return ids
+
+    def _reader(self, mark: str) -> tuple[Any, dict[int, int]]:
+        reader, flags = copy.deepcopy(self.tokenizer), self.tokenizer.added_tokens_decoder
+        reader.add_tokens(
+            [
+                AddedToken(
+                    mark + token,
+                    single_word=flags[i].single_word,
+                    lstrip=flags[i].lstrip,
+                    rstrip=flags[i].rstrip,
+                    normalized=flags[i].normalized,
+                    special=False,
+                )
+                for token, i in self.special.items()
+            ]
+        )
+        return reader, {
+            reader.convert_tokens_to_ids(mark + token): i for token, i in self.special.items()
+        }
+
+    def _compare(self, ids: Iterable[int], expected: list[int], text: str) -> None:
+        """Refuse ids of which text has become special tokens."""
+        if self._control_ids(ids) == expected:
+            return
+        found = self._spelled.search(text)
+        what = f"the special token {found[0]!r}" if found else "a special token"
+        raise ValueError(
+            f"it spells {what}, and the tokenizer {self.tokenizer.name_or_path} has no other ids "
+            "for that; take it out"
+        )
+
+
+def _ends_with_answer(messages: Sequence[Message]) -> ValueError:
+    return ValueError(
+        f"{_named(len(messages) - 1, messages)} is the assistant's: a prompt ends with a question"
+    )
+
+
+def _assistants(message: Message) -> Message:
+    return {**message, "role": "assistant"}
+
+
+def _named(i: int, messages: Sequence[Message]) -> str:
+    return f"message {i + 1} of {len(messages)} (role {messages[i]['role']!r})"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string inside plain values, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for pair in value.items():
+            yield from chain.from_iterable(map(_strings, pair))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_strings, value))
