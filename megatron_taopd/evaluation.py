@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from importlib.util import find_spec
 from math import comb
 from pathlib import Path
 from statistics import mean
+from subprocess import PIPE, Popen
+from tempfile import TemporaryFile
 
+from megatron_taopd.answers import (
+    extract_answer,
+    is_correct,
+    normalize_answer,
+    reference_answer,
+)
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.objects import of_first_rank
 from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
-# A minus sign belongs to the number unless it stands between operands ("7-3"). One group of three
-# after a comma makes it a thousands separator ("1,234", but "(1,2)" is two numbers).
-NUMBER = r"(?:(?<![\w)])[-−+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
+DECODED = 64  # responses at a time
+PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")  # as `normalize_answer` writes one
 
 
 @dataclass(frozen=True)
@@ -58,64 +63,16 @@ class Evaluation:
     examples: list[Example]
 
 
-def extract_answer(text: str) -> str | None:
-    r"""The answer a response states: the first of these that it has, and the last one of its kind.
-
-    \boxed{…} with balanced braces; a number after `#` or `####`; what follows "Answer:" on its
-    line; any number. None if there is none.
-    """
-    if boxed := _last_boxed(text):
-        return boxed
-    if marked := re.findall(rf"#\s*\$?({NUMBER})", text):
-        return marked[-1]
-    if stated := re.findall(r"answer\s*:[\s*]*([^\n]*[^\s*])", text, re.IGNORECASE):
-        return stated[-1]
-    numbers = re.findall(NUMBER, text)
-    return numbers[-1] if numbers else None
-
-
-def _last_boxed(text: str) -> str | None:
-    """Contents of the last \\boxed{…} whose braces close."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    return None
-
-
-def normalize_answer(answer: str) -> str:
-    r"""One spelling for answers that mean the same: "$1,234.00" and "1234"; "\dfrac{1}{2}" and
-    "1/2"; "068" and "68". Spaces, dollar and percent signs, final full stops, \text{…} go."""
-    answer = re.sub(r"\\(?:left|right|[!,;: ])|\\?[$%]|\s", "", answer).replace("−", "-")
-    answer = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", answer)
-    answer = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", answer).rstrip(".")
-    if re.fullmatch(NUMBER, answer) and "/" not in answer:
-        value = Decimal(answer.replace(",", ""))
-        return f"{value.normalize():f}" if value else "0"
-    return answer
-
-
-def reference_answer(gold: str) -> str:
-    """The answer inside a reference solution (GSM8K's "… #### 18"); a bare answer is kept whole."""
-    return extract_answer(gold) if "#### " in gold or "\\boxed" in gold else gold
-
-
-def is_correct(response: str, gold: str) -> bool:
-    """Whether the answer that a response states is the reference answer."""
-    answer = extract_answer(response)
-    return answer is not None and normalize_answer(answer) == normalize_answer(
-        reference_answer(gold)
-    )
-
-
 Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and their references
 
 
 def grade_exactly(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
     """`is_correct`, of each."""
-    return [is_correct(response, gold) for response, gold in zip(responses, golds, strict=True)]
+    verdicts = []
+    for response, gold in zip(responses, golds, strict=True):
+        watchdog.beat()
+        verdicts.append(is_correct(response, gold))
+    return verdicts
 
 
 def grade_as_mathematics(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
@@ -144,8 +101,7 @@ def grader(name: str) -> Grader:
 
 
 def _is_plain_number(answer: str) -> bool:
-    answer = normalize_answer(answer)
-    return re.fullmatch(NUMBER, answer) is not None and "/" not in answer
+    return PLAIN_NUMBER.fullmatch(normalize_answer(answer)) is not None
 
 
 def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
@@ -154,14 +110,22 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
     verdicts: list[bool] = []
     while rest := pairs[len(verdicts) :]:
-        watchdog.beat()
-        lines = "".join(json.dumps(pair) + "\n" for pair in rest)
-        done = subprocess.run(command, input=lines, capture_output=True, text=True)
-        verdicts += map(json.loads, done.stdout.splitlines())
-        if done.returncode < 0:
-            verdicts.append(False)
-        elif done.returncode:
-            raise RuntimeError(f"Math-Verify: {done.stderr.strip().splitlines()[-1]}")
+        with TemporaryFile("w+") as lines, TemporaryFile("w+") as complaints:
+            lines.writelines(json.dumps(pair) + "\n" for pair in rest)
+            lines.seek(0)
+            with Popen(command, stdin=lines, stdout=PIPE, stderr=complaints, text=True) as worker:
+                try:
+                    for verdict in worker.stdout:
+                        watchdog.beat()
+                        verdicts.append(json.loads(verdict))
+                except BaseException:
+                    worker.kill()
+                    raise
+            if worker.returncode < 0:
+                verdicts.append(False)
+            elif worker.returncode:
+                complaints.seek(0)
+                raise RuntimeError(f"Math-Verify: {complaints.read().strip().splitlines()[-1]}")
     return verdicts
 
 
@@ -193,7 +157,11 @@ def evaluate(
     """
     batch = engine.generate(prompts.token_ids, range(len(prompts)), step, sampling)
     tokens = batch.response_tokens().split(batch.response_lengths.tolist())
-    responses = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    responses = []
+    for start in range(0, len(tokens), DECODED):
+        watchdog.beat()
+        part = tokens[start : start + DECODED]
+        responses += tokenizer.batch_decode(part, skip_special_tokens=True)
     n = sampling.samples
     golds = [gold for gold in prompts.answers for _ in range(n)]
     # By one rank, so that all agree on what depends on the time it took.
