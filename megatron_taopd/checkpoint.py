@@ -388,7 +388,7 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
     loaded = dist_checkpointing.load(sharded, folder, get_default_load_sharded_strategy(folder))
     student.trunk.load_state_dict(loaded["model"])
     _load_optimizer(student, loaded["optimizer"])
-    student.scheduler.load_state_dict(loaded["scheduler"])
+    student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]
     if len(run["rng"]) == dist.get_world_size():
         torch.set_rng_state(run["rng"][dist.get_rank()])

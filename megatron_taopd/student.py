@@ -54,8 +54,10 @@ class Student:
         absent: Tensor | None = None,
     ):
         hf = load_config(hf_dir)
+        min_lr = optimizer.lr if optimizer.min_lr is None else optimizer.min_lr
         self.hf_dir = hf_dir
         self.version = 0  # the run's step whose weights these are; the loop counts
+        self.last_step = steps
         self.layout = layout
         self.dtype = dtype
         self.config = gpt.transformer_config(hf, layout, dtype, recompute)
@@ -78,6 +80,7 @@ class Student:
             OptimizerConfig(
                 optimizer="adam",
                 lr=optimizer.lr,
+                min_lr=min_lr,  # of the parameter groups, which the schedule asks first
                 weight_decay=optimizer.weight_decay,
                 adam_beta1=optimizer.beta1,
                 adam_beta2=optimizer.beta2,
@@ -95,7 +98,7 @@ class Student:
             self.optimizer,
             init_lr=0.0,
             max_lr=optimizer.lr,
-            min_lr=optimizer.lr if optimizer.min_lr is None else optimizer.min_lr,
+            min_lr=min_lr,
             lr_warmup_steps=optimizer.warmup_steps,
             lr_decay_steps=max(steps, optimizer.warmup_steps + 1),
             lr_decay_style=optimizer.decay,
@@ -104,6 +107,19 @@ class Student:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+        # Megatron's loader replaces the parameter groups, settings and all, by a checkpoint's.
+        self._settings = [
+            {name: value for name, value in group.items() if name not in ("params", "step")}
+            for group in self.optimizer.param_groups
+        ]
+
+    def go_on_after(self, updates: int) -> None:
+        """Put the configured settings back into the optimizer, whose state was loaded, and go on
+        with the schedule after so many updates."""
+        for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
+            group.update(settings)
+        self.scheduler.num_steps = updates
+        self.scheduler.step(increment=0)
 
     @property
     def head_weight(self) -> Tensor:
