@@ -32,6 +32,7 @@ from megatron_taopd.models.megatron_checkpoint import (
     SIDE_FILES,
     MegatronCheckpoint,
     MegatronWriter,
+    find_keys,
 )
 
 # Megatron's linear layers keep a state of TransformerEngine's beside their weights and ask for it.
@@ -83,6 +84,7 @@ def to_megatron(
 
     Collectives: barriers, and a gather of what was written, some 200 bytes a piece.
     """
+    check_apart(out, hf_dir)
     hf = read_config(hf_dir)
     hf_map.check_layout(hf, hf_dir, tp, pp, ep)
     checkpoint = HFCheckpoint(hf_dir)
@@ -184,6 +186,7 @@ def to_hf(
     """
     checkpoint = MegatronCheckpoint(megatron_dir)
     side = side_directory(megatron_dir, hf_dir)
+    check_apart(out, megatron_dir, side)
     hf = read_config(side)
     parameters = hf_map.parameters(hf)
     keys = find_keys(checkpoint, hf, parameters)
@@ -232,48 +235,20 @@ def side_directory(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
     return side
 
 
+def check_apart(out: str | Path, *sources: str | Path) -> None:
+    """Raise ValueError if what is replaced and what is read lie in one another."""
+    place = Path(out).resolve()
+    for source in sources:
+        read = Path(source).resolve()
+        if place == read or place in read.parents or read in place.parents:
+            raise ValueError(f"{out}: is, holds or lies in {source}, which is read; give another")
+
+
 def _in_order(shapes: dict, parameters: dict[str, Parameter]) -> Iterator[tuple[str, tuple]]:
     """HF names front to back, so that a parameter's tensors mostly share a file."""
     for parameter in parameters.values():
         for name in parameter.mapping.names:
             yield name, shapes[name]
-
-
-def find_keys(
-    checkpoint: MegatronCheckpoint, hf: PretrainedConfig, parameters: dict[str, Parameter]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(key, index) of every parameter in a checkpoint that stacks the layers or does not.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or of a shape that the config does not give it.
-    """
-    shapes = whole_shapes(hf, parameters)
-    found = {}
-    for name, parameter in parameters.items():
-        key, index, lead = parameter.key, parameter.index, parameter.shape
-        if key not in checkpoint and parameter.key_in_layer in checkpoint:
-            key, index, lead = parameter.key_in_layer, index[1:], lead[1:]
-        if key not in checkpoint:
-            raise ValueError(f"{checkpoint.dir}: tensor {key} is missing")
-        shape, wanted = checkpoint.shape(key), (*lead, *shapes[name])
-        # Others pad the vocabulary to other multiples.
-        padded = isinstance(parameter.mapping, hf_map.Vocabulary) and len(shape) == 2
-        if padded and shape[1:] == wanted[1:] and shape[0] >= hf.vocab_size:
-            shape = wanted
-        if shape != wanted:
-            raise ValueError(
-                f"{checkpoint.dir}: {key} is {list(shape)} where config.json asks for "
-                f"{list(wanted)}"
-            )
-        found[name] = key, index
-    known = {key for key, _ in found.values()}
-    parts = ("embedding.", "decoder.", "output_layer.")
-    if extra := sorted(k for k in checkpoint.tensors.keys() - known if k.startswith(parts)):
-        raise ValueError(
-            f"{checkpoint.dir}: {len(extra)} tensors do not belong to {hf.model_type}"
-            f"{' with tied embeddings' if hf.tie_word_embeddings else ''}, first {extra[0]}"
-        )
-    return found
 
 
 # ----------------------------------------------------------------------------------------- shared

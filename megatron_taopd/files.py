@@ -33,19 +33,32 @@ def written_aside(out: str | Path) -> Iterator[Path]:
         _barrier()
         yield aside
         _barrier()
+        if first:
+            _replace(out, aside)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise ValueError(f"{out}: {reason_of(error)}; nothing was kept") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if first:
-        replaced = out.with_name(out.name + ".replaced")
-        if out.exists():
-            out.rename(replaced)
-        aside.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
     _barrier()
+
+
+def _replace(out: Path, aside: Path) -> None:
+    """Give what is aside the name `out`; what had it, a directory or a file, is removed."""
+    replaced = out.with_name(out.name + ".replaced")
+    _remove(replaced)  # of a process that was killed between these lines
+    if out.exists():
+        out.rename(replaced)
+    aside.rename(out)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,18 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from megatron_taopd.convert import (
-    Advance,
-    find_keys,
-    rank_and_size,
-    read_config,
-    share,
-)
+from megatron_taopd.convert import Advance, rank_and_size, read_config, share
 from megatron_taopd.models import hf_map
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint, whole_shapes
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
+from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_model, whole_shapes
+from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, find_keys
 from megatron_taopd.parallel.objects import gather
 
 
@@ -91,6 +84,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(integers), b.contiguous().view(integers))
 
 
+def check_layout(hf_dir: str | Path, tp: int = 1, pp: int = 1, ep: int = 1) -> None:
+    """Raise ValueError unless the model, and the ranks that are there, divide by a layout."""
+    from megatron_taopd.parallel.layout import data_parallel_size
+
+    hf_map.check_layout(read_config(hf_dir), hf_dir, tp, pp, ep)
+    data_parallel_size(tp, pp, ep)
+
+
 def compare_logits(
     hf_dir: str | Path,
     megatron_dir: str | Path,
@@ -126,7 +127,7 @@ def compare_logits(
 
     expected = torch.empty(tokens, hf.vocab_size)
     if dist.get_rank() == 0:
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=dtype)
+        model = load_model(hf_dir, dtype)
         with torch.no_grad():
             parts = [model(input_ids=part[None]).logits[0] for part in ids.split(lengths)]
         expected = torch.cat(parts).float()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,94 @@ def test_what_megatron_saves_converts(hf_dirs, tmp_path, family, tp, pp, ep, per
     assert_same(hf_dir, tmp_path / "back")
 
 
+def compare_on_ranks(hf_dir, megatron_dir, tp, pp, ep):
+    """What `verify` compares: tensors, and logits of a model that Megatron's loader has filled."""
+    from megatron_taopd.verify import compare_tensors
+
+    tensors = compare_tensors(hf_dir, megatron_dir, lambda *_: None)
+    return tensors, logits_on_ranks(hf_dir, megatron_dir, tp, pp, ep)
+
+
+def assert_verified(hf_dir, megatron_dir, tp=1, pp=1, ep=1):
+    case = str(hf_dir), str(megatron_dir), tp, pp, ep
+    for found, (difference, largest) in run_ranks(tp * pp * ep, compare_on_ranks, *case):
+        assert (found.different, found.tensors) == (0, len(tensors(hf_dir)))
+        assert largest > 0.1
+        assert difference < 1e-4
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize(
+    ("family", "saved", "loaded"),
+    [
+        ("qwen2", (1, 2, 1), (2, 1, 1)),
+        ("llama", (1, 1, 1), (1, 2, 1)),
+        ("qwen3_moe", (1, 1, 2), (1, 2, 1)),
+        ("qwen3_moe", (2, 1, 1), (1, 1, 2)),
+    ],
+)
+def test_what_megatron_saves_is_verified(hf_dirs, tmp_path, family, saved, loaded, per_layer):
+    hf_dir, out = str(hf_dirs[family]), str(tmp_path / "megatron")
+    metadata = {"non_homogeneous_layers": per_layer}
+    run_ranks(2 if 2 in saved else 1, save_with_megatron, hf_dir, out, *saved, metadata)
+    keys = MegatronCheckpoint(out).tensors
+    assert ("decoder.layers.3.self_attention.linear_qkv.weight" in keys) == per_layer
+    assert_verified(hf_dir, out, *loaded)
+
+
+def written_otherwise(hf_dir, out, to_key=None, pad=64, dtype=None, skip=(), write=None):
+    """A checkpoint as others write it, parameter by parameter.
+
+    Args:
+        to_key: (parameter) → (key, index, shape); None: as ours.
+        pad: the multiple that the vocabulary is padded to.
+        skip: keys that are left out.
+        write: (writer, key, whole, index, shape) in place of the writer's own.
+    """
+    from megatron_taopd.convert import read_config
+    from megatron_taopd.models import hf_map
+
+    hf, source = read_config(hf_dir), HFCheckpoint(hf_dir)
+    Path(out).mkdir()
+    writer = MegatronWriter(out)
+    for parameter in hf_map.parameters(hf).values():
+        mapping = parameter.mapping
+        whole = mapping.merge([source[name] for name in mapping.names], hf)
+        if isinstance(mapping, hf_map.Vocabulary):
+            rows = -(-hf.vocab_size // pad) * pad
+            whole = torch.nn.functional.pad(whole[: hf.vocab_size], (0, 0, 0, rows - hf.vocab_size))
+        key, index, shape = parameter.key, parameter.index, parameter.shape
+        if to_key is not None:
+            key, index, shape = to_key(parameter)
+        if key not in skip:
+            (write or MegatronWriter.write)(writer, key, whole.to(dtype), index, shape)
+    writer.finish({"checkpoint_version": 3.0})
+    shutil.copytree(hf_dir, Path(out) / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def layer_apart(parameter):
+    return parameter.key_in_layer, parameter.index[1:], parameter.shape[1:]
+
+
+def first_key_apart(parameter):
+    """A mixture: norms of a layer each, the rest of all layers."""
+    apart = "layer_norm" in parameter.key
+    return layer_apart(parameter) if apart else (parameter.key, parameter.index, parameter.shape)
+
+
+@pytest.mark.parametrize("pad", [1, 64, 96])
+@pytest.mark.parametrize("to_key", [None, layer_apart], ids=["stacked", "per layer"])
+def test_a_vocabulary_padded_otherwise_is_verified(hf_dirs, tmp_path, to_key, pad):
+    written_otherwise(hf_dirs["llama"], tmp_path / "megatron", to_key, pad)
+    assert_verified(hf_dirs["llama"], tmp_path / "megatron", tp=2)
+
+
+def test_bf16_is_verified_in_fp32(tmp_path):
+    save_random(CONFIGS["qwen3"], tmp_path / "hf", torch.bfloat16)
+    written_otherwise(tmp_path / "hf", tmp_path / "megatron", layer_apart)
+    assert_verified(tmp_path / "hf", tmp_path / "megatron")
+
+
 def train_briefly(run_dir, overrides):
     from megatron_taopd.train import main
 
@@ -206,6 +296,8 @@ def test_a_training_checkpoint_converts_by_itself(tmp_path, overrides):
     to_hf(tmp_path / "run/checkpoints/step_00000002", tmp_path / "back")
     assert_same(tmp_path / "run/student", tmp_path / "back")
     assert (tmp_path / "back/tokenizer.json").exists()
+    checkpoint = tmp_path / "run/checkpoints/step_00000002"
+    assert_verified(tmp_path / "run/student", checkpoint, tp=2)
     with pytest.raises(ValueError, match="give one of the checkpoints in it, step_00000002"):
         to_hf(tmp_path / "run/checkpoints", tmp_path / "other")
 
@@ -522,6 +614,129 @@ def test_a_bad_megatron_checkpoint_is_refused(megatron_dirs, tmp_path, monkeypat
     assert not Path("TRAPPED").exists()
 
 
+def comparison(hf_dir, megatron_dir):
+    from megatron_taopd.verify import compare_tensors
+
+    return compare_tensors(hf_dir, megatron_dir, lambda *_: None)
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d != "two dtypes in one parameter"])
+def test_a_bad_hf_directory_is_compared_with_nothing(hf_dirs, megatron_dirs, tmp_path, damage):
+    inflict, message = DAMAGES[damage]
+    shutil.copytree(hf_dirs["qwen3"], tmp_path / "bad")
+    inflict(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message) as caught:
+        comparison(tmp_path / "bad", megatron_dirs["qwen3"])
+    assert "\n" not in str(caught.value)
+
+
+# Of the config beside it a comparison knows nothing.
+@pytest.mark.parametrize("damage", [d for d in MEGATRON_DAMAGES if "the config" not in d])
+def test_a_bad_megatron_checkpoint_is_compared_with_nothing(
+    hf_dirs, megatron_dirs, tmp_path, monkeypatch, damage
+):
+    monkeypatch.chdir(tmp_path)
+    inflict, message = MEGATRON_DAMAGES[damage]
+    shutil.copytree(megatron_dirs["qwen3"], tmp_path / "bad")
+    inflict(tmp_path / "bad")
+    with pytest.raises(ValueError, match=message) as caught:
+        comparison(hf_dirs["qwen3"], tmp_path / "bad")
+    assert "\n" not in str(caught.value)
+    assert not Path("TRAPPED").exists()
+
+
+def refusal_on_rank(hf_dir, megatron_dir):
+    """What Megatron's loader is kept from, or trips over."""
+    try:
+        logits_on_ranks(hf_dir, megatron_dir, 1, 1, 1)
+    except ValueError as error:
+        return str(error)
+
+
+def overlapping(writer, key, whole, index, shape):
+    """Rows 0–2 and 1–… of an embedding: as many numbers as it has."""
+    if not key.startswith("embedding"):
+        return writer.write(key, whole, index, shape)
+    writer.write(key, whole, chunks=2)
+    for stored in [stored for stored in writer.stored if stored[0] == key and stored[1][0]]:
+        shifted = (key, (stored[1][0] - 1, *stored[1][1:]))
+        writer.stored[shifted] = writer.stored.pop(stored)
+    chunk = writer.tensors[key].chunks[1]
+    writer.tensors[key].chunks[1] = replace(
+        chunk, offsets=torch.Size([chunk.offsets[0] - 1, *chunk.offsets[1:]])
+    )
+
+
+def outside(writer, key, whole, index, shape):
+    """Rows that begin before the first."""
+    writer.write(key, whole, index, shape)
+    if key.startswith("embedding"):
+        where = (key, (0, 0))
+        writer.stored[key, (-1, 0)] = writer.stored.pop(where)
+        (chunk,) = writer.tensors[key].chunks
+        writer.tensors[key].chunks[0] = replace(chunk, offsets=torch.Size([-1, 0]))
+
+
+LAST_MLP = "decoder.layers.3.mlp.linear_fc2.weight"
+OTHERWISE = {
+    "a layer is missing": (
+        dict(to_key=layer_apart, skip=[LAST_MLP]),
+        f"tensor decoder.layers.mlp.linear_fc2.weight is missing|tensor {LAST_MLP} is missing",
+    ),
+    "all layers' norms are missing": (
+        dict(skip=["decoder.layers.self_attention.q_layernorm.weight"]),
+        "tensor decoder.layers.self_attention.q_layernorm.weight is missing",
+    ),
+    "whole numbers": (
+        dict(dtype=torch.int32),
+        "embedding.word_embeddings.weight is torch.int32; one of F64, F32, F16, BF16 is needed",
+    ),
+    "8 bits": (
+        dict(dtype=torch.float8_e4m3fn),
+        "embedding.word_embeddings.weight is torch.float8_e4m3fn; one of F64",
+    ),
+    "chunks that overlap": (dict(write=overlapping), "the chunks of embedding.* do not make up"),
+    "a chunk outside": (dict(write=outside), "the chunks of embedding.* do not make up"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_what_others_have_written_badly_is_refused(hf_dirs, tmp_path, case):
+    how, message = OTHERWISE[case]
+    written_otherwise(hf_dirs["qwen3"], tmp_path / "bad", **how)
+    refuses(to_hf, tmp_path / "bad", tmp_path / "out", message)
+    with pytest.raises(ValueError, match=message):
+        comparison(hf_dirs["qwen3"], tmp_path / "bad")
+
+
+def test_a_mixture_of_layouts_converts_but_megatron_does_not_load_it(hf_dirs, tmp_path):
+    written_otherwise(hf_dirs["qwen3"], tmp_path / "mixed", first_key_apart)
+    to_hf(tmp_path / "mixed", tmp_path / "back")
+    assert_same(hf_dirs["qwen3"], tmp_path / "back")
+    (said,) = run_ranks(1, refusal_on_rank, str(hf_dirs["qwen3"]), str(tmp_path / "mixed"))
+    assert "some tensors hold all layers, others one; Megatron loads no mixture" in said
+
+
+def test_what_megatron_trips_over_is_one_line(hf_dirs, megatron_dirs, tmp_path):
+    """A file that is missing, or that its common state is not in."""
+    for name in ("__0_0.distcp", "common.pt"):
+        shutil.copytree(megatron_dirs["qwen3"], tmp_path / name)
+        (tmp_path / name / name).unlink()
+        (said,) = run_ranks(1, refusal_on_rank, str(hf_dirs["qwen3"]), str(tmp_path / name))
+        assert said.startswith(str(tmp_path / name)) and "\n" not in said
+
+
+@pytest.mark.parametrize("place", [".", "..", "hf"])
+def test_what_is_read_is_not_replaced(hf_dirs, megatron_dirs, tmp_path, place):
+    shutil.copytree(megatron_dirs["qwen3"], tmp_path / "step")
+    shutil.copytree(hf_dirs["qwen3"], tmp_path / "step" / "model")
+    for convert, source in ((to_hf, "step"), (to_megatron, "step/model")):
+        out = tmp_path / source / place
+        with pytest.raises(ValueError, match=r"is, holds or lies in .*, which is read"):
+            convert(tmp_path / source, out)
+    assert_same(hf_dirs["qwen3"], tmp_path / "step" / "model")
+
+
 @settings(max_examples=150)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_no_flipped_header_byte_of_safetensors_goes_through(hf_dirs, tmp_path_factory, place, flip):
@@ -649,3 +864,136 @@ def test_the_command_line(hf_dirs, tmp_path):
     found = json.loads(figures.read_text())
     assert (found["different"], found["first"]) == (1, Q_PROJ)
     assert found["largest"] == pytest.approx(0.5, abs=1e-6)
+
+
+def as_a_command(monkeypatch, capsys, *arguments):
+    """The tool in this process: (exit status, what it said)."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools/convert.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    try:
+        status = tool.main()
+    except SystemExit as refusal:  # argparse's
+        status = refusal.code
+    return status, capsys.readouterr().err
+
+
+WRONG = {
+    "no such directory": (
+        lambda hf, megatron: ["to-megatron", "--hf", "nowhere", "--out", "out"],
+        "nowhere: no config.json",
+    ),
+    "a file for a directory": (
+        lambda hf, megatron: ["to-megatron", "--hf", hf / "config.json", "--out", "out"],
+        "no config.json",
+    ),
+    "no such checkpoint": (
+        lambda hf, megatron: ["to-hf", "--megatron", "nowhere", "--out", "out"],
+        "nowhere: no metadata.json",
+    ),
+    "the other way round": (
+        lambda hf, megatron: ["verify", "--no-logits", "--hf", megatron, "--megatron", hf],
+        "no config.json",
+    ),
+    "another model": (
+        lambda hf, megatron: [
+            "verify", "--no-logits", "--hf", hf.parent / "llama", "--megatron", megatron
+        ],
+        "decoder.layers.self_attention.linear_qkv.weight is .* where config.json asks for",
+    ),
+    "no place for the figures": (
+        lambda hf, megatron: [
+            "to-megatron", "--hf", hf, "--out", "out", "--json", "nowhere/figures.json"
+        ],
+        "--json: .*nowhere: no such directory",
+    ),
+    "no place for the result": (
+        lambda hf, megatron: ["to-megatron", "--hf", hf, "--out", hf / "config.json" / "out"],
+        "Not a directory|lies in",
+    ),
+    "files of no size": (
+        lambda hf, megatron: [
+            "to-hf", "--megatron", megatron, "--out", "out", "--max-file-gb", "0"
+        ],
+        "--max-file-gb: 0; it has to be above 0",
+    ),
+    "no number": (
+        lambda hf, megatron: ["verify", "--hf", hf, "--megatron", megatron, "--tolerance", "nan"],
+        "--tolerance: nan; it has to be 0 or more",
+    ),
+    "too few tokens": (
+        lambda hf, megatron: ["verify", "--hf", hf, "--megatron", megatron, "--tokens", "1"],
+        "--tokens: 1; it has to be at least 3",
+    ),
+    "a layout": (
+        lambda hf, megatron: ["to-megatron", "--hf", hf, "--out", "out", "--tp", "-2"],
+        "tp: -2 does not divide",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_is_told_in_one_line(
+    hf_dirs, megatron_dirs, tmp_path, monkeypatch, capsys, case
+):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG[case]
+    wrong = arguments(hf_dirs["qwen3"], megatron_dirs["qwen3"])
+    status, said = as_a_command(monkeypatch, capsys, *wrong)
+    last = said.rstrip("\n").splitlines()[-1]
+    assert status == 2
+    assert re.search(message, last), said
+    assert "Traceback" not in said and last.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_result_is_replaced(
+    hf_dirs, megatron_dirs, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "out").write_text("something")
+    (tmp_path / "out.replaced").mkdir()  # of a conversion that was killed
+    wanted = ["to-hf", "--megatron", megatron_dirs["qwen3"], "--out", tmp_path / "out", "--quiet"]
+    status, said = as_a_command(monkeypatch, capsys, *wanted)
+    assert (status, said.count("exists; give another, or --overwrite")) == (2, 1)
+    assert as_a_command(monkeypatch, capsys, *wanted, "--overwrite")[0] == 0
+    assert_same(hf_dirs["qwen3"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def frames_of_ours(said: str) -> list[str]:
+    """Lines of tracebacks through this package; torchrun's own, of its launcher, are not."""
+    frames = [line for line in said.splitlines() if 'File "' in line]
+    return [line for line in frames if "megatron_taopd" in line or "convert.py" in line]
+
+
+def test_damage_that_one_of_two_ranks_finds_is_one_line(hf_dirs, megatron_dirs, tmp_path):
+    """The other is left alone in a collective, and says nothing."""
+    shutil.copytree(megatron_dirs["qwen3"], tmp_path / "bad")
+    data = bytearray((tmp_path / "bad" / "__0_0.distcp").read_bytes())
+    data[len(data) // 4] ^= 1  # in the share of rank 0
+    (tmp_path / "bad" / "__0_0.distcp").write_bytes(data)
+    compare = ["verify", "--no-logits", "--quiet", "--megatron", tmp_path / "bad"]
+    done = run_tool(*compare, "--hf", hf_dirs["qwen3"], ranks=2)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "__0_0.distcp: damaged at" in lines[0], done.stderr
+    assert not frames_of_ours(done.stderr)
+
+
+def test_a_tensor_per_layer_is_verified_by_the_command(hf_dirs, tmp_path):
+    """By two ranks, logits included; what is missing there is one line for both of them."""
+    written_otherwise(hf_dirs["qwen3"], tmp_path / "apart", layer_apart)
+    figures = tmp_path / "figures.json"
+    compare = ["verify", "--hf", hf_dirs["qwen3"], "--quiet", "--json", figures, "--tp", "2"]
+    done = run_tool(*compare, "--megatron", tmp_path / "apart", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(figures.read_text())["logits_largest_difference"] < 1e-4
+
+    written_otherwise(hf_dirs["qwen3"], tmp_path / "less", layer_apart, skip=[LAST_MLP])
+    done = run_tool(*compare, "--megatron", tmp_path / "less", ranks=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "is missing" in lines[0], done.stderr
+    assert not frames_of_ours(done.stderr)

@@ -15,6 +15,7 @@ from test_models import trunk_on_ranks
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.convert import read_config
+from megatron_taopd.models.hf_checkpoint import tensor_shapes
 
 # What transformers 5.12 reads of a config where it computes logits with these families.
 COMPUTED_WITH = {  # by the trunk, too
@@ -240,6 +241,26 @@ def test_rope_that_the_trunk_does_not_compute_is_refused(tmp_path, rope, named):
 )
 def test_keys_that_are_off_are_no_obstacle(tmp_path, family, changes):
     read_config(directory_of(family, tmp_path / "hf", **changes))
+
+
+ANYTHING = [None, "x", "full_attention", -1, 0, 7, 0.5, True, [], [1], [None], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_whatever_a_key_is_there_is_a_model_or_one_line(tmp_path, family):
+    hf_dir = Path(directory_of(family, tmp_path / "hf"))
+    written = json.loads((hf_dir / "config.json").read_text())
+    more = ("head_dim", "layer_types", "rope_scaling", "auto_map", "quantization_config", "dtype")
+    refused = 0
+    for key in {*written, *more}:
+        for value in ANYTHING:
+            (hf_dir / "config.json").write_text(json.dumps(written | {key: value}))
+            try:
+                tensor_shapes(read_config(hf_dir))
+            except ValueError as error:
+                assert "\n" not in str(error), (key, value)
+                refused += 1
+    assert refused > 100
 
 
 # ----------------------------------------------------------------------------------- computed with

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,8 +36,11 @@ from rich.progress import (
 from rich.table import Table
 
 from megatron_taopd import convert
+from megatron_taopd.files import file_written_aside
 from megatron_taopd.models.hf_checkpoint import DTYPES, MAX_FILE_BYTES
+from megatron_taopd.parallel.objects import anyone_was, comes_first
 
+FAILURE = "convert: the line that says what is wrong"
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of logits, by the dtype they are in
 
 
@@ -43,20 +48,25 @@ def main() -> int:
     arguments = parse()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    started = time.monotonic()
     try:
-        if arguments.command != "verify" and "RANK" in os.environ:
-            dist.init_process_group("gloo")  # files and small objects alone, no device
-        started = time.monotonic()
+        join(arguments)
         results, passed = COMMANDS[arguments.command](arguments)
-    except ValueError as error:
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"error{rank}: {error}", file=sys.stderr)
+        results |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            Console().print(as_table(results))
+            if arguments.json:
+                with file_written_aside(arguments.json) as aside:
+                    aside.write_text(json.dumps(results, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        if comes_first(FAILURE):  # others may have come to the same line
+            rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+            print(f"error{rank}: {error}", file=sys.stderr)
         return 2
-    results |= {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory()}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        Console().print(as_table(results))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    except RuntimeError:
+        if not anyone_was(FAILURE):
+            raise
+        return 2  # a rank that had ended left this one alone in a collective
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0 if passed else 1
@@ -84,16 +94,48 @@ def parse() -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", parents=[writing, common])
     to_hf.add_argument("--megatron", type=Path, required=True)
     to_hf.add_argument("--hf", type=Path, help="config and tokenizer; default: kept beside it")
-    to_hf.add_argument("--max-file-gb", type=float, default=MAX_FILE_BYTES / 1e9)
+    gigabytes = number(float, "above 0", lambda size: 0 < size < math.inf)
+    to_hf.add_argument("--max-file-gb", type=gigabytes, default=MAX_FILE_BYTES / 1e9)
 
     verify = commands.add_parser("verify", parents=[layout, common])
     verify.add_argument("--hf", type=Path, required=True)
     verify.add_argument("--megatron", type=Path, required=True)
     verify.add_argument("--no-logits", action="store_true", help="compare tensors alone")
     verify.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the forward passes")
-    verify.add_argument("--tokens", type=int, default=64, help="of the forward passes")
-    verify.add_argument("--tolerance", type=float, help=f"of logits; default by dtype: {TOLERANCE}")
+    tokens = number(int, "at least 3", lambda count: count >= 3)
+    verify.add_argument("--tokens", type=tokens, default=64, help="of the forward passes")
+    tolerance = number(float, "0 or more", lambda most: 0 <= most < math.inf)
+    verify.add_argument(
+        "--tolerance", type=tolerance, help=f"of logits; default by dtype: {TOLERANCE}"
+    )
     return parser.parse_args()
+
+
+def number(kind: type, right: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type of argument for argparse: a number that something holds for."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text}; it has to be {right}")
+        return value
+
+    return read
+
+
+def join(arguments) -> None:
+    """Join the group of ranks, if there is one or the command needs one."""
+    from megatron_taopd.parallel import platform
+
+    if arguments.command == "verify" and not arguments.no_logits:
+        platform.initialize()
+    elif "RANK" in os.environ:
+        dist.init_process_group("gloo")  # files and small objects alone, no device
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        raise ValueError(f"--json: {arguments.json.absolute().parent}: no such directory")
 
 
 def to_megatron(arguments) -> tuple[dict, bool]:
@@ -116,19 +158,16 @@ def to_hf(arguments) -> tuple[dict, bool]:
 
 
 def verify(arguments) -> tuple[dict, bool]:
-    from megatron_taopd.parallel import platform
-    from megatron_taopd.verify import compare_logits, compare_tensors
+    from megatron_taopd.verify import check_layout, compare_logits, compare_tensors
 
+    layout = (arguments.tp, arguments.pp, arguments.ep)
     if not arguments.no_logits:
-        platform.initialize()
-    elif "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        check_layout(arguments.hf, *layout)
     with progress("comparing", arguments) as bar:
         found = compare_tensors(arguments.hf, arguments.megatron, bar)
     results = asdict(found)
     passed = found.different == 0
     if not arguments.no_logits:
-        layout = (arguments.tp, arguments.pp, arguments.ep)
         difference, largest = compare_logits(
             arguments.hf,
             arguments.megatron,
@@ -136,7 +175,9 @@ def verify(arguments) -> tuple[dict, bool]:
             dtype=DTYPES[arguments.dtype],
             tokens=arguments.tokens,
         )
-        tolerance = arguments.tolerance or TOLERANCE[arguments.dtype] * max(1.0, largest)
+        tolerance = arguments.tolerance
+        if tolerance is None:
+            tolerance = TOLERANCE[arguments.dtype] * max(1.0, largest)
         results |= {
             "logits_largest_difference": difference,
             "logits_largest": largest,

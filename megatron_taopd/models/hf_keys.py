@@ -122,7 +122,7 @@ def unsupported(config: PretrainedConfig) -> Iterator[str]:
             yield f"{key}: a checkpoint of quantised weights is not supported; give the original"
     remote = [name for name in getattr(config, "auto_map", None) or {} if name != "AutoTokenizer"]
     if remote:
-        yield f"auto_map with code of the model's own ({', '.join(remote)}) is not supported"
+        yield f"auto_map with code of the model's own ({_written(remote)}) is not supported"
 
 
 def _sizes(config: PretrainedConfig) -> Iterator[str]:
@@ -141,8 +141,8 @@ def _sizes(config: PretrainedConfig) -> Iterator[str]:
     width = getattr(config, "head_dim", None)
     if width is None:
         width = config.hidden_size // heads
-    if width < 2 or width % 2:
-        yield f"head_dim {width} (only even numbers) is not supported"
+    if not isinstance(width, int) or width < 2 or width % 2:
+        yield f"head_dim {_written(width)} (only even numbers) is not supported"
     if not config.rms_norm_eps > 0:
         yield f"rms_norm_eps {config.rms_norm_eps} (only numbers above 0) is not supported"
 

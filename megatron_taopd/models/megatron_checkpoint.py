@@ -14,7 +14,8 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -31,8 +32,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from transformers import PretrainedConfig
 
 from megatron_taopd.files import os_errors_of_torch
+from megatron_taopd.models.hf_checkpoint import DTYPE_NAMES, whole_shapes
+from megatron_taopd.models.hf_map import Parameter, Vocabulary
 
 # Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
 SIDE_FILES = "hf"
@@ -196,7 +200,8 @@ class MegatronCheckpoint:
             inside = zip(index, offsets[:lead], sizes[:lead], strict=True)
             if all(start <= i < start + size for i, start, size in inside):
                 pieces.append((offsets, sizes, info))
-        if sum(prod(sizes[lead:]) for _, sizes, _ in pieces) != prod(shape):
+        corners = [(offsets[lead:], sizes[lead:]) for offsets, sizes, _ in pieces]
+        if not _tile(shape, corners):
             raise ValueError(f"{self.dir}: the chunks of {key} do not make up its {list(shape)}")
         whole = None
         for offsets, sizes, info in pieces:
@@ -225,6 +230,64 @@ class MegatronCheckpoint:
         if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.shape != sizes:
             raise ValueError(f"{path}: holds no {list(sizes)} of {dtype} for {key}")
         return tensor
+
+
+def find_keys(
+    checkpoint: MegatronCheckpoint, hf: PretrainedConfig, parameters: Mapping[str, Parameter]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(key, index) of every parameter in a checkpoint that stacks the layers or does not.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of a shape or dtype that the config does not
+            give it.
+    """
+    shapes = whole_shapes(hf, parameters)
+    found = {}
+    for name, parameter in parameters.items():
+        key, index, lead = parameter.key, parameter.index, parameter.shape
+        if key not in checkpoint and parameter.key_in_layer in checkpoint:
+            key, index, lead = parameter.key_in_layer, index[1:], lead[1:]
+        if key not in checkpoint:
+            raise ValueError(f"{checkpoint.dir}: tensor {key} is missing")
+        shape, wanted = checkpoint.shape(key), (*lead, *shapes[name])
+        # Others pad the vocabulary to other multiples.
+        padded = isinstance(parameter.mapping, Vocabulary) and len(shape) == 2
+        if padded and shape[1:] == wanted[1:] and shape[0] >= hf.vocab_size:
+            shape = wanted
+        if shape != wanted:
+            raise ValueError(
+                f"{checkpoint.dir}: {key} is {list(shape)} where config.json asks for "
+                f"{list(wanted)}"
+            )
+        if (dtype := checkpoint.dtype(key)) not in DTYPE_NAMES:
+            raise ValueError(
+                f"{checkpoint.dir}: {key} is {dtype}; one of {', '.join(DTYPE_NAMES.values())} is "
+                "needed"
+            )
+        found[name] = key, index
+    known = {key for key, _ in found.values()}
+    parts = ("embedding.", "decoder.", "output_layer.")
+    if extra := sorted(k for k in checkpoint.tensors.keys() - known if k.startswith(parts)):
+        raise ValueError(
+            f"{checkpoint.dir}: {len(extra)} tensors do not belong to {hf.model_type}"
+            f"{' with tied embeddings' if hf.tie_word_embeddings else ''}, first {extra[0]}"
+        )
+    return found
+
+
+def layers_are_apart(keys: Iterable[tuple[str, tuple[int, ...]]], where: str | Path) -> bool:
+    """Whether a checkpoint has a tensor per layer, from the keys of `find_keys`.
+
+    Raises:
+        ValueError: of some tensors only: Megatron loads no such mixture.
+    """
+    layers = [key for key, _ in keys if key.startswith("decoder.layers.")]
+    apart = {re.match(r"decoder\.layers\.\d", key) is not None for key in layers}
+    if len(apart) > 1:
+        raise ValueError(
+            f"{where}: some tensors hold all layers, others one; Megatron loads no mixture"
+        )
+    return True in apart
 
 
 def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
@@ -293,6 +356,21 @@ def _describe(metadata: Metadata) -> tuple[dict[str, TensorStorageMetadata], dic
                 raise ValueError(f"{where.fqn} has a chunk of another number of dimensions")
             places[where.fqn].append((where.offset, size, info))
     return tensors, places
+
+
+def _tile(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
+    """Whether boxes (corner, size) lie in a tensor, apart from one another, and fill it."""
+    ranges = [
+        [(start, start + size) for start, size in zip(corner, sizes, strict=True)]
+        for corner, sizes in boxes
+    ]
+    for box in ranges:
+        if any(not 0 <= start <= end <= n for (start, end), n in zip(box, shape, strict=True)):
+            return False
+    for a, b in combinations(ranges, 2):
+        if all(x[0] < y[1] and y[0] < x[1] for x, y in zip(a, b, strict=True)):
+            return False
+    return sum(prod(sizes) for _, sizes in boxes) == prod(shape)
 
 
 def _check_sums(stream: IO[bytes], tensor: Tensor) -> None:

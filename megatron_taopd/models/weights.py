@@ -22,7 +22,12 @@ from megatron_taopd.models.hf_checkpoint import (
     tensor_shapes,
     whole_shapes,
 )
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, check_pickles
+from megatron_taopd.models.megatron_checkpoint import (
+    MegatronCheckpoint,
+    check_pickles,
+    find_keys,
+    layers_are_apart,
+)
 from megatron_taopd.models.output_head import OutputHead, find_head
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
@@ -60,23 +65,32 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
 def load_megatron(model: Trunk, directory: str | Path) -> None:
     """Fill the trunk's parameters from a Megatron distributed checkpoint, with Megatron's loader.
 
-    Whatever layout saved it; each rank reads what it needs. Every rank calls this.
+    Whatever layout saved it, with layers stacked or apart; each rank reads what it needs. Every
+    rank calls this.
 
     Raises:
-        ValueError: no such checkpoint, or something pickled in it is more than plain data.
+        ValueError: no such checkpoint, it is of another model, something pickled in it is more than
+            plain data, or Megatron cannot load it.
 
     Collectives: those of Megatron's loader (metadata, some 100 bytes a tensor and rank).
     """
-    MegatronCheckpoint(directory)
+    checkpoint = MegatronCheckpoint(directory)
+    keys = find_keys(checkpoint, model.hf, hf_map.parameters(model.hf))
     check_pickles(directory)  # which Megatron unpickles without looking
+    metadata = {
+        "dp_cp_group": model.layout.groups.dp_cp,
+        "non_homogeneous_layers": layers_are_apart(keys.values(), directory),
+    }
     sharded = {
         name: tensor
-        for name, tensor in model.sharded_state_dict(
-            metadata={"dp_cp_group": model.layout.groups.dp_cp}
-        ).items()
+        for name, tensor in model.sharded_state_dict(metadata=metadata).items()
         if not name.endswith("_extra_state")
     }
-    loaded = dist_checkpointing.load(sharded, str(directory))
+    try:
+        loaded = dist_checkpointing.load(sharded, str(directory))
+    except Exception as error:  # Megatron and torch raise a dozen kinds on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{directory}: Megatron cannot load it: {reason[:300]}") from error
     missing, _unexpected = model.load_state_dict(loaded, strict=False)
     missing = [name for name in missing if not name.endswith("_extra_state")]
     assert not missing, missing

@@ -70,7 +70,12 @@ class Layout:
         return tp_rank + self.tp * (dp_rank + self.dp * (self.pp - 1))
 
 
-def _data_parallel_size(tp: int, pp: int, ep: int) -> int:
+def data_parallel_size(tp: int, pp: int, ep: int) -> int:
+    """How many data-parallel ranks a layout leaves of the world.
+
+    Raises:
+        ValueError: tp × pp does not divide the world size, or ep what it leaves.
+    """
     world_size = dist.get_world_size()
     if world_size % (tp * pp):
         raise ValueError(
@@ -92,7 +97,7 @@ def student_layout(tp: int, pp: int, sequence: bool = False, seed: int = 0, ep: 
     Raises:
         ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = _data_parallel_size(tp, pp, ep)
+    dp = data_parallel_size(tp, pp, ep)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -109,7 +114,7 @@ def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Lay
     Raises:
         ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = _data_parallel_size(tp, pp, ep)
+    dp = data_parallel_size(tp, pp, ep)
     grid = HyperCommGrid([tp, 1, ep, dp // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
     groups = ProcessGroupCollection(
         tp=grid.create_pg("tp"),

@@ -37,6 +37,25 @@ def told(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> An
     return values[0]
 
 
+def comes_first(where: str) -> bool:
+    """Whether no other rank has been at this place: for what several find, and one should say.
+
+    Not a collective, since others may be stuck in one, or dead: it counts in the group's store.
+    """
+    if not dist.is_initialized():
+        return True
+    return _store().add(where, 1) == 1
+
+
+def anyone_was(where: str) -> bool:
+    """Whether a rank has called `comes_first` here. No collective."""
+    return dist.is_initialized() and _store().add(where, 0) > 0
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
 def of_first_rank(work: Callable[[], T]) -> T:
     """What it gives on global rank 0, the only one that does it, on every rank.
 
