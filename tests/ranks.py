@@ -32,8 +32,10 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
+from patience import Deadline, known_patience, took
 
-START_TIMEOUT_S = 120
+START_S = 120
+QUIET_START_S = 12.0  # of the first pool, which imports Megatron
 PRELOAD = ["torch.distributed", "megatron.core.models.gpt", "megatron.core.optimizer"]
 
 
@@ -45,7 +47,7 @@ def run_ranks(world_size: int, fn, *args, timeout: float = 120) -> list:
     """Run the module-level `fn(*args)` on every rank; its results, by rank.
 
     After a failure the other ranks may be stuck in a collective, so the pool is killed; the next
-    call starts a fresh one. `timeout` is in seconds and excludes starting the pool.
+    call starts a fresh one. `timeout` excludes starting the pool; its seconds are `patience`'s.
     """
     if world_size not in _pools:
         _pools[world_size] = RankPool(world_size)
@@ -89,7 +91,9 @@ class RankPool:
                 theirs.close()
                 self.connections.append(ours)
                 self.processes.append(process)
-            self.collect(START_TIMEOUT_S)
+            began = time.monotonic()
+            self.collect(START_S)
+            took(time.monotonic() - began, QUIET_START_S)
         except BaseException:
             self.kill()
             raise
@@ -102,10 +106,12 @@ class RankPool:
 
     def collect(self, timeout: float) -> list:
         """One answer from each rank, or RankError with the traceback of every rank that failed."""
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         answers, errors = {}, {}
         while waiting := [c for r, c in enumerate(self.connections) if r not in answers | errors]:
-            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            # After a failure the others may never answer; but the first to fail need not be the
+            # cause.
+            ready = wait(waiting, known_patience(1) if errors else deadline.left())
             if not ready:
                 break
             for rank in map(self.connections.index, ready):
@@ -118,14 +124,13 @@ class RankPool:
                     answers[rank] = answer
                 else:
                     errors[rank] = error
-                    # The others may never answer; but the first to fail need not be the cause.
-                    deadline = min(deadline, time.monotonic() + 1)
         world_size = len(self.connections)
         if errors:
             raise RankError("\n".join(f"rank {r} of {world_size}: {e}" for r, e in errors.items()))
         if len(answers) < world_size:
             late = sorted(set(range(world_size)) - set(answers))
-            raise RankError(f"no answer from ranks {late} of {world_size} within {timeout:g} s")
+            seconds = time.monotonic() - deadline.began
+            raise RankError(f"no answer from ranks {late} of {world_size} within {seconds:.0f} s")
         return [answers[rank] for rank in range(world_size)]
 
     def kill(self) -> None:
@@ -151,7 +156,7 @@ def _serve(
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=600),
+        timeout=timedelta(days=1),  # a hang is the parent's to end
     )
     _share_groups()
     connection.send_bytes(pickle.dumps((None, None)))

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import atexit
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import httpx
+from patience import known_patience, patience, took
 
 from megatron_taopd.serving.server import Server
 
-START_TIMEOUT_S = 180  # under a load
+START_S, QUIET_START_S = 300, 30.0
 
 
 @contextmanager
@@ -33,9 +35,11 @@ def serve(hf_dir: str | Path, **kwargs) -> Iterator[Server]:
             "dtype": "float32",
             "max_running_requests": 16,
             "max_total_tokens": 8192,
-            "start_timeout": START_TIMEOUT_S,
+            "start_timeout": patience(START_S),
         }
+        began = time.monotonic()
         with Server(hf_dir, **{**defaults, **kwargs}) as server:
+            took(time.monotonic() - began, QUIET_START_S)
             yield server
 
 
@@ -54,7 +58,8 @@ def generate(
     """SGLang's answer to each prompt (token ids), with log-probabilities."""
     request = {"input_ids": [*map(list, prompts)], "sampling_params": sampling, **fields}
     request["return_logprob"] = True
-    answer = httpx.post(f"{url}/generate", json=request, headers=headers, timeout=120)
+    timeout = known_patience(120)
+    answer = httpx.post(f"{url}/generate", json=request, headers=headers, timeout=timeout)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

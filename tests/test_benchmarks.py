@@ -11,11 +11,11 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from patience import run
 
 from megatron_taopd import benchmarks, tables
 from megatron_taopd.benchmarks import PAPER, Missing, Scores
@@ -122,8 +122,7 @@ def test_tables(tmp_path):
 
 
 def run_tool(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    return run([sys.executable, TOOL, *arguments], seconds=1200)
 
 
 def test_mistakes_are_told_before_a_server_starts(tmp_path):

@@ -11,12 +11,14 @@ import pickle
 import random
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from patience import wait_for
 from ranks import run_ranks
 from step import OPTIMIZER, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -121,10 +123,12 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     train_step(student, seed=1)
     saved = contents(student)
     checkpoints, told = open_checkpoints(directory, asynchronous)
-    write = checkpoint._write
+    write, changed = checkpoint._write, threading.Event()
+    if not asynchronous:
+        changed.set()
 
     def write_late(*arguments):
-        time.sleep(0.3)
+        changed.wait()
         return write(*arguments)
 
     checkpoint._write = write_late
@@ -136,6 +140,7 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     train_step(student, seed=2)
     for parameter in student.trunk.parameters():
         parameter.data.fill_(-1)
+    changed.set()
     checkpoints.poll()
     checkpoints.finish()
     checkpoints.close()
@@ -309,10 +314,9 @@ def test_kill_9_while_writing(tmp_path, student_dir):
         )
         process.start()
         try:
-            assert ours.poll(120) and ours.recv() == reached
-            deadline = time.monotonic() + 120
-            while not files.steps(directory)[-1:] > [reached] and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_for(ours.poll, seconds=120)
+            assert ours.recv() == reached
+            wait_for(lambda old=reached: files.steps(directory)[-1:] > [old], seconds=120)
             time.sleep(draw.random() * 0.3)
         finally:
             process.kill()

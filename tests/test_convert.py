@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from families import CONFIGS, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import run
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from sglang_server import prompt_logprobs, serve
@@ -832,9 +832,7 @@ def run_tool(*arguments, ranks=1):
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, ROOT / "tools/convert.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    return run([*launch, ROOT / "tools/convert.py", *arguments], seconds=200)
 
 
 def test_the_command_line(hf_dirs, tmp_path):

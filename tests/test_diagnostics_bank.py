@@ -12,6 +12,7 @@ import dense
 import pyarrow.parquet as pq
 import pytest
 import torch
+from patience import patience
 from ranks import run_ranks
 from step import row_logits
 from transformers import AutoTokenizer
@@ -214,7 +215,7 @@ def add_by_sglang(out):
         yield own
 
     vocabulary = Vocabulary.from_pretrained(STUDENT)
-    with engine(start_timeout_s=180)(vocabulary, 100) as own:
+    with engine(start_timeout_s=patience(300))(vocabulary, 100) as own:
         server = own.replicas.all[0].server if own.leads else None
         told = [server and server.url]
         dist.broadcast_object_list(told)
@@ -223,7 +224,7 @@ def add_by_sglang(out):
         add(out, seed=1, engine=there)
         if server:
             weights = {"model_path": str(STUDENT), "weight_version": "7"}
-            httpx.post(f"{server.url}/update_weights_from_disk", json=weights, timeout=60)
+            httpx.post(f"{server.url}/update_weights_from_disk", json=weights, timeout=patience(60))
         with pytest.raises(ValueError, match="a server has weights of step 7, which a run gave it"):
             add(out, seed=2, engine=there)
         assert server is None or server.alive

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from patience import patience
 from planted_bank import planted_columns, write_table
 
 from megatron_taopd.diagnostics import figures
@@ -180,7 +181,9 @@ def browser():
     if executable is None:
         pytest.skip("no Chromium or Chrome on the path")
     with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        running = driver.chromium.launch(
+            executable_path=executable, args=["--no-sandbox"], timeout=1e3 * patience(60)
+        )
         yield running
         running.close()
 
@@ -188,6 +191,7 @@ def browser():
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_chosen_token_shows_what_both_models_say(report, browser, scheme):
     page = browser.new_page(color_scheme=scheme)
+    page.set_default_timeout(1e3 * patience(60))
     failures, requests = [], []
     page.on("pageerror", lambda error: failures.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))

@@ -10,13 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import yaml
+from patience import finish, known_patience, patience, wait_for
 
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.replicas import Replicas, ServedModel
@@ -33,7 +34,6 @@ ONE_RANK = ["student.parallel.tp=1", "teacher.parallel.pp=1"]
 def start(command, **environment):
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **environment,
@@ -61,12 +61,14 @@ def steps_done(run_dir):
     return [json.loads(line)["step"] for line in lines]
 
 
-def wait_for_step(process, run_dir, step, timeout=180):
-    deadline = time.monotonic() + timeout
-    while not any(done >= step for done in steps_done(run_dir)):
+def wait_for_step(process, run_dir, step):
+    def reached():
+        if any(done >= step for done in steps_done(run_dir)):
+            return True
         assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.05)
+        return False
+
+    wait_for(reached, seconds=180, what=f"step {step} was not reached")
 
 
 @pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
@@ -75,14 +77,14 @@ def test_a_run_that_is_asked_to_end_saves_and_resumes(tmp_path, asked):
     process = launch(*run, "train.steps=500")
     wait_for_step(process, tmp_path / "run", 2)
     process.send_signal(asked)
-    output, _ = process.communicate(timeout=120)
+    output = finish(process, seconds=120)
     assert process.returncode == 3, output
     done = steps_done(tmp_path / "run")[-1]
     assert f"stopped after step {done} of 500" in output
     assert "Traceback" not in output
 
     process = launch(*run, f"train.steps={done + 1}")
-    output, _ = process.communicate(timeout=180)
+    output = finish(process, seconds=180)
     assert process.returncode == 0, output
     assert f"resuming after step {done}" in output
     assert steps_done(tmp_path / "run") == [*range(1, done + 2)]
@@ -93,7 +95,7 @@ def test_the_exit_status_is_that_of_the_workers(tmp_path):
     for statement, status in (("raise SystemExit(2)", 2), ("os.kill(os.getpid(), 9)", 137)):
         script.write_text(f"import os\n{statement}\n")
         process = launch(script)
-        output, _ = process.communicate(timeout=60)
+        output = finish(process)
         assert process.returncode == status, output
         assert f"rank 0 ended first, with status {status}" in output
 
@@ -105,7 +107,7 @@ def test_two_nodes_and_their_exit_status(tmp_path):
 
     def both(*options):
         nodes = [start([*node, *options], NODE_RANK=str(rank), **environment) for rank in range(2)]
-        outputs = [process.communicate(timeout=180)[0] for process in nodes]
+        outputs = [finish(process, seconds=180) for process in nodes]
         return [process.returncode for process in nodes], outputs
 
     statuses, outputs = both("train.steps=1")
@@ -118,14 +120,16 @@ def test_two_nodes_and_their_exit_status(tmp_path):
 
 
 SLURM = {
-    # The two commands of Slurm that the script calls, and a run that ends at once.
+    # The two commands of Slurm that the script calls, and a run that ends at once, or when
+    # something else that it awaits has been called, too.
     "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$@" >> "$CALLS"; fi',
     "srun": 'echo "$6" >> "$CALLS.nodes"; shift 7; export SLURM_PROCID=0; exec "$@"',
-    "python": 'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; sleep ${SLOW:-0}; exit $STATUS',
+    "python": 'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; '
+    'until grep -q "$AWAITED" "$CALLS.python"; do sleep 0.05; done; exit $STATUS',
 }
 
 
-def sbatch(tmp_path, *arguments, **environment):
+def sbatch(tmp_path, *arguments, awaited="", **environment):
     """What slurm.sbatch does on a cluster of stand-ins: (its status, output)."""
     for name, body in SLURM.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -133,9 +137,9 @@ def sbatch(tmp_path, *arguments, **environment):
     process = start(
         ["bash", LAUNCH / "slurm.sbatch", *arguments],
         PATH=f"{tmp_path}:{os.environ['PATH']}", CALLS=str(tmp_path / "calls"), NPROC="1",
-        SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7", **environment,
+        AWAITED=awaited, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7", **environment,
     )  # fmt: skip
-    output, _ = process.communicate(timeout=60)
+    output = finish(process)
     return process.returncode, output
 
 
@@ -158,7 +162,8 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
 def test_slurm_gives_nodes_to_servers(tmp_path):
     sbatch(
         tmp_path, "CONFIG.yaml", "train.steps=3", STATUS="0", SERVE_NODES="1", SERVE_MODEL="MODEL",
-        SLOW="2", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3",
+        awaited="serve.py", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NUM_NODES="3",
+        SLURM_JOB_NODELIST="n1,n2,n3",
     )  # fmt: skip
     calls = (tmp_path / "calls.python").read_text()
     assert "serve.py MODEL --tp 1 --host 0.0.0.0 --api-key-env SGLANG_KEY" in calls
@@ -175,7 +180,7 @@ def serve(*arguments, **environment):
 
 def test_servers_are_not_opened_to_the_network_without_a_key():
     process = serve("MODEL", "--host", "0.0.0.0")
-    output, _ = process.communicate(timeout=60)
+    output = finish(process)
     assert process.returncode == 2
     assert output.startswith("error: --host: 0.0.0.0 without --api-key-env")
 
@@ -189,25 +194,31 @@ def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):
     late = in_background(
         lambda: Replicas(
             [f"http://127.0.0.1:{port}"], ServedModel.of(TINY_STUDENT, 64), api_key=key,
-            start_timeout_s=600,
+            start_timeout_s=patience(600),
         )
     )  # fmt: skip
+
+    def said():
+        return in_background(process.stdout.readline).result(timeout=patience(600))
+
     try:
-        assert process.stdout.readline() == f"http://127.0.0.1:{port} serves\n"
-        url = f"http://127.0.0.1:{port}/get_model_info"
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, headers={"Authorization": f"Bearer {key}"}).status_code == 200
-        with late.result(timeout=60) as replicas:  # the run had come before its server
+        assert said() == f"http://127.0.0.1:{port} serves\n"
+        ask = partial(
+            httpx.get, f"http://127.0.0.1:{port}/get_model_info", timeout=known_patience(60)
+        )
+        assert ask().status_code == 401
+        assert ask(headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        with late.result(timeout=patience(60)) as replicas:  # the run had come before its server
             assert len(replicas.live) == 1
         family = psutil.Process(process.pid).children(recursive=True)
         next(p for p in family if "sglang.launch_server" in p.cmdline()[:4]).kill()
-        assert process.stdout.readline() == f"http://127.0.0.1:{port} died; it is started again\n"
-        assert process.stdout.readline() == f"http://127.0.0.1:{port} serves\n"
+        assert said() == f"http://127.0.0.1:{port} died; it is started again\n"
+        assert said() == f"http://127.0.0.1:{port} serves\n"
         family = psutil.Process(process.pid).children(recursive=True)
     finally:
         process.terminate()
-    assert process.wait(timeout=60) == 0
-    assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert process.wait(timeout=patience(60)) == 0
+    assert psutil.wait_procs(family, timeout=patience(30))[1] == []
 
 
 def test_launchers_name_no_host_and_parse():

@@ -131,15 +131,17 @@ def test_each_step_is_one_json_object(make_monitor):
 def test_spans_of_a_step_add_up_and_start_anew_with_the_next(make_monitor):
     calls = []
     monitor = make_monitor(synchronize=lambda: calls.append("sync"))
+    began = time.monotonic()
     for _ in range(2):
         with monitor.span("rollout"):
             calls.append("work")
             time.sleep(0.02)
+    took = time.monotonic() - began
     with pytest.raises(RuntimeError), monitor.span("training"):
         raise RuntimeError
     assert calls[:3] == ["sync", "work", "sync"]
     first, second = monitor.log(0, {}), monitor.log(1, {})
-    assert 0.04 <= first["time/rollout"] < 0.4
+    assert 0.04 <= first["time/rollout"] <= took
     assert first.keys() == {"step", "time/rollout", "time/training"}
     assert second.keys() == {"step"}
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import CONFIGS, save_random
+from patience import run
 from published import BILLIONS, MODELS
 from ranks import run_ranks
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -339,11 +339,12 @@ def test_64_ranks_of_the_real_pair_are_exact(models):
     )
     script = Path(__file__).with_name("fake_ranks.py")
     paths = [str(models / "Qwen3-4B"), str(models / "Qwen3-14B")]
-    done = subprocess.run(
-        [sys.executable, str(script), *paths, json.dumps(options)],
-        capture_output=True, text=True, timeout=300, check=True,
-        env={**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run(
+        [sys.executable, script, *paths, json.dumps(options)],
+        seconds=300,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     small, large = (Architecture.of(MODELS[n]) for n in ("Qwen3-4B", "Qwen3-14B"))
     own, theirs = Grid(**student, dp=8), Grid(**teacher, dp=8)
     measured = json.loads(done.stdout.splitlines()[-1])
@@ -580,10 +581,7 @@ def run_tool(models, tmp_path, *arguments):
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(models=models))
     tool = Path(__file__).parents[1] / "tools" / "plan.py"
-    return subprocess.run(
-        [sys.executable, str(tool), str(file), *arguments],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return run([sys.executable, tool, file, *arguments], seconds=120)
 
 
 def test_exit_status_0_and_the_same_figures_as_json(models, tmp_path):

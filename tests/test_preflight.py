@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from patience import run
 from ranks import run_ranks
 from transformers import AutoTokenizer
 
@@ -460,8 +460,7 @@ def compare_without_memory():
 
 
 def doctor(*arguments):
-    command = [sys.executable, DOCTOR, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run([sys.executable, DOCTOR, *arguments], seconds=300)
 
 
 def test_a_run_that_can_start(tmp_path):

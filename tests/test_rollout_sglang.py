@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from patience import known_patience, patience, wait_for
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 
@@ -30,6 +31,9 @@ VOCABULARY, EOS = 1100, 1  # of the 1,152 rows
 PROMPTS = [[2, 5, 6, 7], [2, 9], [2, 11, 12, 13, 14, 15], [2, 20, 21], [2, 300, 17], [2, 8]]
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 LONG = Sampling(max_new_tokens=100, temperature=0, samples=4)
+# After the first request, in which responses may be under way; which one meets them, the machine
+# decides.
+MOMENTS_S = (0.3, 0.1, 0.6, 1.2, 2.5, 5, 10, 20)
 
 
 class DiskSync:
@@ -74,19 +78,17 @@ def pair(tmp_path_factory):
     """Two servers; the student's weights are version 0."""
     logs = tmp_path_factory.mktemp("logs")
     options = {"device": "cpu", "dtype": "float32", "max_running_requests": 16}
-    starts = [
-        partial(Server, STUDENT, logs / f"{i}", **options, max_total_tokens=4096, start_timeout=180)
-        for i in range(2)
-    ]
-    # A restart keeps both cores busy, and a healthy server waiting.
-    limits = {"concurrency": 8, "health_every_s": 0.5, "health_timeout_s": 4}
-    with Replicas(starts, MODEL, **limits) as replicas:
+    options |= {"max_total_tokens": 4096, "start_timeout": patience(300)}
+    starts = [partial(Server, STUDENT, logs / f"{i}", **options) for i in range(2)]
+    with Replicas(starts, MODEL, concurrency=8, health_every_s=0.5) as replicas:
         yield replicas
 
 
 @pytest.fixture
 def engine(pair):
     pair.counts.clear()
+    # A restart keeps the cores busy, and a healthy server waiting.
+    pair.health_timeout_s = patience(10)
     return engine_on(pair, DiskSync(STUDENT))
 
 
@@ -98,13 +100,6 @@ def assert_same(batch, expected):
     for name in ("tokens", "cu_seqlens", "prompt_lengths", "truncated", "prompts"):
         torch.testing.assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=0)
     torch.testing.assert_close(batch.log_probs, expected.log_probs, rtol=0, atol=1e-4)
-
-
-def wait_for(condition, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # What comes back
@@ -208,40 +203,44 @@ def test_update_and_shared_load(engine, endless):
     assert not any(engine.metrics().values())
 
 
-def test_version_changes_within_a_response(engine, endless):
-    replicas, payload = engine.replicas, {"model_path": str(endless), "weight_version": "9"}
-    update(engine, endless, 8)
+def submit_and_wait(engine, moment_s):
     pending = engine.submit(PROMPTS, range(6), 1, LONG)
     wait_for(lambda: engine.replicas.all[0].requests)
-    time.sleep(0.3)
-    replicas.run(replicas.pause("in_place"))
+    time.sleep(moment_s)
+    return pending
+
+
+def test_version_changes_within_a_response(engine, endless):
+    replicas, payload = engine.replicas, {"model_path": str(endless), "weight_version": "9"}
     payload["flush_cache"] = False
-    replicas.run(replicas.post_all("/update_weights_from_disk", payload))
-    replicas.run(replicas.resume())
-    batch = pending.result()
-    versions = batch.weight_versions.split(batch.response_lengths.tolist())
-    assert any(set(v.tolist()) == {8, 9} for v in versions)
-    assert all((v.diff() >= 0).all() for v in versions)
-    assert_same(batch, local(endless).generate(PROMPTS, range(6), 1, LONG))
+    expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
+    for moment_s in MOMENTS_S:
+        update(engine, endless, 8)
+        pending = submit_and_wait(engine, moment_s)
+        replicas.run(replicas.pause("in_place"))
+        replicas.run(replicas.post_all("/update_weights_from_disk", payload))
+        replicas.run(replicas.resume())
+        batch = pending.result()
+        assert_same(batch, expected)
+        versions = batch.weight_versions.split(batch.response_lengths.tolist())
+        assert all((v.diff() >= 0).all() for v in versions)
+        if any(set(v.tolist()) == {8, 9} for v in versions):
+            return
+    pytest.fail("no response was under way at any of the moments")
 
 
 def test_aborted_responses_begin_anew(engine, endless):
+    """What runs; a request that has not yet come to the server's scheduler is not hit."""
+    expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
     update(engine, endless, 10)
-    pending = engine.submit(PROMPTS, range(6), 1, LONG)
-    wait_for(lambda: engine.replicas.all[0].requests)
-    before = engine.replicas.counts["retries"]
-
-    def abort():
-        """What runs; a request that has not yet come to the server's scheduler is not hit."""
-        time.sleep(0.3)
+    for moment_s in MOMENTS_S:
+        pending = submit_and_wait(engine, moment_s)
         engine.replicas.run(engine.replicas.pause("abort"))
         engine.replicas.run(engine.replicas.resume())
-        time.sleep(0.1)
-        return engine.replicas.counts["retries"] > before
-
-    wait_for(abort)
-    assert_same(pending.result(), local(endless).generate(PROMPTS, range(6), 1, LONG))
-    assert engine.metrics()["rollout/retries"] > 0
+        assert_same(pending.result(), expected)
+        if engine.metrics()["rollout/retries"]:
+            return
+    pytest.fail("no response was under way at any of the moments")
 
 
 # On ranks
@@ -307,7 +306,7 @@ def proxy(url, disturb):
             if status is not None:
                 return self.answer(httpx.Response(status, json={"error": {"message": "oh"}}))
             headers = {"Content-Type": "application/json"}
-            target, kwargs = url + self.path, {"headers": headers, "timeout": 60}
+            target, kwargs = url + self.path, {"headers": headers, "timeout": known_patience(600)}
             self.answer(httpx.request(self.command, target, content=body, **kwargs))
 
         do_GET = do_POST
@@ -334,30 +333,36 @@ def proxy(url, disturb):
 
 
 def test_failing_and_slow_answers_are_repeated(pair):
+    """Of the first three requests one fails, and one is not answered before it is aborted."""
     asked, aborted = [], []
+    counting, ended = threading.Lock(), threading.Event()
 
     def disturb(path, body, key):
         if path == "/abort_request":
             aborted.append(json.loads(body)["rid"])
+            if aborted[-1] == asked[2]:
+                ended.set()
         if path == "/generate" and b'"rid"' in body:
-            asked.append(json.loads(body)["rid"])
-            if len(asked) % 3 == 1:
+            with counting:
+                asked.append(json.loads(body)["rid"])
+                place = len(asked)
+            if place % 3 == 1:
                 return 500
-            if len(asked) == 3:
-                time.sleep(3)
+            if place == 3:
+                ended.wait()
 
     with (
         proxy(pair.all[0].url, disturb) as url,
-        Replicas([url], MODEL, timeout_s=2, attempts=8) as replicas,
+        Replicas([url], MODEL, timeout_s=patience(4), attempts=8) as replicas,
     ):
         engine = engine_on(replicas, DiskSync(STUDENT))
         batch = engine.generate(PROMPTS, range(6), 1, GREEDY)
         assert_same(batch, local().generate(PROMPTS, range(6), 1, GREEDY))
         metrics = engine.metrics()
-        assert metrics["rollout/timeouts"] == 1 and metrics["rollout/resyncs"] == 1
+        assert metrics["rollout/timeouts"] >= 1 and metrics["rollout/resyncs"] == 1
         assert metrics["rollout/retries"] == len(asked) - 6 > 2
-        wait_for(lambda: aborted)
-        assert aborted == [asked[2]]
+        wait_for(ended.is_set)
+        wait_for(lambda: len(aborted) == metrics["rollout/timeouts"])
 
 
 def test_attempts_come_to_an_end(pair):
@@ -374,15 +379,22 @@ def test_attempts_come_to_an_end(pair):
 
 
 def test_server_that_comes_back(pair, endless):
-    """Somebody else's, out for a second: first in the middle of an update, then of a batch."""
-    sick = threading.Event()
+    """Somebody else's, out until its health has been asked for four times (two are enough to lose
+    it): first in the middle of an update, then of a batch."""
+    looks = 0  # for which it still is
 
     def disturb(path, body, key):
-        return 401 if key != "Bearer key" else 500 if sick.is_set() else None
+        nonlocal looks
+        if key != "Bearer key":
+            return 401
+        if looks <= 0:
+            return None
+        looks -= path in ("/server_info", "/model_info")
+        return 500
 
-    def fall_ill(_=None):
-        sick.set()
-        threading.Timer(1, sick.clear).start()
+    def fall_ill():
+        nonlocal looks
+        looks = 4
 
     def break_off(targets):
         sync.fault = None
@@ -391,7 +403,7 @@ def test_server_that_comes_back(pair, endless):
 
     sync = DiskSync(endless)
     sync.fault = break_off
-    limits = {"api_key": "key", "concurrency": 8, "health_every_s": 0.1, "health_timeout_s": 5}
+    limits = {"api_key": "key", "concurrency": 8, "attempts": 50, "health_every_s": 0.1}
     with proxy(pair.all[0].url, disturb) as url, Replicas([url], MODEL, **limits) as replicas:
         engine = engine_on(replicas, sync, version=lambda: 30)
         expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
@@ -404,7 +416,7 @@ def test_server_that_comes_back(pair, endless):
         fall_ill()
         batch = pending.result()
         assert_same(batch, expected)
-        # Back from a second's absence it has its weights; from a longer one it is given them.
+        # Back from a short absence it has its weights; from a longer one it is given them.
         assert {version for _, version in sync.pushes} <= {30}
         assert batch.weight_versions.unique().tolist() == [30]
         assert engine.metrics()["rollout/retries"] >= 8
@@ -442,7 +454,8 @@ def test_dead_and_hung_servers(engine, endless):
     os.kill(first.server.pid, signal.SIGKILL)
     batch = pending.result()
     assert_same(batch, expected)
-    assert first.state is not State.READY and second.state is State.READY
+    wait_for(lambda: first.state is not State.READY)
+    assert second.state is State.READY
     assert batch.weight_versions.unique().tolist() == [20]
 
     pending = engine.submit(PROMPTS, range(6), 1, LONG)
@@ -450,7 +463,7 @@ def test_dead_and_hung_servers(engine, endless):
     batch = pending.result()
     assert_same(batch, expected)  # not what the student says, which is what they started with
     assert 21 in batch.weight_versions
-    wait_for(lambda: second.state is State.STALE, timeout=400)
+    wait_for(lambda: second.state is State.STALE, seconds=400)
     assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
     assert [replica.state for replica in engine.replicas.all] == [State.READY] * 2
     assert [replica.version for replica in engine.replicas.all] == [21, 21]

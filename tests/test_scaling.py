@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import run
 
 from megatron_taopd.plan import links
 
@@ -35,11 +36,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[dict]]:
     """What was called, by case, a result for each of its ranks."""
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-W", "ignore", "-m", "scaling_bench.fake", json.dumps([*CASES.values()])],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{TOOLS.parent}:{TOOLS}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        seconds=300,
+        env={**os.environ, "PYTHONPATH": f"{TOOLS.parent}:{TOOLS}"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results = iter(json.loads(done.stdout.splitlines()[-1]))
     return {name: [next(results) for _ in case["ranks"]] for name, case in CASES.items()}
@@ -123,7 +124,7 @@ def run_tool(tmp_path, *arguments) -> subprocess.CompletedProcess:
         train: {{micro_batch_tokens: 8192, precision: bf16, recompute: full}}
     """)
     command = [sys.executable, str(TOOLS / "scaling.py"), arguments[0], str(tmp_path / "run.yaml")]
-    return subprocess.run([*command, *arguments[1:]], capture_output=True, text=True, timeout=120)
+    return run([*command, *arguments[1:]], seconds=120)
 
 
 def test_what_stops_scaling_is_told(tmp_path):

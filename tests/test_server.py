@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from patience import known_patience, patience, wait_for
 from sglang_server import generate, prompt_logprobs, serve, shared_server
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
@@ -52,16 +53,10 @@ def family(pid):
     return [supervisor, *supervisor.children(recursive=True)]
 
 
-def left(processes, timeout=15):
-    _, alive = psutil.wait_procs(processes, timeout)
+def left(processes, timeout=None):
+    """Those that have not ended in that time, or in the time that they might take."""
+    _, alive = psutil.wait_procs(processes, patience(15) if timeout is None else timeout)
     return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-
-
-def wait_for(condition, timeout=30):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # The real server
@@ -116,7 +111,7 @@ def test_options_and_killed_owner(model):
         pid, url = owner.stdout.readline().split()
         processes = family(int(pid))
         assert len(processes) >= 4
-        assert httpx.get(f"{url}/model_info").status_code == 401
+        assert httpx.get(f"{url}/model_info", timeout=known_patience(60)).status_code == 401
         key = {"Authorization": "Bearer key"}
         answers = generate(url, PROMPTS, SAMPLING, headers=key)
         assert_generated(model, answers, SAMPLING["temperature"])

@@ -14,20 +14,21 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from patience import finish, patience, wait_for
 from ranks import PRELOAD
 from test_train import kill_all, start, wait_for_step
 
 from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, beat, phase
 
-SILENT_S, STUCK_S = 4, 6
+SILENT_S, STUCK_S = 4, 6  # on a quiet machine: a rank gets its turn at least every 4 s
 
 
-def job(misfortune: str, whose: int, directory: str) -> None:
+def job(misfortune: str, whose: int, directory: str, silent_s: float, stuck_s: float) -> None:
     """Four steps of two phases; at the third, something happens to one rank before a collective."""
     dist.init_process_group("gloo")
     store = dist.distributed_c10d._get_default_store()
     rank = dist.get_rank()
-    watchdog = Watchdog(store, rank, dist.get_world_size(), SILENT_S, STUCK_S, directory)
+    watchdog = Watchdog(store, rank, dist.get_world_size(), silent_s, stuck_s, directory)
     with watchdog:
         for step in range(1, 5):
             at_step(step)
@@ -35,8 +36,8 @@ def job(misfortune: str, whose: int, directory: str) -> None:
                 beat()
             with phase("training"):
                 if (step, rank) == (3, whose):
-                    time.sleep(SILENT_S / 4)  # a heartbeat says where
-                    befall(misfortune)
+                    time.sleep(silent_s / 4)  # a heartbeat says where
+                    befall(misfortune, stuck_s)
                 beat()
                 dist.all_reduce(torch.ones(1))
     watchdog.stop()
@@ -44,13 +45,14 @@ def job(misfortune: str, whose: int, directory: str) -> None:
     print(f"rank {rank} is done")
 
 
-def befall(misfortune: str) -> None:
+def befall(misfortune: str, stuck_s: float) -> None:
     if misfortune == "raises":
         raise KeyError("the cat")
     if misfortune == "sleeps":
-        time.sleep(1000)
+        time.sleep(1e6)
     if misfortune == "works":
-        for _ in range(3 * STUCK_S):
+        until = time.monotonic() + 1.5 * stuck_s
+        while time.monotonic() < until:
             time.sleep(0.5)
             beat()
     if misfortune in ("SIGSTOP", "SIGKILL"):
@@ -77,7 +79,7 @@ def run_job(misfortune, whose, directory, ranks=3):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     paths = [directory / f"output_{rank}.txt" for rank in range(ranks)]
-    arguments = (misfortune, whose, str(directory))
+    arguments = (misfortune, whose, str(directory), patience(SILENT_S), patience(STUCK_S))
     processes = [
         context.Process(target=rank_process, args=(rank, ranks, port, path, *arguments))
         for rank, path in enumerate(paths)
@@ -87,7 +89,7 @@ def run_job(misfortune, whose, directory, ranks=3):
     try:
         for rank, process in enumerate(processes):
             if misfortune != "SIGSTOP" or rank != whose:
-                process.join(90)
+                wait_for(lambda ending=process: ending.exitcode is not None, seconds=90)
         ended = [process.exitcode for process in processes]
     finally:
         for process in processes:
@@ -132,7 +134,7 @@ def test_an_exception_reaches_the_others_as_one_line(tmp_path):
     assert status == 1
     before, traceback = output.split("Traceback", 1)
     assert "error on rank 1 in training, step 3: KeyError: 'the cat'" in before
-    assert "befall(misfortune)" in traceback
+    assert "befall(misfortune, stuck_s)" in traceback
     for rank, (status, output) in zip((0, 2), results, strict=True):
         assert status == ENDED, output
         line = line_of(output, f"rank {rank} ends: rank 1 (")
@@ -149,7 +151,7 @@ def test_a_run_ends_when_one_of_its_processes_is_stopped(tmp_path):
     """The whole thing: torchrun, the tiny pair, and rank 1 stopped in the middle of a step."""
     import psutil
 
-    options = ["train.steps=2000", "eval.at_start=false", "watchdog.silent_s=6"]
+    options = ["train.steps=2000", "eval.at_start=false", f"watchdog.silent_s={patience(15)}"]
     process = start(f"run.dir={tmp_path}/run", *options)
     try:
         wait_for_step(process, tmp_path / "run", 2)
@@ -159,7 +161,7 @@ def test_a_run_ends_when_one_of_its_processes_is_stopped(tmp_path):
             if child.environ().get("RANK") == "1"
         ]
         worker.suspend()
-        output, _ = process.communicate(timeout=120)
+        output = finish(process, seconds=120)
     finally:
         if process.poll() is None:
             kill_all(process)

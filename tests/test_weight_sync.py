@@ -12,10 +12,12 @@ import signal
 import threading
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,6 +41,7 @@ from megatron_taopd.rollout.weight_sync import (
 )
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
 from megatron_taopd.rollout.weight_sync.distributed import _Group, local_address
+from megatron_taopd.rollout.weight_sync.sequence import TIMEOUT_S
 
 STUDENT = "examples/tiny_pair/student"
 VOCABULARY = 1152
@@ -129,7 +132,8 @@ def push(sync, student, url, version, post=None, tp=1):
     if not first:
         return None, trainer, None
     engine = asyncio.run(probe_replica(post or send, replica, SEQUENCES))
-    return engine, trainer, httpx.get(f"{url}/model_info").json()["weight_version"]
+    info = httpx.get(f"{url}/model_info", timeout=TIMEOUT_S).json()
+    return engine, trainer, info["weight_version"]
 
 
 def there_and_back(student, way, url, directory):
@@ -583,6 +587,12 @@ def test_the_probe_asks_from_the_first_sync_on():
 KEPT = {}  # on each rank, from one call to the next
 
 
+def alive(process):
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def push_while_it_dies(student, url, pid):
     """The server is killed with the second bucket on its way; what every rank says, and when."""
     seen = []
@@ -592,7 +602,10 @@ def push_while_it_dies(student, url, pid):
         request = asyncio.ensure_future(send(replica, path, payload, timeout))
         if path.startswith("/update_weights") and seen.count(path) == 2:
             await asyncio.sleep(0.002)
+            processes = psutil.Process(pid).children(recursive=True)
             os.kill(pid, signal.SIGTERM)  # its supervisor kills all of it
+            while any(map(alive, processes)):
+                await asyncio.sleep(0.01)
         return await request
 
     KEPT["sync"] = sync = DistributedSync(STUDENT, BUCKET)
@@ -615,20 +628,20 @@ def push_again(student, url, tp):
         if version == 3 and dist.get_rank() == 0:
             [group] = KEPT["sync"]._groups.values()
             forget = {"group_name": group.name}
-            asyncio.run(send(Replica(url), "/destroy_weights_update_group", forget, 10))
-            asyncio.run(send(Replica(url), "/update_weight_version", {"new_version": "default"}, 9))
+            version_of_its_own = {"new_version": "default"}
+            asyncio.run(send(Replica(url), "/destroy_weights_update_group", forget, TIMEOUT_S))
+            asyncio.run(send(Replica(url), "/update_weight_version", version_of_its_own, TIMEOUT_S))
         restore(student)
     return states
 
 
 def test_killed_and_restarted_server(server, tmp_path, monkeypatch):
     """The last test: it ends the server of the others. The next one has two workers."""
-    told = run_ranks(
-        2, on_student, push_while_it_dies, 2, 1, torch.float32, server.url, server.pid, timeout=60
-    )
+    told = run_ranks(2, on_student, push_while_it_dies, 2, 1, torch.float32, server.url, server.pid)
     for message, seconds in told:
         assert f"{server.url}/update_weights_from_distributed" in message
-        assert "(weights 2, model." in message and seconds < 15
+        assert "(weights 2, model." in message
+        assert seconds < TIMEOUT_S / 2  # it is not by its time-out that the end is noticed
     server.stop()
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
