@@ -28,7 +28,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     Raises:
         ValueError: something that the run was given is not what it has to be.
     """
-    from megatron_taopd import checkpoint
+    from megatron_taopd import checkpoint, resume
     from megatron_taopd.accounting import ModelCost
     from megatron_taopd.evaluation import evaluate, grade_exactly, grader
     from megatron_taopd.guard import Guard
@@ -36,6 +36,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
+    from megatron_taopd.parallel.objects import of_first_rank
     from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.prompts import PromptStream, load_prompts
     from megatron_taopd.rollout.engine import Sampling
@@ -50,6 +51,10 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     rollout, train = config.rollout, config.train
     directory = Path(config.run.dir)
     saved = checkpoint.latest_valid(directory / "checkpoints", say, config.checkpoint.trust)
+    first_step, before = saved or 0, {}
+    if saved:
+        before = resume.kept_run(checkpoint.path(directory / "checkpoints", saved))
+    start = of_first_rank(lambda: resume.start_of(configuration.to_tree(config)))
     torch.manual_seed(config.run.seed)
     servers = begin_rollout_servers(config, dtype) if rollout.engine == "sglang" else None
     teacher_servers = None
@@ -76,6 +81,16 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
         **data,
     )
 
+    if (known := before.get("num_prompts", len(prompts))) != len(prompts):
+        raise ValueError(
+            f"data.prompts: {len(prompts)} of {config.data.prompts} fit, and {known} did when "
+            f"{directory} was begun: the same versions of transformers and of this package have to "
+            "render them, or give another run.dir"
+        )
+
+    # The schedule ends with the run, also if mini_batches was another until here.
+    last_step = before.get("schedule_step", first_step * train.mini_batches)
+    last_step += (train.steps - first_step) * train.mini_batches
     layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
     student = Student(
         config.student.path,
@@ -83,7 +98,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
         dtype,
         train.recompute,
         config.optimizer,
-        train.steps * train.mini_batches,
+        last_step,
         common_vocabulary=vocab_map.size,
         absent=vocab_map.absent,
     )
@@ -134,7 +149,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     loss_spike = 0 if config.loss.kind == "sampled_token" else config.guard.loss_spike
     guard = Guard(config.guard.max_skipped, loss_spike)
 
-    first_step, state = saved or 0, {"prompts_consumed": 0}
+    state = {"prompts_consumed": 0}
     if saved:
         trust = config.checkpoint.trust
         state = checkpoint.load(directory / "checkpoints", first_step, student, trust)
@@ -142,6 +157,12 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
         horizon.load(state.get("horizon", {}))
         if "guard" in state:
             guard.load(state["guard"])
+        if "start" in state:
+            if resume.loss_level(state["start"]) != resume.loss_level(start):
+                guard.forget()
+            if state.get("best") and resume.evaluation(state["start"]) != resume.evaluation(start):
+                say("eval: another evaluation than before; the best checkpoint is sought anew")
+                state["best"] = None
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
         directory,
@@ -226,6 +247,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
         first_step,
         catch_signals(),
         checkpoints,
+        start,
     )
 
 

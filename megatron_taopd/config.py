@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoConfig
-from yaml import YAMLError
 
 from megatron_taopd.loss import LOSSES
 from megatron_taopd.models.hf_checkpoint import INDEX, SINGLE, weight_map
@@ -331,12 +331,17 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def to_tree(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dicts and lists."""
+    return yaml.safe_load(to_yaml(config))
+
+
 def _read_yaml(path: Path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a YAML configuration")
     try:
         written = OmegaConf.load(path)
-    except YAMLError as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(written):
         raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
@@ -349,7 +354,7 @@ def _read_overrides(overrides: Sequence[str]):
             raise ValueError(f"{override}: not an override; write section.key=value")
     try:
         return OmegaConf.from_dotlist(list(overrides))
-    except YAMLError as error:
+    except yaml.YAMLError as error:
         message = f"{' '.join(overrides)}: a value is not YAML: {' '.join(str(error).split())}"
         raise ValueError(message) from None
 

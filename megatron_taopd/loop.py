@@ -61,6 +61,7 @@ class Run:
     first_step: int
     interrupted: Callable[[], bool]
     checkpoints: checkpoint.Checkpoints
+    start: dict  # `resume.start_of` its configuration, which its checkpoints hold
 
 
 def distill(run: Run) -> int:
@@ -90,7 +91,11 @@ def distill(run: Run) -> int:
             return done
         done = step
         run.checkpoints.poll()
-        if run.guard.exhausted:
+        jumped = run.guard.jumped
+        if jumped:  # where the next start compares losses with those that it finds
+            run.guard.forget()
+            run.checkpoints.keep += 1  # the student from before them stays, too
+        elif run.guard.exhausted:
             run.checkpoints.finish()
             monitor.log(step, metrics)
             raise Broken(
@@ -99,7 +104,7 @@ def distill(run: Run) -> int:
                 "the last checkpoint"
             )
         finished = step == config.train.steps
-        last = finished or run.interrupted()
+        last = finished or run.interrupted() or jumped
         if finished or _due(step, config.eval.every):
             metrics |= _evaluation(run, step)
         accuracy = metrics.get("eval/accuracy") if config.checkpoint.keep_best else None
@@ -116,6 +121,9 @@ def distill(run: Run) -> int:
         monitor.log(step, metrics | run.checkpoints.metrics() | rank_memory())
         if last:
             monitor.write_report(samples())
+        if jumped:
+            raise Broken(_of_jumps(run, step))
+        if last:
             break
 
     if done == config.train.steps and config.checkpoint.export_hf:
@@ -368,14 +376,31 @@ def _save(run: Run, step: int, last: bool, accuracy: float | None = None) -> Non
     if fault := run.student.broken_weights():
         run.checkpoints.finish()
         raise Broken(f"step {step} is not saved: {fault.describe()}")
+    train = run.config.train
     state = {
         "prompts_consumed": run.rollouts.consumed,
         "horizon": run.horizon.state(),
         "guard": run.guard.state(),
+        "schedule_step": run.student.last_step - (train.steps - step) * train.mini_batches,
+        "num_prompts": len(run.rollouts.token_ids),
+        "start": run.start,
     }
     run.checkpoints.save(step, run.student, state, accuracy)
     if last:
         run.checkpoints.finish()
+
+
+def _of_jumps(run: Run, step: int) -> str:
+    """What ended a run whose losses have jumped, and how it goes on."""
+    saved = checkpoint.path(run.checkpoints.directory, step)
+    on = (
+        f"the same command goes on with {saved} and takes such losses for usual; if they are not, "
+        "remove that directory and it goes on from the one before"
+    )
+    return (
+        f"step {step}: guard.loss_spike: {run.config.guard.max_skipped} losses in a row were more "
+        f"than {run.config.guard.loss_spike:g} times the usual one; {run.checkpoints.failure or on}"
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,7 @@ from megatron_taopd import preflight
 from megatron_taopd.build import build, say
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.parallel import platform
+from megatron_taopd.preflight import storage
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
                 watchdog.stop()
                 return 2
             run = build(config, catch_signals)
+            keep_config(run)
     except ValueError:
         # A damaged file, say, which the rank that reads it is alone to know of, and has told.
         return 2
@@ -72,6 +74,16 @@ def watch(config: configuration.Config, joined: bool):
     return Watchdog(
         store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
     )
+
+
+def keep_config(run) -> None:
+    """Write the configuration, once there is a run of it; that it cannot be written ends none."""
+    if dist.get_rank() != 0:
+        return
+    try:
+        storage.save_config(run.monitor.run_dir, configuration.to_yaml(run.config))
+    except ValueError as error:
+        say(f"not kept: {error}")
 
 
 def run_to_its_end(run) -> int:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
-from megatron_taopd.guard import Fault, Guard, listed
+from megatron_taopd.checkpoint_files import steps
+from megatron_taopd.guard import Fault, Guard, Jump, listed
 from megatron_taopd.scoring import TopkHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
@@ -143,6 +144,31 @@ def test_bad_steps_are_named_and_skipped_and_the_run_goes_on(tmp_path, name):
     assert "more than guard.loss_spike 10 times" in spike
 
 
+def test_losses_that_stay_high_end_a_run_once(tmp_path):
+    """From step 6 on: the guard knows five losses, refuses two, and says how to go on. The same
+    command then does, from there; the checkpoint from before is still there."""
+    options = [f"run.dir={tmp_path}/run", "train.steps=10", "guard.max_skipped=2", *DP2[1]]
+    options += ["checkpoint={every: 5, keep: 1}", "rollout.prompts=8"]
+    spoilt = dict.fromkeys(range(6, 11), "spike")
+    status, records, unchanged, printed = run_ranks(2, faulty_train, options, spoilt)[0]
+    assert status == 1 and unchanged == [True, True]
+    assert [r["guard/skipped"] for r in curve(records)] == [0, 0, 0, 0, 0, 1, 1]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    last = printed.strip().splitlines()[-1]
+    assert last == (
+        "error: step 7: guard.loss_spike: 2 losses in a row were more than 10 times the usual one; "
+        f"the same command goes on with {checkpoints}/step_00000007 and takes such losses for "
+        "usual; if they are not, remove that directory and it goes on from the one before"
+    )
+    assert steps(checkpoints) == [5, 7]
+
+    spoilt = dict.fromkeys(range(1, 4), "spike")  # counted from its first step, which is the eighth
+    status, records, _, printed = run_ranks(2, faulty_train, options, spoilt)[0]
+    assert status == 0 and "resuming after step 7" in printed
+    assert [r["guard/skipped"] for r in curve(records)][7:] == [0, 0, 0]
+    assert records[-1]["guard/skipped_total"] == 2
+
+
 def test_a_broken_student_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     """One weight matrix is lost in step 2: from then on nothing is finite."""
     options = [f"run.dir={tmp_path}/run", "train.steps=9", "checkpoint.every=1", *TP2[1]]
@@ -222,7 +248,7 @@ def test_the_top_k_of_a_served_teacher_may_leave_tokens_out_but_not_be_nan():
     assert TopkHeads.sound(rows.pack()).tolist() == [True, False, False]
 
 
-def test_a_spike_is_measured_against_the_median_of_taken_updates():
+def test_a_spike_is_measured_against_the_median():
     guard = Guard(max_skipped=3, loss_spike=10)
     guard.check(1e9)  # nothing is known yet
     for loss in [1.0] * 5 + [3.0] * 4:
@@ -230,10 +256,69 @@ def test_a_spike_is_measured_against_the_median_of_taken_updates():
     guard.check(10.0)
     with pytest.raises(Fault, match=r"the loss is 10\.1, more than guard\.loss_spike 10 times 1, "):
         guard.check(10.1)
-    restored = Guard(3, 10)
-    restored.load(guard.state())
-    assert (restored.losses, restored.state()["skipped"]) == (guard.losses, 0)
     Guard(3, 0).check(math.inf)
+
+
+def refused(guard, losses):
+    """Which of these losses are refused, one a step."""
+    answers = []
+    for loss in losses:
+        fault = None
+        try:
+            guard.check(loss)
+            guard.taken(loss)
+        except Fault as raised:
+            fault = raised
+        guard.observe(fault)
+        answers.append(fault is not None)
+    return answers
+
+
+def test_a_level_that_stays_is_the_new_usual_one():
+    """A full window: after 16 of 32, the median is half of it. One that does not stay is refused
+    each time."""
+    guard = Guard(max_skipped=99, loss_spike=10)
+    assert refused(guard, [1.0] * 40) == [False] * 40
+    assert refused(guard, [100.0, 1.0, 1.0, 1.0] * 5) == [True, False, False, False] * 5
+    assert refused(guard, [1.0] * 32 + [100.0] * 18) == [False] * 32 + [True] * 16 + [False] * 2
+    assert refused(guard, [1001.0, 100.0]) == [True, False]
+
+
+def test_no_number_that_means_nothing_is_remembered():
+    guard = Guard(max_skipped=99, loss_spike=10)
+    refused(guard, [1.0] * 10)
+    for loss in [math.nan, math.inf] * 32:
+        guard.taken(loss)
+        with pytest.raises(Fault):
+            guard.check(loss)
+    assert list(guard.losses) == [1.0] * 10
+    assert refused(guard, [100.0]) == [True]
+
+
+def test_a_resumed_guard_goes_on_as_the_other_would():
+    """At any moment, refused losses included."""
+    losses = [1.0] * 10 + [50.0, 60.0, 2.0, 500.0, 30.0] * 8
+    whole = Guard(3, 10)
+    expected = refused(whole, losses)
+    assert sum(expected) > 3
+    for moment in range(len(losses)):
+        first, second = Guard(3, 10), Guard(3, 10)
+        answers = refused(first, losses[:moment])
+        second.load(first.state())
+        assert answers + refused(second, losses[moment:]) == expected
+        assert (second.losses, second.jumped) == (whole.losses, whole.jumped)
+        assert {**second.state(), "losses": 0} == {**whole.state(), "losses": 0}
+
+
+def test_a_guard_that_is_exhausted_knows_by_what():
+    for faults, jumped in (("jjj", True), ("njj", False), ("jjn", False), ("jj j", False)):
+        guard = Guard(max_skipped=3, loss_spike=10)
+        for fault in faults:
+            guard.observe({"j": Jump("it jumps"), "n": Fault("it is not finite"), " ": None}[fault])
+        assert (guard.exhausted, guard.jumped) == (" " not in faults, jumped), faults
+    guard.observe(Jump("it jumps"))
+    guard.forget()
+    assert (guard.exhausted, guard.state()["in_a_row"]) == (False, 0)
 
 
 def test_a_run_ends_after_so_many_in_a_row_and_few_lines_are_said():

@@ -81,8 +81,8 @@ def make_student(student_dir, parallel, dtype, settings, steps):
 
 
 def make_up_gradients(student, update):
-    """Gradients that depend on the update, the parameter and its shard alone; whole, by Hugging Face
-    name. Their norm is above 1 in every other update, and below 1 in the others."""
+    """Gradients that depend on update, parameter and shard alone; whole, by Hugging Face name.
+    Their norm is above 1 in every other update, and below 1 in the others."""
     from megatron_taopd.models import weights
 
     scale = 2e-2 if update % 2 else 2e-3
@@ -99,7 +99,7 @@ def make_up_gradients(student, update):
 
 
 def follow(student, reference, updates, steps):
-    """Take updates with both; the student's (norm, learning rate) of each, which are as expected."""
+    """Take updates with both; the student's (norm, learning rate) of each, as expected."""
     taken = []
     for update in updates:
         gradients = make_up_gradients(student, update)
@@ -233,6 +233,38 @@ def test_a_resumed_run_follows_its_configuration(student_dir, tmp_path, name):
         assert error < 2e-6
         assert (as_before < 2e-6) == (name == "nothing")
         assert name == "nothing" or as_before > 1e-4  # so the setting is seen
+
+
+def resumed_in(student_dir, directory, before, after):
+    """A checkpoint in one precision, resumed in the other: the largest deviation from AdamW at the
+    end, and bf16's half spacing there."""
+    from megatron_taopd import checkpoint
+
+    settings = namespace()
+    student = make_student(student_dir, (2, 1), before, settings, STEPS)
+    reference = Reference(dict(student.named_tensors()), settings)
+    for update in range(1, BEFORE + 1):
+        reference.step(make_up_gradients(student, update), update, STEPS)
+        student.step()
+    checkpoints = checkpoint.Checkpoints(directory, 1, False, print)
+    checkpoints.save(BEFORE, student, {})
+    checkpoints.close()
+    student = make_student(student_dir, (1, 1), after, settings, STEPS)
+    assert checkpoint.load(directory, BEFORE, student)["step"] == BEFORE
+    for update in range(BEFORE + 1, STEPS + 1):
+        reference.step(make_up_gradients(student, update), update, STEPS)
+        student.step()
+    half = max(2.0 ** (w.abs().max().log2().floor().item() - 8) for w in reference.weights.values())
+    return errors(student, reference), half
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_the_precision_may_change(student_dir, tmp_path, before, after):
+    """In bf16 the weights are AdamW's, rounded; resumed from it in fp32, they are its masters."""
+    for error, half in run_ranks(2, resumed_in, student_dir, str(tmp_path), before, after):
+        assert error < (2e-6 if after == torch.float32 else 1.01 * half)
 
 
 def trained_on(student_dir, directory):

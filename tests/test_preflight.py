@@ -20,7 +20,7 @@ from ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd import preflight
-from megatron_taopd.config import load
+from megatron_taopd.config import load, to_yaml
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.preflight import agreement, machine, network, storage, texts
 from megatron_taopd.preflight.findings import examined, of_all_hosts, ok, warning
@@ -494,8 +494,10 @@ def test_the_start_of_a_run_says_nothing_if_all_is_well(tmp_path, capsys):
     config = load(TINY, [f"run.dir={tmp_path}/run"])
     assert preflight.before_run(config)
     assert capsys.readouterr() == ("", "")
-    assert load(tmp_path / "run" / "config.yaml") == config  # for the next start to compare with
+    assert not (tmp_path / "run").exists()  # nothing is kept of a run that is not built yet
 
+    storage.save_config(tmp_path / "run", to_yaml(config))
+    assert load(tmp_path / "run" / "config.yaml") == config  # for the next start to compare with
     (tmp_path / "run" / "checkpoints" / "step_00000004").mkdir(parents=True)
     assert preflight.before_run(load(TINY, [f"run.dir={tmp_path}/run", "optimizer.lr=1"]))
     (line,) = capsys.readouterr().err.splitlines()

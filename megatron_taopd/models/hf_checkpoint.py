@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from megatron_taopd.models.hf_map import Parameter
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Bytes of a block of a fingerprint, and how many there are at most.
+_BLOCK, _BLOCKS = 4096, 2048
 # Everything of a directory that is not weights.
 _SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
 # The names that safetensors' headers have for what a weight may be.
@@ -250,6 +254,24 @@ class HFCheckpoint:
                         )
                     dtypes[name] = _DTYPES[dtype]
         return {name: dtypes[name] for name in shapes}
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of every file's header, with names, dtypes and shapes of its tensors, and of
+        evenly spaced blocks of all files: some 8 MiB of them, and all of a checkpoint that is less.
+
+        Training changes nearly every weight, and so nearly every block; an edit of a few may not be
+        seen.
+        """
+        digest, files = hashlib.sha256(), sorted(set(self.files.values()))
+        for name in files:
+            with open(self.dir / name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header = int.from_bytes(file.read(8), "little")
+                digest.update(f"{name} {size}\n".encode() + file.read(min(header, size)))
+                for start in range(0, size, max(_BLOCK, size * len(files) // _BLOCKS)):
+                    file.seek(start)
+                    digest.update(file.read(_BLOCK))
+        return digest.hexdigest()
 
     def _check_tied(self) -> None:
         if not torch.equal(self["lm_head.weight"], self["model.embed_tokens.weight"]):

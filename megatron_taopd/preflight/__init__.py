@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_taopd import build
 from megatron_taopd import config as configuration
@@ -112,17 +111,15 @@ def before_run(config: Config) -> bool:
     """The cheap ones, on rank 0, when a run starts: a line on stderr for each warning, up to the
     first error.
 
-    If nothing is wrong the configuration is kept in run.dir, to compare the next start with.
-
     Returns:
         Whether the run can start; the same on every rank. Collective: a broadcast of some bytes.
     """
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     checks = [
+        (_check_resume, config),
         (machine.check_versions, sglang),
         *_write(config),
         (_check_space, config),
-        (_check_resume, config),
         *([] if not sglang else _check_servers(config, urls=False)),
     ]
 
@@ -132,7 +129,6 @@ def before_run(config: Config) -> bool:
                 print(f"{finding.level}: {finding.what}; {finding.remedy}", file=sys.stderr)
             if finding.level == "error":
                 return [finding]
-        storage.save_config(Path(config.run.dir), configuration.to_yaml(config))
         return []
 
     return not _failed(of_first_rank(work))
@@ -204,7 +200,7 @@ def _check_memory(config: Config, ranks: int, local_ranks: int) -> Iterator[Find
 
 
 def _check_resume(config: Config) -> Iterator[Finding]:
-    tree = yaml.safe_load(configuration.to_yaml(config))
+    tree = configuration.to_tree(config)
     return storage.check_resume(Path(config.run.dir), config.train.steps, tree)
 
 

@@ -7,17 +7,19 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import yaml
 
-from megatron_taopd import checkpoint_files
+from megatron_taopd import checkpoint_files, resume
+from megatron_taopd.files import file_written_aside
 from megatron_taopd.parallel.objects import gather, told
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
-CONFIG = "config.yaml"  # in a run's directory, the configuration that it was last started with
+CONFIG = "config.yaml"  # in a run's directory, the configuration that it was last built from
 FEW_INODES = 10_000
 SMALL_SHM = 1 << 30
 SETTLE_S = 5.0  # that a shared file system may take to show a new file elsewhere
@@ -159,7 +161,13 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_resume(directory: Path, steps: int, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Where a run with this directory and configuration (as a tree) would go on."""
+    """Where a run with this directory and configuration (as a tree) would go on, if it can."""
+    before = resume.last_start(directory / "checkpoints")
+    if before:
+        refused = [*resume.refusals(before, resume.start_of(config), directory)]
+        if refused:
+            yield from starmap(error, refused)
+            return
     logged = directory / "metrics.jsonl"
     saved = max(checkpoint_files.steps(directory / "checkpoints"), default=None)
     if saved is None:
@@ -180,14 +188,16 @@ def check_resume(directory: Path, steps: int, config: Mapping[str, Any]) -> Iter
         )
     else:
         yield ok(f"run.dir: resumes after step {saved} of {steps}")
-    if not (directory / CONFIG).is_file():
-        yield ok(f"run.dir: no {CONFIG} there to compare the configuration with")
-        return
-    before = yaml.safe_load((directory / CONFIG).read_text()) or {}
-    if changed := differences(before, config):
+    known = before.get("config")
+    if not known:
+        if not (directory / CONFIG).is_file():
+            yield ok(f"run.dir: no {CONFIG} there to compare the configuration with")
+            return
+        known = yaml.safe_load((directory / CONFIG).read_text()) or {}
+    if changed := differences(known, config):
         yield warning(
             f"run.dir: resumes with other values than it was started with: {', '.join(changed)}",
-            "intended? else give those of before, or another run.dir",
+            "intended? they count from here on; else give those of before, or another run.dir",
         )
 
 
@@ -204,8 +214,10 @@ def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
 
 
 def save_config(directory: Path, text: str) -> None:
-    """Keep the configuration that a run is started with, for `check_resume` of the next start."""
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = directory / f"{CONFIG}.tmp"
-    aside.write_text(text)
-    aside.replace(directory / CONFIG)
+    """Keep the configuration that a run was built from.
+
+    Raises:
+        ValueError: it cannot be written; what was there stays.
+    """
+    with file_written_aside(directory / CONFIG) as aside:
+        aside.write_text(text)
