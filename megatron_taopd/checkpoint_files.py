@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_taopd.files import reason_of
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.objects import gather
 
 MANIFEST = "checksums.json"
@@ -55,6 +56,7 @@ class SummedFile:
         self.sum: Sum = (0, 0)
 
     def write(self, data) -> int:
+        watchdog.beat()
         self.stream.write(data)
         size = memoryview(data).nbytes
         self.sum = (self.sum[0] + size, zlib.crc32(data, self.sum[1]))
@@ -79,6 +81,7 @@ def sum_of(file: Path) -> Sum:
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
+            watchdog.beat()
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
 

@@ -10,17 +10,112 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from patience import finish, patience, wait_for
-from ranks import PRELOAD
+from ranks import PRELOAD, run_ranks
 from test_train import kill_all, start, wait_for_step
 
+from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, beat, phase
 
 SILENT_S, STUCK_S = 4, 6  # on a quiet machine: a rank gets its turn at least every 4 s
+ROOT = Path(__file__).parent.parent
+PAIR = ROOT / "examples" / "tiny_pair"
+
+
+def beats_of(work: Callable[[], object]) -> int:
+    before = watchdog._here.beats
+    work()
+    return watchdog._here.beats - before
+
+
+def test_prompts_are_signs_of_life_while_they_load(tmp_path):
+    """400,000 of them take longer than a rank may go without one."""
+    from transformers import AutoTokenizer
+
+    from megatron_taopd.prompts import check_prompts, load_prompts
+
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "Sam has 8 eggs . ?", "answer": 8}\n' * 50)
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "student")
+    assert beats_of(lambda: load_prompts(file, tokenizer)) == 50
+    assert beats_of(lambda: load_prompts(file, tokenizer, max_prompt_tokens=9, limit=20)) >= 20
+    check = partial(check_prompts, file, [tokenizer], "prompt", "answer", "auto", None, None)
+    assert beats_of(check) == 50
+
+
+def test_long_work_on_the_host_shows_that_it_goes_on(tmp_path):
+    from megatron_taopd.checkpoint_files import SummedFile, sum_of
+    from megatron_taopd.evaluation import grade_exactly
+
+    def write():
+        with SummedFile(tmp_path / "f") as file:
+            for _ in range(5):
+                file.write(bytes(4 << 20))
+
+    assert beats_of(write) == 5
+    assert beats_of(lambda: sum_of(tmp_path / "f")) == 5
+    assert beats_of(lambda: grade_exactly(["4"] * 7, ["4"] * 7)) == 7
+    if find_spec("math_verify"):
+        from megatron_taopd.evaluation import grade_as_mathematics
+
+        answers = [rf"\boxed{{\sqrt{{{i}}}}}" for i in range(2, 9)]
+        assert beats_of(lambda: grade_as_mathematics(answers, ["x"] * 7)) == 14
+
+
+def weights_on_the_move(directory: str) -> list[int]:
+    """Beats of a rank that loads, exports, saves and sums up a model."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd.models.weights import export_weights, save_hf
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.layout import forward_layout, student_layout
+    from megatron_taopd.preflight.agreement import ReadOnlyStudent
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.initialize()
+    path, dtype = PAIR / "student", torch.float32
+    try:
+        trunk = ReadOnlyStudent(path, student_layout(1, 1, seed=0), dtype, 1152).trunk
+        teacher = MegatronTeacher(PAIR / "teacher", forward_layout(1, 1), dtype, 512)
+        return [
+            beats_of(lambda: list(export_weights(trunk))),
+            beats_of(lambda: save_hf(export_weights(trunk), path, f"{directory}/out", dtype)),
+            beats_of(teacher.fingerprint),
+        ]
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_weights_on_the_move_show_that_work_goes_on(tmp_path):
+    (beats,) = run_ranks(1, weights_on_the_move, str(tmp_path))
+    assert min(beats) > 10, beats  # a parameter each
+
+
+def test_files_that_a_library_reads_show_that_work_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "PERIOD_S", 0.05)
+    (tmp_path / "f").write_bytes(bytes(2 << 20))
+
+    def read():
+        with watchdog.file_io():
+            before = watchdog._here.beats
+            while watchdog._here.beats < before + 3:
+                (tmp_path / "f").read_bytes()
+
+    assert beats_of(read) >= 3  # or it never ends
+
+    def hang():
+        with watchdog.file_io():
+            time.sleep(1)
+
+    assert beats_of(hang) == 0
 
 
 def job(misfortune: str, whose: int, directory: str, silent_s: float, stuck_s: float) -> None:

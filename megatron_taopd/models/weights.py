@@ -139,6 +139,7 @@ def export_weights(
         model.whole_shapes = whole_shapes(model.hf, known)
     stages = dist.get_process_group_ranks(layout.groups.pp)
     for name, parameter in known.items():
+        watchdog.beat()
         stage = _stage(parameter, model)
         if layout.pp_rank == stage:
             whole = _unshard(parameter.mapping, own[name], layout)

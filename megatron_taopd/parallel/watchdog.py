@@ -6,7 +6,8 @@ what is wrong in one key, which every rank polls; whoever raises writes that key
 then print the line and leave with status ENDED, wherever their main thread is stuck.
 
 Where a rank is, is module state, as it is of a log: `phase` and `at_step` say it, and `beat` that
-work goes on (micro-batches, tokens, responses).
+work goes on (micro-batches, tokens, responses, prompts, blocks of a file). `file_io` beats for a
+library call that cannot.
 
 Cost: every PERIOD_S seconds each rank writes about 150 bytes and reads 300, and rank 0 reads 150
 per rank: of 1,024 ranks, 1,024 requests a second and 230 KB/s at the store.
@@ -33,6 +34,7 @@ import torch.distributed as dist
 ENDED = 4  # exit status of a rank that has not failed itself
 PERIOD_S = 2.0  # between heartbeats, at most
 NOTHING = "-"  # is wrong
+_SOME_BYTES = 1 << 20  # more than looking at them and a log move in a period
 # Of errors that tell of another rank's end, in gloo's and NCCL's collectives and in the store.
 _CONNECTION = re.compile(r"gloo/|NCCL|[Cc]onnection (reset|closed|refused)|Broken pipe")
 
@@ -59,6 +61,35 @@ _here = Place()
 def beat() -> None:
     """Work goes on in this phase."""
     _here.beats += 1
+
+
+@contextmanager
+def file_io() -> Iterator[None]:
+    """A call inside reads or writes files and does not say how far it is: that the kernel counts
+    more bytes for this process shows that work goes on (Linux; elsewhere nothing does)."""
+    ended = threading.Event()
+
+    def look() -> None:
+        seen = _bytes_moved()
+        while not ended.wait(PERIOD_S):
+            if (now := _bytes_moved()) - seen >= _SOME_BYTES:
+                seen = now
+                beat()
+
+    looking = threading.Thread(target=look, daemon=True, name="watchdog file_io")
+    looking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        looking.join()
+
+
+def _bytes_moved() -> int:
+    """By this process, through calls (rchar, wchar) and to or from disks (the mapped files)."""
+    with suppress(OSError):
+        return sum(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines())
+    return 0
 
 
 def at_step(step: int) -> None:

@@ -14,7 +14,7 @@ from megatron_taopd import batching
 from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.models.pipeline import forward
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.teacher.delivery import ReadRows, deliver
@@ -124,6 +124,7 @@ class MegatronTeacher:
         place = self.layout.rank + 1
         for parameter in self.trunk.parameters():
             for block in parameter.data.flatten().view(torch.uint8).split(_CHECKSUM_BLOCK):
+                watchdog.beat()
                 weights = torch.arange(1, len(block) + 1, device=block.device)
                 total += place * (block * weights).sum().to(total.device)
                 place += 1
