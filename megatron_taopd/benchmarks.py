@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_taopd.checkpoint_files import sum_of
 from megatron_taopd.files import file_written_aside
-from megatron_taopd.prompts import read_records
+from megatron_taopd.prompts import as_answer, read_records
 from megatron_taopd.serving.supervise import supervised
 from megatron_taopd.tables import mean_and_std
 
@@ -92,6 +92,7 @@ class Endpoint:
     concurrency: int
     api_key: str | None = None
     sums: dict[str, Any] | None = None  # of the files it serves, if they are known
+    ends: tuple[int, ...] = ()  # ids at which an answer ends, beside those that the server knows
 
 
 @dataclass
@@ -131,9 +132,16 @@ def prepare(name: str, data: Path, out: Path, limit: int | None) -> int:
             if lacking := [column for column in benchmark.columns if column not in row]:
                 raise Missing(f"{source} has no column {lacking[0]!r}")
             if "answer" in row:
-                row["answer"] = str(row["answer"])
+                row["answer"] = _answer(row["answer"], f"{source} row {number + 1}")
             file.write(json.dumps({column: row[column] for column in benchmark.columns}) + "\n")
     return len(rows)
+
+
+def _answer(value: Any, where: str) -> str:
+    try:
+        return as_answer(value, "answer", where)
+    except ValueError as error:
+        raise Missing(str(error)) from None
 
 
 def _file_of(name: str, data: Path) -> Path:
@@ -174,6 +182,8 @@ def score(
         "max_tokens": endpoint.max_tokens,
         "seed": seed,
     }
+    if endpoint.ends:
+        generation["extra_body"] = {"stop_token_ids": list(endpoint.ends)}
     split = data / f"{PAPER[name].split}.jsonl"
     asked = {"generation": generation, "rows": sum_of(split), "model": endpoint.sums}
     asked, record = json.dumps(asked), out / "asked.json"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd import config as configuration
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, watchdog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,6 +80,15 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
         teacher_tokenizer=teacher_vocabulary.tokenizer if config.teacher.prompt == "own" else None,
         **data,
     )
+    held_out = None
+    if config.eval.prompts is not None:
+        held_out = load_prompts(
+            config.eval.prompts,
+            tokenizer,
+            answer_column=config.data.answer_column,
+            limit=config.eval.limit,
+            **data,
+        )
 
     if (known := before.get("num_prompts", len(prompts))) != len(prompts):
         raise ValueError(
@@ -116,16 +125,18 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     heads = read_heads(config, student, vocab_map, chunk_rows) if layout.is_last_stage else None
 
     if servers is None:
-        engine = LocalEngine.from_hf(
-            config.student.path,
-            dtype,
-            platform.device(),
-            batch_size=rollout.batch_size,
-            seed=config.run.seed,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            vocab_size=vocab_map.size,
-        )
+        with watchdog.file_io():
+            engine = LocalEngine.from_hf(
+                config.student.path,
+                dtype,
+                platform.device(),
+                batch_size=rollout.batch_size,
+                seed=config.run.seed,
+                rank=dist.get_rank(),
+                world_size=dist.get_world_size(),
+                vocab_size=vocab_map.size,
+                eos_token_ids=student_vocabulary.ends,
+            )
     else:
         ends, size = student_vocabulary.ends, vocab_map.size
         engine = sglang_engine(config, servers, student, ends, size, prompts.token_ids)
@@ -152,7 +163,8 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     state = {"prompts_consumed": 0}
     if saved:
         trust = config.checkpoint.trust
-        state = checkpoint.load(directory / "checkpoints", first_step, student, trust)
+        with watchdog.file_io():
+            state = checkpoint.load(directory / "checkpoints", first_step, student, trust)
         student.version = first_step
         horizon.load(state.get("horizon", {}))
         if "guard" in state:
@@ -192,15 +204,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     )
 
     evaluation = None
-    if config.eval.prompts is not None:
-        held_out = load_prompts(
-            config.eval.prompts,
-            tokenizer,
-            answer_column=config.data.answer_column,
-            limit=config.eval.limit,
-            **data,
-        )
-
+    if held_out is not None:
         longest = config.eval.max_new_tokens or rollout.max_new_tokens
         eval_sampling = replace(
             sampling,
@@ -285,7 +289,6 @@ def begin_servers(
 
 def ready(servers: Future, key: str):
     """The model and its replicas; ValueError on every rank if they do not serve."""
-    from megatron_taopd.parallel import watchdog
     from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
 
     def wait():

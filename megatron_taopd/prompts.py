@@ -152,7 +152,7 @@ def _read(
         messages = _as_messages(_column(record, prompt_column, where), prompt_column, where)
         answer = None
         if answer_column is not None:
-            answer = _as_answer(_column(record, answer_column, where), answer_column, where)
+            answer = as_answer(_column(record, answer_column, where), answer_column, where)
         where = f"{where}: column {prompt_column!r}"
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
@@ -177,7 +177,7 @@ def read_texts(
         prompt = _column(record, prompt_column, where)
         yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
         with suppress(ValueError):
-            yield _as_answer(_column(record, answer_column, where), answer_column, where)
+            yield as_answer(_column(record, answer_column, where), answer_column, where)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -287,7 +287,7 @@ def _is_text_part(part: Any) -> bool:
     )
 
 
-def _as_answer(answer: Any, column: str, where: str) -> str:
+def as_answer(answer: Any, column: str, where: str) -> str:
     """The reference answer as text; numbers as they are written without an exponent."""
     if isinstance(answer, str) and answer.strip():
         _check_unicode(answer, column, where)

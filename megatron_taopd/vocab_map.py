@@ -13,9 +13,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from megatron_taopd.types import RolloutBatch, Sequences, TeacherSequences
 
@@ -29,7 +36,8 @@ class Vocabulary:
     Attributes:
         tokenizer: the model's own.
         size: rows of its embedding, which may be more than the tokenizer has ids.
-        ends: the ids at which its responses end, in the order in which the model names them.
+        ends: the ids at which its responses end, in every engine: those that generation_config.json
+            names and then those of config.json, which need not agree.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,12 +49,10 @@ class Vocabulary:
         """Read a Hugging Face directory."""
         tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
         config = AutoConfig.from_pretrained(hf_dir, local_files_only=True).get_text_config()
-        ends = config.eos_token_id
+        generation = GenerationConfig()
         if (Path(hf_dir) / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(hf_dir, local_files_only=True)
-            ends = ends if generation.eos_token_id is None else generation.eos_token_id
-        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        return cls(tokenizer, config.vocab_size, tuple(ends))
+        return cls(tokenizer, config.vocab_size, end_ids(generation, config))
 
     def ending_at(self, stop_token_ids: Sequence[int]) -> Vocabulary:
         """The same with further ids that end a response."""
@@ -65,13 +71,25 @@ class Vocabulary:
         return dict(zip(("end of turn", "end of text"), ends, strict=False))
 
     def after_an_answer(self) -> int | None:
-        """The id that the chat template puts after an answer."""
+        """The id that the chat template puts after an answer; None if there is no template, or
+        none that takes a question and an answer."""
         if not self.tokenizer.chat_template:
             return None
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "42"}
-        rendered = self.tokenizer.apply_chat_template([question, answer], tokenize=False)
+        try:
+            rendered = self.tokenizer.apply_chat_template([question, answer], tokenize=False)
+        except (TemplateError, ValueError):
+            return None
         after = rendered.rpartition("42")[2]
         return next(iter(self.tokenizer(after, add_special_tokens=False)["input_ids"]), None)
+
+
+def end_ids(*configs: PretrainedConfig | GenerationConfig) -> tuple[int, ...]:
+    """The ids that end a response by any of these, in their order."""
+    named = [config.eos_token_id for config in configs]
+    listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
+    found = [i for ids in listed for i in ids if i is not None and i >= 0]
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,25 @@ def test_rows_that_cannot_be_read_are_missing_and_why(tmp_path):
     (tmp_path / "aime25" / "test.jsonl").write_text('{"question": "?", "answer": 1}\n')
     with pytest.raises(Missing, match=r"test.jsonl has no column 'problem'"):
         benchmarks.prepare("aime25", tmp_path, tmp_path / "out", None)
+    rows = '{"problem": "?", "answer": 1}\n{"problem": "!", "answer": null}\n'
+    (tmp_path / "aime25" / "test.jsonl").write_text(rows)
+    with pytest.raises(Missing, match=r"test.jsonl row 2: column 'answer' is null"):
+        benchmarks.prepare("aime25", tmp_path, tmp_path / "out", None)
     (tmp_path / "aime25" / "more.jsonl").write_text("{}\n")
     with pytest.raises(Missing, match="2 files of rows; one is expected"):
         benchmarks.prepare("aime25", tmp_path, tmp_path / "out", None)
+
+
+@pytest.mark.parametrize("ends", [(), (9, 1)])
+def test_a_server_is_told_where_answers_end(tmp_path, ends):
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    endpoint = benchmarks.Endpoint("http://127.0.0.1:1", "m", 16, 0.6, 0.95, 1, ends=ends)
+    with pytest.raises(Missing, match="EvalScope failed"):
+        benchmarks.score("aime24", tmp_path, 1, endpoint, 0, tmp_path / "out", "/bin/false")
+    task = json.loads((tmp_path / "out" / "task.json").read_text())
+    extra = {"extra_body": {"stop_token_ids": [9, 1]}} if ends else {}
+    asked = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 16, "seed": 0}
+    assert task["generation_config"] == asked | extra
 
 
 def test_a_row_without_a_score_is_no_score(tmp_path):

@@ -364,9 +364,7 @@ def test_a_teacher_with_another_template_reads_its_own_prompts(bank, tmp_path):
     shutil.copytree(TEACHER, teacher)
     path = teacher / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    config["chat_template"] = (
-        "{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}"
-    )
+    config["chat_template"] = "{% for m in messages %}Sam has {{ m['content'] }}{% endfor %}"
     path.write_text(json.dumps(config))
     (teacher / "chat_template.jinja").unlink(missing_ok=True)
     contexts = bank.read(0)

@@ -315,6 +315,20 @@ def test_an_end_of_turn_that_ends_nothing(tiny):
     found("warning", texts.check_ends("student", other, "stop ids"), "'<eos>' (1)")
 
 
+def test_a_teacher_that_ends_where_the_student_does_not(tiny):
+    """A base model as the student: its own template, if it has one, says nothing of it."""
+    talking = with_template(tiny, WORDS)
+    stop = talking.tokenizer.convert_tokens_to_ids(".")
+    teacher = talking.ending_at([stop])
+    findings = [f for f in texts.check_vocabularies(tiny, teacher) if "template" not in f.what]
+    found("warning", findings, "the teacher ends an answer with '.'", "the more it learns")
+    found("warning", findings, "the teacher ends", f"add {stop} to rollout.stop_token_ids")
+    ending = texts.check_vocabularies(tiny.ending_at([stop]), teacher)
+    assert not any("the teacher ends" in f.what for f in ending)
+    endless = replace(tiny, ends=())  # of a teacher, which writes nothing
+    assert levels(texts.check_vocabularies(tiny, endless)) == {"ok": 2}
+
+
 def test_one_chat_template_of_two(tiny):
     findings = list(texts.check_vocabularies(tiny, with_template(tiny, WORDS).ending_at([10])))
     assert any(f.what.startswith("student.path: no chat template") for f in findings)
@@ -344,7 +358,7 @@ def test_real_tokenizers_that_differ(tiny):
 def test_prompts(tiny, tmp_path):
     records = ["Sam has 8 eggs . ?", "Sam has 8 eggs . ?", "   ", "Sam has 8 eggs . " * 9]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": r, "answer": ""}) + "\n" for r in records))
+    file.write_text("".join(json.dumps({"prompt": r, "answer": 4}) + "\n" for r in records))
     prompts = load_prompts(file, tiny.tokenizer, max_prompt_tokens=10**6)
 
     findings = list(texts.check_prompts("data.prompts", prompts, tiny, tiny, 20))
@@ -358,10 +372,7 @@ def test_prompts(tiny, tmp_path):
     assert any(f.level == "error" and "none is left" in f.remedy for f in none_left)
 
     findings = list(texts.check_held_out(prompts, prompts))
-    assert [f.what for f in findings] == [
-        "eval.prompts: 4 of 4 answers are empty",
-        "eval.prompts: 3 of 4 are in data.prompts, too",
-    ]
+    assert [f.what for f in findings] == ["eval.prompts: 3 of 4 are in data.prompts, too"]
 
 
 def test_a_bos_that_comes_twice(tiny):
@@ -502,6 +513,61 @@ def test_the_start_of_a_run_says_nothing_if_all_is_well(tmp_path, capsys):
     assert preflight.before_run(load(TINY, [f"run.dir={tmp_path}/run", "optimizer.lr=1"]))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: run.dir: ") and "optimizer.lr 0.001 → 1.0" in line
+
+
+def start_with(overrides, prompts):
+    """`main` with these held-out prompts; the exit status, what it printed, whether it built."""
+    from contextlib import redirect_stderr
+    from io import StringIO
+
+    from megatron_taopd import train
+
+    built = []
+    build, train.build = train.build, lambda *_: built.append(1)
+    try:
+        with redirect_stderr(StringIO()) as said:
+            status = train.main([str(TINY), *overrides, *prompts])
+    finally:
+        train.build = build
+    return status, said.getvalue(), built
+
+
+@pytest.mark.parametrize(
+    "key, record, why",
+    [
+        ("eval.prompts", {"prompt": "a", "answer": None}, "column 'answer' is null; a ref"),
+        ("eval.prompts", {"prompt": "a"}, "no column 'answer'"),
+        ("data.prompts", {"prompt": [{"role": "human", "content": "a"}]}, "(role 'human')"),
+        ("data.prompts", {"prompt": ""}, "text or a list of messages"),
+    ],
+)  # fmt: skip
+def test_a_prompt_file_that_would_end_a_run_later_ends_it_at_once(tmp_path, key, record, why):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "Sam has 8 eggs . ?", "answer": 8}, record]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    overrides = [f"run.dir={tmp_path}/run", f"{key}={file}"]
+    (status, said, built), (other_status, nothing, other) = run_ranks(2, start_with, overrides, [])
+    assert status == other_status == 2 and not built and not other
+    assert said.startswith(f"error: {key}: {file} line 2: ") and why in said
+    assert said.count("\n") == 1 and nothing == ""
+
+
+def test_a_student_that_never_ends_is_told_at_the_start(tmp_path, capsys):
+    """As a base model of an instruct teacher: its configuration does not name the end of a turn."""
+    student = tmp_path / "student"
+    shutil.copytree(STUDENT, student)
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    tokenizer.chat_template = WORDS
+    tokenizer.save_pretrained(student)
+    stop = tokenizer.convert_tokens_to_ids(".")
+    overrides = [f"run.dir={tmp_path}/run", f"student.path={student}"]
+    for key in ("data.prompts", "eval.prompts"):
+        overrides.append(f"{key}={ROOT / 'examples' / 'tiny_pair' / 'test.jsonl'}")
+    assert preflight.before_run(load(TINY, overrides))
+    said = capsys.readouterr().err
+    assert f"add {stop} to rollout.stop_token_ids" in said
+    assert preflight.before_run(load(TINY, [*overrides, f"rollout.stop_token_ids=[{stop}]"]))
+    assert f"add {stop}" not in capsys.readouterr().err
 
 
 def start_unwritable():

@@ -1,5 +1,9 @@
+import ast
 import copy
+import re
+import shutil
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import DrawTokens, LocalEngine, gumbel_noise, noise_key
+from megatron_taopd.vocab_map import Vocabulary
 
+ROOT = Path(__file__).parent.parent
 V = 96
 EOS = 1
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [30, 31, 32, 33]]
@@ -146,6 +152,73 @@ def test_a_response_ends_with_its_first_stop_token(eos, extra):
         assert not stops.intersection(response[:-1])
         assert (response[-1] not in stops) == truncated
         assert len(response) == 30 or not truncated
+
+
+def test_an_engine_ends_where_it_is_told_or_where_either_configuration_says():
+    model = copy.deepcopy(tiny_model())
+    model.generation_config.eos_token_id, model.config.eos_token_id = [40, EOS], 41
+    assert LocalEngine(copy.deepcopy(model)).eos_token_ids == {EOS, 40, 41}
+    batch = generate(LocalEngine(model, eos_token_ids=(7,)), samples=20, max_new_tokens=30)
+    assert {True, False} == set(batch.truncated.tolist())
+    for response, truncated in zip(responses(batch), batch.truncated.tolist(), strict=True):
+        assert (7 in response) != truncated and 7 not in response[:-1]
+
+
+def test_every_engine_is_told_where_responses_end():
+    """Left to themselves, engines read it from different files."""
+    told = []
+    for folder in ("megatron_taopd", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                if isinstance(call, ast.Call) and re.match(
+                    r"LocalEngine(\.from_hf)?$", ast.unparse(call.func)
+                ):
+                    told.append((path.name, "eos_token_ids" in [k.arg for k in call.keywords]))
+    assert len(told) >= 6 and all(passed for _, passed in told), told
+
+
+def test_a_bank_and_the_doctor_end_responses_at_both_configurations(tmp_path):
+    """The doctor ends them at the run's stop ids, too."""
+    from megatron_taopd.diagnostics.engines import local_engine
+
+    student = tmp_path / "student"
+    shutil.copytree(ROOT / "examples" / "tiny_pair" / "student", student)
+    (student / "generation_config.json").write_text('{"eos_token_id": 9}')
+    with local_engine(Vocabulary.from_pretrained(student), 64, student=student, seed=0) as engine:
+        assert engine.eos_token_ids == {1, 9}
+    overrides = [f"student.path={student}", "rollout.stop_token_ids=[7]"]
+    assert run_ranks(1, doctors_ends, overrides) == [{1, 7, 9}]
+    assert run_ranks(1, runs_ends, [*overrides, f"run.dir={tmp_path}/run"]) == [({1, 9}, {7})]
+
+
+def doctors_ends(overrides):
+    from megatron_taopd import preflight
+    from megatron_taopd.config import load
+    from megatron_taopd.parallel import platform
+
+    platform.initialize()
+    config = load(ROOT / "examples" / "tiny_pair.yaml", overrides)
+    engine = preflight._engine(config, preflight._vocabularies(config)[0])
+    return set(engine.eos_token_ids)
+
+
+def runs_ends(overrides):
+    """Of the engine that a run builds, and of its sampling."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd.build import build
+    from megatron_taopd.config import load
+    from megatron_taopd.parallel import platform
+
+    platform.initialize()
+    alone = ["student.parallel.tp=1", "teacher.parallel.pp=1", "log.tensorboard=false"]
+    config = load(ROOT / "examples" / "tiny_pair.yaml", [*overrides, *alone])
+    try:
+        run = build(config, lambda: None)
+        sampling = run.rollouts.sampling
+        return set(run.engine.eos_token_ids), set(sampling.stop_token_ids)
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def test_without_stop_tokens_every_response_runs_to_the_limit():

@@ -126,6 +126,40 @@ def test_a_base_student_ends_a_turn_where_it_ends_a_text():
     assert counterparts(stopped, vocabulary(teacher, "</s>"))["<|turn|>"] == "</s>"
 
 
+@pytest.mark.parametrize(
+    "config, generation, ends",
+    [
+        (1, 1, (1,)),
+        (1, 7, (7, 1)),
+        (1, [7, 1, 9], (7, 1, 9)),
+        ([1, 2], 7, (7, 1, 2)),
+        (1, None, (1,)),
+        (None, [7], (7,)),
+        (None, None, ()),
+        (-1, 7, (7,)),
+        (5, "no file", (5,)),
+    ],
+)
+def test_responses_end_where_either_configuration_says(tmp_path, config, generation, ends):
+    """What generation_config.json names comes first; SGLang joins both, transformers does not."""
+    source = Path(__file__).parents[1] / "examples" / "tiny_pair" / "student"
+    for file in source.iterdir():
+        if file.name not in ("model.safetensors", "generation_config.json"):
+            shutil.copyfile(file, tmp_path / file.name)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"eos_token_id": config}))
+    if generation != "no file":
+        text = json.dumps({"eos_token_id": generation})
+        (tmp_path / "generation_config.json").write_text(text)
+    assert Vocabulary.from_pretrained(tmp_path).ends == ends
+
+
+def test_a_template_that_takes_no_conversation_ends_no_turn():
+    raising = "{{ raise_exception('only one message') }}"
+    made = byte_level(["the"], ["<|text|>"], eos="<|text|>", chat=raising)
+    assert vocabulary(made, "<|text|>").after_an_answer() is None
+
+
 def test_tokenizers_that_agree_are_the_identity_with_the_padding_of_both():
     ends = ("<|text|>", "<|turn|>")
     ours, theirs = (vocabulary(STUDENT, *ends, padding=n) for n in (40, 30))

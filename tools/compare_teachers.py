@@ -58,6 +58,7 @@ def main() -> None:
     config = configuration.load(arguments.config, ["run.dir=unused", *arguments.set])
 
     vocabularies = [Vocabulary.from_pretrained(m.path) for m in (config.student, config.teacher)]
+    vocabularies[0] = vocabularies[0].ending_at(config.rollout.stop_token_ids)
     vocab_map = VocabMap.between(*vocabularies)
     batch, teacher_prompts = contexts(config, arguments.prompts, vocabularies, vocab_map.size)
     model = ServedModel.of(config.teacher.path, int(batch.lengths.max()) + 64)
@@ -131,8 +132,19 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         limit=limit,
         teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
     )
-    engine = LocalEngine(load(config.student.path), seed=config.run.seed, vocab_size=size)
-    sampling = Sampling(config.rollout.max_new_tokens, temperature=config.rollout.temperature)
+    engine = LocalEngine(
+        load(config.student.path),
+        seed=config.run.seed,
+        vocab_size=size,
+        eos_token_ids=vocabularies[0].ends,
+    )
+    rollout = config.rollout
+    sampling = Sampling(
+        rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+    )
     batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
     return batch, prompts.teacher_token_ids
 

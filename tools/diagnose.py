@@ -83,6 +83,10 @@ def bank_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=1.0)
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0)
+    command.add_argument(
+        "--stop-token-ids", nargs="+", type=int, default=[],
+        help="that end a response, beside the student's own, as rollout.stop_token_ids",
+    )  # fmt: skip
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=64, help="at once, per rank or server")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -127,6 +131,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        stop_token_ids=tuple(arguments.stop_token_ids),
     )
     data = {
         "prompt_column": arguments.prompt_column,

@@ -57,6 +57,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=32768, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument(
+        "--stop-token-ids", nargs="+", type=int, default=[],
+        help="that end an answer, beside those of the checkpoint, as rollout.stop_token_ids",
+    )  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of the server")
     parser.add_argument("--dtype", default="auto", help="of the server")
@@ -172,17 +176,20 @@ def serve(
     if checkpoint is None:
         key = arguments.api_key_env and os.environ[arguments.api_key_env]
         url = arguments.url.rstrip("/").removesuffix("/v1")
-        yield Endpoint(url, arguments.model or first_model(url, key), *generation, key)
+        model = arguments.model or first_model(url, key)
+        yield Endpoint(url, model, *generation, key, ends=tuple(arguments.stop_token_ids))
         return
     from megatron_taopd.checkpoint_files import sum_of
     from megatron_taopd.convert import to_hf
     from megatron_taopd.serving.server import Server
+    from megatron_taopd.vocab_map import Vocabulary
 
     sums = {f.name: sum_of(f) for f in sorted(checkpoint.iterdir()) if f.is_file()}
     hf_dir = checkpoint
     if kind_of(checkpoint) == "megatron":
         hf_dir = scratch / "model"
         to_hf(checkpoint, hf_dir)
+    ends = Vocabulary.from_pretrained(hf_dir).ending_at(arguments.stop_token_ids).ends
     server = Server(
         hf_dir,
         out / "server.log",
@@ -193,7 +200,7 @@ def serve(
         token_ids_only=False,
     )
     with server:
-        yield Endpoint(server.url, str(hf_dir), *generation, sums=sums)
+        yield Endpoint(server.url, str(hf_dir), *generation, sums=sums, ends=ends)
 
 
 def first_model(url: str, key: str | None) -> str:

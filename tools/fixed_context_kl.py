@@ -84,7 +84,12 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
         limit=arguments.limit,
         teacher_tokenizer=teacher if arguments.teacher_prompt == "own" else None,
     )
-    engine = LocalEngine(load(arguments.students[0]), seed=arguments.seed, vocab_size=size)
+    engine = LocalEngine(
+        load(arguments.students[0]),
+        seed=arguments.seed,
+        vocab_size=size,
+        eos_token_ids=vocabularies[0].ends,
+    )
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
     batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
     return batch, prompts.teacher_token_ids

@@ -54,6 +54,7 @@ def local_engine(
         rank=rank,
         world_size=world_size,
         vocab_size=tokens_of(vocabulary),
+        eos_token_ids=vocabulary.ends,
     )
     with closing(engine):
         yield engine

@@ -34,7 +34,7 @@ from megatron_taopd.preflight.findings import (
     ok,
     warning,
 )
-from megatron_taopd.prompts import Prompts, load_prompts
+from megatron_taopd.prompts import Prompts, check_prompts, load_prompts
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 ANY_LENGTH = sys.maxsize
@@ -120,6 +120,7 @@ def before_run(config: Config) -> bool:
         (machine.check_versions, sglang),
         *_write(config),
         (_check_space, config),
+        (_check_start_of_texts, config),
         *([] if not sglang else _check_servers(config, urls=False)),
     ]
 
@@ -202,6 +203,33 @@ def _check_memory(config: Config, ranks: int, local_ranks: int) -> Iterator[Find
 def _check_resume(config: Config) -> Iterator[Finding]:
     tree = configuration.to_tree(config)
     return storage.check_resume(Path(config.run.dir), config.train.steps, tree)
+
+
+def _check_start_of_texts(config: Config) -> Iterator[Finding]:
+    """Ids that end responses, and both files of prompts, without tokenising them."""
+    student, teacher = _vocabularies(config)
+    yield from texts.check_vocabularies(student, teacher)
+    data, readers = config.data, [student.tokenizer]
+    if config.teacher.prompt == "own":
+        readers.append(teacher.tokenizer)
+    for key, path, tokenizers, answer_column, limit in (
+        ("data.prompts", data.prompts, readers, None, data.limit),
+        ("eval.prompts", config.eval.prompts, readers[:1], data.answer_column, config.eval.limit),
+    ):
+        if path is None:
+            continue
+        try:
+            check_prompts(
+                path,
+                tokenizers,
+                data.prompt_column,
+                answer_column,
+                data.template,
+                data.system,
+                limit,
+            )
+        except ValueError as problem:
+            yield error(f"{key}: {problem}", "the run would end there")
 
 
 def _check_texts(config: Config) -> Iterator[Finding]:
@@ -350,6 +378,7 @@ def _engine(config: Config, vocabulary: Vocabulary):
             platform.device(),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
+            eos_token_ids=vocabulary.ends,
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     servers = build.begin_servers(config, "rollout", path, longest, dtype, fixed_weights=True)

@@ -43,8 +43,29 @@ def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Fin
             f"{without}.path: no chat template, which the other model has",
             "data.template: plain for both, or a checkpoint with its template",
         )
-    yield from check_ends("student", student, "rollout.stop_token_ids")
-    yield from check_ends("teacher", teacher, "eos_token_id in its generation_config.json")
+    own = [*check_ends("student", student, "rollout.stop_token_ids")]
+    yield from own
+    if all(finding.level == "ok" for finding in own):
+        yield from check_taught_end(student, teacher, vocab_map)
+    if teacher.ends:  # it writes no responses: its ends say which of its tokens are the student's
+        yield from check_ends("teacher", teacher, "eos_token_id in its generation_config.json")
+
+
+def check_taught_end(
+    student: Vocabulary, teacher: Vocabulary, vocab_map: VocabMap
+) -> Iterator[Finding]:
+    """Whether a response of the student ends where the teacher teaches it to, which a base model's
+    do not."""
+    if (end_of_turn := teacher.after_an_answer()) is None:
+        return
+    taught = (vocab_map.teacher_ids == end_of_turn).nonzero()[:, 0].tolist()
+    if taught and taught[0] not in student.ends:
+        yield warning(
+            f"student.path: the teacher ends an answer with {_names(teacher, [end_of_turn])}, "
+            f"which ends no response of the student, as {_names(student, taught)}: the more it "
+            "learns, the more of them grow to rollout.max_new_tokens",
+            f"add {taught[0]} to rollout.stop_token_ids",
+        )
 
 
 def check_ends(model: str, vocabulary: Vocabulary, remedy_key: str) -> Iterator[Finding]:
@@ -138,11 +159,7 @@ def check_prompts(
 
 
 def check_held_out(prompts: Prompts, held_out: Prompts) -> Iterator[Finding]:
-    """Answers, and prompts that are trained on, too."""
-    if empty := sum(not (answer or "").strip() for answer in held_out.answers):
-        yield warning(
-            f"eval.prompts: {empty} of {len(held_out)} answers are empty", "they count as wrong"
-        )
+    """Prompts that are trained on, too."""
     if both := len(set(held_out.texts) & set(prompts.texts)):
         yield warning(
             f"eval.prompts: {both} of {len(held_out)} are in data.prompts, too",

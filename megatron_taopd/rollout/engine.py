@@ -22,7 +22,7 @@ class Sampling:
         temperature: 0 is greedy.
         top_p, top_k: keep the smallest set of tokens with at least this mass, and this many tokens;
             1.0 and 0 keep all. Applied in the order temperature, top-k, top-p.
-        stop_token_ids: end a response, besides the end-of-sequence tokens the engine's model names.
+        stop_token_ids: end a response, besides the ids that the engine was given as ends.
         top_logprobs: how many of the most likely tokens are recorded with every response token.
     """
 

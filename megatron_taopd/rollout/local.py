@@ -29,6 +29,7 @@ from megatron_taopd.models.hf_checkpoint import load_model
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
+from megatron_taopd.vocab_map import end_ids
 
 
 class LocalEngine:
@@ -44,6 +45,7 @@ class LocalEngine:
         rank, world_size, group: who shares the work; `group` None is the default process group.
         vocab_size: tokens with this id or above are never drawn and take no probability (where the
             model has more columns than tokens, or than the teacher).
+        eos_token_ids: end a response; None: those that the model's configurations name.
     """
 
     name = "local"
@@ -57,6 +59,7 @@ class LocalEngine:
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
         vocab_size: int | None = None,
+        eos_token_ids: Iterable[int] | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
@@ -65,9 +68,9 @@ class LocalEngine:
         self.vocab_size = vocab_size
         self.version = 0
         self.tokens, self.seconds = 0, 0.0  # of generation, since they were last asked for
-        eos = model.generation_config.eos_token_id
-        eos = model.config.eos_token_id if eos is None else eos
-        self.eos_token_ids = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        if eos_token_ids is None:
+            eos_token_ids = end_ids(model.generation_config, model.config)
+        self.eos_token_ids = frozenset(eos_token_ids)
         # generate() takes what its caller leaves open (a repetition penalty, say) from here.
         model.generation_config = GenerationConfig()
 

@@ -113,16 +113,18 @@ def pair_on_disk(arguments):
     config = configuration.load(ROOT / "examples" / CONFIGS[arguments.pair])
     paths = {"student": config.student.path, "teacher": config.teacher.path}
     vocabularies = {name: Vocabulary.from_pretrained(path) for name, path in paths.items()}
-    vocab_map = VocabMap.between(vocabularies["student"], vocabularies["teacher"])
+    student = vocabularies["student"].ending_at(config.rollout.stop_token_ids)
+    vocab_map = VocabMap.between(student, vocabularies["teacher"])
     data = config.data
     prompts = load_prompts(
-        data.prompts, vocabularies["student"].tokenizer, data.prompt_column, None,
+        data.prompts, student.tokenizer, data.prompt_column, None,
         data.template, data.system, data.max_prompt_tokens,
     )  # fmt: skip
     indices = PromptStream(len(prompts), config.run.seed).take(arguments.prompts)
     engine = LocalEngine.from_hf(
         paths["student"], DTYPES[arguments.precision], platform.device(), seed=config.run.seed,
         rank=dist.get_rank(), world_size=dist.get_world_size(), vocab_size=vocab_map.size,
+        eos_token_ids=student.ends,
     )  # fmt: skip
     longest = arguments.max_new_tokens or config.rollout.max_new_tokens
 
