@@ -35,6 +35,8 @@ from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher
 from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch, Sequences
 
+ENDLESS = 0.95  # the share of responses without an end above which a run says so
+
 
 class Interrupted(Exception):
     """Someone asked the run to end."""
@@ -236,6 +238,10 @@ def learn(
     metrics |= selection_metrics(selector, scores, mask, batch.cu_rows, seed)
     metrics |= rollout_metrics(batch, gap, step)
     warn_of_gap(run, gap, step)
+    if length == config.rollout.max_new_tokens:  # a shorter horizon cuts them on purpose
+        warn_of_endless(
+            run, "rollout.max_new_tokens", metrics["rollout/truncated_share"], f"step {step}"
+        )
     replayed = kept_outputs is not None
     metrics |= {"train/replayed": int(replayed)}
     metrics |= head_memory(run, assigned, metrics.pop("head_rows"))
@@ -317,6 +323,16 @@ def warn_of_gap(run: Run, gap: Tensor, step: int) -> None:
         )
 
 
+def warn_of_endless(run: Run, key: str, truncated_share: float, when: str) -> None:
+    """Of responses that hardly ever end by themselves."""
+    if truncated_share > ENDLESS:
+        run.monitor.note(
+            key,
+            f"{when}: {truncated_share:.0%} of the responses were cut off at this length; give "
+            "more, or name in rollout.stop_token_ids what ends an answer",
+        )
+
+
 def warn_of_small_q3(run: Run, mask: Tensor, step: int) -> None:
     """Of masks inside Q3 that are all of it, and so equal one another."""
     selection = run.config.selection
@@ -361,9 +377,13 @@ def _evaluation(run: Run, step: int) -> dict[str, float]:
         return {}
     with run.monitor.span("eval"):
         evaluation = run.evaluate(step)
+    run.monitor.examples = evaluation.examples
+    truncated_share = evaluation.truncated / evaluation.total
+    longest = "rollout" if run.config.eval.max_new_tokens is None else "eval"
+    warn_of_endless(run, f"{longest}.max_new_tokens", truncated_share, f"evaluation {step}")
     return {
         "eval/accuracy": evaluation.accuracy,
-        "eval/truncated_share": evaluation.truncated / evaluation.total,
+        "eval/truncated_share": truncated_share,
         "eval/response_length_mean": evaluation.mean_length,
         **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},
     }

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -21,7 +21,18 @@ from rich.table import Table
 
 from megatron_taopd.files import reason_of
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.report import Sample, number, percent, seconds, summarize, write_report
+from megatron_taopd.report import (
+    Sample,
+    answered,
+    number,
+    percent,
+    seconds,
+    summarize,
+    write_report,
+)
+
+if TYPE_CHECKING:
+    from megatron_taopd.evaluation import Example
 
 PLAIN_LINES = 20  # about this many progress lines where there is no terminal to redraw
 
@@ -77,6 +88,7 @@ class Monitor:
         self.config_yaml = config_yaml
         self.records: list[dict[str, Any]] = []
         self.samples: Sequence[Sample] = ()
+        self.examples: Sequence[Example] = ()  # of the last evaluation, for the report
         self._synchronize = synchronize or (lambda: None)
         self._times: dict[str, float] = defaultdict(float)
         self._noted: set[str] = set()
@@ -195,7 +207,11 @@ class Monitor:
         if self._writes:
             with self._lost_on_disk_error("report.html"):
                 write_report(
-                    self.report_path, self.records, self.name, self.config_yaml, self.samples
+                    self.report_path,
+                    self.records,
+                    self.name,
+                    self.config_yaml,
+                    [*self.samples, *map(answered, self.examples)],
                 )
 
     def close(self) -> None:
@@ -328,12 +344,11 @@ def summary_table(records: Sequence[Mapping[str, Any]], report: str | Path | Non
     table.add_column(justify="right")
     table.add_column(style="dim")
     if s["accuracy_first"] is not None:
-        last = s["accuracy_first"] if s["accuracy_last"] is None else s["accuracy_last"]
-        table.add_row(
-            "held-out accuracy",
-            f"{percent(s['accuracy_first'])} → {percent(last)}",
-            f"{100 * (last - s['accuracy_first']):+.1f} points",
-        )
+        first, last = s["accuracy_first"], s["accuracy_last"]
+        shown, change = percent(first), "one evaluation"
+        if last is not None:
+            shown, change = f"{shown} → {percent(last)}", f"{100 * (last - first):+.1f} points"
+        table.add_row("held-out accuracy", shown, change)
     if s["loss_first"] is not None:
         table.add_row("loss", f"{number(s['loss_first'])} → {number(s['loss_last'])}", "")
     for label, part, whole in (

@@ -15,12 +15,15 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import Tensor
 
 from megatron_taopd.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from megatron_taopd.evaluation import Example
 
 PHASES = (
     "rollout",
@@ -48,16 +51,18 @@ class Sample:
     Attributes:
         prompt: as a person reads it.
         tokens: the text of each response token.
-        kept: whether each of them was trained on.
+        kept: whether each of them was trained on; None: it is an answer to a held-out prompt.
         scores: a number of each token to show under the pointer (its teachability, say).
         correct: whether the answer was right, if known.
+        note: further words on it.
     """
 
     prompt: str
     tokens: Sequence[str]
-    kept: Sequence[bool]
+    kept: Sequence[bool] | None
     scores: Sequence[float] | None = None
     correct: bool | None = None
+    note: str = ""
 
 
 def sample_rollouts(
@@ -97,6 +102,17 @@ def sample_rollouts(
     return samples
 
 
+def answered(example: Example, most_characters: int = 2000) -> Sample:
+    """An example of an evaluation, to show in the report."""
+    response = example.response
+    if len(response) > most_characters:
+        half = most_characters // 2
+        response = f"{response[:half]} … {response[-half:]}"
+    stated = f"it says {example.answer}" if example.answer else "it states no answer"
+    note = f"{stated}; the reference is {example.gold}"
+    return Sample(example.prompt, [response], None, correct=example.correct, note=note)
+
+
 def write_report(
     path: str | Path,
     records: Sequence[Record],
@@ -124,9 +140,9 @@ def render_report(
     sections = [
         f"<header><p class=eyebrow>Megatron TA-OPD</p><h1>{escape(name)}</h1>",
         f"{_facts(config)}</header>",
-        _figures(records),
+        _figures(records, config),
         f"<section class=charts>{''.join(_charts(records, config))}</section>",
-        _samples(samples),
+        _samples(samples, config),
         _time_table(records),
     ]
     if config_yaml:
@@ -232,7 +248,24 @@ def _facts(config: Mapping[str, Any]) -> str:
     return f"<p class=facts>{''.join(f'<span>{fact}</span>' for fact in facts)}</p>"
 
 
-def _figures(records: Sequence[Record]) -> str:
+def sampling(config: Mapping[str, Any]) -> str:
+    """How evaluations draw their responses, in words; empty if the configuration does not say."""
+    section, rollout = config.get("eval") or {}, config.get("rollout") or {}
+    if (temperature := section.get("temperature")) is None:
+        return ""
+    if temperature == 0:
+        return "greedy"
+    words = [f"temperature {temperature:g}"]
+    if (top_p := rollout.get("top_p", 1)) < 1:
+        words.append(f"top-p {top_p:g}")
+    if top_k := rollout.get("top_k"):
+        words.append(f"top-k {top_k}")
+    if (samples := section.get("samples", 1)) > 1:
+        words.append(f"mean of {samples} responses")
+    return ", ".join(words)
+
+
+def _figures(records: Sequence[Record], config: Mapping[str, Any]) -> str:
     s = summarize(records)
     cards = []
     if s["accuracy_last"] is not None:
@@ -241,7 +274,7 @@ def _figures(records: Sequence[Record]) -> str:
             (
                 "Held-out accuracy",
                 f"<small>{percent(s['accuracy_first'])} →</small> {percent(s['accuracy_last'])}",
-                f"{100 * change:+.1f} points, greedy",
+                ", ".join(filter(None, [f"{100 * change:+.1f} points", sampling(config)])),
             )
         )
     if s["loss_first"] is not None:
@@ -304,29 +337,42 @@ def _time_table(records: Sequence[Record]) -> str:
     )
 
 
-def _samples(samples: Sequence[Sample]) -> str:
-    if not samples:
-        return ""
-    cards = []
-    for sample in samples:
-        tokens = []
-        for i, (token, kept) in enumerate(zip(sample.tokens, sample.kept, strict=True)):
-            tip = f" title='score {sample.scores[i]:.3f}'" if sample.scores is not None else ""
-            text = escape(token).replace("\n", "⏎\n")
-            tag = "mark" if kept else "span"
-            tokens.append(f"<{tag}{tip}>{text}</{tag}>")
-        verdict = {None: "", True: "<em class=good>right</em>", False: "<em class=bad>wrong</em>"}
-        kept = sum(map(bool, sample.kept))
-        cards.append(
-            f"<article><p class=prompt>{escape(sample.prompt)}</p>"
-            f"<p class=response>{''.join(tokens)}</p>"
-            f"<p class=note>{kept} of {len(sample.tokens)} tokens kept"
-            f"{verdict[sample.correct]}</p></article>"
+def _samples(samples: Sequence[Sample], config: Mapping[str, Any]) -> str:
+    rollouts = [_sample(sample) for sample in samples if sample.kept is not None]
+    answers = [_sample(sample) for sample in samples if sample.kept is None]
+    sections = []
+    if rollouts:
+        sections.append(
+            "<h2>Rollouts, as the selector sees them</h2>"
+            "<p class=note><mark>Highlighted</mark> tokens were kept: only they carry loss.</p>"
+            f"<div class=samples>{''.join(rollouts)}</div>"
         )
+    if answers:
+        how = f", {sampling(config)}" if sampling(config) else ""
+        sections.append(
+            "<h2>Held-out prompts, as the student answers them</h2>"
+            f"<p class=note>The first ones of the last evaluation{how}; of each its first "
+            f"response.</p><div class=samples>{''.join(answers)}</div>"
+        )
+    return "".join(f"<section class=card>{section}</section>" for section in sections)
+
+
+def _sample(sample: Sample) -> str:
+    tokens, notes = [], []
+    for i, token in enumerate(sample.tokens):
+        tip = f" title='score {sample.scores[i]:.3f}'" if sample.scores is not None else ""
+        text = escape(token).replace("\n", "⏎\n")
+        tag = "mark" if sample.kept is not None and sample.kept[i] else "span"
+        tokens.append(f"<{tag}{tip}>{text}</{tag}>")
+    if sample.kept is not None:
+        notes.append(f"{sum(map(bool, sample.kept))} of {len(sample.tokens)} tokens kept")
+    if sample.correct is not None:
+        notes.append("<em class=good>right</em>" if sample.correct else "<em class=bad>wrong</em>")
+    if sample.note:
+        notes.append(f" · {escape(sample.note)}")
     return (
-        "<section class=card><h2>Rollouts, as the selector sees them</h2>"
-        "<p class=note><mark>Highlighted</mark> tokens were kept: only they carry loss.</p>"
-        f"<div class=samples>{''.join(cards)}</div></section>"
+        f"<article><p class=prompt>{escape(sample.prompt)}</p>"
+        f"<p class=response>{''.join(tokens)}</p><p class=note>{''.join(notes)}</p></article>"
     )
 
 
@@ -384,7 +430,7 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any]) -> list[str]:
     charts = [
         Chart(
             "Held-out accuracy",
-            "greedy, checkable answers",
+            ", ".join(filter(None, [sampling(config), "checkable answers"])),
             [line("eval/accuracy", "accuracy", marks=True)],
             percent,
         ),
@@ -732,8 +778,11 @@ article { border: 1px solid var(--rule); border-radius: 10px; padding: 12px 14px
 }
 mark { background: var(--mark); color: var(--on-mark); border-radius: 4px; padding: 1px 0; }
 em { font-style: normal; font-weight: 600; margin-left: 8px; }
+em:first-child { margin-left: 0; }
 .good { color: var(--good); }
+.good::before { content: "✓ "; }
 .bad { color: var(--bad); }
+.bad::before { content: "✗ "; }
 table { border-collapse: collapse; width: 100%; margin-top: 10px; }
 td { padding: 5px 0; border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums; }
 tr:first-child td { border-top: 0; }

@@ -73,6 +73,27 @@ def test_equal_time_counts_steps_and_no_evaluations(compared):
     assert at_hours["groups"]["teachability"]["accuracy"][0] == pytest.approx(0.20)
 
 
+def test_accuracies_of_different_things_are_told(tmp_path):
+    runs = [make_run(tmp_path, "full", seed, 2, 10, 1.0) for seed in range(4)]
+    alike = "rollout: {max_new_tokens: 64, top_p: 0.9}\neval: {temperature: 0.0, every: 5}\n"
+    others = (
+        alike,
+        "rollout: {max_new_tokens: 32, top_p: 1.0}\neval: {temperature: 0, max_new_tokens: 64}\n",
+        "rollout: {max_new_tokens: 64, top_p: 0.9}\neval: {temperature: 0.7}\n",
+        alike.replace("every: 5", "prompts: other.jsonl"),
+    )
+    for run, text in zip(runs, others, strict=True):
+        with (run / "config.yaml").open("a") as config:
+            config.write(text)
+    done = compare(tmp_path / "out", *runs[:2], "--no-plots")
+    assert "unlike" not in done.stdout, "the same measure, otherwise written"
+    done = compare(tmp_path / "out", *runs, "--no-plots")
+    assert "unlike: eval.temperature: 0.0 and 0.7; their accuracies do not compare" in done.stdout
+    assert "unlike: eval.prompts: None and 'other.jsonl'; their acc" in done.stdout
+    done = compare(tmp_path / "out", *runs[::2], "--no-plots", "--by", "eval.temperature")
+    assert "unlike: eval.temperature" not in done.stdout
+
+
 def test_what_is_missing_is_said(compared):
     figures, root, printed = compared
     text = "\n".join(figures["missing"])

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from megatron_taopd.evaluation import Example
 from megatron_taopd.monitor import PLAIN_LINES, Monitor, summary_table, truncate_records
 from megatron_taopd.report import (
     HEIGHT,
@@ -391,6 +392,58 @@ def test_samples_highlight_the_kept_tokens_and_escape_their_text():
     page = Page(html)
     assert "is 1 < 2?" in page.text and "<b>yes⏎\n</script>" in page.text
     assert "2 of 4 tokens keptright" in page.text
+
+
+HELD_OUT = (
+    Example("2 + 2?", "so <b> = 4", "4", "4", True),
+    Example("3 + 3?", "word " * 1000, "", "6", False),
+)
+
+
+def test_answers_to_held_out_prompts_are_marked_right_and_wrong_in_words(make_monitor):
+    monitor = make_monitor(config_yaml=CONFIG + "eval: {temperature: 0.0}\n")
+    monitor.examples = HELD_OUT
+    monitor.log(0, {"eval/accuracy": 0.5})
+    page = Page(monitor.report_path.read_text())
+    assert "Held-out prompts, as the student answers them" in page.titles
+    assert "2 + 2?so <b> = 4right · it says 4; the reference is 4" in page.text
+    assert "wrong · it states no answer; the reference is 6" in page.text
+    assert page.text.count("word ") < 600  # the middle of a long one is left out
+    assert "The first ones of the last evaluation, greedy; of each" in page.text
+    assert "tokens kept" not in page.text and "Rollouts" not in "".join(page.titles)
+    monitor.write_report([Sample("p", ["a"], [True])])
+    titles = Page(monitor.report_path.read_text()).titles
+    assert "Rollouts, as the selector sees them" in titles and titles[-1].startswith("Held-out p")
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ("eval: {temperature: 0.0, samples: 1}\nrollout: {top_p: 0.9, top_k: 5}", "greedy"),
+        ("eval: {temperature: 0, samples: 1}", "greedy"),
+        (
+            "eval: {temperature: 0.7, samples: 1}\nrollout: {top_p: 1.0, top_k: 0}",
+            "temperature 0.7",
+        ),
+        (
+            "eval: {temperature: 1.0, samples: 4}\nrollout: {top_p: 0.9, top_k: 20}",
+            "temperature 1, top-p 0.9, top-k 20, mean of 4 responses",
+        ),
+        ("loss: {kind: reverse_kl}", ""),
+    ],
+)
+def test_the_report_says_how_responses_were_drawn(section, words):
+    text = Page(render_report(fake_records(), "tiny", section)).text
+    assert f"+30.0 points{', ' * bool(words)}{words}" in text
+    assert f"{words}{', ' * bool(words)}checkable answers" in text
+    assert ("greedy" in text.replace(section, "")) == (words == "greedy")
+
+
+def test_the_table_shows_no_change_where_there_was_one_evaluation():
+    console = quiet()
+    console.print(summary_table([{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "loss": 1.0}]))
+    text = re.sub(r"[ │]+", " ", console.file.getvalue())
+    assert "held-out accuracy 25 % one evaluation" in text and "points" not in text
 
 
 class Spelling:

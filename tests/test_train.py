@@ -109,6 +109,44 @@ def test_what_a_run_logs_and_leaves(tmp_path):
         assert (run_dir / name).exists()
 
 
+def train_and_listen(overrides):
+    """`train`, and what was printed."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    with redirect_stdout(StringIO()) as said:
+        train(overrides)
+    return said.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["rollout.max_new_tokens=3"], {"rollout.max_new_tokens: evaluation 0: 100%"}),
+        (
+            ["rollout.max_new_tokens=3", "eval.at_start=false", "eval.max_new_tokens=2"],
+            {"rollout.max_new_tokens: step 1: 100%", "eval.max_new_tokens: evaluation 2: 100%"},
+        ),
+        (["rollout.horizon=3"], set()),  # cut on purpose
+        ([], set()),
+    ],
+)
+def test_responses_that_never_end_are_told(tmp_path, options, said):
+    overrides = [f"run.dir={tmp_path}/run", "train.steps=2", *options]
+    printed, _ = run_ranks(2, train_and_listen, overrides)
+    lines = [line for line in printed.splitlines() if "cut off at this length" in line]
+    assert {line.partition(" of the")[0] for line in lines} == said
+    assert all("rollout.stop_token_ids" in line for line in lines)
+
+
+def test_the_report_shows_held_out_answers_marked(tmp_path):
+    run_ranks(2, train, [f"run.dir={tmp_path}/run", "train.steps=1"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Held-out prompts, as the student answers them" in page
+    marks = page.count("<em class=good>right") + page.count("<em class=bad>wrong")
+    assert marks == 4 and page.count("; the reference is ") == 4
+
+
 def test_a_forgotten_weight_update_shows_in_the_gap(tmp_path):
     """Invariant 9 is measured: an engine left with old weights is seen in the log."""
     options = ["train.steps=6", "optimizer.warmup_steps=0", "optimizer.lr=3e-3"]

@@ -5,7 +5,8 @@
 Runs with the same selector (or the same value of another key, `--by loss.kind`) are seeds of one
 another: curves are their mean, the band their standard deviation. Supervision is the rows kept so
 far; compute time is the time of the steps so far, without evaluations and checkpoints. Runs may
-differ in length: they are compared where all of them have got to.
+differ in length: they are compared where all of them have got to. What accuracy is measured by may
+differ, too: that is said.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from megatron_taopd import tables
 
 AXES = {"kept_rows": "rows kept so far", "hours": "hours of steps so far"}
 CURVES = {"eval/accuracy": "held-out accuracy", "loss": "loss"}
+# What an accuracy is the accuracy of, beside the student.
+MEASURE = {
+    "eval": ("prompts", "limit", "samples", "temperature", "max_new_tokens", "grader"),
+    "data": ("template", "system", "answer_column"),
+    "rollout": ("top_p", "top_k", "stop_token_ids", "max_new_tokens"),
+}
 POINTS = 200  # of a curve that runs are averaged at
 
 
@@ -40,6 +47,7 @@ class Run:
         positions: of each of AXES, [records] where it stood after the record.
         values: of each of CURVES, [records]; NaN where it was not logged.
         numbers: [records] the step of each record; 0 is before the first.
+        measure: the value of each key of MEASURE, as far as it counts.
     """
 
     path: Path
@@ -49,6 +57,7 @@ class Run:
     positions: dict[str, np.ndarray]
     values: dict[str, np.ndarray]
     numbers: np.ndarray
+    measure: dict[str, object]
 
     def curve(self, axis: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         there = np.isfinite(self.values[name])
@@ -80,9 +89,11 @@ def main() -> int:
         tables.write(arguments.out / f"at_equal_{axis}", title, header, rows)
         console.print(tables.for_terminal(title, header, rows))
     missing += lacking(runs)
-    for line in missing:
-        console.print(f"missing: {line}", highlight=False, soft_wrap=True)
-    figures = {"by": arguments.by, "missing": missing, **summary}
+    differing = unlike(runs, arguments.by)
+    for word, lines in (("missing", missing), ("unlike", differing)):
+        for line in lines:
+            console.print(f"{word}: {line}", highlight=False, soft_wrap=True)
+    figures = {"by": arguments.by, "missing": missing, "unlike": differing, **summary}
     for path in filter(None, [arguments.out / "comparison.json", arguments.json]):
         path.write_text(json.dumps(figures, indent=2) + "\n")
     if not arguments.no_plots:
@@ -131,7 +142,24 @@ def read(path: Path, by: str) -> Run:
         {"kept_rows": np.cumsum(column(records, "kept_rows", 0.0)), "hours": np.cumsum(hours)},
         {name: column(records, name, np.nan) for name in CURVES},
         column(records, "step", 0.0),
+        measure_of(tree),
     )
+
+
+def measure_of(tree: dict) -> dict[str, object]:
+    """What a run measures accuracy by. Greedy responses have no top_p and top_k, and those of an
+    evaluation may have a length of their own."""
+    values = {
+        f"{section}.{key}": (tree.get(section) or {}).get(key)
+        for section, keys in MEASURE.items()
+        for key in keys
+    }
+    if not values["eval.temperature"]:
+        del values["rollout.top_p"], values["rollout.top_k"]
+    if values["eval.max_new_tokens"] is None:
+        values["eval.max_new_tokens"] = values["rollout.max_new_tokens"]
+    del values["rollout.max_new_tokens"]
+    return values
 
 
 def read_records(metrics: Path) -> list[dict]:
@@ -205,6 +233,20 @@ def lacking(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if run.steps < longest:
             lines.append(f"{run.path}: {run.steps} of {longest} steps")
+    return lines
+
+
+def unlike(runs: Sequence[Run], by: str) -> list[str]:
+    """Keys in which runs differ so that their accuracies are of different things."""
+    lines = []
+    for key in dict.fromkeys(key for run in runs for key in run.measure):
+        values: list = []
+        for run in runs:
+            if (value := run.measure.get(key)) not in values:
+                values.append(value)
+        if len(values) > 1 and key != by:
+            shown = " and ".join(map(repr, values))
+            lines.append(f"{key}: {shown}; their accuracies do not compare")
     return lines
 
 
