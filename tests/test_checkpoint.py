@@ -184,7 +184,9 @@ def save_evaluated(student_dir, directory, accuracies, resume_at=None):
     student = make_student(student_dir, tp=dist.get_world_size())
     told, best = [], None
     if resume_at:
-        best = checkpoint.load(directory, resume_at, student).get("best")
+        state = checkpoint.load(directory, resume_at, student)
+        assert state["step"] == resume_at
+        best = state.get("best")
     checkpoints = checkpoint.Checkpoints(directory, 1, True, told.append, resume_at, best)
     would_be = []
     for step, accuracy in accuracies:

@@ -14,39 +14,51 @@ import pytest
 from patience import finish, wait_for
 from ranks import run_ranks
 
+from megatron_taopd import checkpoint_files
+
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "examples" / "tiny_pair.yaml")
 SHORT = ["rollout.prompts=16", "eval.every=0", "eval.limit=16", "log.tensorboard=false"]
 
 
-def train(overrides, die_in=None):
-    """`main` on every rank; `die_in` = (phase, step) raises there, as a crash would.
+def train(overrides, die_in=None, after=0):
+    """`main` on every rank; `die_in` = (phase, step) raises when that step first comes to the
+    phase, as a crash would. `after` is the step that it has to go on from.
 
     Returns (exit status, records of metrics.jsonl)."""
     from contextlib import contextmanager
 
     from megatron_taopd import monitor
-    from megatron_taopd.train import main
+    from megatron_taopd import train as module
+    from megatron_taopd.parallel import watchdog
 
-    span = monitor.Monitor.span
-    entered = 0
+    span, at_step, build = monitor.Monitor.span, watchdog.at_step, module.build
+    here, begun_after = {"step": 0}, []
+
+    def count(step):
+        here["step"] = step
+        at_step(step)
 
     @contextmanager
     def dying(self, phase):
-        nonlocal entered
-        entered += die_in is not None and phase == die_in[0]
         with span(self, phase):
-            if die_in is not None and phase == die_in[0] and entered == die_in[1]:
+            if (phase, here["step"]) == die_in:
                 raise KeyboardInterrupt
             yield
 
-    monitor.Monitor.span = dying
+    def noted(*arguments):
+        run = build(*arguments)
+        begun_after.append(run.first_step)
+        return run
+
+    monitor.Monitor.span, watchdog.at_step, module.build = dying, count, noted
     try:
-        status = main([TINY, *SHORT, *overrides])
+        status = module.main([TINY, *SHORT, *overrides])
     except KeyboardInterrupt:
         status = "died"
     finally:
-        monitor.Monitor.span = span
+        monitor.Monitor.span, watchdog.at_step, module.build = span, at_step, build
+    assert begun_after in ([after], [] if status == 2 else [after]), begun_after
     directory = next(o for o in overrides if o.startswith("run.dir=")).removeprefix("run.dir=")
     return status, read_metrics(directory)
 
@@ -165,37 +177,44 @@ def train_with_a_stale_engine(overrides):
         LocalEngine.update_weights = update
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("phase", ["rollout", "training", "checkpoint"])
-def test_resume_is_bit_identical(tmp_path, name, phase):
-    """Invariant 6: a run that dies in some phase continues the curve of one that does not."""
-    world_size, layout = LAYOUTS[name]
-    options = ["train.steps=5", "checkpoint.every=2", *layout]
-    (_, whole), *_ = run_ranks(world_size, train, [f"run.dir={tmp_path}/whole", *options])
+SAVING = ["train.steps=5", "checkpoint={every: 2, asynchronous: false}"]
 
-    broken = [f"run.dir={tmp_path}/broken", *options]
-    died_at = 2 if phase == "checkpoint" else 4  # the second checkpoint, or the fourth step
-    (status, partial_records), *_ = run_ranks(
-        world_size, partial(train, die_in=(phase, died_at)), broken
-    )
-    assert status == "died"
-    assert len(partial_records) < len(whole)
-    (status, resumed), *_ = run_ranks(world_size, train, broken)
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def whole_run(request, tmp_path_factory):
+    """(world size, options, curve) of a run that no one has disturbed."""
+    world_size, layout = LAYOUTS[request.param]
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    (status, records), *_ = run_ranks(world_size, train, [f"run.dir={directory}", *SAVING, *layout])
     assert status == 0
-    assert curve(resumed) == curve(whole)
+    return world_size, [*SAVING, *layout], curve(records)
+
+
+@pytest.mark.parametrize("phase", ["rollout", "training", "checkpoint"])
+def test_resume_is_bit_identical(tmp_path, whole_run, phase):
+    """Invariant 6: a run that dies in some phase continues the curve of one that does not. It dies
+    in step 4, before the second checkpoint, and goes on from the first."""
+    world_size, options, whole = whole_run
+    broken = [f"run.dir={tmp_path}/broken", *options]
+    (status, records), *_ = run_ranks(world_size, partial(train, die_in=(phase, 4)), broken)
+    assert (status, curve(records)) == ("died", whole[:3])
+    (status, resumed), *_ = run_ranks(world_size, partial(train, after=2), broken)
+    assert status == 0
+    assert curve(resumed) == whole
 
 
 def test_a_run_that_saves_resumes_bit_for_bit_too(tmp_path):
     """Replay, concentration and the horizon, whose memory is part of the checkpoint."""
     options = [
-        "train.steps=4", "checkpoint.every=2", *LAYOUTS["DP2 | TP2"][1],
+        "train.steps=4", "checkpoint={every: 2, asynchronous: false}", *LAYOUTS["DP2 | TP2"][1],
         "train.schedule=replay", "selection.concentrate=0.5",
         "rollout.horizon=auto", "rollout.horizon_floor=4",
     ]  # fmt: skip
     (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
     broken = [f"run.dir={tmp_path}/broken", *options]
-    run_ranks(2, partial(train, die_in=("training", 4)), broken)
-    (_, resumed), _ = run_ranks(2, train, broken)
+    (status, _), _ = run_ranks(2, partial(train, die_in=("training", 4)), broken)
+    assert status == "died"
+    (_, resumed), _ = run_ranks(2, partial(train, after=2), broken)
     assert curve(resumed) == curve(whole)
 
     first, *others = curve(whole)
@@ -285,7 +304,7 @@ def test_interrupted_in_or_after_a_step(tmp_path, at_call, done):
     assert (status, len(curve(records))) == (3, done)
     assert not (tmp_path / "stopped" / "student").exists()
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{done:08d}").exists()
-    (status, resumed), _ = run_ranks(2, train, stopped)
+    (status, resumed), _ = run_ranks(2, partial(train, after=done), stopped)
     assert status == 0
     assert curve(resumed) == curve(whole)
 
@@ -320,22 +339,70 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
         evaluations, best, names, weights = what_evaluations_leave(tmp_path / str(at_call))
         assert (status, [*evaluations], weights) == (3, [0, 2], None)
         assert best["step"] == 2 and names == sorted({"step_00000002", f"step_{done:08d}"})
-        [(status, _)] = run_ranks(1, train, stopped)
+        [(status, _)] = run_ranks(1, partial(train, after=done), stopped)
         assert status == 0
         assert what_evaluations_leave(tmp_path / str(at_call)) == whole
 
 
 def test_resume_on_another_layout(tmp_path):
-    """TP2 → DP2: the same curve up to rounding."""
-    options = ["checkpoint.every=2", "train.steps=4"]
+    """TP2 → DP2 after step 2: the same curve up to rounding."""
+    options = ["checkpoint={every: 2, asynchronous: false}", "train.steps=4"]
     (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
     broken = [f"run.dir={tmp_path}/broken", *options]
-    run_ranks(2, partial(train, die_in=("rollout", 4)), broken)
+    (status, records), _ = run_ranks(2, partial(train, die_in=("rollout", 4)), broken)
+    assert (status, curve(records)) == ("died", curve(whole)[:3])
     layout = ["student.parallel.tp=1", "teacher.parallel={tp: 2, pp: 1}"]
-    (_, resumed), _ = run_ranks(2, train, [*broken, *layout])
+    (_, resumed), _ = run_ranks(2, partial(train, after=2), [*broken, *layout])
     assert [r["step"] for r in resumed] == [r["step"] for r in whole]
     for ours, theirs in zip(curve(resumed), curve(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def drawn(overrides):
+    """What each step draws, with weights that stay: (prompts, tokens, seed of the selection)."""
+    from megatron_taopd import loop
+
+    learn, select, draws = loop.learn, loop.select, []
+
+    def seen_learn(run, step, batch, *rest):
+        draws.append((batch.prompts.tolist(), batch.tokens.tolist()))
+        return learn(run, step, batch, *rest)
+
+    def seen_select(selector, scores, ratio, seed, *rest):
+        draws[-1] += (seed,)
+        return select(selector, scores, ratio, seed, *rest)
+
+    loop.learn, loop.select = seen_learn, seen_select
+    try:
+        train(["optimizer.lr=1e-12", "selection={selector: random, ratio: 0.5}", *overrides])
+    finally:
+        loop.learn, loop.select = learn, select
+    return draws
+
+
+def test_every_step_and_seed_draws_anew(tmp_path):
+    """One prompt, twice a step: in no two steps, and under no two seeds, the same responses or rows
+    drawn alike. And with many, another order under another seed."""
+    (tmp_path / "one.jsonl").write_text('{"prompt": "12 + 34 =", "answer": "46"}\n')
+    options = [
+        "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}", "train.steps=3",
+        "rollout={prompts: 2, max_new_tokens: 8}", f"data.prompts={tmp_path}/one.jsonl",
+        "eval.prompts=null", "checkpoint={every: 0, export_hf: false}",
+    ]  # fmt: skip
+    steps = []
+    for seed in (0, 1):
+        directory = f"run.dir={tmp_path}/{seed}"
+        steps += run_ranks(1, drawn, [directory, f"run.seed={seed}", *options])[0]
+    assert len({tuple(tokens) for _, tokens, _ in steps}) == len(steps) == 6
+    assert len({seed for *_, seed in steps}) == 6
+
+    orders = []
+    for seed in (0, 1):
+        directory = f"run.dir={tmp_path}/{seed}-order"
+        many = [*options, f"data.prompts={ROOT}/examples/tiny_pair/train.jsonl", "train.steps=1"]
+        orders += run_ranks(1, drawn, [directory, f"run.seed={seed}", *many])[0]
+    assert orders[0][0] != orders[1][0]
 
 
 def start(*overrides):
@@ -349,14 +416,21 @@ def start(*overrides):
     )  # fmt: skip
 
 
-def wait_for_step(process, directory, step):
+def wait_until(process, there, what):
     def reached():
-        if any(record["step"] >= step for record in read_metrics(directory)):
+        if there():
             return True
         assert process.poll() is None, process.stdout.read()
         return False
 
-    wait_for(reached, seconds=180, what=f"step {step} was not reached")
+    wait_for(reached, seconds=180, what=f"{what} was not reached")
+
+
+def wait_for_step(process, directory, step):
+    def there():
+        return any(record["step"] >= step for record in read_metrics(directory))
+
+    wait_until(process, there, f"step {step}")
 
 
 def kill_all(process):
@@ -375,13 +449,18 @@ def test_kill_9_and_sigterm(tmp_path):
     options = [f"run.dir={directory}", "train.steps=200", "checkpoint.every=2"]
     process = start(*options)
     wait_for_step(process, directory, 3)
+    wait_until(process, lambda: checkpoint_files.steps(directory / "checkpoints"), "a checkpoint")
     kill_all(process)
     before = curve(read_metrics(directory))
+    newest = checkpoint_files.steps(directory / "checkpoints")[-1]
+    assert 2 <= newest <= len(before)
 
     process = start(*options)
     wait_for_step(process, directory, len(before) + 2)
     process.send_signal(signal.SIGTERM)
-    finish(process, seconds=120)
+    output = finish(process, seconds=120)
+    assert f"resuming after step {newest}
+" in output
     records = read_metrics(directory)
     assert curve(records)[: len(before)] == before
     last = records[-1]["step"]

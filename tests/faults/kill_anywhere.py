@@ -5,8 +5,8 @@
 For each layout one run goes through undisturbed, and one whose ranks are killed (all of them, or
 one by chance, which the others have to notice) in a phase chosen by turns, at a random moment of
 it, and which is then started again, until it has been killed often enough and is let through. Both
-must have the same record of every step, to the bit, and the same final weights. Real torchrun, real
-ranks.
+must have the same record of every step, to the bit, and the same final weights; and every life has
+to go on from the newest checkpoint that the one before it has left. Real torchrun, real ranks.
 Outside the suite: 15 to 20 seconds a kill on two cores. docs/reliability.md has its outcome.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+
+from megatron_taopd import checkpoint_files
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "examples" / "tiny_pair.yaml"
@@ -81,7 +84,8 @@ def try_layout(layout: str, kills: int, generator: random.Random, directory: Pat
     if (status := life.wait()) != 0:
         raise RuntimeError(f"{layout}: an undisturbed run ended with {status}:\n{life.output()}")
 
-    phases, failures, unfinished, slowest = Counter(), [], 0, 0.0
+    phases, failures, unfinished, slowest, resumed = Counter(), [], 0, 0.0, Counter()
+    newest = 0
     for kill in range(kills):
         life = Life(layout, broken, steps)
         wanted = PHASES[kill % len(PHASES)]
@@ -92,9 +96,15 @@ def try_layout(layout: str, kills: int, generator: random.Random, directory: Pat
         unfinished += any(broken.glob("checkpoints/*.incomplete"))
         phases[struck] += 1
         slowest = max(slowest, life.kill(everyone=generator.random() < 0.7, generator=generator))
+        resumed[life.went_on_after()] += 1
+        if life.went_on_after() not in (newest, None):  # None: killed before it said so
+            failures.append(f"kill {kill}: after {life.went_on_after()}, not {newest}")
+        newest = max(checkpoint_files.steps(broken / "checkpoints"), default=0)
     life = Life(layout, broken, steps)
     if life.wait() != 0:
         failures.append(f"at the end: {life.output()[-2000:]}")
+    elif newest == 0 or life.went_on_after() != newest:
+        failures.append(f"at the end: after {life.went_on_after()}, not {newest}")
     elif curve(broken) != curve(whole):
         failures.append(f"records differ in {', '.join(differing(broken, whole))}")
     elif weights(broken) != weights(whole):
@@ -108,6 +118,7 @@ def try_layout(layout: str, kills: int, generator: random.Random, directory: Pat
         "lost": len(failures),
         "while_a_checkpoint_was_written": unfinished,
         "phases": dict(phases),
+        "lives_that_resumed": sum(count for step, count in resumed.items() if step) + 1,
         "steps": steps,
         "slowest_end_of_the_others_s": round(slowest, 1),
         "minutes": round((time.monotonic() - started) / 60, 1),
@@ -143,6 +154,12 @@ class Life:
 
     def wait(self) -> int:
         return self.process.wait(timeout=1800)
+
+    def went_on_after(self) -> int | None:
+        """The step of the checkpoint that it has resumed, 0 for none; None if it was still built."""
+        if said := re.search(r"^resuming after step (\d+)$", self.output(), re.MULTILINE):
+            return int(said[1])
+        return 0 if self.phase()[1] not in ("", "build") else None
 
     def phase(self) -> tuple[int, str]:
         """The counter and name of the newest phase of rank 0."""

@@ -77,6 +77,8 @@ def soak(arguments, run_dir: Path) -> dict:
     time.sleep(3)
     left = [server for server in seen if server.is_running()]
     complete = [record["step"] for record in steps] == list(range(1, arguments.steps + 1))
+    # One life that has done them all, not a second one that went on after the first.
+    complete &= "resuming after step" not in run_dir.with_suffix(".log").read_text()
     outcome = {
         "steps": len(steps),
         "kills": len([kill for kill in kills if kill]),
