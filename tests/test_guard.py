@@ -25,7 +25,7 @@ NAN = torch.nan
 
 
 def faulty_train(overrides, spoilt, after=0):
-    """`train` with something spoilt in some steps {step: what}, counted from its first one: (status,
+    """`train` with something spoilt in some steps {step: what}, counted from its first: (status,
     records, whether the skipped steps left the student as it was, what was printed)."""
     from megatron_taopd import guard, loop, scoring, training
     from megatron_taopd.student import Student

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from fnmatch import fnmatch
 from pathlib import Path
@@ -151,17 +151,23 @@ def test_everything_that_moves_a_run_is_kept(done, begun, inputs):
     assert [r["lr"] for r in plain[0]] == pytest.approx(RATES[1::2])
 
 
-def test_a_checkpoint_from_before_such_things_were_noted_is_resumed(begun, inputs):
-    folder = begun / "checkpoints" / "step_00000002"
+@contextmanager
+def changed_run(directory):
+    """What the checkpoint of step 2 holds of the run, to change."""
+    folder = directory / "checkpoints" / "step_00000002"
     common = torch.load(folder / "common.pt", weights_only=True)
-    for name in ("start", "schedule_step", "num_prompts"):
-        del common["run"][name]
-    del common["run"]["guard"]["jumps"]
+    yield common["run"]
     torch.save(common, folder / "common.pt")
     names = [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
     files = {n: checkpoint_files.sum_of(folder / n) for n in names if n != "checksums.json"}
     checkpoint_files.publish(folder, folder, 2, files)
 
+
+def test_a_checkpoint_from_before_such_things_were_noted_is_resumed(begun, inputs):
+    with changed_run(begun) as run:
+        for name in ("start", "schedule_step", "num_prompts"):
+            del run[name]
+        del run["guard"]["jumps"]
     assert only_built(begun, *given(inputs), "student.path=" + str(PAIR / "teacher"))[0] == 2
     status, printed, built = on_one_rank(begun, *given(inputs), "run.seed=3")
     assert status == 0 and "intended?" in printed
@@ -290,6 +296,16 @@ def test_another_model_is_refused_and_a_copy_is_not(begun, inputs, tmp_path):
     changed_tensor(teacher)
     line = refused(begun, *given(inputs), f"teacher.path={teacher}")
     assert line.startswith("error: teacher.path: ") and "(weights SHA-256 " in line
+
+
+def test_another_number_of_prompts_is_refused_before_models_are_built(begun, inputs):
+    """The same file, of which another version renders other prompts, so that others fit."""
+    with changed_run(begun) as run:
+        run["num_prompts"] = 6000
+    status, printed, built = on_one_rank(begun, *given(inputs))
+    assert (status, built) == (2, None)
+    assert "error on rank 0 in build: data.prompts: 6144 of " in printed
+    assert f" fit, and 6000 did when {begun} was begun: " in printed
 
 
 # --------------------------------------------------------------------------- without ranks

@@ -156,7 +156,7 @@ class Life:
         return self.process.wait(timeout=1800)
 
     def went_on_after(self) -> int | None:
-        """The step of the checkpoint that it has resumed, 0 for none; None if it was still built."""
+        """The step of the checkpoint that it resumed, 0 for none; None while it was built."""
         if said := re.search(r"^resuming after step (\d+)$", self.output(), re.MULTILINE):
             return int(said[1])
         return 0 if self.phase()[1] not in ("", "build") else None
