@@ -459,8 +459,7 @@ def test_kill_9_and_sigterm(tmp_path):
     wait_for_step(process, directory, len(before) + 2)
     process.send_signal(signal.SIGTERM)
     output = finish(process, seconds=120)
-    assert f"resuming after step {newest}
-" in output
+    assert f"resuming after step {newest}\n" in output
     records = read_metrics(directory)
     assert curve(records)[: len(before)] == before
     last = records[-1]["step"]
