@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from patience import known_patience, patience, wait_for
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.rollout.weight_sync import DistributedSync
 from megatron_taopd.serving import replicas as module
 from megatron_taopd.serving.replicas import Replicas, ServedModel, State
 from megatron_taopd.serving.server import Server
@@ -69,6 +71,17 @@ def endless(tmp_path_factory):
     shutil.copytree(STUDENT, path, dirs_exist_ok=True)
     tensors = load_file(path / "model.safetensors")
     tensors["model.embed_tokens.weight"][EOS] *= -1
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of the student's sizes and name."""
+    path = tmp_path_factory.mktemp("other") / "student"
+    shutil.copytree(STUDENT, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.5
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     return path
 
@@ -248,8 +261,6 @@ def test_aborted_responses_begin_anew(engine, endless):
 
 def on_ranks(url, path):
     """Greedy, sampled, and what a refusal raises."""
-    import torch.distributed as dist
-
     replicas = Replicas([url], MODEL) if dist.get_rank() == 0 else None
     sync = DiskSync(path)
     engine = engine_on(replicas, sync, version=lambda: 3)
@@ -437,9 +448,120 @@ def test_wrong_server_at_the_url(pair):
         Replicas(["http://127.0.0.1:9"], MODEL)
 
 
+def give(replicas, replica, path):
+    """Weights from a directory, behind everybody's back."""
+    payload = {"model_path": str(path), "weight_version": "default"}
+    replicas.run(replicas.post(replica, "/update_weights_from_disk", payload))
+
+
+def test_a_server_with_other_weights_is_named(pair, other):
+    """Same sizes, same name: only what they answer tells them apart."""
+    first, second = pair.all
+    for replica, path in ((first, STUDENT), (second, other)):
+        give(pair, replica, path)
+    try:
+        with proxy(first.url, lambda *_: None) as third:
+            named = rf"{second.url}: other weights than {first.url} and 1 others: .* by 0.[0-9]+ on"
+            with pytest.raises(ValueError, match=named):
+                Replicas([second.url, first.url, third], MODEL, fixed_weights=True)
+            Replicas([first.url, third], MODEL, fixed_weights=True).close()
+    finally:
+        give(pair, second, STUDENT)
+
+
+def test_a_server_that_comes_back_with_other_weights_is_left_out(pair, other):
+    """Somebody restarts a teacher's server with another model while the run is on."""
+    gone = threading.Event()
+    first = pair.all[0]
+    limits = {"health_every_s": 0.1, "health_timeout_s": 30, "fixed_weights": True}
+    with (
+        proxy(first.url, lambda *_: 500 if gone.is_set() else None) as url,
+        Replicas([url], MODEL, **limits) as replicas,
+    ):
+        [replica] = replicas.all
+        gone.set()
+        wait_for(lambda: replica.state is State.DOWN)
+        give(pair, first, other)
+        gone.clear()
+        wait_for(lambda: "other weights" in replica.trouble)
+        assert replica.state is State.DOWN
+        give(pair, first, STUDENT)
+        wait_for(lambda: replica.state is State.READY)
+
+
+def test_what_a_server_was_started_with_is_said(pair, other):
+    url = pair.all[0].url
+    with Replicas([url], MODEL, fixed_weights=True, dtype="bfloat16") as replicas:
+        assert replicas.remarks == [f"{url} computes in float32, the run in bfloat16"]
+    model = MODEL._replace(path=str(other))
+    with Replicas([url], model, fixed_weights=True, dtype="float32") as replicas:
+        assert replicas.remarks == [f"{url} serves {STUDENT}, which has the sizes of {other}"]
+
+
 def scheduler(replica):
     processes = psutil.Process(replica.server.pid).children(recursive=True)
     return next(p for p in processes if p.name() == "sglang::scheduler")
+
+
+def test_a_server_that_cannot_answer_is_not_waited_for(pair):
+    """Its scheduler is stopped, while it is given weights, so that nobody looks after it."""
+    first, second = pair.run(pair.hold(pair.all))
+    os.kill(scheduler(second).pid, signal.SIGSTOP)
+    with pytest.raises(
+        RuntimeError, match=rf"{second.url}/flush_cache: .* sglang::scheduler .* is s"
+    ):
+        pair.run(pair.post_all("/flush_cache", {}, timeout=3000))
+    os.kill(scheduler(second).pid, signal.SIGCONT)
+    pair.run(pair.deliver([first, second], 0))
+    pair.run(pair.flush())
+
+
+@pytest.fixture
+def alone():
+    """A world of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_server_that_hangs_in_a_push_is_replaced_and_the_other_one_is_not(
+    pair, alone, monkeypatch
+):
+    """The one that is well is waited for no longer than it needs, and looked at, but not blamed."""
+    tensors = list(load_file(f"{STUDENT}/model.safetensors").items())
+    sync = DistributedSync(STUDENT, 150_000, timeout_s=3000)
+    engine = SGLangEngine(pair, MODEL, VOCABULARY, [EOS], sync, lambda: tensors, lambda: 40)
+    engine.update_weights(iter(tensors), 39)
+    first, second = pair.all
+    pids, post, asked, troubles = [r.server.pid for r in pair.all], pair.post, [], []
+
+    async def stops(replica, path, payload, timeout=60):
+        if replica is second and path == "/update_weights_from_distributed":
+            asked.append(path)
+            if len(asked) == 2:
+                os.kill(scheduler(second).pid, signal.SIGSTOP)
+        return await post(replica, path, payload, timeout)
+
+    def push(*args):
+        try:
+            DistributedSync.push(sync, *args)
+        except RuntimeError as error:
+            troubles.append(str(error))
+            raise
+
+    monkeypatch.setattr(pair, "post", stops)
+    monkeypatch.setattr(sync, "push", push)
+    engine.update_weights(iter(tensors), 40)  # goes on: the end of the one explains it
+    assert second.url in troubles[0] and "is stopped (weights 40, model" in troubles[0]
+    assert first.url not in troubles[0] and first.alive and second.state is State.DOWN
+    batch = engine.generate(PROMPTS, range(6), 1, GREEDY)
+    assert_same(batch, local().generate(PROMPTS, range(6), 1, GREEDY))
+    assert set(batch.weight_versions.tolist()) == {40}
+    wait_for(lambda: second.alive, timeout=400)
+    engine.generate(PROMPTS, range(6), 1, GREEDY)
+    assert [r.state for r in pair.all] == [State.READY] * 2 and len(troubles) == 1
+    assert pids[0] == first.server.pid and pids[1] != second.server.pid
+    assert engine.metrics()["rollout/restarts"] == 1
 
 
 def test_dead_and_hung_servers(engine, endless):
@@ -463,7 +585,7 @@ def test_dead_and_hung_servers(engine, endless):
     batch = pending.result()
     assert_same(batch, expected)  # not what the student says, which is what they started with
     assert 21 in batch.weight_versions
-    wait_for(lambda: second.state is State.STALE, seconds=400)
+    wait_for(lambda: second.alive, seconds=400)
     assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
     assert [replica.state for replica in engine.replicas.all] == [State.READY] * 2
     assert [replica.version for replica in engine.replicas.all] == [21, 21]

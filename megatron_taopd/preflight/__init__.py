@@ -286,16 +286,17 @@ def _check_models(config: Config) -> Iterator[Finding]:
 
 
 def _with_one_server(config: Config, directory: str) -> Config:
-    """One server of each model, with its log in another directory."""
+    """One server of each model, with its log in another directory; and all of a teacher that are
+    there already, for they have to agree. (Rollout servers will be given weights.)"""
 
-    def one(servers):
+    def one(servers, urls=None):
         gpus = None if servers.gpus is None else servers.gpus[: servers.tp]
-        return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:1])
+        return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:urls])
 
     return replace(
         config,
         run=replace(config.run, dir=directory),
-        rollout=replace(config.rollout, servers=one(config.rollout.servers)),
+        rollout=replace(config.rollout, servers=one(config.rollout.servers, urls=1)),
         teacher=replace(config.teacher, servers=one(config.teacher.servers)),
     )
 

@@ -481,7 +481,7 @@ class Replicas:
     async def _compare(self) -> None:
         """Raises ValueError if one of those that have their weights serves others than the rest."""
         serving = [replica for replica in self.all if replica.version is not None]
-        if len(serving) > 1 or self.fixed_weights:
+        if len(serving) > 1 or (serving and self.fixed_weights):
             self._reference = agreed(serving, await all_of(map(self.log_probs, serving)))
 
     async def log_probs(self, replica: Replica) -> np.ndarray:

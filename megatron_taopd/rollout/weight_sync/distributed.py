@@ -29,17 +29,11 @@ SLACK_S = 60.0  # after our own time-out NCCL's would end the process
 
 @dataclass
 class _Group:
-    """The trainer's end of a process group with one server.
-
-    Attributes:
-        version: of the weights that the server last had by it.
-        idle: nothing is on its way.
-    """
+    """The trainer's end of a process group with one server, and the version it last had there."""
 
     name: str
     backend: dist.Backend
     version: str | None = None
-    idle: bool = True
 
 
 class DistributedSync(BucketSync):
@@ -51,14 +45,14 @@ class DistributedSync(BucketSync):
 
     One group for each server, not one for all. A server that dies within a collective takes the
     group with it, and the others' workers would wait there till NCCL's watchdog ends them, too.
-    So a failure is that server's alone: its transfer is aborted when its request fails, the others'
-    go on to their end, and a restarted one gets a new group while the others keep theirs. The
-    price: rank 0 sends the weights once for every server (all at a time), where a common ring would
-    send them once.
+    So a failure is that server's alone: its transfer is aborted when its request fails, those to
+    the others come to their end, and a restarted one gets a new group while the others keep theirs.
+    The price: rank 0 sends the weights once for every server (all at a time), where a common ring
+    would send them once.
 
     A group is made on the first push to a server and again when the server is another process than
     it was (its weight version is not what was pushed last; asking costs one token's generation) or
-    the last transfer to it failed. SGLang's end of an abandoned group stays until it exits.
+    the last push to it failed. SGLang's end of an abandoned group stays until it exits.
 
     Bytes: the weights, once for every server. Buckets are flat uint8 (SGLang's "flattened_bucket"),
     so gloo carries bfloat16, too.
@@ -93,7 +87,7 @@ class DistributedSync(BucketSync):
             calls.append((replica, answer, in_background(join)))
         try:
             self._wait(calls)
-        finally:  # of those that joined, although another one did not
+        finally:  # those that joined although another one did not have to be abandoned, too
             for replica, answer, joined in calls:
                 if succeeded(answer) and succeeded(joined):
                     self._groups[replica.url] = _Group(names[replica.url], joined.result())
@@ -137,7 +131,6 @@ class DistributedSync(BucketSync):
         calls = []
         for replica in targets:
             group = self._groups[replica.url]
-            group.idle = False
             request = {
                 "names": [entry.name for entry in bucket.entries],
                 "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
@@ -169,8 +162,6 @@ class DistributedSync(BucketSync):
     def _wait_for(self, replica: Replica, answer: Future, own: Future) -> None:
         wait((answer, own), self.timeout_s, FIRST_EXCEPTION)
         if succeeded(answer) and succeeded(own):
-            if group := self._groups.get(replica.url):
-                group.idle = True
             return
         wait((answer,), GRACE_S)  # the server's own word goes before torch's
         reason = own.exception() if own.done() else None
@@ -186,9 +177,9 @@ class DistributedSync(BucketSync):
             self._groups[replica.url].version = str(version)
 
     def _abandon(self, targets: Sequence[Replica]) -> None:
+        """Of all: who is paused, as they are now, cannot be asked whether it was restarted."""
         for replica in targets:
-            if (group := self._groups.get(replica.url)) and not group.idle:
-                self._drop(replica)
+            self._drop(replica)
 
     def _drop(self, replica: Replica) -> None:
         if group := self._groups.pop(replica.url, None):

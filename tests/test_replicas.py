@@ -1,0 +1,234 @@
+"""What is said of servers, without any: who differs, who is lost, how they were started."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_taopd.serving import replicas as module
+from megatron_taopd.serving.replicas import (
+    Replica,
+    Replicas,
+    ServedModel,
+    agreed,
+    all_of,
+    probe_tokens,
+    remarks,
+)
+from megatron_taopd.serving.server import Server
+
+MODEL = ServedModel("model", {"vocab_size": 100}, 40)
+
+
+def servers(*dtypes):
+    return [SimpleNamespace(url=f"http://{i}", dtype=dtype) for i, dtype in enumerate(dtypes)]
+
+
+# Replicas of one model
+
+
+def test_the_same_tokens_are_asked_about_in_every_run():
+    tokens = np.array(probe_tokens(MODEL))
+    assert tokens.shape == (4, 32) and tokens.min() >= 0 and 90 < tokens.max() < 100
+    assert np.array_equal(tokens, probe_tokens(MODEL))
+    assert np.array(probe_tokens(MODEL._replace(longest=8))).shape == (4, 7)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_the_one_that_differs_is_named(odd):
+    said = [np.full(10, -3.0) for _ in range(3)]
+    said[odd] = said[odd] + 0.06
+    rest = sorted({0, 1, 2} - {odd})
+    message = (
+        f"^http://{odd}: other weights than http://{rest[0]} and 1 others: .* by 0.06 on average"
+    )
+    with pytest.raises(ValueError, match=message):
+        agreed(servers(*["bfloat16"] * 3), said)
+
+
+def test_of_two_both_are_named():
+    with pytest.raises(ValueError, match=r"^http://1: other weights than http://0: .* 0\.001$"):
+        agreed(servers("float32", "float32"), [np.zeros(4), np.full(4, 0.0011)])
+
+
+def test_rounding_is_no_difference():
+    said = [np.zeros(4), np.full(4, 0.045), np.full(4, -0.0005)]
+    found, log_probs = agreed(servers(*["bfloat16"] * 3), said)
+    assert found.url == "http://0" and np.array_equal(log_probs, said[0])
+    with pytest.raises(ValueError, match="http://1"):
+        agreed(servers(*["float32"] * 3), said)
+    agreed(servers("float32", "bfloat16", "float32"), said)  # the coarser of them decides
+
+
+def test_no_numbers_are_no_agreement():
+    with pytest.raises(ValueError, match=r"^http://1: log-probabilities that are not finite$"):
+        agreed(servers("bfloat16", "bfloat16"), [np.zeros(2), np.array([0.0, np.nan])])
+
+
+# How a server was started
+
+
+def test_remarks():
+    plain = {
+        "dtype": "bfloat16",
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "enable_lora": None,
+        "lora_paths": None,
+        "json_model_override_args": "{}",
+    }
+    assert remarks(plain, "bfloat16") == remarks(plain, None) == remarks({}, "float32") == []
+    for key, value, said in (
+        ("dtype", "float16", "computes in float16, the run in bfloat16"),
+        ("quantization", "fp8", "has quantised weights (fp8)"),
+        ("kv_cache_dtype", "fp8_e5m2", "keeps keys and values in fp8_e5m2"),
+        ("enable_lora", True, "takes LoRA adapters, of which requests here name none"),
+        ("lora_paths", ["a"], "takes LoRA adapters, of which requests here name none"),
+        ("json_model_override_args", '{"a": 1}', 'overrides config.json: {"a": 1}'),
+    ):
+        assert remarks(plain | {key: value}, "bfloat16") == [said]
+
+
+def checked(info, **kwargs):
+    """What `_check` says of a server that gives this /model_info."""
+    replicas = Replicas([], MODEL, **kwargs)
+    answers = {"/model_info": {"model_path": "/far/model", **info}, "/server_info": {}}
+
+    async def get(_replica, path):
+        return answers[path]
+
+    async def nothing(*_):
+        return None
+
+    replicas._get, replicas._vocab, replicas._reports_raw = get, nothing, nothing
+    try:
+        replicas.run(replicas._check(Replica("http://a")))
+    finally:
+        replicas.close()
+
+
+def test_servers_that_cannot_be_used():
+    checked({})
+    checked({"load_format": "dummy"})  # it will be given weights
+    with pytest.raises(ValueError, match=r"^http://a has random weights \(--load-format dummy\)$"):
+        checked({"load_format": "dummy"}, fixed_weights=True)
+    with pytest.raises(ValueError, match=r"^http://a embeds, it does not generate"):
+        checked({"is_generation": False})
+    with pytest.raises(ValueError, match=r"^http://a serves another .* found path /far/other"):
+        checked({"model_path": "/far/other"})
+
+
+# Several at a time
+
+
+def test_all_are_waited_for_and_every_failure_is_told():
+    ended = []
+
+    async def one(name, seconds, error=None):
+        await asyncio.sleep(seconds)
+        ended.append(name)
+        if error:
+            raise error
+        return name
+
+    assert asyncio.run(all_of([one("a", 0.02), one("b", 0)])) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"^x$"):
+        asyncio.run(all_of([one("c", 0, ValueError("x")), one("d", 0.05)]))
+    assert ended[-1] == "d"
+    for first, second in ((ValueError, RuntimeError), (RuntimeError, ValueError)):
+        with pytest.raises(first, match=r"^x; y$"):
+            asyncio.run(all_of([one("e", 0.01, first("x")), one("f", 0, second("y"))]))
+
+
+# Signs of life
+
+
+@pytest.fixture
+def worker():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def server_with(worker):
+    server = Server.__new__(Server)
+    server._process = SimpleNamespace(poll=lambda: None)
+    server._workers = {worker: "sglang::scheduler_TP1"}
+    return server
+
+
+def test_a_server_whose_process_is_stopped_or_gone(worker):
+    server = server_with(worker)
+    assert server.trouble() is None
+    said = f"its sglang::scheduler_TP1 (process {worker.pid}) is "
+    worker.send_signal(signal.SIGSTOP)
+    while worker.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    assert server.trouble() == said + "stopped"
+    worker.send_signal(signal.SIGCONT)
+    while worker.status() == psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    assert server.trouble() is None
+    worker.kill()
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert server.trouble() == said + "dead"
+
+
+def posted(monkeypatch, sign, own=None):
+    """What a request says that is never answered, while a server gives this sign of life."""
+    monkeypatch.setattr(module, "PULSE_S", 0.01)
+    replicas = Replicas([], MODEL)
+
+    async def never(*_, **__):
+        await asyncio.sleep(1000)
+
+    replica, replicas._client.post = Replica("http://a"), never
+    replica.server = own
+    replicas._fetch = sign
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            replicas.run(replicas.post(replica, "/pause", {}, timeout=60 if own else 3))
+        return str(caught.value)
+    finally:
+        replicas.close()
+
+
+def test_a_request_to_a_server_out_of_reach_ends(monkeypatch):
+    async def unreachable(*_):
+        raise RuntimeError("http://a/model_info: no answer within 30 s")
+
+    message = posted(monkeypatch, unreachable)
+    assert (
+        message == "http://a/pause: the server is lost: http://a/model_info: no answer within 30 s"
+    )
+
+
+def test_a_server_that_misses_one_sign_of_life_is_waited_for(monkeypatch):
+    asked = []
+
+    async def every_other(*_):
+        asked.append(1)
+        if len(asked) % 2:
+            raise RuntimeError("missed")
+        return SimpleNamespace(status_code=500)  # an answer, whatever it says
+
+    assert posted(monkeypatch, every_other) == "http://a/pause: no answer within 3 s"
+    assert len(asked) > 4
+
+
+def test_the_table_of_processes_tells_of_our_own(monkeypatch):
+    async def well(*_):
+        return SimpleNamespace(status_code=200)
+
+    own = SimpleNamespace(
+        trouble=lambda: "its sglang::scheduler (process 7) is dead", url="http://a"
+    )
+    message = posted(monkeypatch, well, own)
+    assert message.endswith("the server is lost: its sglang::scheduler (process 7) is dead")
