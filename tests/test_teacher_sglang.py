@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
+from math import nan
 from types import SimpleNamespace
 
 import dense
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.vocab import score_topk
-from megatron_taopd.serving.hidden_states import HOOK_ARGS, pack, unpack
+from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, pack, unpack
 from megatron_taopd.serving.replicas import Replicas, ServedModel
 from megatron_taopd.teacher import sglang as module
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
@@ -389,6 +390,32 @@ def test_a_head_that_is_not_the_servers_is_noticed(granite, tmp_path, change):
         with pytest.raises(ValueError, match=served) as caught:
             SGLangTeacher(replicas, model._replace(path=str(tmp_path)), 32, torch.float32)
         assert "\n" not in str(caught.value)
+
+
+class Computes(Servers):
+    """Stands in for servers with a head of their own, each with its factor of the logits."""
+
+    def __init__(self, head, *factors):
+        super().__init__(*factors)
+        self.head = head
+
+    async def post(self, replica, path, request):
+        tokens = torch.tensor(request["input_ids"])
+        hidden = torch.randn(len(tokens), 32, generator=torch.Generator().manual_seed(0))
+        log_probs = (hidden @ self.head.T * replica.says).log_softmax(1)[:-1]
+        said = log_probs.gather(1, tokens[1:, None])[:, 0].tolist()
+        triples = [[None, 0, None], *([lp, 0, None] for lp in said)]
+        return {"meta_info": {KEY: [pack(hidden)], "input_token_logprobs": triples}}
+
+
+def test_every_server_is_compared_with_our_head(tmp_path):
+    save_random(GRANITE, tmp_path)
+    model = ServedModel.of(tmp_path, 116)
+    head = load_file(tmp_path / "model.safetensors")["lm_head.weight"]
+    SGLangTeacher(Computes(head, 1 / 6, 1 / 6), model, 32, torch.float32)
+    for factors, url in (((1 / 6, 1 / 6.1), "url1"), ((1, 1 / 6), "url0"), ((nan, 1), "url0")):
+        with pytest.raises(ValueError, match=rf"teacher.servers: {url}: .* head in {tmp_path} "):
+            SGLangTeacher(Computes(head, *factors), model, 32, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

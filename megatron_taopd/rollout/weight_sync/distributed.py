@@ -86,7 +86,7 @@ class DistributedSync(BucketSync):
             join = partial(join_group, store, name, world_size, address, device, self.timeout_s)
             calls.append((replica, answer, in_background(join)))
         try:
-            self._wait(calls)
+            self._wait(calls, self.timeout_s)
         finally:  # those that joined although another one did not have to be abandoned, too
             for replica, answer, joined in calls:
                 if succeeded(answer) and succeeded(joined):
@@ -128,7 +128,7 @@ class DistributedSync(BucketSync):
     def _broadcast(self, client: Client, targets: Sequence[Replica], bucket: Bucket) -> None:
         if bucket.data.is_cuda:  # it is filled; the device may still have a dead server's transfer
             torch.cuda.current_stream().synchronize()
-        calls = []
+        calls, timeout_s = [], self._time_for(bucket)
         for replica in targets:
             group = self._groups[replica.url]
             request = {
@@ -140,12 +140,12 @@ class DistributedSync(BucketSync):
                 "flush_cache": False,
             }
             path = "/update_weights_from_distributed"
-            answer = client.spawn(client.post(replica, path, request, self.timeout_s))
-            sent = in_background(partial(broadcast, group.backend, bucket.data, self.timeout_s))
+            answer = client.spawn(client.post(replica, path, request, timeout_s))
+            sent = in_background(partial(broadcast, group.backend, bucket.data, timeout_s))
             calls.append((replica, answer, sent))
-        self._wait(calls)
+        self._wait(calls, timeout_s)
 
-    def _wait(self, calls: Sequence[tuple[Replica, Future, Future]]) -> None:
+    def _wait(self, calls: Sequence[tuple[Replica, Future, Future]], timeout_s: float) -> None:
         """Wait until every server has answered and this side is done with it, or either failed.
 
         Each is waited for by itself: one that fails is given up at once, while the transfers to the
@@ -154,13 +154,13 @@ class DistributedSync(BucketSync):
         Raises:
             RuntimeError: what failed, of every server with which something did.
         """
-        waiting = [in_background(partial(self._wait_for, *call)) for call in calls]
+        waiting = [in_background(partial(self._wait_for, *call, timeout_s)) for call in calls]
         errors = [str(error) for error in (future.exception() for future in waiting) if error]
         if errors:
             raise RuntimeError("; ".join(errors))
 
-    def _wait_for(self, replica: Replica, answer: Future, own: Future) -> None:
-        wait((answer, own), self.timeout_s, FIRST_EXCEPTION)
+    def _wait_for(self, replica: Replica, answer: Future, own: Future, timeout_s: float) -> None:
+        wait((answer, own), timeout_s, FIRST_EXCEPTION)
         if succeeded(answer) and succeeded(own):
             return
         wait((answer,), GRACE_S)  # the server's own word goes before torch's
@@ -169,7 +169,7 @@ class DistributedSync(BucketSync):
         if answer.done() and (error := answer.exception()):
             raise error
         answer.cancel()
-        reason = reason or f"no end within {self.timeout_s:g} s"
+        reason = reason or f"no end within {timeout_s:g} s"
         raise RuntimeError(f"{replica.url}: the weight transfer failed: {reason}")
 
     def _succeeded(self, targets: Sequence[Replica], version: int) -> None:

@@ -15,8 +15,9 @@ from megatron_taopd.parallel.objects import told
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
 from megatron_taopd.serving.replicas import all_of
 
-TIMEOUT_S = 600.0  # of a bucket, or a whole checkpoint to be read
+TIMEOUT_S = 600.0  # at most: a whole checkpoint to be read
 CONTROL_TIMEOUT_S = 60.0  # of a request that moves no weights
+BUCKET_TIMEOUT_S, SLOWEST = 120.0, 10e6  # of a bucket, and bytes a second beyond
 CACHE_TAGS = ("kv_cache", "cuda_graph")  # of SGLang's memory, beside "weights"
 
 
@@ -84,7 +85,8 @@ class BucketSync:
     Args:
         hf_dir: Hugging Face directory of the model, for the names and shapes of its tensors.
         bucket_bytes: the most bytes on their way at a time; a larger tensor goes alone.
-        timeout_s: of one request that moves weights; of others at most CONTROL_TIMEOUT_S.
+        timeout_s: the most that a request may take. A server may hang where nobody can see it, so
+            those that move one bucket or nothing have less.
     """
 
     def __init__(self, hf_dir: str | Path, bucket_bytes: int, timeout_s: float = TIMEOUT_S):
@@ -177,6 +179,9 @@ class BucketSync:
     ) -> None:
         timeout_s = self.control_s if timeout_s is None else timeout_s
         client.spawn(post_all(client.post, targets, path, payload, timeout_s)).result()
+
+    def _time_for(self, bucket: Bucket) -> float:
+        return min(self.timeout_s, BUCKET_TIMEOUT_S + bucket.entries[-1].end / SLOWEST)
 
     # What the ways differ in
 

@@ -66,7 +66,8 @@ class TensorSync(BucketSync):
                 "load_format": "flattened_bucket",
                 "flush_cache": False,
             }
-            return client.post(replica, "/update_weights_from_tensor", request, self.timeout_s)
+            path = "/update_weights_from_tensor"
+            return client.post(replica, path, request, self._time_for(bucket))
 
         on_first_rank(update)
         if handles is not None:
