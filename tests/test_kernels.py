@@ -161,8 +161,10 @@ def assert_same(got, want, rtol=1e-5, atol=1e-6):
 
 
 @everywhere
-def test_sums_and_normalizers_of_what_is_not_a_number(spoilt):
-    logits = spoil(make_logits(5000)[0], spoilt)
+@pytest.mark.parametrize("others", ["plain", "-inf"])
+def test_sums_and_normalizers_of_what_is_not_a_number(others, spoilt):
+    clean, _ = make_logits(5000)
+    logits = spoil(clean if others == "plain" else torch.full_like(clean, -INF), spoilt)
     sums, tops = kernels.entropy_sums_and_block_tops(logits)
     normalizer = kernels.log_normalizer(logits)
     assert_same(tops, reductions._block_tops(logits), 0, 0)
