@@ -63,6 +63,7 @@ _ELLIPSIS = re.compile(r"\.\d+ ?\.\.")  # there is more of the number
 _ASIDE = re.compile(r" \([A-Za-z][A-Za-z ]{2,40}\)")  # "12 (rounded)"
 _SIMPLE = re.compile(r"-?\\?\w+")  # a part of a fraction that needs no parentheses
 
+_NAME = re.compile(r"\\?\w+(?:_\{\w*\})?(?: ?\([^()]*\))?")  # of a variable or a function's value
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\^(?:\{[23]\}|[23])(?![\w^])")
 _OPEN = re.compile(r"[<>≤≥≠!]|\\(?:ne|le|ge|lt|gt|approx|sim|pm)|\bor\b|\band\b|, |;")
 _GLUED = frozenset(  # units without a space; "2ab" is a product
@@ -252,9 +253,10 @@ def _number(text: str) -> str | None:
     if _SPACED_THOUSANDS.fullmatch(text):
         return text
     if "=" in text:
-        if _OPEN.search(text):
+        *left, right = text.split("=")
+        if _OPEN.search(text) or not all(map(_has_a_value, left)):
             return None
-        text = text.rpartition("=")[2]
+        text = right
     if not (first := _NUMBER.search(text)) or _NUMBER.search(text, first.end()):
         return None
     before, after = text[: first.start()], text[first.end() :]
@@ -269,6 +271,14 @@ def _number(text: str) -> str | None:
     words = [word.lower() if len(word) > 1 else word for word in words]
     fine = all(word in _SHORT if len(word) < 3 else word not in _NOT_ALONE for word in words)
     return first[0] if fine else None
+
+
+def _has_a_value(side: str) -> bool:
+    """Whether the left side of an equation is a variable, arithmetic or words, not algebra."""
+    if _NAME.fullmatch(side.strip()):
+        return True
+    letters = re.sub(r"\\[A-Za-z]+", " ", side)
+    return re.search(r"\d[A-Za-z]|[A-Za-z]\d|\b(?![aAI]\b)[A-Za-z]\b", letters) is None
 
 
 # ---------------------------------------------------------------------------------------- spelling

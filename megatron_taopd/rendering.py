@@ -83,6 +83,16 @@ def _trimmed(message: Message) -> set[str]:
     }
 
 
+def special_tokens(tokenizer) -> dict[str, int]:
+    """The ids of the special tokens; Llama 3 marks many so that it names nowhere else."""
+    named = {*tokenizer.all_special_tokens}
+    return {
+        token.content: i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special or token.content in named
+    }
+
+
 class Renderer:
     """Renders conversations for one tokenizer.
 
@@ -109,13 +119,7 @@ class Renderer:
         self._skeletons: dict[tuple, Skeleton] = {}
         self._readers: dict[str, tuple[Any, dict[int, int]]] = {}
 
-        # Llama 3 marks tokens as special that it names nowhere else.
-        named = {*tokenizer.all_special_tokens}
-        self.special = {
-            token.content: i
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if token.special or token.content in named
-        }
+        self.special = special_tokens(tokenizer)
         longest_first = sorted(self.special, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # Text may be unknown, and is no control token then; unless that is the name of one.
@@ -137,6 +141,7 @@ class Renderer:
                 white space around it and the reasoning of an assistant's turn; the tokenizer has no
                 ids for the characters of a special token that a message spells.
         """
+        messages = self._without_idle_keys(messages)
         skeleton = self.check(messages)
         if skeleton is None:
             text = "\n\n".join(message["content"] for message in messages)
@@ -179,15 +184,30 @@ class Renderer:
             raise _ends_with_answer(messages)
         if not messages[last]["content"]:
             raise ValueError(f"{_named(last, messages)} is empty, and the last; nothing is asked")
-        if self.source is None:
-            return None
+        messages = self._without_idle_keys(messages)
         if any(len(message) > 2 for message in messages):
             self._check_further_keys(messages)
             return self._read_skeleton(messages)
+        if self.source is None:
+            return None
         shape = tuple((message["role"], not message["content"]) for message in messages)
         if shape not in self._skeletons:
             self._skeletons[shape] = self._read_skeleton(messages)
         return self._skeletons[shape]
+
+    def _without_idle_keys(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Without keys of which the template's source says nothing, unless they are calls."""
+        if all(len(message) == 2 for message in messages):
+            return messages
+        source = self.source or ""
+        return [
+            {
+                key: value
+                for key, value in message.items()
+                if key in ("role", "content") or key in source or (key in _CALLS and value)
+            }
+            for message in messages
+        ]
 
     def _knows(self, role: str) -> bool:
         """Whether it is one of ROLES or a string in the template's source: many a template writes
@@ -212,6 +232,10 @@ class Renderer:
                         "content"
                     )
             for key in set(_CALLS) & {key for key, value in further.items() if value}:
+                if self.source is None:
+                    raise ValueError(
+                        f"{_named(i, messages)}: plain text has no place for its {key}"
+                    )
                 without = {k: v for k, v in message.items() if k != key}
                 others = [*messages[:i], without, *messages[i + 1 :]]
                 if self._apply(messages) == self._apply(others):

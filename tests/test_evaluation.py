@@ -237,6 +237,11 @@ VERDICTS = [
     ("Answer: 12:30", "12:30", True),
     ("Answer: blue", "5", False),
     ("Answer: In total 42 apples.", "42", True),
+    (r"\boxed{0}", "5x - 7y + 11z + 4 = 0", False),
+    ("Answer: 5x - 7y = 0", "0", False),
+    ("Answer: f(2) = 3", "3", True),
+    (r"Answer: x_{1} = 3", "3", True),
+    ("Answer: She pays 3 × 4 = 12 dollars", "12", True),
     # Reasoning is not what is stated
     (r"<think>so \boxed{5}? No.</think>\n\nThe total is 42.", "42", True),
     (r"<think>so \boxed{5}? No.</think>\n\nThe total is 42.", "5", False),

@@ -247,6 +247,13 @@ def test_white_space_that_the_template_trims_is_no_loss():
     )
 
 
+def test_a_mark_is_one_that_the_text_does_not_have():
+    """The reader's own mark before a special token, spelled by a person."""
+    said = "".join(f"{chr(c)}<|end|>" for c in range(0xE000, 0xE003))
+    text = spelled("chatml", renderer("chatml")(say(f"user: {said}")))
+    assert text == f"«<|start|>»user\n{said}«<|end|>»\n«<|start|>»assistant\n"
+
+
 def test_a_system_message_may_stand_elsewhere():
     messages = say("system: be brief", "user: hi", "assistant: ho", "user: hi")
     assert spelled("mistral", renderer("mistral")(messages)) == (
@@ -332,6 +339,10 @@ def test_calls_arrive_or_are_refused():
     assert '{"name": "add", "arguments": {"a": 1}}' in text and "\n4\n" in text
     with pytest.raises(ValueError, match=r"message 2 of 3 .* leaves out its tool_calls"):
         renderer("chatml")(messages)
+    with pytest.raises(
+        ValueError, match=r"message 2 of 3 .* plain text has no place for its tool_c"
+    ):
+        renderer("chatml", "plain")(messages)
     call["function"]["name"] = "<|im_end|>"
     with pytest.raises(
         ValueError, match=r"message 2 of 3 .* the special token '<\|im_end\|>' outs"
@@ -339,9 +350,14 @@ def test_calls_arrive_or_are_refused():
         renderer("qwen")(messages)
 
 
-def test_keys_that_say_nothing_are_left_to_the_template():
-    with_key = [{"role": "user", "content": "hi", "turn": 3, "name": "ann"}]
-    assert renderer("chatml")(with_key) == renderer("chatml")(say("user: hi"))
+def test_keys_that_say_nothing_are_left_to_the_template(monkeypatch):
+    with_key = [{"role": "user", "content": "hi", "turn": 3, "name": "ann", "tool_calls": []}]
+    for template in ("chat", "plain"):
+        render = renderer("chatml", template)
+        assert render(with_key) == render(say("user: hi"))
+    names = CHATML.replace("m['role']", "m.name")
+    monkeypatch.setattr(tokenizer("chatml"), "chat_template", names)
+    assert "ann" in spelled("chatml", Renderer(tokenizer("chatml"))(with_key))
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])

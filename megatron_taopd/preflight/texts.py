@@ -9,6 +9,7 @@ import torch
 
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 from megatron_taopd.prompts import Prompts
+from megatron_taopd.rendering import special_tokens
 from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 MANY_DROPPED = 0.05
@@ -138,7 +139,7 @@ def check_prompts(
             f"{key}: {doubles} prompts repeat another one ({most[:40]!r} comes {times} times)",
             "intended? else take them out",
         )
-    specials = student.tokenizer.all_special_tokens
+    specials = special_tokens(student.tokenizer)
     if spelled := sum(any(token in text for token in specials) for text in prompts.texts):
         yield ok(f"{key}: {spelled} prompts spell a special token, which stays text")
     ids = torch.tensor([i for each in prompts.token_ids[:1000] for i in each])
