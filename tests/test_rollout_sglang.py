@@ -557,7 +557,7 @@ def test_a_server_that_hangs_in_a_push_is_replaced_and_the_other_one_is_not(
     batch = engine.generate(PROMPTS, range(6), 1, GREEDY)
     assert_same(batch, local().generate(PROMPTS, range(6), 1, GREEDY))
     assert set(batch.weight_versions.tolist()) == {40}
-    wait_for(lambda: second.alive, timeout=400)
+    wait_for(lambda: second.alive, seconds=400)
     engine.generate(PROMPTS, range(6), 1, GREEDY)
     assert [r.state for r in pair.all] == [State.READY] * 2 and len(troubles) == 1
     assert pids[0] == first.server.pid and pids[1] != second.server.pid
