@@ -52,6 +52,7 @@ from megatron_taopd.checkpoint_files import (
     sync,
 )
 from megatron_taopd.files import os_errors_of_torch, reason_of
+from megatron_taopd.models import weights
 from megatron_taopd.models.hf_checkpoint import copy_side_files
 from megatron_taopd.models.megatron_checkpoint import SIDE_FILES, check_pickles
 from megatron_taopd.parallel import platform
@@ -386,7 +387,7 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
     _allocate_optimizer_state(student)
     sharded = _sharded_state(student, loading=True)
     loaded = dist_checkpointing.load(sharded, folder, get_default_load_sharded_strategy(folder))
-    student.trunk.load_state_dict(loaded["model"])
+    weights.fill(student.trunk, loaded["model"])
     _load_optimizer(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]
@@ -396,9 +397,9 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
 
 
 def _sharded_state(student: Student, loading: bool) -> dict:
-    model = student.trunk.sharded_state_dict(metadata={"dp_cp_group": student.layout.groups.dp_cp})
+    model = weights.sharded_weights(student.trunk)
     return {
-        "model": model,
+        "model": weights.without_extra_states(model) if loading else model,
         "optimizer": student.optimizer.sharded_state_dict(
             model, is_loading=loading, metadata=_OPTIMIZER
         ),
@@ -433,6 +434,10 @@ def _allocate_optimizer_state(student: Student) -> None:
 
 def _load_optimizer(student: Student, state: dict) -> None:
     (distributed,) = student.optimizer.chained_optimizers
+    # The updates so far: a float where torch's Adam has saved them. The others' kernels want an
+    # integer, and they have none before the first update.
+    for group in state["optimizer"]["param_groups"]:
+        group["step"] = int(group.get("step", 0))
     if not isinstance(distributed.optimizer, torch.optim.AdamW):
         student.optimizer.load_state_dict(state)
         return

@@ -6,7 +6,7 @@ one of them. What is written does not depend on how many there were, nor on a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -29,14 +29,12 @@ from megatron_taopd.models.hf_checkpoint import (
 )
 from megatron_taopd.models.hf_map import Parameter
 from megatron_taopd.models.megatron_checkpoint import (
+    EXTRA_STATE,
     SIDE_FILES,
     MegatronCheckpoint,
     MegatronWriter,
     find_keys,
 )
-
-# Megatron's linear layers keep a state of TransformerEngine's beside their weights and ask for it.
-_WITH_EXTRA_STATE = ("linear_qkv", "linear_proj", "core_attention", "linear_fc1", "linear_fc2")
 
 Advance = Callable[[int, int], None]  # bytes done since the last call, bytes to do on this rank
 
@@ -108,7 +106,7 @@ def to_megatron(
             writer.write(parameter.key, whole, parameter.index, parameter.shape, dim, chunks)
             advance(whole.nbytes, to_do)
         if rank == 0:
-            for key in _extra_states(hf):
+            for key in _extra_states(parameters.values()):
                 writer.write_object(key, None)
         writer.finish(
             {
@@ -139,21 +137,24 @@ def _dtypes_by_key(
     return {key: dtype for key, (dtype, _) in dtypes.items()}
 
 
-def _extra_states(hf: PretrainedConfig) -> Iterator[str]:
-    layers = hf.num_hidden_layers
-    experts = hf_map.num_experts(hf)
-    for i in range(layers):
-        for module in _WITH_EXTRA_STATE:
-            if not module.startswith("linear_fc"):
-                key = f"decoder.layers.self_attention.{module}"
-            elif not experts:
-                key = f"decoder.layers.mlp.{module}"
-            else:
-                for e in range(experts):
-                    key = f"decoder.layers.mlp.experts.experts.{module}"
-                    yield f"{key}._extra_state/shard_{i}.{e}_{layers}.{experts}"
-                continue
-            yield f"{key}._extra_state/shard_{i}_{layers}"
+def _extra_states(parameters: Iterable[Parameter]) -> list[str]:
+    """Name the states that Megatron asks for next to weights.
+
+    All of TransformerEngine's modules have one, norms among them, in older versions its attention,
+    too; of Megatron's own modules the linear layers have. Without FP8 it is empty.
+    """
+    found = {}
+    for parameter in parameters:
+        module = parameter.key.rsplit(".", 1)[0]
+        if not module.startswith("decoder.") or module.endswith(".router"):
+            continue
+        index, shape = parameter.index or (0,), parameter.shape or (1,)
+        shard = "_".join(".".join(map(str, numbers)) for numbers in (index, shape))
+        found[f"{module}.{EXTRA_STATE}/shard_{shard}"] = None
+        if module.endswith("self_attention.linear_proj"):
+            attention = module.replace("linear_proj", "core_attention")
+            found[f"{attention}.{EXTRA_STATE}/shard_{shard}"] = None
+    return list(found)
 
 
 # ----------------------------------------------------------------------------------------- M → HF

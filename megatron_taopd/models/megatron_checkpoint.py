@@ -40,6 +40,7 @@ from megatron_taopd.models.hf_map import Parameter, Vocabulary
 
 # Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
 SIDE_FILES = "hf"
+EXTRA_STATE = "_extra_state"  # ends the key of what a module keeps next to its parameters
 _BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,

@@ -23,6 +23,7 @@ from megatron_taopd.models.hf_checkpoint import (
     whole_shapes,
 )
 from megatron_taopd.models.megatron_checkpoint import (
+    EXTRA_STATE,
     MegatronCheckpoint,
     check_pickles,
     find_keys,
@@ -77,22 +78,40 @@ def load_megatron(model: Trunk, directory: str | Path) -> None:
     checkpoint = MegatronCheckpoint(directory)
     keys = find_keys(checkpoint, model.hf, hf_map.parameters(model.hf))
     check_pickles(directory)  # which Megatron unpickles without looking
-    metadata = {
-        "dp_cp_group": model.layout.groups.dp_cp,
-        "non_homogeneous_layers": layers_are_apart(keys.values(), directory),
-    }
-    sharded = {
-        name: tensor
-        for name, tensor in model.sharded_state_dict(metadata=metadata).items()
-        if not name.endswith("_extra_state")
-    }
+    sharded = without_extra_states(
+        sharded_weights(model, layers_are_apart(keys.values(), directory))
+    )
     try:
         loaded = dist_checkpointing.load(sharded, str(directory))
     except Exception as error:  # Megatron and torch raise a dozen kinds on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{directory}: Megatron cannot load it: {reason[:300]}") from error
-    missing, _unexpected = model.load_state_dict(loaded, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    fill(model, loaded)
+
+
+def sharded_weights(model: Trunk, apart: bool = False) -> dict:
+    """Describe this rank's parts of the model to Megatron's checkpointing.
+
+    Args:
+        apart: each layer has tensors of its own there, instead of a part of one for all layers.
+    """
+    metadata = {"dp_cp_group": model.layout.groups.dp_cp, "non_homogeneous_layers": apart}
+    return model.sharded_state_dict(metadata=metadata)
+
+
+def without_extra_states(state: dict) -> dict:
+    """Leave out what TransformerEngine keeps next to weights: the scales of FP8, which is not used.
+
+    Which modules have such a state depends on the layers: a checkpoint that was written with
+    TransformerEngine has other ones than a model without it asks for, and the other way round.
+    """
+    return {name: value for name, value in state.items() if EXTRA_STATE not in name}
+
+
+def fill(model: torch.nn.Module, state: dict) -> None:
+    """Give the model all its parameters. What else either of them has is left alone."""
+    missing, _unexpected = model.load_state_dict(without_extra_states(state), strict=False)
+    missing = [name for name in missing if EXTRA_STATE not in name]
     assert not missing, missing
 
 

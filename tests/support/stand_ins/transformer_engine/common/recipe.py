@@ -1,0 +1,16 @@
+"""Classes that Megatron derives from or names; a recipe is of FP8."""
+
+
+class Recipe: ...
+
+
+class DelayedScaling(Recipe): ...
+
+
+class Float8CurrentScaling(Recipe): ...
+
+
+class Float8BlockScaling(Recipe): ...
+
+
+class MXFP8BlockScaling(Recipe): ...
