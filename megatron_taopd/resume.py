@@ -19,6 +19,7 @@ import torch
 from megatron_taopd import checkpoint_files
 from megatron_taopd.models.hf_checkpoint import HFCheckpoint
 from megatron_taopd.models.megatron_checkpoint import SIDE_FILES
+from megatron_taopd.parallel import watchdog
 
 MOST_NAMED = 4  # differences of two config.json in one line
 LONGEST = 60  # characters of a value there
@@ -89,7 +90,7 @@ def model(hf_dir: str | Path, weights: bool = True) -> dict[str, Any]:
 
 
 def _file(path: str | Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, watchdog.file_io():
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"path": str(path), "content": f"{file.tell():,} bytes, SHA-256 {digest[:16]}…"}
 
