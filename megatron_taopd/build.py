@@ -39,7 +39,6 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.parallel.objects import of_first_rank
     from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.prompts import PromptStream, load_prompts
-    from megatron_taopd.rollout.engine import Sampling
     from megatron_taopd.rollout.horizon import Horizon
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
@@ -139,15 +138,8 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
             )
     else:
         ends, size = student_vocabulary.ends, vocab_map.size
-        engine = sglang_engine(config, servers, student, ends, size, prompts.token_ids)
-    sampling = Sampling(
-        max_new_tokens=rollout.max_new_tokens,
-        samples=rollout.samples,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop_token_ids=rollout.stop_token_ids,
-    )
+        engine = sglang_engine(config, servers, student, ends, size, prompts.token_ids, chunk_rows)
+    sampling = sampling_of(rollout)
 
     horizon = Horizon(
         rollout.horizon,
@@ -255,11 +247,25 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     )
 
 
-def begin_rollout_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
+def sampling_of(rollout: configuration.RolloutSection):
+    """How training responses are drawn."""
+    from megatron_taopd.rollout.engine import Sampling
+
+    return Sampling(
+        max_new_tokens=rollout.max_new_tokens,
+        samples=rollout.samples,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=rollout.stop_token_ids,
+    )
+
+
+def begin_rollout_servers(config: configuration.Config, dtype: torch.dtype, **options) -> Future:
     """Start or find the student's servers, on rank 0, while this process does other things."""
     longest = max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     longest += config.data.max_prompt_tokens
-    return begin_servers(config, "rollout", config.student.path, longest, dtype)
+    return begin_servers(config, "rollout", config.student.path, longest, dtype, **options)
 
 
 def begin_teacher_servers(config: configuration.Config, dtype: torch.dtype) -> Future:
@@ -338,7 +344,9 @@ def read_heads(config, student, vocab_map, chunk_rows: int):
     return Heads(student.head_weight, teacher_head, shard, chunk_rows)
 
 
-def sglang_engine(config, servers: Future, student, ends, vocab_size: int, prompts):
+def sglang_engine(
+    config, servers: Future, student, ends, vocab_size: int, prompts, chunk_rows: int
+):
     """The engine on servers that were begun; ValueError on every rank if they do not serve."""
     from megatron_taopd.rollout import weight_sync
     from megatron_taopd.rollout.sglang import SGLangEngine
@@ -354,7 +362,10 @@ def sglang_engine(config, servers: Future, student, ends, vocab_size: int, promp
         ),
     }
     log_probs = partial(
-        sequence_log_probs, student, micro_batch_tokens=config.train.micro_batch_tokens
+        sequence_log_probs,
+        student,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        chunk_rows=chunk_rows,
     )
     return SGLangEngine(
         replicas,

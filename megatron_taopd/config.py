@@ -421,6 +421,7 @@ _SHARE: _Rule = (lambda v: 0 < v <= 1, "in (0, 1]")
 _INSIDE: _Rule = (lambda v: 0 < v < 1, "strictly between 0 and 1")
 _DECAY: _Rule = (lambda v: 0 <= v < 1, "in [0, 1)")
 _POSITIVE: _Rule = (lambda v: 0 < v < math.inf, "more than 0")
+_PORT: _Rule = (lambda v: 1 <= v < 1 << 16, "a port, 1 to 65535")
 _ONE: _Rule = (lambda v: v == 1, "1: a mixture of experts can be a teacher only")
 
 _RULES: dict[str, _Rule] = {
@@ -454,6 +455,9 @@ _RULES: dict[str, _Rule] = {
             "timeout_s": _POSITIVE,
             "attempts": _COUNT,
             "start_timeout_s": _POSITIVE,
+            "context_length": _COUNT,
+            "max_running_requests": _COUNT,
+            "max_total_tokens": _COUNT,
             "mem_fraction": _INSIDE,
         }.items()
     },
@@ -490,6 +494,7 @@ _RULES: dict[str, _Rule] = {
     "guard.teacher_every": _NOT_NEGATIVE,
     "watchdog.silent_s": (lambda v: v == 0 or 1 <= v < math.inf, "0 or at least 1"),
     "watchdog.stuck_s": _NOT_NEGATIVE,
+    "log.prometheus_port": _PORT,
 }
 
 
@@ -631,6 +636,13 @@ def _check_engines(config: Config) -> None:
         )
 
 
+# Of servers that a run starts itself. (With those that are there, the plan asks for `tp`.)
+_OF_OWN_SERVERS = (
+    "replicas", "gpus", "host", "context_length", "max_running_requests", "max_total_tokens",
+    "mem_fraction", "args",
+)  # fmt: skip
+
+
 def _check_servers(model: str, servers: ServersSection) -> None:
     key = f"{model}.servers"
     if find_spec("sglang") is None:
@@ -638,11 +650,14 @@ def _check_servers(model: str, servers: ServersSection) -> None:
             f"{model}.engine: sglang, which is not installed: pip install '.[sglang]' with CUDA, "
             "requirements/sglang-cpu.txt without"
         )
-    if servers.urls and servers.gpus:
-        raise ValueError(
-            f"{key}.gpus: {listed(servers.gpus)} with {key}.urls, whose servers the run does not "
-            "start; leave one of them out"
-        )
+    for name in _OF_OWN_SERVERS if servers.urls else ():
+        value = getattr(servers, name)
+        if value != getattr(ServersSection, name):
+            value = listed(value) if isinstance(value, tuple) else value
+            raise ValueError(
+                f"{key}.{name}: {value} with {key}.urls, whose servers the run does not start; "
+                "leave one of them out"
+            )
     wanted = servers.replicas * servers.tp
     if servers.gpus is not None and len(set(servers.gpus)) != wanted:
         raise ValueError(

@@ -371,6 +371,17 @@ def test_overrides_that_are_refused(user, override, parts):
             f"{SERVERS}gpus=[6] {SERVERS}urls=[http://node:30000]",
             ("rollout.servers.gpus: 6", "rollout.servers.urls", "leave one of them out"),
         ),
+        (
+            f"{SERVERS}args=[--log-level,error] {SERVERS}urls=[http://node:30000]",
+            ("rollout.servers.args: --log-level, error", "leave one of them out"),
+        ),
+        (
+            f"{SERVERS}mem_fraction=0.5 {SERVERS}urls=[http://node:30000]",
+            ("rollout.servers.mem_fraction: 0.5 with rollout.servers.urls", "leave one of them"),
+        ),
+        (f"{SERVERS}context_length=0", ("rollout.servers.context_length: 0", "at least 1")),
+        (f"{SERVERS}max_total_tokens=0", ("rollout.servers.max_total_tokens: 0", "at least 1")),
+        ("log.prometheus_port=0", ("log.prometheus_port: 0", "1 to 65535")),
         (f"{SERVERS}urls=[node:30000]", ("rollout.servers.urls: 'node:30000'", "http://HOST:PORT")),
         (f"{SERVERS}api_key_env=NO_SUCH_KEY", ("servers.api_key_env: NO_SUCH_KEY is not set",)),
         (

@@ -424,6 +424,12 @@ def test_kept_outputs_are_those_of_a_replay(sequence):
         )
 
 
+def test_all_rows_are_kept_of_a_full_selection(setup_of):
+    """Whatever the ratio, as in a run."""
+    assert setup_of("selection.ratio=0.3").workload.kept == 0.3
+    assert setup_of("selection.ratio=0.3", "selection.selector=full").workload.kept == 1.0
+
+
 def test_replay_falls_back_where_the_outputs_do_not_fit(setup_of):
     replay = ("train.schedule=replay", "rollout.prompts=64")
     assert "kept layer outputs" in items(setup_of(*replay), "training")

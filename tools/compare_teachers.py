@@ -2,9 +2,9 @@
 
     python tools/compare_teachers.py examples/tiny_pair.yaml --topk 16 64
 
-The configuration's student answers its prompts. The teacher reads the answers in this process
-(transformers, fp32) and on an SGLang server, which is started here unless --url names some: its
-hidden states, and its top-K alone. One process; both models have to fit it.
+The configuration's student answers its prompts, as it would in a run. The teacher reads the answers
+in this process (transformers, fp32) and on the servers of `teacher.servers`: its hidden states, and
+its top-K alone. One process; both models have to fit it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,17 +23,17 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_taopd import config as configuration
+from megatron_taopd.build import sampling_of
 from megatron_taopd.models.hf_checkpoint import load_model
 from megatron_taopd.models.weights import load_head
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.prompts import load_prompts
-from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.scoring import Heads, TopkHeads
 from megatron_taopd.selection import select
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
-from megatron_taopd.serving.replicas import CONTEXT_MARGIN, Replicas, ServedModel
-from megatron_taopd.serving.server import Server
+from megatron_taopd.serving.launch import open_replicas
+from megatron_taopd.serving.replicas import ServedModel
 from megatron_taopd.teachability import learnable_disagreement
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.types import Sequences, TokenScores
@@ -47,15 +47,16 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--topk", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--ratio", type=float, default=0.1, help="kept rows")
+    parser.add_argument("--ratio", type=float, help="kept rows; default: selection.ratio")
+    parser.add_argument("--url", nargs="+", help="instead of teacher.servers.urls")
     parser.add_argument(
-        "--url", nargs="+", default=[], help="servers of the teacher that are there"
+        "--mem-fraction", type=float, help="instead of teacher.servers.mem_fraction"
     )
-    parser.add_argument("--mem-fraction", type=float, help="of our own server; SGLang's default")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration")
     arguments = parser.parse_args()
     config = configuration.load(arguments.config, ["run.dir=unused", *arguments.set])
+    ratio = arguments.ratio or config.selection.ratio
 
     vocabularies = [Vocabulary.from_pretrained(m.path) for m in (config.student, config.teacher)]
     vocabularies[0] = vocabularies[0].ending_at(config.rollout.stop_token_ids)
@@ -74,16 +75,14 @@ def main() -> None:
     exact = heads.scores(student_rows, hidden_rows(teacher, reading), k)
 
     with tempfile.TemporaryDirectory() as logs:
-        start = partial(
-            Server,
-            model.path,
-            Path(logs) / "server.log",
-            dtype="float32",
-            context_length=model.longest + CONTEXT_MARGIN,
-            mem_fraction=arguments.mem_fraction,
-            args=HOOK_ARGS,
+        servers = replace(
+            config.teacher.servers,
+            urls=tuple(arguments.url or config.teacher.servers.urls),
+            mem_fraction=arguments.mem_fraction or config.teacher.servers.mem_fraction,
         )
-        with Replicas(arguments.url or [start], model, fixed_weights=True) as replicas:
+        with open_replicas(
+            servers, model, torch.float32, Path(logs), fixed_weights=True, args=HOOK_ARGS
+        ) as replicas:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
             rows = served.read(reading).held.rows
             found = {"hidden states": (heads.scores(student_rows, rows, k), {})}
@@ -100,10 +99,9 @@ def main() -> None:
         "prompts": batch.num_sequences,
         "rows": batch.num_rows,
         "k": k,
-        "ratio": arguments.ratio,
+        "ratio": ratio,
         "forms": {
-            name: compare(scores, exact, arguments.ratio) | extra
-            for name, (scores, extra) in found.items()
+            name: compare(scores, exact, ratio) | extra for name, (scores, extra) in found.items()
         },
     }
     console = Console()
@@ -119,7 +117,8 @@ def load(path: str):
 
 
 def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
-    """The student's answers, and the prompts as the teacher reads them (None: alike)."""
+    """The student's answers, one to a prompt, and the prompts as the teacher reads them (None:
+    alike)."""
     student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
     prompts = load_prompts(
         config.data.prompts,
@@ -129,22 +128,18 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         template=config.data.template,
         system=config.data.system,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        limit=limit,
+        limit=min(limit, config.data.limit or limit),
         teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
     )
+    rollout = config.rollout
     engine = LocalEngine(
         load(config.student.path),
+        batch_size=rollout.batch_size,
         seed=config.run.seed,
         vocab_size=size,
         eos_token_ids=vocabularies[0].ends,
     )
-    rollout = config.rollout
-    sampling = Sampling(
-        rollout.max_new_tokens,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-    )
+    sampling = replace(sampling_of(rollout), samples=1)
     batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
     return batch, prompts.teacher_token_ids
 

@@ -146,7 +146,7 @@ class Setup:
             rollout.prompts * rollout.samples,
             _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),
             _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
-            config.selection.ratio,
+            1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens

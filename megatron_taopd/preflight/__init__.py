@@ -249,8 +249,10 @@ def _vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
     return student.ending_at(config.rollout.stop_token_ids), teacher
 
 
-def _read_prompts(config: Config, student: Vocabulary, teacher: Vocabulary | None) -> Prompts:
-    """As the run reads them, whatever their length; without a teacher, those of the evaluation."""
+def _read_prompts(
+    config: Config, student: Vocabulary, teacher: Vocabulary | None, most: int = ANY_LENGTH
+) -> Prompts:
+    """As the run reads them, up to so many tokens; without a teacher, those of the evaluation."""
     data, both = config.data, teacher is not None and config.teacher.prompt == "own"
     return load_prompts(
         data.prompts if teacher else config.eval.prompts,
@@ -259,7 +261,7 @@ def _read_prompts(config: Config, student: Vocabulary, teacher: Vocabulary | Non
         None if teacher else data.answer_column,
         data.template,
         data.system,
-        ANY_LENGTH,
+        most,
         data.limit if teacher else config.eval.limit,
         teacher.tokenizer if both else None,
     )
@@ -311,10 +313,9 @@ def _compare(config: Config) -> Iterator[Finding]:
     micro_batch_tokens = config.train.micro_batch_tokens
     student_vocabulary, teacher_vocabulary = _vocabularies(config)
     vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
-    limited = replace(config, data=replace(config.data, limit=1000))
-    prompts = _read_prompts(limited, student_vocabulary, teacher_vocabulary)
+    first = replace(config, data=replace(config.data, limit=1))
     most = config.data.max_prompt_tokens
-    chosen = next(i for i, ids in enumerate(prompts.token_ids) if len(ids) <= most)
+    prompts = _read_prompts(first, student_vocabulary, teacher_vocabulary, most)
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = agreement.available_bytes(local_ranks)
@@ -332,11 +333,12 @@ def _compare(config: Config) -> Iterator[Finding]:
     )
     engine = _engine(config, student_vocabulary)
     try:
-        prompt, stops = prompts.token_ids[chosen], rollout.stop_token_ids
+        prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
         batch = agreement.answer(engine, prompt, rollout.max_new_tokens, stops)
     finally:
         engine.close()
-    yield from agreement.check_engine(batch, student, micro_batch_tokens, rollout.engine)
+    rows = rows_within(config.train.head_memory_mib << 20, student.shard.stop - student.shard.start)
+    yield from agreement.check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
 
     if config.teacher.engine == "sglang":
         servers = build.begin_teacher_servers(config, dtype)
@@ -349,15 +351,15 @@ def _compare(config: Config) -> Iterator[Finding]:
             yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
             return
         teacher = MegatronTeacher(
-            config.teacher.path, forward_layout(**vars(parallel)), dtype, micro_batch_tokens
+            config.teacher.path,
+            forward_layout(**vars(parallel)),
+            dtype,
+            micro_batch_tokens,
+            config.teacher.offload,
         )
     try:
-        rows = rows_within(
-            config.train.head_memory_mib << 20, student.shard.stop - student.shard.start
-        )
         heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
         theirs = prompts.teacher_token_ids
-        batch = replace(batch, prompts=batch.prompts + chosen)
         reading, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
         yield from agreement.check_teacher(
             batch, reading, student, teacher, heads, micro_batch_tokens, config.selection.k
@@ -371,17 +373,16 @@ def _engine(config: Config, vocabulary: Vocabulary):
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.sglang import SGLangEngine
 
-    dtype, path = DTYPES[config.train.precision], config.student.path
+    dtype = DTYPES[config.train.precision]
     if config.rollout.engine == "local":
         return LocalEngine.from_hf(
-            path,
+            config.student.path,
             dtype,
             platform.device(),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             eos_token_ids=vocabulary.ends,
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    servers = build.begin_servers(config, "rollout", path, longest, dtype, fixed_weights=True)
+    servers = build.begin_rollout_servers(config, dtype, fixed_weights=True)
     model, replicas = build.ready(servers, "rollout.servers")
     return SGLangEngine(replicas, model, model.vocab_size, vocabulary.ends, None, tuple)

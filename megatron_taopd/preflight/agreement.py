@@ -68,11 +68,15 @@ def answer(
 
 
 def check_engine(
-    batch: RolloutBatch, student: ReadOnlyStudent, micro_batch_tokens: int, engine: str
+    batch: RolloutBatch,
+    student: ReadOnlyStudent,
+    micro_batch_tokens: int,
+    chunk_rows: int,
+    engine: str,
 ) -> list[Finding]:
     """What the engine says of its tokens beside what the trainer says of them."""
     (tokens,) = (batch.sequence(i) for i in range(batch.num_sequences))
-    trainer = sequence_log_probs(student, [tokens.tolist()], micro_batch_tokens)
+    trainer = sequence_log_probs(student, [tokens.tolist()], micro_batch_tokens, chunk_rows)
     gap = (trainer[-batch.num_rows :] - batch.log_probs).abs()
     tolerance = TOLERANCE[student.dtype]
     seen = (

@@ -1,0 +1,203 @@
+"""Keys of a step, through a real run: what it logs is what a dense float64 step comes to."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import cycle
+from pathlib import Path
+from types import SimpleNamespace
+
+import dense
+import pytest
+import torch
+from keys import (
+    ADAM,
+    BF16,
+    BOUNDS,
+    KEYS,
+    MINI_BATCHES,
+    OFFLOAD,
+    RECOMPUTE,
+    STEP,
+    given,
+    value,
+    written,
+)
+from observed import FROZEN, STUDENT, TEACHER, observe
+from safetensors.torch import load_file
+from step import row_logits
+from test_optimizer import Reference
+
+from megatron_taopd.batching import split_mini_batches
+
+SIZE = 1152  # of both vocabularies, which are the same
+ROWS = ["rollout.prompts=24", "data.shuffle=false"]
+
+SELECTORS = [name for name, test in KEYS["selection.selector"].items() if test == STEP]
+CASES = [*zip(SELECTORS, cycle(KEYS["loss.kind"]))]
+
+
+@pytest.mark.parametrize(("selector", "kind"), CASES)
+def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
+    """Student and teacher have changed places, so that their paths matter, too."""
+    paths = {"student.path": TEACHER, "teacher.path": STUDENT}
+    keys = given(
+        STEP,
+        paths | {"selection.selector": selector, "loss.kind": kind},
+    )
+    seen = observe([f"run.dir={tmp_path}", *ROWS, *written(keys)])
+    [record], [(grad_norm, _)] = seen.steps, seen.updates
+    batch = seen.generated[0].batch
+
+    z_s, z_t, student = row_logits(TEACHER, STUDENT, batch, SIZE)
+    k, ratio = value(keys["selection.k"]), value(keys["selection.ratio"])
+    columns = {
+        "disagreement": dense.disagreement(z_s.detach(), z_t, k),
+        "compatibility": dense.compatibility(z_s.detach(), z_t, k),
+        "student_entropy": dense.entropy(z_s.detach()),
+        "teacher_entropy": dense.entropy(z_t),
+    }
+    mask = torch.ones(batch.num_rows, dtype=torch.bool)
+    if selector != "full":
+        mask = dense.select(dense.selector_scores(selector, *list(columns.values())[:3]), ratio)
+    beta, alpha = value(keys["loss.beta"]), value(keys["loss.alpha"])
+    if kind == "sampled_token":
+        tokens = batch.response_tokens()[mask, None]
+        log_s, log_t = (z.log_softmax(1).gather(1, tokens)[:, 0] for z in (z_s[mask], z_t[mask]))
+        ratios = (log_s - batch.log_probs[mask].double()).exp()
+        loss = (ratios * (log_s - log_t).detach()).mean()
+    else:
+        loss = dense.divergence(z_s[mask], z_t[mask], kind, None, beta, alpha).mean()
+
+    assert (record["valid_rows"], record["kept_rows"]) == (batch.num_rows, int(mask.sum()))
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    expected = {}
+    for name, column in columns.items():
+        for q, suffix in ((0.05, "q05"), (0.5, "q50"), (0.95, "q95")):
+            expected[f"scores/{name}_{suffix}"] = dense.quantile(column.tolist(), q)
+        expected[f"selection/kept_{name}"] = column[mask].mean().item()
+    for name, wanted in expected.items():
+        assert record[name] == pytest.approx(wanted, rel=1e-3, abs=1e-5), name
+    # Where both models are sure, all that there is of a gradient is rounding.
+    wanted = pytest.approx(norm(loss, student), rel=1e-4, abs=1e-6)
+    assert grad_norm == record["grad_norm"] == wanted
+
+
+def norm(loss, student) -> float:
+    gradients = torch.autograd.grad(loss, [*student.parameters()], retain_graph=True)
+    return math.sqrt(sum(float(g.pow(2).sum()) for g in gradients))
+
+
+def test_mini_batches_are_steps_with_their_own_means(tmp_path):
+    """The weights stay, so that every one of them can be compared with the same dense student."""
+    keys = given(MINI_BATCHES)
+    seen = observe([f"run.dir={tmp_path}", FROZEN, *ROWS, *written(keys)])
+    assert len(seen.updates) == value(keys["train.mini_batches"])
+    batch = seen.generated[0].batch
+    z_s, z_t, student = row_logits(STUDENT, TEACHER, batch, SIZE)
+    scores = [f(z_s.detach(), z_t, 16) for f in (dense.disagreement, dense.compatibility)]
+    priority = dense.selector_scores("teachability", *scores, dense.entropy(z_s.detach()))
+    mask = dense.select(priority, 0.1)
+    losses = dense.divergence(z_s, z_t)
+    parts = split_mini_batches(batch, mask, len(seen.updates))
+    assert all(part.any() for part in parts)
+    wanted = [norm(losses[part].mean(), student) for part in parts]
+    assert [grad_norm for grad_norm, _ in seen.updates] == pytest.approx(wanted, rel=1e-4)
+    assert seen.steps[0]["loss"] == pytest.approx(losses[mask].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", KEYS["optimizer.decay"])
+def test_the_optimizer_is_adamw(tmp_path, decay):
+    """torch's, in float64, with the run's own gradients: three steps of two mini-batches."""
+    keys = given(ADAM, {"optimizer.decay": decay})
+    settings = SimpleNamespace(**{k.removeprefix("optimizer."): value(t) for k, t in keys.items()})
+    steps = ["train={steps: 3, mini_batches: 2}", "selection.ratio=0.5"]
+    options = [*steps, "checkpoint.export_hf=true", *written(keys)]
+    seen = observe([f"run.dir={tmp_path}", *options], gradients)
+    assert seen.status == 0 and len(seen.updates) == 6
+    reference = Reference(load_file(f"{STUDENT}/model.safetensors"), settings)
+    wanted = [reference.step(taken, n, 6) for n, taken in enumerate(seen.found, 1)]
+    assert [*sum(seen.updates, ())] == pytest.approx([*sum(wanted, ())], rel=1e-5)
+    trained = load_file(tmp_path / "student" / "model.safetensors")
+    for name, weights in reference.weights.items():
+        assert (trained[name].double() - weights).abs().max() < 2e-6, name
+
+
+def gradients(run):
+    """Those of each update that is taken from now on, whole, by Hugging Face name."""
+    from megatron_taopd.models.weights import export_weights
+
+    taken, step = [], run.student.step
+
+    def noted():
+        exported = export_weights(run.student.trunk, read=lambda p: p.main_grad)
+        taken.append({name: tensor.clone() for name, tensor in exported})
+        return step()
+
+    run.student.step = noted
+    return taken
+
+
+# ------------------------------------------------------------------------- precision and memory
+
+
+def dtypes(run):
+    models = {
+        "engine": run.engine.model,
+        "student": run.student.trunk,
+        "teacher": run.teacher.trunk,
+    }
+    found = {name: next(model.parameters()).dtype for name, model in models.items()}
+    return found | {"teacher's head": run.heads.teacher.dtype}
+
+
+def test_everything_is_in_the_precision_of_the_run(tmp_path):
+    keys = given(BF16)
+    seen = observe([f"run.dir={tmp_path}", *written(keys), "checkpoint.export_hf=true"], dtypes)
+    assert set(seen.found.values()) == {torch.bfloat16}, seen.found
+    assert {p.dtype for p in seen.passes} == {"torch.bfloat16"}
+    with open(tmp_path / "student" / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"BF16"}
+
+
+# Of a layer of the student that trains: forward passes through it, and through its attention.
+TWICE = {"none": (1, 1), "selective": (1, 2), "full": (2, 2)}
+
+
+@pytest.mark.parametrize("recompute", ["none", *KEYS["train.recompute"]])
+def test_recomputation_runs_parts_of_the_layers_twice(tmp_path, recompute):
+    keys = {} if recompute == "none" else given(RECOMPUTE, {"train.recompute": recompute})
+    seen = observe([f"run.dir={tmp_path}", *written(keys)])
+    layers = json.loads((Path(STUDENT) / "config.json").read_text())["num_hidden_layers"]
+    [trained] = [p for p in seen.passes if p.trains]
+    assert (trained.layers / layers, trained.attentions / layers) == TWICE[recompute]
+    [scored] = [p for p in seen.passes if p.whose == "student" and not p.trains]
+    assert (scored.layers, scored.attentions) == (layers, layers)
+
+
+def test_micro_batches_and_logits_stay_within_their_bounds(tmp_path):
+    """Of a batch that is larger than both."""
+    keys = given(BOUNDS)
+    limit, memory = (value(keys[f"train.{n}"]) for n in ("micro_batch_tokens", "head_memory_mib"))
+    options = ["rollout.prompts=24", "selection.selector=full"]
+    for name in keys:  # the one without the other: a micro-batch of 100 has few rows
+        seen = observe([f"run.dir={tmp_path}/{name}", *options, *written({name: keys[name]})])
+        batch = seen.generated[0].batch
+        if name == "train.micro_batch_tokens":
+            for role in ("teacher", "student"):
+                for trains in {False, role == "student"}:
+                    sizes = [p.tokens for p in seen.passes if (p.whose, p.trains) == (role, trains)]
+                    assert max(sizes) <= limit < sum(sizes), (role, trains)
+        else:
+            # In fp32, of both models.
+            assert seen.logits * SIZE * 4 * 2 <= memory << 20 < batch.num_rows * SIZE * 4 * 2
+            assert seen.steps[0]["memory/head_scoring"] <= memory << 20
+
+
+def test_an_offloaded_teacher_moves(tmp_path):
+    """Its weights lie somewhere else than at home while it reads."""
+    keys = given(OFFLOAD)
+    seen = observe([f"run.dir={tmp_path}", *written(keys)])
+    assert [p.place == p.home for p in seen.passes if p.whose == "teacher"] == [False]
