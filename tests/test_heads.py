@@ -26,11 +26,11 @@ from megatron_taopd.parallel.vocab import (
     VocabShard,
     linear_divergence,
     linear_topk_divergence,
+    projection,
     rows_within,
     score_hidden,
     token_log_probs,
 )
-from megatron_taopd.parallel.vocab import heads as vocab_heads
 
 
 def of_heads(losses, heads, row_weight, dtype=torch.float64):
@@ -232,12 +232,13 @@ def test_bf16_heads_give_fp32_logits():
 def test_no_more_than_chunk_rows_of_logits_ever_exist(monkeypatch):
     seen = []
 
-    class Recorded(vocab_heads._Projection):
-        def __call__(self, rows):
-            seen.append(rows.stop - rows.start)
-            return super().__call__(rows)
+    project = projection.Projection.__call__
 
-    monkeypatch.setattr(vocab_heads, "_Projection", Recorded)
+    def recorded(self, rows):
+        seen.append(rows.stop - rows.start)
+        return project(self, rows)
+
+    monkeypatch.setattr(projection.Projection, "__call__", recorded)
     heads, shard = make_heads(rows=10), VocabShard(0, PADDED, None, SIZE)
     score_hidden(*heads, 4, shard, chunk_rows=4)
     assert seen == [4, 4] * 2 + [2, 2]
@@ -327,7 +328,7 @@ def test_a_gradient_added_ahead_takes_no_factor():
 
 
 def test_without_grad_no_gradient_is_formed(monkeypatch):
-    monkeypatch.setattr(vocab_heads, "_HeadGradients", None)
+    monkeypatch.setattr(projection, "HeadGradients", None)
     shard = VocabShard(0, PADDED, None, SIZE)
     local = local_heads(make_heads(), shard)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_taopd.parallel.vocab.heads import rows_within
+from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import Architecture, Grid, buffer_elements, student_buckets

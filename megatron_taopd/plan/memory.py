@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_taopd.parallel.vocab.heads import logits_bytes, rows_within
+from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
     Architecture,

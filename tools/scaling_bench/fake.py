@@ -27,7 +27,7 @@ from transformers import Qwen3Config
 
 from megatron_taopd import config as configuration
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.vocab import heads, logits_bytes
+from megatron_taopd.parallel.vocab import logits_bytes, projection
 from megatron_taopd.plan import links
 from megatron_taopd.plan.collectives import Collective, step_collectives
 from megatron_taopd.plan.setup import Setup
@@ -207,18 +207,18 @@ def record(setup: Setup, paths: tuple[str, str], rank: int) -> Recorder:
 @contextmanager
 def named_backward(recorder: Recorder) -> Iterator[None]:
     """The loss's backward pass as a phase."""
-    plain = heads._Head.backward
+    plain = projection.Head.backward
 
     def backward(ctx, *grads):
         recorder.loss_backwards += 1
         with recorder.phase("loss backward"):
             return plain(ctx, *grads)
 
-    heads._Head.backward = staticmethod(backward)
+    projection.Head.backward = staticmethod(backward)
     try:
         yield
     finally:
-        heads._Head.backward = staticmethod(plain)
+        projection.Head.backward = staticmethod(plain)
 
 
 def replace_distributed() -> None:

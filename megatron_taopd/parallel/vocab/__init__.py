@@ -10,7 +10,9 @@ that are not a shard of something are the same, bit for bit, on every rank of th
     kernels      the same in Triton, for CUDA
     scores       D, C, entropies and top-K sets of rows
     divergences  losses of rows of logits
-    heads        the same losses, from hidden states, chunk by chunk
+    projection   hidden states to logits and back, chunk by chunk
+    heads        the same scores and losses, from hidden states
+    topk_teacher both, of a teacher that reports its top-n only
 
 Shapes: R rows · V vocabulary columns of this shard · K top-k · D model width · tp ranks
 
@@ -19,20 +21,22 @@ they tie at the K-th place in many rows and move C by up to .04. What is summed 
 is summed in fp32 at least, and the few numbers a row that are left are merged in float64.
 """
 
-from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, divergence, topk_divergence
+from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, divergence
 from megatron_taopd.parallel.vocab.heads import (
     Compared,
     compare_hidden,
     linear_divergence,
-    linear_topk_divergence,
-    logits_bytes,
-    rows_within,
     score_hidden,
-    score_topk,
     token_log_probs,
 )
+from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.parallel.vocab.scores import score_rows
 from megatron_taopd.parallel.vocab.shard import VocabShard
+from megatron_taopd.parallel.vocab.topk_teacher import (
+    linear_topk_divergence,
+    score_topk,
+    topk_divergence,
+)
 
 __all__ = [
     "DIVERGENCES",

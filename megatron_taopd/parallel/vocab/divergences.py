@@ -13,9 +13,6 @@ from megatron_taopd.parallel.vocab.shard import VocabShard
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl")
 
-# What fp32 log-probabilities leave of 1 − Σ p when they cover a row.
-SMALLEST_TAIL = 1e-6
-
 
 @dataclass(frozen=True)
 class Divergence:
@@ -132,87 +129,7 @@ def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
     return reductions.weighted_sum(log_p.exp().t(), (log_p - log_q + within).t())
 
 
-@dataclass(frozen=True)
-class TopkDivergence:
-    """`Divergence` over K+1 events: each id that the teacher reports, and any other id, the tail.
-
-    As a row of K+1 logits u (the ids' own, the tail's log-sum-exp) the student's distribution is
-    one that `Divergence` knows; a column v of event b then gets du_b · exp(z_v − u_b), which is
-    du_b for the only column of an id.
-    """
-
-    events: Divergence
-    shard: VocabShard
-
-    @classmethod
-    def of(cls, shard: VocabShard, k: int, kind: str, beta: float, alpha: float) -> TopkDivergence:
-        whole = VocabShard(0, k + 1, None, k + 1)
-        return cls(Divergence(whole, kind, beta, alpha), shard)
-
-    def forward(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss [R], and [R, K+3] what the gradient needs: du, and the tail's normaliser.
-
-        Args:
-            student: [R, width] logits.
-            targets: [R, K] ids and the teacher's log-probabilities of them.
-        """
-        ids, log_probs = targets
-        columns, here = self.shard.locate(ids)
-        ids_logits = self.shard.at_ids(student, ids)
-        tail = reductions.log_normalizer(self._without_ids(student.clone(), columns, here))
-        gathered = self.shard.all_gather(torch.cat([tail.to(student.dtype), ids_logits], dim=1))
-        tail_tops, tail_log_sums = gathered[..., 0].double(), gathered[..., 1].double()
-        tail_top, tail_log_sum, _ = merge_normalizers(tail_tops, tail_log_sums)
-        ids_logits = gathered[..., 2:].double().amax(0)
-        top = torch.maximum(tail_top, ids_logits.amax(1))
-        tail_logit = tail_top - top + tail_log_sum
-        u = torch.cat([ids_logits - top[:, None], tail_logit[:, None]], dim=1)
-
-        loss, saved = self.events.forward(u, self._teacher(ids, log_probs))
-        du = self.events.gradient(
-            u, self._teacher(ids, log_probs), saved, u.new_ones(len(u)), torch.empty_like(u)
-        )
-        parts = [du, tail_top[:, None], tail_log_sum[:, None]]
-        return loss.to(student.dtype), torch.cat(parts, dim=1).to(student.dtype)
-
-    def gradient(
-        self, student: Tensor, targets: tuple, saved: Tensor, grad: Tensor, out: Tensor
-    ) -> Tensor:
-        """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
-        columns, here = self.shard.locate(targets[0])
-        k = columns.shape[1]
-        du = saved[:, : k + 1] * grad[:, None]
-        tail_top, tail_log_sum = saved[:, k + 1 :].split(1, dim=1)
-        logits = self._without_ids(student if out is student else student.clone(), columns, here)
-        logits.sub_(tail_top).sub_(tail_log_sum).exp_().mul_(du[:, k:])
-        if student.shape[1]:
-            logits.scatter_add_(1, columns, du[:, :k].masked_fill(~here, 0))
-        return logits if out is student else out.copy_(logits)
-
-    def _without_ids(self, logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
-        """Their columns become −inf, in place."""
-        if logits.shape[1] == 0:
-            return logits
-        bound = logits.new_full(columns.shape, torch.inf).masked_fill_(here, -torch.inf)
-        return logits.scatter_reduce_(1, columns, bound, "amin")
-
-    def _teacher(self, ids: Tensor, log_probs: Tensor) -> Tensor:
-        """[R, K+1] float64 log masses of the events; of ids that do not take part, none."""
-        log_probs = log_probs.double()
-        tail = (1 - log_probs.exp().sum(1, keepdim=True)).clamp_(min=SMALLEST_TAIL).log_()
-        known = participates(ids, self.shard)
-        return torch.cat([log_probs.masked_fill(~known, -torch.inf), tail], dim=1)
-
-
-def participates(ids: Tensor, shard: VocabShard) -> Tensor:
-    """bool, which ids are of the common vocabulary."""
-    common = (ids >= 0) & (ids < shard.size)
-    if shard.absent is not None:
-        common &= ~torch.isin(ids, shard.absent.to(ids.device))
-    return common
-
-
-class _OfLogits(torch.autograd.Function):
+class OfLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, targets, divergence):
         loss, saved = divergence.forward(student, targets)
@@ -254,43 +171,8 @@ def divergence(
         ValueError: an unknown kind; beta or alpha outside (0, 1).
     """
     wide = torch.promote_types(student_logits.dtype, torch.float32)
-    return _OfLogits.apply(
+    return OfLogits.apply(
         shard.columns(student_logits).to(wide),
         shard.columns(teacher_logits.detach()).to(wide),
         Divergence(shard, kind, beta, alpha),
-    )
-
-
-def topk_divergence(
-    student_logits: Tensor,
-    teacher_ids: Tensor,
-    teacher_log_probs: Tensor,
-    shard: VocabShard,
-    kind: str = "reverse_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-) -> Tensor:
-    """[R] `divergence` from a teacher that reports its top-K only, in nats.
-
-    The distributions compared are those of K+1 events: each reported id, and all other ids
-    together. Merging events can only shrink a divergence, so this is a lower bound of the one over
-    the whole vocabulary, equal to it where teacher and student agree within the tail.
-
-    Args:
-        student_logits: [R, V] this rank's columns.
-        teacher_ids: [R, K] int64 global ids, all different within a row; negative ones, those
-            ≥ shard.size and absent ones are left out, and the rest is renormalised.
-        teacher_log_probs: [R, K] of these ids over the teacher's whole vocabulary (natural log;
-            −inf in places that are not used). The tail has what they leave of 1, at least 1e-6.
-
-    Collectives: forward, one all-gather of 4K+8 bytes a row and rank. Backward, none.
-
-    Raises:
-        ValueError: an unknown kind; beta or alpha outside (0, 1).
-    """
-    wide = torch.promote_types(student_logits.dtype, torch.float32)
-    return _OfLogits.apply(
-        shard.columns(student_logits).to(wide),
-        (teacher_ids, teacher_log_probs.detach()),
-        TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha),
     )

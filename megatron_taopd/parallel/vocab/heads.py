@@ -1,9 +1,4 @@
-"""Scores and losses from hidden states: the heads, a bounded number of rows at a time.
-
-Three matmuls a row and model are all that a head needs (one for the teacher's and for scores): bf16
-operands, fp32 accumulation and output. Gradients of the weight add up over the chunks in fp32, in
-place in Megatron's gradient buffer where there is one.
-"""
+"""Scores and losses from hidden states: the heads, a bounded number of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,90 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.parallel.vocab import reductions
-from megatron_taopd.parallel.vocab.divergences import (
-    Divergence,
-    TopkDivergence,
-    merge_normalizers,
-)
+from megatron_taopd.parallel.vocab.divergences import Divergence, merge_normalizers
+from megatron_taopd.parallel.vocab.projection import Projection, chunks, through_head
 from megatron_taopd.parallel.vocab.scores import (
     TopSets,
     check_k,
     local_candidates,
-    local_topk_candidates,
     merge_candidates,
     merge_top_sets,
-    merge_topk_candidates,
-    topk_of,
 )
 from megatron_taopd.parallel.vocab.shard import VocabShard
 from megatron_taopd.types import TokenScores
-
-# Per row and column of a shard: fp32 logits of both models, and on CUDA a narrow gradient.
-_BYTES_PER_LOGIT = 4 + 4 + 2
-_WEIGHT_BLOCK = 8192  # rows of a head that are widened, or whose gradient is formed, at a time
-
-
-def rows_within(budget_bytes: int, num_columns: int) -> int:
-    """How many rows' logits of both models fit the budget, at least one.
-
-    All ranks of a group must come to the same number, as every chunk is a collective: num_columns
-    is that of the widest shard.
-    """
-    rows = budget_bytes // (_BYTES_PER_LOGIT * max(1, num_columns))
-    return max(1, rows // 64 * 64 or rows)
-
-
-def logits_bytes(num_rows: int, chunk_rows: int, num_columns: int) -> int:
-    """Bytes that the logits of both models take at a time, of num_rows rows in chunks."""
-    return _BYTES_PER_LOGIT * min(num_rows, chunk_rows) * num_columns
-
-
-def _chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    assert chunk_rows > 0, chunk_rows
-    for start in range(0, num_rows, chunk_rows):
-        yield slice(start, min(start + chunk_rows, num_rows))
-
-
-def _is_narrow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-class _Projection:
-    """Logits of the rows asked for, of the columns of one shard, at least fp32.
-
-    On the CPU they lie in one buffer, so that each answer overwrites the one before.
-    """
-
-    def __init__(self, hidden: Tensor, weight: Tensor, shard: VocabShard, chunk_rows: int):
-        self.hidden, self.weight, self.shard = hidden, shard.rows(weight), shard
-        self.buffer = None
-        if not hidden.is_cuda:
-            rows = min(chunk_rows, len(hidden))
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            self.buffer = hidden.new_empty(rows, len(self.weight), dtype=wide)
-
-    def __call__(self, rows: slice) -> Tensor:
-        hidden = self.hidden[rows]
-        if self.buffer is None:
-            narrow = _is_narrow(hidden.dtype)
-            logits = torch.mm(
-                hidden, self.weight.t(), **({"out_dtype": torch.float32} if narrow else {})
-            )
-        else:
-            logits = self.buffer[: len(hidden)]
-            if _is_narrow(hidden.dtype):  # the head is widened block by block, never as a whole
-                hidden = hidden.float()
-                for start in range(0, len(self.weight), _WEIGHT_BLOCK):
-                    block = slice(start, start + _WEIGHT_BLOCK)
-                    logits[:, block] = hidden @ self.weight[block].float().t()
-            else:
-                torch.mm(hidden, self.weight.t(), out=logits)
-        if self.shard.absent_columns is not None:
-            logits.index_fill_(1, self.shard.absent_columns.to(logits.device), -torch.inf)
-        return logits
-
-
-# ----------------------------------------------------------------------------------------- scores
 
 
 @torch.no_grad()
@@ -127,63 +49,12 @@ def score_hidden(
         ValueError: k is not within 1 … shard.size.
     """
     check_k(k, shard)
-    student = _Projection(student_hidden, student_weight, shard, chunk_rows)
-    teacher = _Projection(teacher_hidden, teacher_weight, shard, chunk_rows)
+    student = Projection(student_hidden, student_weight, shard, chunk_rows)
+    teacher = Projection(teacher_hidden, teacher_weight, shard, chunk_rows)
     scores = []
-    for rows in list(_chunks(len(student_hidden), chunk_rows)) or [slice(0, 0)]:
+    for rows in list(chunks(len(student_hidden), chunk_rows)) or [slice(0, 0)]:
         local = local_candidates(student(rows).float(), teacher(rows).float(), k, shard.start)
         scores.append(merge_candidates(shard.all_gather(local), k, return_ids))
-    return TokenScores.cat(scores)
-
-
-@torch.no_grad()
-def score_topk(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_ids: Tensor,
-    teacher_log_probs: Tensor,
-    k: int,
-    shard: VocabShard,
-    chunk_rows: int,
-    return_ids: bool = False,
-) -> TokenScores:
-    """As much of `score_hidden` as is known of a teacher that reports its top-n only, n ≥ K.
-
-    The student's part is exact, p_T is known of the reported ids, and of any other id that it is no
-    more than the smallest reported one and no more than what all of them leave of 1. Then
-
-        disagreement     the least D (Eq. 9) that is possible, unknown ids of U counted as one
-        compatibility    Ĉ = Σ_{v∈S_S, v reported} p_T(v) ≤ C (Eq. 17, whose case is n = K)
-        teacher_entropy  of the reported ids and, as one, all others: no more than H(p_T)
-
-    Where all of S_S is reported, D and C are exact. (D on the reported ids of U alone is near 0
-    where the student puts its mass on a token that the teacher does not think of: on the tiny pair,
-    K = n = 16, it is off by up to 9 nats and correlates at .93, this bound by .9 and at .997.)
-
-    Args:
-        student_hidden, student_weight, k, shard, chunk_rows: as for `score_hidden`.
-        teacher_ids: [R, n] int64, and teacher_log_probs: [R, n], as for `topk_divergence`. Mass of
-            reported ids outside of the common vocabulary is taken off before anything else; of
-            unreported ones it is not known.
-
-    Memory: student logits of chunk_rows rows, and 24·n·K bytes for each of them.
-
-    Collectives: for every chunk, one all-gather of 12K+12 bytes a row and rank.
-
-    Raises:
-        ValueError: k is not within 1 … min(n, shard.size).
-    """
-    check_k(k, shard)
-    if k > teacher_ids.shape[1]:
-        raise ValueError(f"k is {k}: the teacher reports {teacher_ids.shape[1]} ids a row")
-    project = _Projection(student_hidden, student_weight, shard, chunk_rows)
-    scores = []
-    for rows in list(_chunks(len(student_hidden), chunk_rows)) or [slice(0, 0)]:
-        teacher = topk_of(teacher_ids[rows], teacher_log_probs[rows], k, shard)
-        own = local_topk_candidates(
-            project(rows).float(), teacher[0].gather(1, teacher[2]), k, shard
-        )
-        scores.append(merge_topk_candidates(shard.all_gather(own), teacher, k, return_ids))
     return TokenScores.cat(scores)
 
 
@@ -229,10 +100,10 @@ def compare_hidden(
     """
     check_k(k, shard)
     projections = (
-        _Projection(student_hidden, student_weight, shard, chunk_rows),
-        _Projection(teacher_hidden, teacher_weight, shard, chunk_rows),
+        Projection(student_hidden, student_weight, shard, chunk_rows),
+        Projection(teacher_hidden, teacher_weight, shard, chunk_rows),
     )
-    for rows in list(_chunks(len(tokens), chunk_rows)) or [slice(0, 0)]:
+    for rows in list(chunks(len(tokens), chunk_rows)) or [slice(0, 0)]:
         student, teacher = (project(rows).float() for project in projections)
         local = local_candidates(student, teacher, k, shard.start)
         yield Compared(
@@ -243,9 +114,6 @@ def compare_hidden(
             ),
             *(_TokenLogProb(shard).forward(z, tokens[rows])[0] for z in (student, teacher)),
         )
-
-
-# ----------------------------------------------------------------------------------------- losses
 
 
 @dataclass(frozen=True)
@@ -272,148 +140,6 @@ class _TokenLogProb:
         if logits.shape[1]:
             logits.scatter_add_(1, columns, grad[:, None].masked_fill(~here, 0))
         return logits if out is logits else out.copy_(logits)
-
-
-class _HeadGradients:
-    """Gradients of hidden [R, D] and weight [V, D], filled chunk by chunk where they are needed.
-
-    The weight's is added to main_grad, [V, D], if that is given.
-    """
-
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        shard: VocabShard,
-        needed: tuple,
-        main_grad: Tensor | None,
-    ):
-        wide = torch.promote_types(weight.dtype, torch.float32)  # chunks add up in fp32
-        assert main_grad is None or main_grad.dtype == wide, (main_grad.dtype, weight.dtype)
-        self.inputs, self.head = hidden, shard.rows(weight)
-        self.hidden = torch.empty_like(hidden) if needed[0] else None
-        self.weight, self.in_place = None, main_grad is not None
-        if needed[1]:
-            self.weight = main_grad if self.in_place else torch.zeros_like(weight, dtype=wide)
-        self.narrow = _is_narrow(weight.dtype)
-
-    def buffer(self, logits: Tensor) -> Tensor:
-        """Where the gradient of these logits is to be written: in their place, unless it is to be
-        an operand of another dtype."""
-        if self.narrow and logits.is_cuda:
-            return torch.empty_like(logits, dtype=self.head.dtype)
-        return logits
-
-    def add(self, logits_grad: Tensor, rows: slice) -> None:
-        """Args: logits_grad: [n, V] of these rows, as it was written to `buffer`."""
-        inputs = self.inputs[rows]
-        if self.hidden is not None and (logits_grad.is_cuda or not self.narrow):
-            self.hidden[rows] = logits_grad @ self.head
-        elif self.hidden is not None:
-            pairs = zip(
-                logits_grad.split(_WEIGHT_BLOCK, dim=1), self.head.split(_WEIGHT_BLOCK), strict=True
-            )
-            self.hidden[rows] = sum(grad @ head.float() for grad, head in pairs)
-        if self.weight is None:
-            return
-        total = self.weight[: len(self.head)]
-        if self.narrow and logits_grad.is_cuda:  # a block at a time: the product is not in place
-            for start in range(0, len(self.head), _WEIGHT_BLOCK):
-                block = slice(start, start + _WEIGHT_BLOCK)
-                total[block] += torch.mm(logits_grad[:, block].t(), inputs, out_dtype=torch.float32)
-        else:
-            total.addmm_(logits_grad.t(), inputs.to(logits_grad.dtype))
-
-    def get(self) -> tuple[Tensor | None, Tensor | None]:
-        """What autograd is told. Of a weight whose gradient is where it belongs already, an empty
-        sparse one, which takes no memory and yet lets the hook fire by which DDP counts gradients.
-        """
-        if self.weight is None:
-            return self.hidden, None
-        if self.in_place:
-            return self.hidden, _empty_sparse(self.weight.shape, self.head)
-        return self.hidden, self.weight.to(self.head.dtype)
-
-
-def _empty_sparse(shape: torch.Size, like: Tensor) -> Tensor:
-    """[V, D] of which no row is there."""
-    return torch.sparse_coo_tensor(
-        torch.empty(1, 0, dtype=torch.int64, device=like.device),
-        like.new_empty(0, shape[1]),
-        shape,
-        check_invariants=False,
-    )
-
-
-class _Head(torch.autograd.Function):
-    """hidden [R, D] → logits → a value a row [R], or Σ row_weight·value, chunk by chunk.
-
-    Without row_weight the backward pass computes the logits again. With it, a chunk's gradient is
-    formed while its logits are there; only one factor, the gradient of the sum, comes later.
-
-    `open_targets()` gives a function from a slice of rows to what `value` compares their logits
-    with. It is called anew for each pass, since it may hold a buffer.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad):
-        needed = ctx.needs_input_grad[:2]
-        at_once = row_weight is not None and any(needed)
-        grads = _HeadGradients(hidden, weight, shard, needed, main_grad) if at_once else None
-        project, targets = _Projection(hidden, weight, shard, chunk_rows), open_targets()
-        values = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
-        saved = []
-        for rows in _chunks(len(hidden), chunk_rows):
-            logits, chunk_targets = project(rows), targets(rows)
-            chunk_values, chunk_saved = value.forward(logits, chunk_targets)
-            values.append(chunk_values)
-            if at_once:
-                grad, out = row_weight[rows].to(logits.dtype), grads.buffer(logits)
-                grads.add(value.gradient(logits, chunk_targets, chunk_saved, grad, out), rows)
-            else:
-                saved.append(chunk_saved)
-        ctx.at_once, ctx.main_grad = row_weight is not None, main_grad if needed[1] else None
-        if ctx.at_once:
-            ctx.save_for_backward(*(grads.get() if grads else ()))
-            return torch.cat(values).mul_(row_weight).sum()
-        ctx.save_for_backward(hidden, weight, *saved)
-        ctx.value, ctx.open_targets, ctx.shard, ctx.chunk_rows = (
-            value, open_targets, shard, chunk_rows,
-        )  # fmt: skip
-        return torch.cat(values)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        if ctx.at_once:
-            # In place: the head's gradient is as large as the head. (A second backward pass through
-            # the same graph is refused by autograd, which sees that a saved tensor has changed.)
-            if ctx.main_grad is not None:  # what is there cannot be multiplied any more
-                torch._assert_async(grad == 1, "the sum must be what is differentiated")
-            grads = (g if g is None or g.is_sparse else g.mul_(grad) for g in ctx.saved_tensors)
-            return *grads, None, None, None, None, None, None
-        hidden, weight, *saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        grads = _HeadGradients(hidden, weight, ctx.shard, needed, ctx.main_grad)
-        project = _Projection(hidden, weight, ctx.shard, ctx.chunk_rows)
-        targets = ctx.open_targets()
-        chunks = _chunks(len(hidden), ctx.chunk_rows)
-        for rows, chunk_saved in zip(chunks, saved, strict=True):
-            logits = project(rows)
-            out = grads.buffer(logits)
-            grads.add(ctx.value.gradient(logits, targets(rows), chunk_saved, grad[rows], out), rows)
-        return *grads.get(), None, None, None, None, None, None
-
-
-def _through_head(
-    hidden, weight, value, open_targets, shard, chunk_rows, row_weight=None
-) -> Tensor:
-    main_grad = getattr(weight, "main_grad", None)  # of a parameter under Megatron's DDP
-    if not torch.is_grad_enabled():  # which needs_input_grad does not tell
-        hidden, weight = hidden.detach(), weight.detach()
-    return _Head.apply(
-        hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad
-    )
 
 
 def linear_divergence(
@@ -461,52 +187,14 @@ def linear_divergence(
     """
     value = Divergence(shard, kind, beta, alpha)
     teacher = (teacher_hidden.detach(), teacher_weight.detach(), shard, chunk_rows)
-    return _through_head(
+    return through_head(
         student_hidden,
         student_weight,
         value,
-        partial(_Projection, *teacher),
+        partial(Projection, *teacher),
         shard,
         chunk_rows,
         row_weight,
-    )
-
-
-def linear_topk_divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_ids: Tensor,
-    teacher_log_probs: Tensor,
-    shard: VocabShard,
-    kind: str = "reverse_kl",
-    chunk_rows: int = 1024,
-    row_weight: Tensor | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-) -> Tensor:
-    """`topk_divergence` of hidden states: logits exist for chunk_rows rows at a time only.
-
-    Args:
-        student_hidden, student_weight, chunk_rows, row_weight: as for `linear_divergence`, in whose
-            way it is differentiable too.
-        teacher_ids, teacher_log_probs: [R, K] as for `topk_divergence`.
-
-    Returns:
-        [R] fp32 divergences in nats; with row_weight the scalar Σ row_weight·divergence.
-
-    Collectives: for every chunk, one all-gather of 4K+8 bytes a row and rank; none in the backward
-    pass.
-
-    Raises:
-        ValueError: an unknown kind; beta or alpha outside (0, 1).
-    """
-    value = TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha)
-
-    def open_targets():
-        return lambda rows: (teacher_ids[rows], teacher_log_probs.detach()[rows])
-
-    return _through_head(
-        student_hidden, student_weight, value, open_targets, shard, chunk_rows, row_weight
     )
 
 
@@ -530,4 +218,4 @@ def token_log_probs(
     def open_targets():
         return lambda rows: tokens[rows]
 
-    return _through_head(hidden, weight, _TokenLogProb(shard), open_targets, shard, chunk_rows)
+    return through_head(hidden, weight, _TokenLogProb(shard), open_targets, shard, chunk_rows)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.vocab.divergences import SMALLEST_TAIL, participates
 from megatron_taopd.parallel.vocab.reductions import (
     NO_ID,
     order_key,
@@ -168,130 +167,23 @@ def merge_top_sets(gathered: Tensor, k: int) -> TopSets:
     )
     sums = sums.view(torch.float32).double()
     return TopSets(
-        TopSet(*_best(ids, own, other, k)),
-        TopSet(*_best(ids_t, own_t, other_t, k)),
-        *_merge_entropy_sums(sums[..., :3]),
-        *_merge_entropy_sums(sums[..., 3:]),
+        TopSet(*best_candidates(ids, own, other, k)),
+        TopSet(*best_candidates(ids_t, own_t, other_t, k)),
+        *merge_entropy_sums(sums[..., :3]),
+        *merge_entropy_sums(sums[..., 3:]),
     )
 
 
-# ------------------------------------------------------------ from a teacher that reports its top-n
-
-
-def local_topk_candidates(
-    student: Tensor, teacher_ids: Tensor, k: int, shard: VocabShard
-) -> Tensor:
-    """[R, 3K+3] int32, what a rank sends where the teacher's part is known to all.
-
-    Fields: the student's top ids, its logits there (K each); its logits at S_T (K); and the
-    student's (max, Σe, Σe·z).
-
-    Args:
-        student: [R, width] fp32 logits.
-        teacher_ids: [R, K] S_T; negative where there is none.
-    """
-    columns, sums = top_columns_and_entropy_sums(student, k)
-    empty = k - columns.shape[1]
-    ids = torch.nn.functional.pad((columns + shard.start).int(), (0, empty), value=NO_ID)
-    own = torch.nn.functional.pad(student.gather(1, columns), (0, empty), value=-torch.inf)
-    floats = torch.cat([own, shard.at_ids(student, teacher_ids), sums], dim=1)
-    return torch.cat([ids, floats.view(torch.int32)], dim=1)
-
-
-def topk_of(ids: Tensor, log_probs: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, ...]:
-    """What the scores take of a teacher's report, float64 but for the ids.
-
-    Args:
-        ids, log_probs: [R, n] as for `topk_divergence`.
-
-    Returns:
-        ids [R, n] and log p [R, n] with −1 and −inf for those that do not take part; the place
-        [R, K] in them of S_T, equal probabilities by lowest id; [R] mass of the common vocabulary,
-        as far as it is known (an upper bound); [R] mass of what is not reported; [R] the most that
-        any of that can have.
-    """
-    reported = log_probs.double()
-    common = participates(ids, shard)
-    ids = ids.masked_fill(~common, -1)
-    log_p = reported.masked_fill(~common, -torch.inf)
-    first = order_key(log_p.float(), ids).topk(k, dim=1).indices
-    foreign = reported.exp().masked_fill(common, 0).sum(1)
-    mass = (1 - foreign).clamp(min=SMALLEST_TAIL)
-    tail = 1 - reported.exp().sum(1)
-    most = reported.masked_fill(reported == -torch.inf, 0).amin(1).exp()
-    return ids, log_p, first, mass, tail, most
-
-
-def merge_topk_candidates(
-    gathered: Tensor, teacher: tuple[Tensor, ...], k: int, return_ids: bool = False
-) -> TokenScores:
-    """[tp, R, 3K+3] of every rank and `topk_of` → the scores of `score_topk`. A pure function.
-
-    With x and y the shares of U that teacher and student give to its unknown ids, and D' the
-    divergence on the known ones, D ≥ kl(x ‖ y) + (1−x)·D', which is least at logit x = logit y + D'
-    or, where the teacher cannot have so much there, at the most that it can.
-    """
-    ids, log_p, first, common, tail, most = teacher
-    own_ids, own, at_teacher = (
-        field.transpose(0, 1) for field in gathered[..., : 3 * k].split(k, dim=2)
-    )
-    own = own.flatten(1)
-    student_ids, z_s, _ = _best(own_ids.flatten(1), own, own, k)
-    z_at_teacher = at_teacher.contiguous().view(torch.float32).amax(1).double()
-    sums = gathered[..., 3 * k :].contiguous().view(torch.float32).double()
-    student_entropy, _, _ = _merge_entropy_sums(sums)
-
-    same = student_ids[:, :, None] == ids[:, None, :]
-    log_p_at_student = log_p[:, None, :].masked_fill(~same, -torch.inf).amax(2)
-    compatibility = log_p_at_student.exp().sum(1) / common
-
-    teacher_ids, log_p_first = ids.gather(1, first), log_p.gather(1, first)
-    in_both = (student_ids[:, :, None] == teacher_ids[:, None, :]).any(2)
-    known = same.any(2)
-    log_p_known = torch.cat([log_p_first, log_p_at_student.masked_fill(in_both, -torch.inf)], 1)
-    z_known = torch.cat(
-        [
-            z_at_teacher.masked_fill(teacher_ids < 0, -torch.inf),
-            z_s.masked_fill(in_both | ~known, -torch.inf),
-        ],
-        dim=1,
-    )
-    z_unknown = z_s.masked_fill(known, -torch.inf)
-    log_p_t, log_p_s = log_p_known.log_softmax(1), z_known.log_softmax(1)
-    p_t = log_p_t.exp()
-    within = (log_p_t - log_p_s).mul_(p_t).masked_fill_(p_t == 0, 0).sum(1)
-
-    unknown = z_unknown > -torch.inf
-    bound = torch.minimum(unknown.sum(1) * most, tail.clamp(min=SMALLEST_TAIL))
-    y = z_unknown.logsumexp(1) - z_known.logsumexp(1)
-    x = torch.minimum(y + within, bound.log() - log_p_known.logsumexp(1))
-    log_x, log_not_x = torch.nn.functional.logsigmoid(torch.stack([x, -x]))
-    log_y, log_not_y = torch.nn.functional.logsigmoid(torch.stack([y, -y]))
-    split = log_x.exp() * (log_x - log_y) + log_not_x.exp() * (log_not_x - log_not_y + within)
-    disagreement = split.where(unknown.any(1), within)
-    disagreement = disagreement.masked_fill((teacher_ids < 0).all(1), 0)  # nothing is known
-
-    p = log_p.exp() / common[:, None]
-    rest = tail.clamp(min=0) / common
-    teacher_entropy = torch.special.entr(p).sum(1) + torch.special.entr(rest)
-    return TokenScores(
-        disagreement=disagreement.clamp(min=0).float(),
-        compatibility=compatibility.clamp(max=1).float(),
-        student_entropy=student_entropy.float(),
-        teacher_entropy=teacher_entropy.float(),
-        student_topk_ids=student_ids.long() if return_ids else None,
-        teacher_topk_ids=teacher_ids if return_ids else None,
-    )
-
-
-def _best(ids: Tensor, own: Tensor, other: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_candidates(
+    ids: Tensor, own: Tensor, other: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The k best of the candidates [R, tp·K] (int32 bits): ids, and both logits in float64."""
     own, other = own.view(torch.float32), other.view(torch.float32)
     best = order_key(own, ids).topk(k, dim=1).indices
     return ids.gather(1, best), own.gather(1, best).double(), other.gather(1, best).double()
 
 
-def _merge_entropy_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge_entropy_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[tp, R, 3] float64 → entropy, max and Σ exp(z − max), each [R]."""
     top, rest, weighted = sums.unbind(2)
     mass = 1 + rest
