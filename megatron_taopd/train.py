@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd import config as configuration
-from megatron_taopd import preflight
 from megatron_taopd.build import build, say
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.parallel import platform
 from megatron_taopd.preflight import storage
+from megatron_taopd.preflight.check_config import check
+from megatron_taopd.preflight.examine import before_run
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         config = configuration.load(arguments[0], arguments[1:])
-        configuration.check(config, int(os.environ.get("WORLD_SIZE", 1)))
+        check(config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         # Every rank has come to the same one line, which needs no traceback: one of them says it.
         if int(os.environ.get("RANK", 0)) == 0:
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     watchdog = watch(config, joined)
     try:
         with watchdog:
-            if not preflight.before_run(config):
+            if not before_run(config):
                 watchdog.stop()
                 return 2
             run = build(config, catch_signals)

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from megatron_taopd.config import Config, check, load, to_yaml
+from megatron_taopd.config import Config, load, to_yaml
+from megatron_taopd.preflight.check_config import check
 
 WORDS = ["<eos>", *(f"w{i}" for i in range(99))]
 ARCHITECTURES = {
@@ -381,7 +382,7 @@ def test_overrides_that_are_refused(user, override, parts):
         ),
         (f"{SERVERS}context_length=0", ("rollout.servers.context_length: 0", "at least 1")),
         (f"{SERVERS}max_total_tokens=0", ("rollout.servers.max_total_tokens: 0", "at least 1")),
-        ("log.prometheus_port=0", ("log.prometheus_port: 0", "1 to 65535")),
+        ("log.prometheus_port=0", ("log.prometheus_port: 0", "in [1, 65535]")),
         (f"{SERVERS}urls=[node:30000]", ("rollout.servers.urls: 'node:30000'", "http://HOST:PORT")),
         (f"{SERVERS}api_key_env=NO_SUCH_KEY", ("servers.api_key_env: NO_SUCH_KEY is not set",)),
         (

@@ -24,11 +24,11 @@ def doctored(overrides):
 
 
 def compare(overrides):
-    from megatron_taopd import preflight
+    from megatron_taopd.preflight import examine
     from megatron_taopd.parallel import platform
 
     platform.initialize()
-    return [f"{f.level}: {f.what}" for f in preflight._check_models(load(TINY, overrides))]
+    return [f"{f.level}: {f.what}" for f in examine._check_models(load(TINY, overrides))]
 
 
 def doctor(directory, *overrides):

@@ -19,10 +19,9 @@ from patience import run
 from ranks import run_ranks
 from transformers import AutoTokenizer
 
-from megatron_taopd import preflight
 from megatron_taopd.config import load, to_yaml
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.preflight import agreement, machine, network, storage, texts
+from megatron_taopd.preflight import agreement, examine, machine, network, storage, texts
 from megatron_taopd.preflight.findings import examined, of_all_hosts, ok, warning
 from megatron_taopd.preflight.memory import check_memory
 from megatron_taopd.prompts import Prompts, load_prompts
@@ -259,7 +258,7 @@ def test_space(tmp_path, monkeypatch):
 def test_the_parameters_that_space_is_reckoned_from():
     """Norms aside, those of the checkpoint, which is fp32."""
     actual = (STUDENT / "model.safetensors").stat().st_size / 4
-    assert preflight.parameters(STUDENT) == pytest.approx(actual, rel=0.01)
+    assert examine.parameters(STUDENT) == pytest.approx(actual, rel=0.01)
 
 
 def test_what_a_run_directory_would_do(tmp_path):
@@ -419,7 +418,7 @@ def compare(overrides, other_weights=False):
     if other_weights:
         LocalEngine.generate = spoiled
     try:
-        return list(preflight._check_models(load(TINY, overrides)))
+        return list(examine._check_models(load(TINY, overrides)))
     finally:
         LocalEngine.generate = generate
 
@@ -503,14 +502,14 @@ def test_one_that_cannot(tmp_path):
 
 def test_the_start_of_a_run_says_nothing_if_all_is_well(tmp_path, capsys):
     config = load(TINY, [f"run.dir={tmp_path}/run"])
-    assert preflight.before_run(config)
+    assert examine.before_run(config)
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "run").exists()  # nothing is kept of a run that is not built yet
 
     storage.save_config(tmp_path / "run", to_yaml(config))
     assert load(tmp_path / "run" / "config.yaml") == config  # for the next start to compare with
     (tmp_path / "run" / "checkpoints" / "step_00000004").mkdir(parents=True)
-    assert preflight.before_run(load(TINY, [f"run.dir={tmp_path}/run", "optimizer.lr=1"]))
+    assert examine.before_run(load(TINY, [f"run.dir={tmp_path}/run", "optimizer.lr=1"]))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: run.dir: ") and "optimizer.lr 0.001 → 1.0" in line
 
@@ -563,10 +562,10 @@ def test_a_student_that_never_ends_is_told_at_the_start(tmp_path, capsys):
     overrides = [f"run.dir={tmp_path}/run", f"student.path={student}"]
     for key in ("data.prompts", "eval.prompts"):
         overrides.append(f"{key}={ROOT / 'examples' / 'tiny_pair' / 'test.jsonl'}")
-    assert preflight.before_run(load(TINY, overrides))
+    assert examine.before_run(load(TINY, overrides))
     said = capsys.readouterr().err
     assert f"add {stop} to rollout.stop_token_ids" in said
-    assert preflight.before_run(load(TINY, [*overrides, f"rollout.stop_token_ids=[{stop}]"]))
+    assert examine.before_run(load(TINY, [*overrides, f"rollout.stop_token_ids=[{stop}]"]))
     assert f"add {stop}" not in capsys.readouterr().err
 
 

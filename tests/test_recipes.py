@@ -15,6 +15,7 @@ from megatron_taopd import config as configuration
 from megatron_taopd.plan.cluster import CLUSTERS
 from megatron_taopd.plan.results import Plan
 from megatron_taopd.plan.setup import Setup
+from megatron_taopd.preflight.check_config import check
 
 RECIPES = sorted((Path(__file__).parent.parent / "examples" / "recipes").glob("*.yaml"))
 # Their models that are the shape of another, or that other one quantised.
@@ -72,4 +73,4 @@ def test_can_start(path, places):
     row = {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}}
     parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / "dapo-math-17k.parquet")
     ranks, options = ranks_and_servers(path.stem)
-    configuration.check(configuration.load(path, options), ranks)
+    check(configuration.load(path, options), ranks)

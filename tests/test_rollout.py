@@ -192,13 +192,13 @@ def test_a_bank_and_the_doctor_end_responses_at_both_configurations(tmp_path):
 
 
 def doctors_ends(overrides):
-    from megatron_taopd import preflight
     from megatron_taopd.config import load
     from megatron_taopd.parallel import platform
+    from megatron_taopd.preflight import examine
 
     platform.initialize()
     config = load(ROOT / "examples" / "tiny_pair.yaml", overrides)
-    engine = preflight._engine(config, preflight._vocabularies(config)[0])
+    engine = examine._engine(config, examine._vocabularies(config)[0])
     return set(engine.eos_token_ids)
 
 

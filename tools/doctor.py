@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_taopd import config as configuration
-from megatron_taopd.preflight import examine, fewest_ranks
+from megatron_taopd.preflight.examine import examine, fewest_ranks
 from megatron_taopd.preflight.findings import Finding
 
 MARKS = {"ok": "[green]ok", "warning": "[yellow]warning", "error": "[bold red]error"}

@@ -1,0 +1,47 @@
+"""The configuration: `schema` says what there is, `load` reads it."""
+
+from megatron_taopd.config.load import load, to_tree, to_yaml
+from megatron_taopd.config.schema import (
+    CheckpointSection,
+    Config,
+    DataSection,
+    EvalSection,
+    GuardSection,
+    LogSection,
+    LossSection,
+    OptimizerSection,
+    ParallelSection,
+    RolloutSection,
+    RunSection,
+    SelectionSection,
+    ServersSection,
+    StudentSection,
+    SyncSection,
+    TeacherSection,
+    TrainSection,
+    WatchdogSection,
+)
+
+__all__ = [
+    "CheckpointSection",
+    "Config",
+    "DataSection",
+    "EvalSection",
+    "GuardSection",
+    "LogSection",
+    "LossSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "RolloutSection",
+    "RunSection",
+    "SelectionSection",
+    "ServersSection",
+    "StudentSection",
+    "SyncSection",
+    "TeacherSection",
+    "TrainSection",
+    "WatchdogSection",
+    "load",
+    "to_tree",
+    "to_yaml",
+]

@@ -1,0 +1,148 @@
+"""A configuration is read from a YAML file and dotted overrides, and written as YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_taopd.config.schema import Config, leaf_keys
+
+_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
+
+
+def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, then `section.key=value` overrides (YAML values); defaults fill the rest.
+
+    A relative path is relative to where it is written: an input in the file to the file's
+    directory, one on the command line to the working directory. `run.dir` is an output and always
+    relative to the working directory. `~` is the home directory, `${oc.env:NAME}` an environment
+    variable, `${section.key}` another key.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
+            key without a value.
+    """
+    written, given = _read_yaml(Path(path)), _read_overrides(overrides)
+    tree = OmegaConf.to_container(OmegaConf.merge(written, given))
+    context_parallel = _pop_context_parallel(tree)
+    _check_keys(tree, Config)
+    schema = OmegaConf.structured(Config)
+    try:
+        values = OmegaConf.to_container(
+            OmegaConf.merge(schema, tree), resolve=True, throw_on_missing=True
+        )
+        for key in ("run.dir", *_INPUT_PATHS):
+            section, name = key.split(".")
+            in_file = key in _INPUT_PATHS and OmegaConf.select(given, key) is None
+            if value := values[section][name]:
+                base = Path(path).parent if in_file else Path()
+                values[section][name] = os.path.abspath(base / Path(value).expanduser())
+        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        if OmegaConf.is_missing(error.parent_node, error.key):
+            reason = "required; set it in the file or on the command line"
+        raise ValueError(f"{error.full_key}: {reason}") from None
+    if context_parallel:
+        tokens, prompt = config.train.micro_batch_tokens, config.data.max_prompt_tokens
+        raise ValueError(
+            f"{context_parallel}: context parallelism is not offered; without it the longest "
+            f"response is train.micro_batch_tokens {tokens} − data.max_prompt_tokens {prompt} = "
+            f"{tokens - prompt} tokens"
+        )
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a YAML file that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dicts and lists."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def _read_yaml(path: Path):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a YAML configuration")
+    try:
+        written = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(written):
+        raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
+    return written
+
+
+def _read_overrides(overrides: Sequence[str]):
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"{override}: not an override; write section.key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except yaml.YAMLError as error:
+        message = f"{' '.join(overrides)}: a value is not YAML: {' '.join(str(error).split())}"
+        raise ValueError(message) from None
+
+
+def _pop_context_parallel(tree: dict) -> str | None:
+    """Take every key that asks for context parallelism out of the tree; return the first."""
+    found = []
+    for model in ("student", "teacher"):
+        parallel = tree[model].get("parallel") if isinstance(tree.get(model), dict) else None
+        for name in list(parallel) if isinstance(parallel, dict) else ():
+            if name == "cp" or str(name).startswith("context"):
+                found.append(f"{model}.parallel.{name}: {parallel.pop(name)}")
+    return found[0] if found else None
+
+
+def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
+    types = get_type_hints(section)
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            raise ValueError(f"{key}: unknown key; {_suggestion(key, types, prefix)}")
+        if is_dataclass(types[name]):
+            if not isinstance(value, dict):
+                inside = ", ".join(f"{key}.{f.name}" for f in fields(types[name]))
+                raise ValueError(f"{key}: {value!r} is not a section; its keys are {inside}")
+            _check_keys(value, types[name], f"{key}.")
+        elif isinstance(value, dict):
+            raise ValueError(f"{key}: {value!r} is a section; one value is expected")
+        elif isinstance(value, list) != _takes_list(types[name]) and not _is_open(value):
+            wanted = "one value is" if isinstance(value, list) else "a list, such as [1, 2], is"
+            raise ValueError(f"{key}: {value!r}; {wanted} expected")
+        elif value == MISSING:  # which a merge takes for "as it was"
+            raise ValueError(f"{key}: ??? is left open; set it on the command line")
+
+
+def _takes_list(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+
+
+def _is_open(value: Any) -> bool:
+    """Whether what a value is will be seen later: null, or a reference to another one."""
+    return value is None or (isinstance(value, str) and (value == MISSING or "${" in value))
+
+
+def _suggestion(key: str, siblings: dict[str, Any], prefix: str) -> str:
+    by_name: dict[str, list[str]] = {}
+    for known, _, _ in leaf_keys():
+        by_name.setdefault(known.rpartition(".")[2], []).append(known)
+    name = key.removeprefix(prefix)
+    if name in by_name:
+        return f"did you mean {' or '.join(by_name[name])}?"
+    if close := get_close_matches(name, siblings, n=1, cutoff=0.7):
+        return f"did you mean {prefix}{close[0]}?"
+    if close := get_close_matches(name, by_name, n=1, cutoff=0.7):
+        return f"did you mean {' or '.join(by_name[close[0]])}?"
+    return f"known here: {', '.join(prefix + sibling for sibling in siblings)}"

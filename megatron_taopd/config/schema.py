@@ -1,0 +1,477 @@
+"""Every key of a run's configuration: its type, its default, what it means, what it may be.
+
+These frozen dataclasses are the whole configuration. They import nothing of the package, so that
+anything may be given a section as it is. `load.py` reads them from YAML, `preflight/check_config`
+compares them with each other, with the models and with the files; docs/configuration.md is made of
+what stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Literal, get_type_hints
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a key may be; they are finite in any case.
+
+    Attributes:
+        at_least, above, at_most, below: the ends of the interval.
+        or_zero: 0 is allowed besides, and switches something off.
+        one_of: these numbers and no others.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    or_zero: bool = False
+    one_of: tuple[float, ...] = ()
+
+    def hold(self, value: float) -> bool:
+        """Whether a number is allowed."""
+        if self.or_zero and value == 0:
+            return True
+        if self.one_of:
+            return value in self.one_of
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.one_of:
+            return " or ".join(f"{value:g}" for value in self.one_of)
+        if self == NOT_NEGATIVE:
+            return "0 or more"
+        least = self.at_least if self.above is None else self.above
+        most = self.at_most if self.below is None else self.below
+        if most is not None:
+            if self.above is not None and self.below is not None:
+                return f"strictly between {least:g} and {most:g}"
+            left, right = "[" if self.above is None else "(", "]" if self.below is None else ")"
+            return f"in {left}{least:g}, {most:g}{right}"
+        words = "at least" if self.above is None else "more than"
+        return f"{'0 or ' if self.or_zero else ''}{words} {least:g}"
+
+
+COUNT = Bounds(at_least=1)
+NOT_NEGATIVE = Bounds(at_least=0)
+POSITIVE = Bounds(above=0)
+SHARE = Bounds(above=0, at_most=1)
+INSIDE = Bounds(above=0, below=1)
+DECAY = Bounds(at_least=0, below=1)
+PORT = Bounds(at_least=1, at_most=65535)
+
+
+def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
+    """A key of a section.
+
+    Args:
+        default: MISSING where the user has to give a value.
+        doc: what it means; Markdown, one or more sentences.
+        bounds: of a number; None allows every value of its type.
+    """
+    return field(default=default, metadata={"doc": doc, "bounds": bounds})
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """Where a run lives, and what its randomness is drawn from."""
+
+    dir: str = key(
+        MISSING, "Logs, checkpoints and the report; a run that is there already is resumed."
+    )
+    seed: int = key(0, "Order of the prompts, samples, the `random` selector.", NOT_NEGATIVE)
+    name: str | None = key(None, "Title of the report; null: the directory's name.")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """One model's layout; data parallelism is what remains of the ranks."""
+
+    tp: int = key(1, "Tensor-parallel ranks.", COUNT)
+    pp: int = key(1, "Pipeline-parallel stages.", COUNT)
+    sequence: bool = key(
+        False,
+        "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
+        "`tp` times.",
+    )
+    ep: int = key(
+        1, "Expert-parallel ranks, among the data-parallel ones; of a teacher only.", COUNT
+    )
+
+
+@dataclass(frozen=True)
+class StudentSection:
+    """The model that learns."""
+
+    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+
+
+@dataclass(frozen=True)
+class ServersSection:
+    """SGLang servers of one model: the run's own, or some that are there already."""
+
+    urls: tuple[str, ...] = key(
+        (), "Servers that are there, `http://HOST:PORT` each; none: the run starts its own."
+    )
+    replicas: int = key(1, "How many servers the run starts.", COUNT)
+    tp: int = key(1, "Tensor parallelism of each of them.", COUNT)
+    gpus: tuple[int, ...] | None = key(
+        None,
+        "Devices of the run's own servers, `replicas` × `tp` of them, dealt out in this order; "
+        "null: every server sees every device of the machine.",
+    )
+    host: str = key("127.0.0.1", "The address that the run's own servers listen on.")
+    api_key_env: str | None = key(
+        None, "The environment variable that holds the key of every request."
+    )
+    concurrency: int = key(64, "Requests at a time, per server.", COUNT)
+    timeout_s: float = key(1800.0, "Seconds that one request may take.", POSITIVE)
+    attempts: int = key(4, "Attempts per request, on whichever server; then the step fails.", COUNT)
+    start_timeout_s: float = key(
+        900.0, "Seconds until they listen, whoever has started them.", POSITIVE
+    )
+    context_length: int | None = key(
+        None, "Longest sequence of a server; null: prompt and response of this run.", COUNT
+    )
+    max_running_requests: int | None = key(
+        None, "Requests that a server runs at a time; null: SGLang chooses.", COUNT
+    )
+    max_total_tokens: int | None = key(
+        None, "Tokens of the KV cache; null: what `mem_fraction` leaves.", COUNT
+    )
+    mem_fraction: float | None = key(
+        None, "Share of the device's memory for weights and KV cache; null: SGLang chooses.", INSIDE
+    )
+    args: tuple[str, ...] = key((), "Further arguments of `sglang.launch_server`.")
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    """The model that is distilled."""
+
+    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    engine: Literal["megatron", "sglang"] = key(
+        "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
+    )
+    servers: ServersSection = field(default_factory=ServersSection)
+    form: Literal["hidden_states", "topk"] = key(
+        "hidden_states",
+        "What the servers say of a row: its hidden state, from which scores and loss are exact "
+        "(the head is read from `path`), or log-probabilities of the `topk` likeliest tokens, from "
+        "which they are bounds (and `path` needs no weights).",
+    )
+    topk: int = key(64, "How many tokens a row reports with `form: topk`.", COUNT)
+    prompt: Literal["own", "student"] = key(
+        "own", "Whose chat template and tokenizer render what the teacher reads before a response."
+    )
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    offload: bool = key(False, "Keep the weights in host memory between uses.")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The prompts that are trained on."""
+
+    prompts: str = key(MISSING, "A .jsonl, .json (lines) or .parquet file; the first two also .gz.")
+    prompt_column: str = key(
+        "prompt",
+        "Text or a list of messages. Dots reach into nested columns. GSM8K: `question`; "
+        "DAPO-Math-17k: `prompt`.",
+    )
+    answer_column: str = key(
+        "answer", "GSM8K: `answer`; DAPO-Math-17k: `reward_model.ground_truth`."
+    )
+    template: Literal["auto", "chat", "plain"] = key(
+        "auto",
+        "`chat` applies the tokenizer's chat template, `plain` joins the messages; `auto` is chat "
+        "where the tokenizer has a template.",
+    )
+    system: str | None = key(None, "System message, for prompts that have none of their own.")
+    max_prompt_tokens: int = key(
+        1024, "Prompts that are longer for either model are dropped.", COUNT
+    )
+    shuffle: bool = key(True, "Shuffle the prompts, in each epoch anew.")
+    limit: int | None = key(None, "Use the first prompts only.", COUNT)
+
+
+@dataclass(frozen=True)
+class SyncSection:
+    """How the student's weights reach the rollout servers."""
+
+    way: Literal["distributed", "tensor", "disk"] = key(
+        "distributed",
+        "`distributed`: broadcast in a process group with the servers (NCCL, gloo on the CPU). "
+        "`tensor`: in the request, as handles to shared device memory where both are on one "
+        "machine. `disk`: a checkpoint in `dir` that the servers read.",
+    )
+    bucket_mib: int = key(512, "MiB of weights that are on their way at a time.", COUNT)
+    dir: str | None = key(None, "With `disk`, a directory that both sides see; null: in `run.dir`.")
+    release_memory: bool = key(
+        False, "Colocated servers give their device memory back while the student trains."
+    )
+    max_gap: float = key(
+        0.3,
+        "Mean |Δ log p| of engine and trainer on a few tokens after a sync, above which the run "
+        "stops.",
+        POSITIVE,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutSection:
+    """The student's own responses."""
+
+    engine: Literal["local", "sglang"] = key(
+        "local", "`local`: transformers in the training ranks. `sglang`: on servers."
+    )
+    servers: ServersSection = field(default_factory=ServersSection)
+    sync: SyncSection = field(default_factory=SyncSection)
+    gap_warning: float = key(
+        0.05, "Mean |Δ log p| of engine and trainer above which a step warns.", POSITIVE
+    )
+    prompts: int = key(64, "Prompts per step.", COUNT)
+    samples: int = key(1, "Responses per prompt.", COUNT)
+    max_new_tokens: int = key(64, "Longest response, its stop token included.", COUNT)
+    horizon: int | str = key(
+        "none",
+        "Beyond the paper: training responses end after so many tokens; `auto`: where they stop to "
+        "pay, at least `horizon_floor`. Evaluations generate in full.",
+    )
+    horizon_floor: int = key(32, "With `auto`, the shortest horizon.", COUNT)
+    horizon_prompt_weight: float = key(
+        0.5, "With `auto`, the cost of a prompt token; that of a response token is 1.", NOT_NEGATIVE
+    )
+    temperature: float = key(1.0, "Sampling temperature.", POSITIVE)
+    top_p: float = key(1.0, "Smallest set of tokens with this mass; 1: all.", SHARE)
+    top_k: int = key(0, "So many likeliest tokens; 0: all.", NOT_NEGATIVE)
+    stop_token_ids: tuple[int, ...] = key(
+        (), "Ids that end a response, in addition to the model's own end-of-sequence ids."
+    )
+    batch_size: int = key(64, "Sequences at a time on a rank of the local engine.", COUNT)
+    ahead: int = key(
+        0,
+        "Steps that rollouts run ahead of training: 0 (on policy) or 1, where the next batch is "
+        "generated while this one trains.",
+        Bounds(one_of=(0, 1)),
+    )
+    stream: bool = key(
+        True, "The teacher reads responses as they finish; false: when all of them have."
+    )
+
+
+@dataclass(frozen=True)
+class SelectionSection:
+    """Which response rows the loss falls on."""
+
+    selector: str = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
+    ratio: float = key(0.10, "ρ, the share of the response rows that is trained on.", SHARE)
+    k: int = key(16, "Top-K of both models, for D and C.", COUNT)
+    concentrate: float = key(
+        0.0,
+        "Beyond the paper: at least this share of the response tokens is left out of training. The "
+        "same number of rows is kept, from the prefixes of the responses that hold most of their "
+        "priority.",
+        DECAY,
+    )
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """What the kept rows are trained with."""
+
+    kind: str = key(
+        "reverse_kl", "`reverse_kl`, `forward_kl`, `jsd`, `skewed_reverse_kl` or `sampled_token`."
+    )
+    beta: float = key(0.5, "jsd: the teacher's share in the mixture.", INSIDE)
+    alpha: float = key(0.1, "skewed_reverse_kl: the student's share in the mixture.", INSIDE)
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, in what pieces and in which precision."""
+
+    steps: int = key(100, "Rollout batches.", COUNT)
+    micro_batch_tokens: int = key(4096, "The most tokens that a rank runs at a time.", COUNT)
+    mini_batches: int = key(1, "Optimizer steps per rollout batch.", COUNT)
+    schedule: Literal["two_pass", "replay"] = key(
+        "two_pass",
+        "`two_pass`: the student runs forward over everything for the scores, then forward and "
+        "backward over the cut sequences. `replay`: the layers' outputs of the first pass are "
+        "kept, and the second runs each layer in the backward pass only (`pp` 1, one mini-batch).",
+    )
+    replay_memory_mib: int = key(
+        8192,
+        "MiB for those outputs, per rank; a step that needs more is done in two passes.",
+        COUNT,
+    )
+    precision: Literal["fp32", "bf16"] = key(
+        "fp32", "Of weights and activations; bf16 keeps fp32 copies and gradients."
+    )
+    recompute: Literal["none", "selective", "full"] = key(
+        "none", "Activations that are computed again in the backward pass."
+    )
+    head_memory_mib: int = key(
+        1024, "MiB for the logits of both models that exist at a time, per rank.", COUNT
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """Adam with decoupled weight decay."""
+
+    lr: float = key(1e-6, "Learning rate after the warm-up.", POSITIVE)
+    min_lr: float | None = key(
+        None, "Where cosine or linear decay ends; null with constant.", NOT_NEGATIVE
+    )
+    decay: Literal["constant", "cosine", "linear"] = key(
+        "constant", "The learning rate after the warm-up."
+    )
+    warmup_steps: int = key(10, "Optimizer steps of linear warm-up from 0.", NOT_NEGATIVE)
+    weight_decay: float = key(0.1, "Decoupled weight decay.", NOT_NEGATIVE)
+    beta1: float = key(0.9, "Decay of the first moment.", DECAY)
+    beta2: float = key(0.98, "Decay of the second moment.", DECAY)
+    eps: float = key(1e-8, "Added to the root of the second moment.", POSITIVE)
+    clip: float = key(1.0, "Global gradient norm; 0: off.", NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """What a run saves of itself."""
+
+    every: int = key(50, "Steps between checkpoints; 0: at the end only.", NOT_NEGATIVE)
+    keep: int = key(3, "How many of the newest stay.", COUNT)
+    keep_best: bool = key(
+        True,
+        "And the one with the best held-out accuracy stays: a step that beats all before it is "
+        "saved.",
+    )
+    asynchronous: bool = key(
+        True, "The next steps run while a checkpoint is written, from a copy in host memory."
+    )
+    trust: bool = key(
+        False,
+        "Resume also from what has no checksums, or holds more than tensors and plain values: that "
+        "comes from somewhere else, and loading it may run code.",
+    )
+    export_hf: bool = key(True, "Write the final student as a Hugging Face directory.")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Accuracy on held-out prompts, during the run."""
+
+    every: int = key(20, "Steps between evaluations; 0: at start and end only.", NOT_NEGATIVE)
+    prompts: str | None = key(
+        None, "A file as for `data.prompts`, with its columns and template; null: no evaluation."
+    )
+    max_new_tokens: int | None = key(None, "Longest response; null: as in `rollout`.", COUNT)
+    limit: int | None = key(None, "Use the first prompts only.", COUNT)
+    samples: int = key(1, "Responses per prompt.", COUNT)
+    temperature: float = key(
+        0.0, "0: greedy; otherwise with `top_p` and `top_k` of `rollout`.", NOT_NEGATIVE
+    )
+    pass_at: tuple[int, ...] = key((), "The k of pass@k.")
+    grader: Literal["auto", "exact", "math"] = key(
+        "auto",
+        "`exact`: the stated answer is the reference, spelling aside. `math`: or equal to it as "
+        "mathematics (Math-Verify). `auto`: math where that is installed.",
+    )
+    at_start: bool = key(True, "Evaluate before the first step.")
+
+
+@dataclass(frozen=True)
+class GuardSection:
+    """Steps that are not taken, because their numbers mean nothing."""
+
+    max_skipped: int = key(3, "Skipped steps in a row, after which the run ends.", COUNT)
+    loss_spike: float = key(
+        10.0,
+        "An update whose loss is so many times the median of the last 32 is not taken; 0: all are. "
+        "Not for sampled_token, whose values say nothing of how far it is.",
+        Bounds(above=1, or_zero=True),
+    )
+    teacher_every: int = key(
+        50, "Steps between checks of the teacher's weights; 0: at checkpoints only.", NOT_NEGATIVE
+    )
+
+
+@dataclass(frozen=True)
+class WatchdogSection:
+    """Ranks that die or hang end the job, in so many seconds."""
+
+    silent_s: float = key(
+        60.0,
+        "Seconds without a sign of life of a process; 0: no watchdog.",
+        Bounds(at_least=1, or_zero=True),
+    )
+    stuck_s: float = key(
+        900.0,
+        "Seconds in which no rank gets any further; 0: as long as the backend waits.",
+        NOT_NEGATIVE,
+    )
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """Where the numbers go, besides metrics.jsonl and the report."""
+
+    tensorboard: bool = key(True, "Write TensorBoard events.")
+    wandb_project: str | None = key(None, "A Weights & Biases project; null: off.")
+    prometheus_port: int | None = key(
+        None,
+        "The newest numbers at `http://HOST:PORT/metrics`; null: off.",
+        PORT,
+    )
+    prometheus_host: str = key("127.0.0.1", "The address that rank 0 listens on.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on, with absolute paths."""
+
+    run: RunSection = field(default_factory=RunSection)
+    student: StudentSection = field(default_factory=StudentSection)
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+    data: DataSection = field(default_factory=DataSection)
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
+    loss: LossSection = field(default_factory=LossSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    watchdog: WatchdogSection = field(default_factory=WatchdogSection)
+    log: LogSection = field(default_factory=LogSection)
+
+
+def leaf_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type, str]]:
+    """Every key that has a value: its dotted name, its section's class and its name there."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from leaf_keys(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind, name
+
+
+def check_bounds(config: Config) -> None:
+    """Raise ValueError for the first number outside of its key's bounds: key, value, bounds."""
+    for dotted, kind, name in leaf_keys():
+        bounds = kind.__dataclass_fields__[name].metadata["bounds"]  # type: ignore[attr-defined]
+        value: Any = config
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        if bounds is not None and value is not None and not bounds.hold(value):
+            raise ValueError(f"{dotted}: {value}; it has to be {bounds}")

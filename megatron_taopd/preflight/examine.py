@@ -1,0 +1,389 @@
+"""What can be known before a run: `examine` looks at everything, `before_run` at what is cheap.
+
+Each check takes small values and returns findings (`findings.py`); this file alone knows the
+configuration. A check that raises is an error of its own, and the others still run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_taopd import build
+from megatron_taopd import config as configuration
+from megatron_taopd.accounting import ModelCost
+from megatron_taopd.config import Config, ParallelSection
+from megatron_taopd.models.hf_checkpoint import DTYPES, load_config
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import of_first_rank
+from megatron_taopd.preflight import machine, network, storage, texts
+from megatron_taopd.preflight.check_config import check
+from megatron_taopd.preflight.findings import (
+    Finding,
+    error,
+    examined,
+    of_all_hosts,
+    ok,
+    warning,
+)
+from megatron_taopd.prompts import Prompts, check_prompts, load_prompts
+from megatron_taopd.vocab_map import VocabMap, Vocabulary
+
+ANY_LENGTH = sys.maxsize
+
+
+def fewest_ranks(config: Config) -> int:
+    """That take the layouts of both models."""
+    student, teacher = config.student.parallel, config.teacher.parallel
+    return math.lcm(student.tp * student.pp, teacher.tp * teacher.pp * teacher.ep)
+
+
+def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list[Finding]]]:
+    """Everything, a group of checks at a time; the same on every rank.
+
+    Alone, or under torchrun, which every rank then calls. Nothing is left in run.dir.
+
+    Args:
+        ranks: of the run.
+        quick: without the models.
+
+    Collectives: small gathers and broadcasts of findings; those of `check_ranks` and the models.
+    """
+    together, host = "RANK" in os.environ, socket.gethostname()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    run_dir = Path(config.run.dir)
+
+    if together:
+        joining = examined(_join)
+        if joining:  # the others cannot be told
+            yield "ranks", joining
+            return
+
+    def hosts(*checks: tuple) -> list[Finding]:
+        found = [f for each in checks for f in examined(*each)] if local_rank == 0 else []
+        return of_all_hosts(found, host, local_rank == 0)
+
+    def first(*checks: tuple) -> list[Finding]:
+        return of_first_rank(lambda: [f for each in checks for f in examined(*each)])
+
+    all_found = first((_check_config, config, ranks))
+    yield "configuration", all_found
+    sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
+    yield "versions", hosts((machine.check_versions, sglang), (machine.check_kernels,))
+    yield "machine", hosts((machine.check_devices, local_ranks), (machine.check_limits,))
+    servers = [] if not sglang else [*_check_servers(config)]
+    yield "network", hosts((network.check_loopback,)) + first((network.check_rendezvous,), *servers)
+    if together:
+        yield "ranks", network.check_ranks(host)
+
+    write = storage.check_shared(run_dir, host) if together else first(_write(config)[0])
+    disk = (*_write(config)[1:], (_check_space, config))
+    yield "disk", write + first(*disk) + hosts((storage.check_shared_memory,))
+    yield "run.dir", first((_check_resume, config))
+    found = first((_check_texts, config))
+    yield "texts", found
+    all_found = all_found + write + found
+    if torch.cuda.is_available() and not _failed(all_found):
+        yield "memory", first((_check_memory, config, ranks, local_ranks))
+    if quick:
+        return
+    if _failed(all_found):
+        why = "not compared: there is an error in the configuration, run.dir or the texts"
+        yield "models", [warning(why, "put that right first")]
+    elif together:
+        # A rank that fails alone cannot be waited for: it ends the others by torchrun.
+        yield "models", list(_check_models(config))
+    else:
+        platform.initialize()
+        yield "models", examined(_check_models, _alone(config))
+
+
+def before_run(config: Config) -> bool:
+    """The cheap ones, on rank 0, when a run starts: a line on stderr for each warning, up to the
+    first error.
+
+    Returns:
+        Whether the run can start; the same on every rank. Collective: a broadcast of some bytes.
+    """
+    sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
+    checks = [
+        (_check_resume, config),
+        (machine.check_versions, sglang),
+        *_write(config),
+        (_check_space, config),
+        (_check_start_of_texts, config),
+        *([] if not sglang else _check_servers(config, urls=False)),
+    ]
+
+    def work() -> list[Finding]:
+        for finding in (f for each in checks for f in examined(*each)):
+            if finding.level != "ok":
+                print(f"{finding.level}: {finding.what}; {finding.remedy}", file=sys.stderr)
+            if finding.level == "error":
+                return [finding]
+        return []
+
+    return not _failed(of_first_rank(work))
+
+
+def _failed(findings: Sequence[Finding]) -> bool:
+    return any(f.level == "error" for f in findings)
+
+
+def _join() -> Iterator[Finding]:
+    platform.initialize()
+    yield from ()
+
+
+def _check_config(config: Config, ranks: int) -> Iterator[Finding]:
+    try:
+        check(config, ranks)
+    except ValueError as problem:
+        yield error(str(problem), "the first that is wrong; put it right and look again")
+    else:
+        yield ok(f"{ranks} ranks: it can run")
+
+
+def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
+    for key, engine in ("rollout", config.rollout.engine), ("teacher", config.teacher.engine):
+        section = getattr(config, key).servers
+        if engine != "sglang":
+            continue
+        if not section.urls:
+            yield network.check_own_servers, f"{key}.servers", section.host
+        elif urls:
+            yield network.check_urls, f"{key}.servers", section.urls
+
+
+def _write(config: Config) -> list[tuple]:
+    checks = [(storage.check_write, "run.dir", Path(config.run.dir))]
+    if config.rollout.engine == "sglang" and config.rollout.sync.dir is not None:
+        checks.append((storage.check_write, "rollout.sync.dir", Path(config.rollout.sync.dir)))
+    return checks
+
+
+def _check_space(config: Config) -> Iterator[Finding]:
+    sync = config.rollout.sync
+    by_disk = config.rollout.engine == "sglang" and sync.way == "disk" and sync.dir is None
+    return storage.check_space(
+        Path(config.run.dir),
+        parameters(config.student.path),
+        DTYPES[config.train.precision].itemsize,
+        config.checkpoint.keep + (config.checkpoint.keep_best and config.eval.prompts is not None),
+        config.checkpoint.export_hf,
+        by_disk,
+    )
+
+
+def parameters(hf_dir: str) -> int:
+    """Of a dense model, by its config.json; norms and biases left out."""
+    hf = load_config(hf_dir)
+    cost = ModelCost.of(hf)  # two operations for each weight that a token meets
+    return (cost.per_token + cost.per_row * (1 if hf.tie_word_embeddings else 2)) // 2
+
+
+def _check_memory(config: Config, ranks: int, local_ranks: int) -> Iterator[Finding]:
+    from megatron_taopd.plan.cluster import Cluster
+    from megatron_taopd.plan.setup import Setup
+    from megatron_taopd.preflight.memory import check_memory
+
+    gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return check_memory(Setup.of(config, ranks, local_ranks), gib, Cluster.reserve_gib)
+
+
+def _check_resume(config: Config) -> Iterator[Finding]:
+    tree = configuration.to_tree(config)
+    return storage.check_resume(Path(config.run.dir), config.train.steps, tree)
+
+
+def _check_start_of_texts(config: Config) -> Iterator[Finding]:
+    """Ids that end responses, and both files of prompts, without tokenising them."""
+    student, teacher = _vocabularies(config)
+    yield from texts.check_vocabularies(student, teacher)
+    data, readers = config.data, [student.tokenizer]
+    if config.teacher.prompt == "own":
+        readers.append(teacher.tokenizer)
+    for key, path, tokenizers, answer_column, limit in (
+        ("data.prompts", data.prompts, readers, None, data.limit),
+        ("eval.prompts", config.eval.prompts, readers[:1], data.answer_column, config.eval.limit),
+    ):
+        if path is None:
+            continue
+        try:
+            check_prompts(
+                path,
+                tokenizers,
+                data.prompt_column,
+                answer_column,
+                data.template,
+                data.system,
+                limit,
+            )
+        except ValueError as problem:
+            yield error(f"{key}: {problem}", "the run would end there")
+
+
+def _check_texts(config: Config) -> Iterator[Finding]:
+    student, teacher = _vocabularies(config)
+    yield from texts.check_vocabularies(student, teacher)
+    prompts = _read_prompts(config, student, teacher)
+    most = config.data.max_prompt_tokens
+    yield from texts.check_prompts("data.prompts", prompts, student, teacher, most)
+    if config.eval.prompts is not None:
+        held_out = _read_prompts(config, student, None)
+        yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)
+        yield from texts.check_held_out(prompts, held_out)
+
+
+def _vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
+    student, teacher = map(Vocabulary.from_pretrained, (config.student.path, config.teacher.path))
+    return student.ending_at(config.rollout.stop_token_ids), teacher
+
+
+def _read_prompts(
+    config: Config, student: Vocabulary, teacher: Vocabulary | None, most: int = ANY_LENGTH
+) -> Prompts:
+    """As the run reads them, up to so many tokens; without a teacher, those of the evaluation."""
+    data, both = config.data, teacher is not None and config.teacher.prompt == "own"
+    return load_prompts(
+        data.prompts if teacher else config.eval.prompts,
+        student.tokenizer,
+        data.prompt_column,
+        None if teacher else data.answer_column,
+        data.template,
+        data.system,
+        most,
+        data.limit if teacher else config.eval.limit,
+        teacher.tokenizer if both else None,
+    )
+
+
+def _alone(config: Config) -> Config:
+    """The same for one rank."""
+    return replace(
+        config,
+        student=replace(config.student, parallel=ParallelSection()),
+        teacher=replace(config.teacher, parallel=ParallelSection()),
+    )
+
+
+def _check_models(config: Config) -> Iterator[Finding]:
+    """Engine, trainer and teacher on the first prompt. Collective."""
+    from megatron.core import parallel_state
+
+    with tempfile.TemporaryDirectory(prefix="doctor-") as directory:
+        try:
+            yield from _compare(_with_one_server(config, directory))
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _with_one_server(config: Config, directory: str) -> Config:
+    """One server of each model, with its log in another directory; and all of a teacher that are
+    there already, for they have to agree. (Rollout servers will be given weights.)"""
+
+    def one(servers, urls=None):
+        gpus = None if servers.gpus is None else servers.gpus[: servers.tp]
+        return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:urls])
+
+    return replace(
+        config,
+        run=replace(config.run, dir=directory),
+        rollout=replace(config.rollout, servers=one(config.rollout.servers, urls=1)),
+        teacher=replace(config.teacher, servers=one(config.teacher.servers)),
+    )
+
+
+def _compare(config: Config) -> Iterator[Finding]:
+    from megatron_taopd.parallel.layout import forward_layout, student_layout
+    from megatron_taopd.parallel.vocab import rows_within
+    from megatron_taopd.preflight import agreement
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    dtype, rollout = DTYPES[config.train.precision], config.rollout
+    micro_batch_tokens = config.train.micro_batch_tokens
+    student_vocabulary, teacher_vocabulary = _vocabularies(config)
+    vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
+    first = replace(config, data=replace(config.data, limit=1))
+    most = config.data.max_prompt_tokens
+    prompts = _read_prompts(first, student_vocabulary, teacher_vocabulary, most)
+
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = agreement.available_bytes(local_ranks)
+    share = config.student.parallel.tp * config.student.parallel.pp
+    whole = agreement.weight_bytes(config.student.path, dtype)
+    needed = whole // share + (whole if rollout.engine == "local" else 0)
+    more_ranks = "start the doctor by torchrun with the run's ranks, or --quick"
+    if needed > free:
+        what = f"engine and trainer not compared: they need {needed / 1e9:.1f} GB a rank"
+        yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
+        return
+    layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
+    student = agreement.ReadOnlyStudent(
+        config.student.path, layout, dtype, vocab_map.size, vocab_map.absent
+    )
+    engine = _engine(config, student_vocabulary)
+    try:
+        prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
+        batch = agreement.answer(engine, prompt, rollout.max_new_tokens, stops)
+    finally:
+        engine.close()
+    rows = rows_within(config.train.head_memory_mib << 20, student.shard.stop - student.shard.start)
+    yield from agreement.check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
+
+    if config.teacher.engine == "sglang":
+        servers = build.begin_teacher_servers(config, dtype)
+        teacher = build.sglang_teacher(config, servers, dtype, vocab_map)
+    else:
+        parallel = config.teacher.parallel
+        needed = agreement.weight_bytes(config.teacher.path, dtype) // (parallel.tp * parallel.pp)
+        if needed > (free := agreement.available_bytes(local_ranks)):
+            what = f"teacher not run: it needs {needed / 1e9:.1f} GB a rank"
+            yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
+            return
+        teacher = MegatronTeacher(
+            config.teacher.path,
+            forward_layout(**vars(parallel)),
+            dtype,
+            micro_batch_tokens,
+            config.teacher.offload,
+        )
+    try:
+        heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
+        theirs = prompts.teacher_token_ids
+        reading, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
+        yield from agreement.check_teacher(
+            batch, reading, student, teacher, heads, micro_batch_tokens, config.selection.k
+        )
+    finally:
+        teacher.close()
+
+
+def _engine(config: Config, vocabulary: Vocabulary):
+    """The run's engine; its log-probabilities are over all tokens, as the trainer's are."""
+    from megatron_taopd.rollout.local import LocalEngine
+    from megatron_taopd.rollout.sglang import SGLangEngine
+
+    dtype = DTYPES[config.train.precision]
+    if config.rollout.engine == "local":
+        return LocalEngine.from_hf(
+            config.student.path,
+            dtype,
+            platform.device(),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            eos_token_ids=vocabulary.ends,
+        )
+    servers = build.begin_rollout_servers(config, dtype, fixed_weights=True)
+    model, replicas = build.ready(servers, "rollout.servers")
+    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.ends, None, tuple)
