@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart quickstart-sglang test lint clean
+.PHONY: quickstart quickstart-sglang test test-fast lint docs clean
 
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
@@ -19,9 +19,18 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# What to run at every save: one process of ranks at most, no server, nothing that takes seconds.
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ranks and not sglang and not slow"
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[docs]'
+	$(BIN)/mkdocs build
 
 # torch goes first and by its exact version: left to the resolver, another build may come.
 $(VENV)/.installed: setup.py constraints.txt requirements/sglang-cpu.txt

@@ -27,6 +27,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
+    "docs": ["mkdocs-material>=9.7"],
     # Rivals in tools/bench_vocab_parallel.py. With constraints.txt, so that torch stays what it is.
     "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
     # Triton comes with torch for CUDA; on a machine without one its kernels are tested interpreted.
@@ -38,6 +39,7 @@ EXTRAS = {
         "matplotlib>=3.9",
         "playwright>=1.45",  # drives an installed Chromium in tests of pages
         "prometheus-client>=0.20",
+        "mypy>=1.18",
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",
     ],
@@ -50,7 +52,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
-    package_data={"megatron_taopd.serving": ["cpu_stubs/*.py"]},
+    package_data={"megatron_taopd": ["py.typed"], "megatron_taopd.serving": ["cpu_stubs/*.py"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

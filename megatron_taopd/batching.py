@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from heapq import heappop, heappush
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -195,9 +195,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(
-            **{n: v.to(device) if isinstance(v, Tensor) else v for n, v in values.items()}
-        )
+        tensors: dict[str, Any] = {n: v.to(device) for n, v in values.items() if torch.is_tensor(v)}
+        return replace(self, **tensors)
 
 
 def build_micro_batch(

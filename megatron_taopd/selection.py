@@ -136,6 +136,7 @@ def select(
                 f"one of {', '.join(CONCENTRATES)}"
             )
         max_rows = max(keep, len(priority) - budget(concentrate, len(priority)))
+        assert cu_rows is not None, "where each sequence's rows start"
         starts = cu_rows.numpy()
         cuts = cut_responses(priority.double().cpu().numpy(), starts, keep, max_rows)
         behind = torch.from_numpy(~inside(cuts, starts)).to(priority.device)
@@ -199,5 +200,5 @@ def selection_metrics(
         if selector not in ("full", "random"):
             metrics["selection/threshold"] = SELECTORS[selector](scores, seed)[mask].min()
     # Stacked, so that the device is waited for once.
-    values = torch.stack([value.double() for value in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
+    stacked = torch.stack([value.double() for value in metrics.values()])
+    return dict(zip(metrics, stacked.tolist(), strict=True))

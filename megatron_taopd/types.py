@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,13 @@ class Sequences:
 
     tokens: Tensor
     cu_seqlens: Tensor
-    cu_rows: Tensor
-    row_positions: Tensor
+    if TYPE_CHECKING:  # an attribute or a property, as the subclass likes
+
+        @property
+        def cu_rows(self) -> Tensor: ...
+
+        @property
+        def row_positions(self) -> Tensor: ...
 
     @property
     def num_sequences(self) -> int:
@@ -154,14 +160,10 @@ class TokenScores:
     student_topk_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None
 
-    def __getitem__(self, rows) -> TokenScores:
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenScores(**{n: None if v is None else v[rows] for n, v in picked.items()})
-
     @classmethod
     def cat(cls, chunks: list[TokenScores]) -> TokenScores:
         """Concatenate along rows; a field that any chunk lacks is absent."""
-        joined = {}
+        joined: dict[str, Any] = {}
         for field in fields(cls):
             values = [getattr(chunk, field.name) for chunk in chunks]
             joined[field.name] = None if any(v is None for v in values) else torch.cat(values)

@@ -31,12 +31,12 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
             key without a value.
     """
     written, given = _read_yaml(Path(path)), _read_overrides(overrides)
-    tree = OmegaConf.to_container(OmegaConf.merge(written, given))
+    tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
     schema = OmegaConf.structured(Config)
     try:
-        values = OmegaConf.to_container(
+        values: Any = OmegaConf.to_container(
             OmegaConf.merge(schema, tree), resolve=True, throw_on_missing=True
         )
         for key in ("run.dir", *_INPUT_PATHS):
@@ -45,7 +45,7 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
             if value := values[section][name]:
                 base = Path(path).parent if in_file else Path()
                 values[section][name] = os.path.abspath(base / Path(value).expanduser())
-        config = OmegaConf.to_object(OmegaConf.merge(schema, values))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         if OmegaConf.is_missing(error.parent_node, error.key):
@@ -99,7 +99,9 @@ def _pop_context_parallel(tree: dict) -> str | None:
     found = []
     for model in ("student", "teacher"):
         parallel = tree[model].get("parallel") if isinstance(tree.get(model), dict) else None
-        for name in list(parallel) if isinstance(parallel, dict) else ():
+        if not isinstance(parallel, dict):
+            continue
+        for name in list(parallel):
             if name == "cp" or str(name).startswith("context"):
                 found.append(f"{model}.parallel.{name}: {parallel.pop(name)}")
     return found[0] if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +59,9 @@ class Divergence:
             student, teacher: [R, width] logits of the columns that take part.
         """
         dtype = student.dtype
-        of_shard = _normalizers(
-            *reductions.log_normalizer(student).split(1, dim=1),
-            *reductions.log_normalizer(teacher).split(1, dim=1),
-            dtype=dtype,
-        )
+        student_parts = reductions.log_normalizer(student).split(1, dim=1)
+        teacher_parts = reductions.log_normalizer(teacher).split(1, dim=1)
+        of_shard = _normalizers((*student_parts, *teacher_parts), dtype)
         sent = [*of_shard]
         if self.kind in ("reverse_kl", "forward_kl"):
             sent.append(reductions.kl_within(self.kind, student, teacher, of_shard)[:, None])
@@ -73,7 +72,7 @@ class Divergence:
             teacher_tops, log_sums - excesses
         )
         merged = (student_top, log_sum, teacher_top, teacher_log_sum)
-        normalizers = _normalizers(*(part[:, None] for part in merged), dtype=dtype)
+        normalizers = _normalizers([part[:, None] for part in merged], dtype)
 
         if self.kind == "reverse_kl":
             loss = mean = _chain_rule(student_mass, teacher_mass, gathered[4])
@@ -107,7 +106,9 @@ class Divergence:
         )
 
 
-def _normalizers(student_top, log_sum, teacher_top, teacher_log_sum, dtype) -> Normalizers:
+def _normalizers(of_models: Sequence[Tensor], dtype: torch.dtype) -> Normalizers:
+    """From max and log-sum of the student, then of the teacher, float64 [R, 1] each."""
+    student_top, log_sum, teacher_top, teacher_log_sum = of_models
     parts = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
     return Normalizers(*(part.to(dtype) for part in parts))
 

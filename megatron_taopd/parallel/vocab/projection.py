@@ -61,10 +61,10 @@ class Projection:
     def __call__(self, rows: slice) -> Tensor:
         hidden = self.hidden[rows]
         if self.buffer is None:
-            narrow = is_narrow(hidden.dtype)
-            logits = torch.mm(
-                hidden, self.weight.t(), **({"out_dtype": torch.float32} if narrow else {})
-            )
+            if is_narrow(hidden.dtype):
+                logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            else:
+                logits = torch.mm(hidden, self.weight.t())
         else:
             logits = self.buffer[: len(hidden)]
             if is_narrow(hidden.dtype):  # the head is widened block by block, never as a whole
