@@ -24,8 +24,8 @@ def doctored(overrides):
 
 
 def compare(overrides):
-    from megatron_taopd.preflight import examine
     from megatron_taopd.parallel import platform
+    from megatron_taopd.preflight import examine
 
     platform.initialize()
     return [f"{f.level}: {f.what}" for f in examine._check_models(load(TINY, overrides))]
