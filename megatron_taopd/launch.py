@@ -16,10 +16,13 @@ phase at hand, save and exit with 3, however long that takes; and the exit statu
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 import psutil
+
+from megatron_taopd.parallel import nccl
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 3
@@ -39,6 +42,7 @@ def main(arguments: list[str]) -> int:
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
+    nccl.set_defaults(os.environ)  # of all workers, and of the servers that they start
 
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -12,12 +12,15 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import psutil
 import pytest
+import torch
 import yaml
 from patience import finish, known_patience, patience, wait_for
+from ranks import run_ranks
 
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.replicas import Replicas, ServedModel
@@ -119,12 +122,56 @@ def test_two_nodes_and_their_exit_status(tmp_path):
     assert all("start 2" not in output for output in outputs)
 
 
+VARIABLES = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
+
+
+@pytest.fixture
+def without_variables(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def variables_when_the_group_is_made(given):
+    """`platform.initialize` in a process with this environment."""
+    from megatron_taopd.parallel import platform
+
+    seen = {}
+
+    def init_process_group(*_, **__):
+        seen.update({name: os.environ.get(name) for name in VARIABLES})
+
+    with (
+        mock.patch.dict(os.environ, given),
+        mock.patch.object(torch.distributed, "is_initialized", lambda: False),
+        mock.patch.object(torch.distributed, "init_process_group", init_process_group),
+    ):
+        for name in set(VARIABLES) - set(given):
+            os.environ.pop(name, None)
+        platform.initialize()
+    return seen
+
+
+@pytest.mark.parametrize("given", [{}, {"NCCL_NVLS_ENABLE": "1"}])
+def test_a_rank_has_sglangs_variables_of_nccl_before_its_first_group(given):
+    [seen] = run_ranks(1, variables_when_the_group_is_made, given)
+    assert seen == {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"} | given
+
+
+def test_workers_have_sglangs_variables_of_nccl(tmp_path, without_variables):
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os\nprint('seen', *(os.environ.get(n) for n in {VARIABLES}))\n")
+    module = ["-m", "megatron_taopd.launch", "--standalone", "--nproc-per-node", "1", script]
+    output = finish(start([sys.executable, *module], NCCL_NVLS_ENABLE="1"))
+    assert "seen 0 1" in output  # what was given stays
+
+
 SLURM = {
     # The two commands of Slurm that the script calls, and a run that ends at once, or when
     # something else that it awaits has been called, too.
     "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$@" >> "$CALLS"; fi',
     "srun": 'echo "$6" >> "$CALLS.nodes"; shift 7; export SLURM_PROCID=0; exec "$@"',
-    "python": 'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; '
+    "python": 'echo "$NCCL_CUMEM_ENABLE $NCCL_NVLS_ENABLE" >> "$CALLS.nccl"; '
+    'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; '
     'until grep -q "$AWAITED" "$CALLS.python"; do sleep 0.05; done; exit $STATUS',
 }
 
@@ -159,7 +206,7 @@ def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
         assert ended == status
 
 
-def test_slurm_gives_nodes_to_servers(tmp_path):
+def test_slurm_gives_nodes_to_servers(tmp_path, without_variables):
     sbatch(
         tmp_path, "CONFIG.yaml", "train.steps=3", STATUS="0", SERVE_NODES="1", SERVE_MODEL="MODEL",
         awaited="serve.py", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NUM_NODES="3",
@@ -172,6 +219,7 @@ def test_slurm_gives_nodes_to_servers(tmp_path):
     assert run.startswith("2 0 ") and "--nnodes 2" in run and "train.steps=3" in run
     assert "rollout.servers.urls=[http://n3:30000,http://n3:30001]" in run
     assert "rollout.servers.api_key_env=SGLANG_KEY" in run
+    assert (tmp_path / "calls.nccl").read_text() == "0 0\n0 0\n"  # of ranks and of servers
 
 
 def serve(*arguments, **environment):

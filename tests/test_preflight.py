@@ -7,8 +7,10 @@ import os
 import shutil
 import socket
 import sys
+import threading
 from collections import Counter, namedtuple
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,7 @@ from ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
+from megatron_taopd.parallel import nccl
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.preflight import agreement, examine, machine, network, storage, texts
 from megatron_taopd.preflight.findings import examined, of_all_hosts, ok, warning
@@ -155,6 +158,86 @@ def test_server_addresses(taken_port):
     found("error", foreign, "rollout.servers.host: 192.0.2.1")
 
 
+@pytest.fixture
+def nccl_environment(monkeypatch):
+    """A function that sets NCCL's variables, and no others."""
+
+    def only(**variables):
+        for name in [name for name in os.environ if name.startswith("NCCL_")]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    only()
+    return only
+
+
+def test_own_servers_have_the_trainers_variables_of_nccl(nccl_environment):
+    def check(*args):
+        return list(network.check_own_nccl("rollout.servers", args))
+
+    found("ok", check("--log-level", "info"), "NCCL_CUMEM_ENABLE=0, NCCL_NVLS_ENABLE=0, as in")
+    it = found("warning", check("--enable-nccl-nvls"), "NCCL_NVLS_ENABLE is 0 in the trainer")
+    assert "1 in its servers, by rollout.servers.args" in it.what
+    assert "export NCCL_NVLS_ENABLE=1" in it.remedy
+    assert levels(check("--enable-symm-mem")) == {"warning": 2}
+    nccl_environment(NCCL_CUMEM_ENABLE="1")  # which the servers inherit
+    found("ok", check(), "NCCL_CUMEM_ENABLE=1, NCCL_NVLS_ENABLE=0")
+    found("warning", check("--enable-symm-mem"), "NCCL_NVLS_ENABLE")
+
+
+@pytest.fixture
+def server_info():
+    """The URL of a server that answers /server_info with these options to requests with a key."""
+    options = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "/server_info" and self.headers["Authorization"] == "Bearer secret"
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(options).encode())
+
+        def log_message(self, *_): ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", options
+    server.shutdown()
+
+
+def test_servers_that_are_there_have_the_trainers_variables_of_nccl(
+    nccl_environment, monkeypatch, server_info
+):
+    url, options = server_info
+    monkeypatch.setenv("KEY", "secret")
+
+    def check(key="KEY"):
+        return list(network.check_nccl_of_urls("rollout.servers", [url], key))
+
+    options.update(enable_symm_mem=False, enable_nccl_nvls=False)
+    found("ok", check(), f"rollout.servers.urls: {url}: NCCL_CUMEM_ENABLE=0")
+    found("warning", check(None), url, "not known", "401")
+    options.update(enable_nccl_nvls=True)
+    found("warning", check(), url, "NCCL_NVLS_ENABLE is 0 in the trainer and 1 in that server")
+    nccl_environment(NCCL_CUMEM_ENABLE="1", NCCL_NVLS_ENABLE="1")
+    found("warning", check(), "NCCL_CUMEM_ENABLE is 1 in the trainer and 0 in that server, unless")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compared"),
+    [
+        (["rollout.engine=sglang"], ["check_own_nccl"]),
+        (["rollout.engine=sglang", "rollout.servers.urls=[http://h:1]"], ["check_nccl_of_urls"]),
+        (["rollout.engine=sglang", "rollout.sync.way=disk"], []),
+        (["teacher.engine=sglang"], []),
+    ],
+)
+def test_nccl_is_compared_where_trainer_and_servers_share_a_group(overrides, compared):
+    checks = preflight._check_servers(load(str(TINY), overrides))
+    assert [check.__name__ for check, *_ in checks if "nccl" in check.__name__] == compared
+
+
 def test_names():
     assert not list(network.check_name("this host", "localhost"))
     assert ok("127.0.0.1 can be reached") in network.check_loopback()
@@ -178,6 +261,9 @@ def test_ranks_that_differ():
     new = {"torch": "2.14.0"}
     odd = [*alike[:2], *(replace(rank, versions=new) for rank in alike[2:])]
     found("error", network.compared(odd), "host1: torch 2.14.0", "host0 has 2.13.0")
+    variables = {"host0": {}, "host1": {"NCCL_ALGO": "Ring"}}
+    odd = [replace(rank, nccl=nccl.values(variables[rank.host])) for rank in alike]
+    found("warning", network.compared(odd), "host1: NCCL_ALGO is Ring; on host0 it is unset")
 
 
 def ranks_of_two_hosts():

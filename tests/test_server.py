@@ -249,6 +249,8 @@ def test_timeout(fake, tmp_path):
 def test_command_on_cuda(fake, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("LOCAL_RANK", "3")
+    for name in ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
     server = fake(
         SERVES, device="cuda", gpus=[2, 5], tp=2, mem_fraction=0.8, args=["--log-level", "warning"]
     )
@@ -258,7 +260,12 @@ def test_command_on_cuda(fake, monkeypatch):
         "--mem-fraction-static 0.8 --skip-tokenizer-init --log-level warning"
     )
     added = {k: v for k, v in server.environment.items() if os.environ.get(k) != v}
-    assert added == {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1", "CUDA_VISIBLE_DEVICES": "2,5"}
+    assert added == {
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",
+        "CUDA_VISIBLE_DEVICES": "2,5",
+        "NCCL_CUMEM_ENABLE": "0",  # as in the trainer's processes
+        "NCCL_NVLS_ENABLE": "0",
+    }
     assert not {"TORCHELASTIC_USE_AGENT_STORE", "LOCAL_RANK"} & set(server.environment)
 
 

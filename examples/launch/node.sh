@@ -25,6 +25,9 @@ NPROC="${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count(
 ATTEMPTS="${ATTEMPTS:-3}"
 PAUSE="${PAUSE:-20}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# SGLang's defaults: ranks and servers have NCCL groups in common, and need these alike.
+export NCCL_CUMEM_ENABLE="${NCCL_CUMEM_ENABLE:-0}"
+export NCCL_NVLS_ENABLE="${NCCL_NVLS_ENABLE:-0}"
 
 launch=0
 asked=

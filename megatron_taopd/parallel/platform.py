@@ -18,6 +18,8 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_taopd.parallel import nccl
+
 
 def device() -> torch.device:
     """The device of this rank's tensors."""
@@ -50,6 +52,7 @@ def initialize(timeout_s: float = 1800.0) -> bool:
     """
     quiet()
     emulate_cuda()
+    nccl.set_defaults(os.environ)
     if dist.is_initialized():
         return False
     # Megatron overlaps its communication by the order of launches, which needs a single queue.

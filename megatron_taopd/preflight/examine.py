@@ -163,6 +163,13 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
             yield network.check_own_servers, f"{key}.servers", section.host
         elif urls:
             yield network.check_urls, f"{key}.servers", section.urls
+    if config.rollout.engine == "sglang" and config.rollout.sync.way == "distributed":
+        section = config.rollout.servers
+        if not section.urls:
+            yield network.check_own_nccl, "rollout.servers", section.args
+        elif urls:
+            key_env = section.api_key_env
+            yield network.check_nccl_of_urls, "rollout.servers", section.urls, key_env
 
 
 def _write(config: Config) -> list[tuple]:

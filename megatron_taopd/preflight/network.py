@@ -7,13 +7,14 @@ import socket
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import httpx
 import torch
 import torch.distributed as dist
 
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import nccl, platform
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 from megatron_taopd.preflight.machine import driver, versions
@@ -92,6 +93,68 @@ def check_urls(key: str, urls: Sequence[str]) -> Iterator[Finding]:
             yield ok(f"{key}.urls: {url} listens")
 
 
+def check_own_nccl(key: str, args: Sequence[str]) -> Iterator[Finding]:
+    """Compare NCCL's variables in the trainer with those in servers of its own, which inherit them
+    but follow their options.
+
+    Args:
+        args: of sglang.launch_server.
+    """
+    options = {arg.removeprefix("--").replace("-", "_"): True for arg in args}
+    yield from _compared_nccl(
+        key,
+        nccl.of_server(os.environ, options),
+        f"in its servers, by {key}.args",
+        "leave that option out",
+    )
+
+
+def check_nccl_of_urls(key: str, urls: Sequence[str], api_key_env: str | None) -> Iterator[Finding]:
+    """Compare NCCL's variables in the trainer with those in servers that are there, as far as their
+    options tell: the environment that they were started in cannot be asked for."""
+    api_key = os.environ.get(api_key_env or "")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with httpx.Client(headers=headers, trust_env=False, timeout=CONNECT_S) as client:
+        for url in urls:
+            try:
+                options = client.get(f"{url.rstrip('/')}/server_info").raise_for_status().json()
+            except (httpx.HTTPError, ValueError) as problem:
+                reason = str(problem).split("\n")[0] or type(problem).__name__
+                yield warning(
+                    f"{key}.urls: {url}: NCCL's variables there are not known ({reason})",
+                    "is it an SGLang server, and the key the right one?",
+                )
+                continue
+            yield from _compared_nccl(
+                f"{key}.urls: {url}",
+                nccl.of_server({}, options),
+                "in that server, unless its environment had another one",
+                "start the server with the trainer's",
+            )
+
+
+def _compared_nccl(
+    where: str, theirs: Mapping[str, str], which: str, otherwise: str
+) -> Iterator[Finding]:
+    """
+    Args:
+        theirs: NCCL's variables in the servers.
+        which: servers, and what decided.
+        otherwise: the remedy, if it is not the trainer's variables that are to change.
+    """
+    trainers = nccl.values(os.environ)
+    different = [name for name in nccl.DEFAULTS if trainers[name] != theirs[name]]
+    for name in different:
+        yield warning(
+            f"{where}: {name} is {trainers[name]} in the trainer and {theirs[name]} {which}; in "
+            "their common groups NCCL fails or hangs",
+            f"export {name}={theirs[name]} for all ranks, or {otherwise}",
+        )
+    if not different:
+        seen = ", ".join(f"{name}={trainers[name]}" for name in nccl.DEFAULTS)
+        yield ok(f"{where}: {seen}, as in the trainer")
+
+
 # -------------------------------------------------------------------------------------------- ranks
 
 
@@ -105,6 +168,7 @@ class Rank:
     versions: Mapping[str, str]
     clock: float  # seconds since 1970
     speed: float  # multiplications of a fixed size per second, alone
+    nccl: Mapping[str, str] = field(default_factory=dict)  # variables that ranks need alike
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} ({self.device})"
@@ -122,7 +186,8 @@ def check_ranks(host: str) -> list[Finding]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     software = versions() | {"driver": driver()}
     dist.barrier()  # so that all look at their clocks at once
-    me = Rank(dist.get_rank(), host, name, software, time.time(), speed)
+    variables = nccl.values(os.environ)
+    me = Rank(dist.get_rank(), host, name, software, time.time(), speed, variables)
     ranks = gather(me)
     return [*compared(ranks), *_check_links(host, [rank.host for rank in ranks])]
 
@@ -139,6 +204,12 @@ def compared(ranks: Sequence[Rank]) -> Iterator[Finding]:
                 yield error(
                     f"{host}: {name} {version}; {first.host} has {first.versions.get(name)}",
                     "the same environment on every host",
+                )
+        for name, value in rank.nccl.items():
+            if value != first.nccl[name]:
+                yield warning(
+                    f"{host}: {name} is {value}; on {first.host} it is {first.nccl[name]}",
+                    "export it alike on every host, or NCCL fails or hangs",
                 )
     clocks = [rank.clock for rank in ranks]
     if max(clocks) - min(clocks) > SKEW_S:

@@ -25,6 +25,7 @@ import httpx
 import psutil
 import torch
 
+from megatron_taopd.parallel import nccl
 from megatron_taopd.serving.supervise import supervised
 
 _HERE = Path(__file__).parent
@@ -279,6 +280,7 @@ class Server:
 def server_environment(device: str, gpus: Sequence[int] | None, raw_logprobs: bool) -> dict:
     environment = {k: v for k, v in os.environ.items() if not RANK_VARIABLE.fullmatch(k)}
     environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = str(int(raw_logprobs))
+    nccl.set_defaults(environment)
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     if device == "cpu":
