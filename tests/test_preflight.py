@@ -234,7 +234,7 @@ def test_servers_that_are_there_have_the_trainers_variables_of_nccl(
     ],
 )
 def test_nccl_is_compared_where_trainer_and_servers_share_a_group(overrides, compared):
-    checks = preflight._check_servers(load(str(TINY), overrides))
+    checks = examine._check_servers(load(str(TINY), overrides))
     assert [check.__name__ for check, *_ in checks if "nccl" in check.__name__] == compared
 
 
