@@ -20,5 +20,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests of files that start ranks or servers, by what these files import."""
+    for item in items:
+        imported = vars(item.module).keys()
+        if imported & {"run_ranks", "observe", "observed"}:
+            item.add_marker("ranks")
+        if imported & {"serve", "shared_server", "Server", "in_place_of_sglang"}:
+            item.add_marker("sglang")
+
+
 def pytest_sessionfinish():
     close_pools()

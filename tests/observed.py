@@ -131,7 +131,7 @@ def observed(
     from megatron_taopd import train
     from megatron_taopd.models.attention import PackedAttention
     from megatron_taopd.models.gpt import Trunk
-    from megatron_taopd.parallel.vocab import heads
+    from megatron_taopd.parallel.vocab import projection
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.student import Student
     from megatron_taopd.teacher.megatron import MegatronTeacher
@@ -220,7 +220,7 @@ def observed(
         around(PackedAttention, "forward", count("attentions"))
         around(Student, "step", step)
         around(MegatronTeacher, "read", read)
-        around(heads._Projection, "__call__", project)
+        around(projection.Projection, "__call__", project)
         stack.enter_context(redirect_stdout(printed))
         stack.enter_context(redirect_stderr(printed))
         try:

@@ -19,6 +19,8 @@ from megatron_taopd.diagnostics.engines import local_engine
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.vocab_map import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"
 

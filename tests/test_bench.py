@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[1] / "tools" / "bench_vocab_parallel.py"
 sys.path.append(str(TOOL.parent))  # as Python does for a script
 SMALL = "--vocab 512 --hidden 32 --teacher-hidden 48 --rows 32 --chunk-rows 8 --repeats 1"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[1] / "tools" / "bench_step.py"
 sys.path.append(str(TOOL.parent))  # as Python does for a script
 PROMPTS = 6

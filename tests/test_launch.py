@@ -25,6 +25,8 @@ from ranks import run_ranks
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.replicas import Replicas, ServedModel
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "examples" / "launch"
 TINY_STUDENT = ROOT / "examples" / "tiny_pair" / "student"

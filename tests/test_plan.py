@@ -27,6 +27,8 @@ from megatron_taopd.plan.results import Plan
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import Architecture, Grid
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------- weights, buffers, optimizer
 
 

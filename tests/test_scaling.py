@@ -14,6 +14,8 @@ from patience import run
 
 from megatron_taopd.plan import links
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(__file__).parents[1] / "tools"
 WORLD_SIZE, HEADS_K, VOCABULARY, ROWS = 64, 5, 512, 640  # 64 responses of 10 tokens
 SERVED_WIDTH = 128 * 4  # bytes of a teacher's row

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 NAMES = ("teacher", "student")
 
