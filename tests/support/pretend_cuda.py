@@ -396,7 +396,8 @@ def _patch_kernels() -> None:
 
     reductions._fused = lambda logits: False
 
-    def varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, **_):
+    def varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, **options):
+        assert options == {"window_size": (-1, 0), "enable_gqa": True}, options  # causal
         assert cu_q.is_cuda and cu_q.dtype == torch.int32 and type(longest_q) is int
         lengths = cu_q.host.diff().tolist()  # which the kernel reads where they are
         module = SimpleNamespace(scale=scale)
