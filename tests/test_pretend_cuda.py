@@ -309,13 +309,12 @@ def test_a_run_in_half_precision(on_cuda, tmp_path, schedule):
 def doctor(run_dir):
     from megatron.core import parallel_state
 
-    from megatron_taopd import config, preflight
+    from megatron_taopd import config
+    from megatron_taopd.preflight.examine import examine
 
     options = [*SHORT[1:3], f"run.dir={run_dir}", "data.limit=20", "rollout.max_new_tokens=8"]
     try:
-        return dict(preflight.examine(config.load(SHORT[0], options), ranks=1, quick=False))[
-            "models"
-        ]
+        return dict(examine(config.load(SHORT[0], options), ranks=1, quick=False))["models"]
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -404,7 +403,9 @@ def push(directory):
             devices.add(str(tensors[0].device))
             bucket = next(entries)
             broadcast.update({name: t.cpu() for name, t in bucket.tensors()})
-            return SimpleNamespace(wait=lambda: None)
+            return SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+
+        def abort(self): ...
 
     def send(self, client, targets, bucket):
         nonlocal entries

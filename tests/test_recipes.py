@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import torch
 from published import MODELS
 from pyarrow import parquet
 
 from megatron_taopd import config as configuration
+from megatron_taopd.models.hf_checkpoint import HFWriter, load_config
 from megatron_taopd.plan.cluster import CLUSTERS
 from megatron_taopd.plan.results import Plan
 from megatron_taopd.plan.setup import Setup
@@ -69,7 +71,11 @@ def test_can_start(path, places):
     tokenizer = Path(os.environ["TAOPD_DATA"]) / "tokenizers" / "qwen"
     for directory in (places / "MODELS").iterdir():
         shutil.copytree(tokenizer, directory, dirs_exist_ok=True, copy_function=shutil.copy)
-        (directory / "model.safetensors").touch()
+        head = (load_config(directory).vocab_size, load_config(directory).hidden_size)
+        writer = HFWriter(
+            directory, {"lm_head.weight": (head, torch.bfloat16)}, max_file_bytes=1 << 40
+        )
+        writer.write_header("model.safetensors")
     row = {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}}
     parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / "dapo-math-17k.parquet")
     ranks, options = ranks_and_servers(path.stem)

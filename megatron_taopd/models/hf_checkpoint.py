@@ -344,7 +344,7 @@ class HFWriter:
         assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype), name
         file = self.file_of[name]
         if name not in self.places:
-            self._begin(file)
+            self.write_header(file)
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         with (self.dir / file).open("r+b", buffering=0) as stream:
             stream.seek(self.places[name])
@@ -353,7 +353,8 @@ class HFWriter:
                 written = written[stream.write(written) :]
         self.missing.discard(name)
 
-    def _begin(self, file: str) -> None:
+    def write_header(self, file: str) -> None:
+        """Make a file of its full length, without the tensors' data: the system stores no zeros."""
         header: dict = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in self.files[file]:

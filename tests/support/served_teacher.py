@@ -10,6 +10,7 @@ from base64 import b64encode
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,14 +24,16 @@ class ServedTeacher:
 
     def __init__(self, hf_dir: str | Path):
         self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
-        self.live = self.all = [SimpleNamespace(url="http://stand-in", tp=1)]
+        self.live = self.all = [SimpleNamespace(url="http://stand-in", tp=1, dtype="float32")]
+        self.remarks: list[str] = []
 
     def run(self, coroutine):
-        return asyncio.run(coroutine)
+        with mock.patch("asyncio.to_thread", _here):
+            return asyncio.run(coroutine)
 
     def spawn(self, coroutine) -> Future:
         future: Future = Future()
-        future.set_result(asyncio.run(coroutine))
+        future.set_result(self.run(coroutine))
         return future
 
     async def post(self, _replica, _path: str, request: dict) -> dict | list[dict]:
@@ -63,6 +66,11 @@ class ServedTeacher:
         }
 
     def close(self) -> None: ...
+
+
+async def _here(function, *args):
+    """Call a function in this thread: another one has no pretended device."""
+    return function(*args)
 
 
 def _encoded(values: Tensor) -> str:
