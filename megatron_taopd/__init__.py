@@ -10,8 +10,8 @@ from megatron_taopd.parallel.vocab import (
     token_log_probs,
     topk_divergence,
 )
-from megatron_taopd.selection import SELECTORS, select
-from megatron_taopd.teachability import robust_normalize
+from megatron_taopd.step.selection import SELECTORS, select
+from megatron_taopd.step.teachability import robust_normalize
 from megatron_taopd.types import RolloutBatch, TokenScores
 
 __all__ = [

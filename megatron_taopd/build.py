@@ -28,23 +28,24 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     Raises:
         ValueError: something that the run was given is not what it has to be.
     """
-    from megatron_taopd import checkpoint, resume
-    from megatron_taopd.accounting import ModelCost
-    from megatron_taopd.evaluation import evaluate, grade_exactly, grader
-    from megatron_taopd.guard import Guard
+    from megatron_taopd.checkpoints import resume
+    from megatron_taopd.checkpoints import saving as checkpoint
+    from megatron_taopd.data.prompts import PromptStream, load_prompts
+    from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+    from megatron_taopd.evaluation.in_loop import evaluate, grade_exactly, grader
+    from megatron_taopd.formats.hf import load_config
     from megatron_taopd.loop import Run
-    from megatron_taopd.models.hf_checkpoint import load_config
-    from megatron_taopd.monitor import Monitor
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.monitoring.accounting import ModelCost
+    from megatron_taopd.monitoring.guard import Guard
+    from megatron_taopd.monitoring.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
     from megatron_taopd.parallel.objects import of_first_rank
     from megatron_taopd.parallel.vocab import rows_within
-    from megatron_taopd.prompts import PromptStream, load_prompts
-    from megatron_taopd.rollout.horizon import Horizon
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
-    from megatron_taopd.student import Student
+    from megatron_taopd.step.extensions.horizon import Horizon
     from megatron_taopd.teacher.megatron import MegatronTeacher
-    from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
     dtype = DTYPES[config.train.precision]
     rollout, train = config.rollout, config.train
@@ -283,7 +284,7 @@ def begin_servers(
 ) -> Future:
     """Of (the model that they serve, the replicas on rank 0)."""
     from megatron_taopd.rollout.weight_sync.distributed import in_background
-    from megatron_taopd.serving.launch import open_replicas
+    from megatron_taopd.serving.begin import open_replicas
     from megatron_taopd.serving.replicas import ServedModel
 
     model = ServedModel.of(path, longest)
@@ -315,7 +316,7 @@ def ready(servers: Future, key: str):
 
 def sglang_teacher(config, servers: Future, dtype: torch.dtype, vocab_map):
     """The teacher on servers that were begun."""
-    from megatron_taopd.models.output_head import find_head
+    from megatron_taopd.formats.output_head import find_head
     from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 
     model, replicas = ready(servers, "teacher.servers")
@@ -334,7 +335,7 @@ def sglang_teacher(config, servers: Future, dtype: torch.dtype, vocab_map):
 def read_heads(config, student, vocab_map, chunk_rows: int):
     """What the last stage scores and trains with."""
     from megatron_taopd.models import weights
-    from megatron_taopd.scoring import Heads, TopkHeads
+    from megatron_taopd.step.scoring import Heads, TopkHeads
 
     shard = student.shard
     if config.teacher.engine == "sglang" and config.teacher.form == "topk":
@@ -350,7 +351,7 @@ def sglang_engine(
     """The engine on servers that were begun; ValueError on every rank if they do not serve."""
     from megatron_taopd.rollout import weight_sync
     from megatron_taopd.rollout.sglang import SGLangEngine
-    from megatron_taopd.scoring import sequence_log_probs
+    from megatron_taopd.step.scoring import sequence_log_probs
 
     model, replicas = ready(servers, "rollout.servers")
     sync, directory = config.rollout.sync, config.rollout.sync.dir

@@ -9,30 +9,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_taopd import batching, checkpoint
-from megatron_taopd.accounting import ModelCost, step_operations
+from megatron_taopd.checkpoints import saving as checkpoint
 from megatron_taopd.config import Config
-from megatron_taopd.evaluation import Evaluation
-from megatron_taopd.guard import Broken, Fault, Guard
+from megatron_taopd.data import batching
+from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.replay import kept_bytes
+from megatron_taopd.models.student import Student
 from megatron_taopd.models.weights import save_hf
-from megatron_taopd.monitor import Monitor
+from megatron_taopd.monitoring.accounting import ModelCost, step_operations
+from megatron_taopd.monitoring.guard import Broken, Fault, Guard
+from megatron_taopd.monitoring.monitor import Monitor
+from megatron_taopd.monitoring.report import Sample, sample_rollouts
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.memory import rank_memory
 from megatron_taopd.parallel.vocab import logits_bytes
-from megatron_taopd.report import Sample, sample_rollouts
 from megatron_taopd.rollout.engine import Pending, RolloutEngine
-from megatron_taopd.rollout.horizon import Horizon
 from megatron_taopd.rollout.schedule import RolloutSchedule
-from megatron_taopd.scoring import Heads, TopkHeads, score
-from megatron_taopd.selection import budget, select, selection_metrics
-from megatron_taopd.student import Student
-from megatron_taopd.teachability import learnable_disagreement
-from megatron_taopd.teacher.delivery import ReadRows, deliver
+from megatron_taopd.step.extensions.horizon import Horizon
+from megatron_taopd.step.scoring import Heads, TopkHeads, score
+from megatron_taopd.step.selection import budget, select, selection_metrics
+from megatron_taopd.step.teachability import learnable_disagreement
+from megatron_taopd.step.training import train_on
+from megatron_taopd.teacher.dispatch import ReadRows, deliver
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher
-from megatron_taopd.training import train_on
 from megatron_taopd.types import RolloutBatch, Sequences
 
 ENDLESS = 0.95  # the share of responses without an end above which a run says so

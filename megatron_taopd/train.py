@@ -89,9 +89,9 @@ def keep_config(run) -> None:
 
 def run_to_its_end(run) -> int:
     """Distil; the exit status of the process, the same on every rank."""
-    from megatron_taopd.checkpoint import NotSaved
-    from megatron_taopd.guard import Broken
+    from megatron_taopd.checkpoints.saving import NotSaved
     from megatron_taopd.loop import distill
+    from megatron_taopd.monitoring.guard import Broken
 
     steps = run.config.train.steps
     try:
@@ -111,7 +111,7 @@ def summarize(monitor) -> None:
     """The run in a few lines, from rank 0."""
     from rich.console import Console
 
-    from megatron_taopd.monitor import summary_table
+    from megatron_taopd.monitoring.monitor import summary_table
 
     if dist.get_rank() == 0:
         monitor.close()

@@ -51,9 +51,9 @@ def on_meta_device() -> None:
 def measure(student_dir, teacher_dir, rank, world_size, student, teacher, dtype) -> dict:
     from megatron.core import parallel_state
 
-    import megatron_taopd.student as module
+    import megatron_taopd.models.student as module
+    from megatron_taopd.formats.hf import load_config
     from megatron_taopd.models import gpt, weights
-    from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.parallel.layout import forward_layout, student_layout
 
     weights.load_weights = lambda *_: None

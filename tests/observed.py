@@ -131,9 +131,9 @@ def observed(
     from megatron_taopd import train
     from megatron_taopd.models.attention import PackedAttention
     from megatron_taopd.models.gpt import Trunk
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.vocab import projection
     from megatron_taopd.rollout.local import LocalEngine
-    from megatron_taopd.student import Student
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     seen, printed, trunks = Seen(0), io.StringIO(), []

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from rounding import MULTIPLE
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.types import RolloutBatch
-from megatron_taopd.vocab_map import VocabMap
 
 OPTIMIZER = SimpleNamespace(
     lr=1e-3, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
@@ -98,15 +98,15 @@ def step_on_ranks(
     """
     from megatron.core import parallel_state
 
-    from megatron_taopd import batching
+    from megatron_taopd.data import batching
     from megatron_taopd.models import weights
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.scoring import Heads, score
-    from megatron_taopd.selection import select
-    from megatron_taopd.student import Student
+    from megatron_taopd.step.scoring import Heads, score
+    from megatron_taopd.step.selection import select
+    from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
-    from megatron_taopd.training import backward
 
     platform.emulate_cuda()
     vocab_map = vocab_map or VocabMap(torch.arange(size))

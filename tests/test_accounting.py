@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from megatron_taopd.accounting import ModelCost, step_operations
+from megatron_taopd.monitoring.accounting import ModelCost, step_operations
 
 SIZES = dict(
     vocab_size=192,

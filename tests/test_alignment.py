@@ -12,12 +12,12 @@ import torch
 from step import row_logits
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.alignment import align, take_steps
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
 from megatron_taopd.diagnostics.engines import local_engine
 from megatron_taopd.rollout.engine import Sampling
-from megatron_taopd.vocab_map import Vocabulary
 
 pytestmark = pytest.mark.slow
 

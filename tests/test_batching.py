@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_taopd.batching import (
+from megatron_taopd.data.batching import (
     assign,
     balance,
     build_micro_batch,

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from patience import run
 
-from megatron_taopd import benchmarks, tables
-from megatron_taopd.benchmarks import PAPER, Missing, Scores
+from megatron_taopd.evaluation import benchmarks, tables
+from megatron_taopd.evaluation.benchmarks import PAPER, Missing, Scores
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "evaluate.py"

@@ -23,8 +23,8 @@ from ranks import run_ranks
 from step import OPTIMIZER, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_taopd import checkpoint_files as files
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
+from megatron_taopd.checkpoints import files
+from megatron_taopd.formats.megatron import MegatronCheckpoint
 
 TINY = str(Path(__file__).parent.parent / "examples" / "tiny_pair.yaml")
 STATE = {"counter": 7, "ratio": 0.5, "name": "run", "lengths": [3, 4], "memory": torch.arange(5)}
@@ -53,9 +53,9 @@ def saved(two_saved, tmp_path):
 def make_student(student_dir, tp=1, pp=1):
     from megatron.core import parallel_state
 
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.student import Student
 
     platform.emulate_cuda()
     parallel_state.destroy_model_parallel()  # of a student before this one
@@ -88,7 +88,7 @@ def same(ours, theirs):
 
 
 def open_checkpoints(directory, asynchronous=True, keep=3):
-    from megatron_taopd.checkpoint import Checkpoints
+    from megatron_taopd.checkpoints.saving import Checkpoints
 
     told = []
     return Checkpoints(directory, keep, asynchronous, told.append), told
@@ -117,7 +117,7 @@ def latest(directory, **options):
 
 
 def save_then_change(student_dir, directory, parallel, asynchronous):
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, *parallel)
     train_step(student, seed=1)
@@ -179,7 +179,7 @@ def test_the_newest_are_kept_and_remains_removed(tmp_path, student_dir):
 
 def save_evaluated(student_dir, directory, accuracies, resume_at=None):
     """A save for each (step, accuracy); what would be the best, and what is at the end."""
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, tp=dist.get_world_size())
     told, best = [], None
@@ -470,7 +470,7 @@ def in_an_object(folder, trap):
 
 def load_on_another_layout(student_dir, directory, trust):
     """DP2 for TP2; what each rank says."""
-    from megatron_taopd.checkpoint import load
+    from megatron_taopd.checkpoints.saving import load
 
     assert files.latest_valid(directory, print) == 2
     try:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_taopd.concentration import cut_responses, inside
+from megatron_taopd.step.extensions.concentration import cut_responses, inside
 
 
 def mass(priority, cu_rows, cuts, keep):

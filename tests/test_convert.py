@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from sglang_server import prompt_logprobs, serve
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_taopd.convert import to_hf, to_megatron
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, MegatronWriter
+from megatron_taopd.formats.convert import to_hf, to_megatron
+from megatron_taopd.formats.hf import HFCheckpoint
+from megatron_taopd.formats.megatron import MegatronCheckpoint, MegatronWriter
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_pair"
@@ -127,8 +127,8 @@ def test_files_are_cut_as_transformers_cuts_them(hf_dirs, tmp_path, max_file_byt
 
 
 def logits_on_ranks(hf_dir, megatron_dir, tp, pp, ep):
+    from megatron_taopd.checkpoints.verify import compare_logits
     from megatron_taopd.parallel import platform
-    from megatron_taopd.verify import compare_logits
 
     platform.emulate_cuda()
     return compare_logits(hf_dir, megatron_dir, tp, pp, ep)
@@ -155,8 +155,8 @@ def save_with_megatron(hf_dir, out, tp, pp, ep, metadata):
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from megatron_taopd.formats.hf import load_config
     from megatron_taopd.models import gpt, weights
-    from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
@@ -189,7 +189,7 @@ def test_what_megatron_saves_converts(hf_dirs, tmp_path, family, tp, pp, ep, per
 
 def compare_on_ranks(hf_dir, megatron_dir, tp, pp, ep):
     """What `verify` compares: tensors, and logits of a model that Megatron's loader has filled."""
-    from megatron_taopd.verify import compare_tensors
+    from megatron_taopd.checkpoints.verify import compare_tensors
 
     tensors = compare_tensors(hf_dir, megatron_dir, lambda *_: None)
     return tensors, logits_on_ranks(hf_dir, megatron_dir, tp, pp, ep)
@@ -231,8 +231,8 @@ def written_otherwise(hf_dir, out, to_key=None, pad=64, dtype=None, skip=(), wri
         skip: keys that are left out.
         write: (writer, key, whole, index, shape) in place of the writer's own.
     """
-    from megatron_taopd.convert import read_config
-    from megatron_taopd.models import hf_map
+    from megatron_taopd.formats import hf_map
+    from megatron_taopd.formats.convert import read_config
 
     hf, source = read_config(hf_dir), HFCheckpoint(hf_dir)
     Path(out).mkdir()
@@ -348,8 +348,8 @@ def test_ranks_share_the_work(hf_dirs, tmp_path, family):
 
 def megatron_logprobs(hf_dir, megatron_dir, sequences):
     """log p of every token but the first of each sequence, by a TP2 trunk; on every rank."""
+    from megatron_taopd.formats.hf import load_config
     from megatron_taopd.models import gpt, weights
-    from megatron_taopd.models.hf_checkpoint import load_config
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
 
@@ -615,7 +615,7 @@ def test_a_bad_megatron_checkpoint_is_refused(megatron_dirs, tmp_path, monkeypat
 
 
 def comparison(hf_dir, megatron_dir):
-    from megatron_taopd.verify import compare_tensors
+    from megatron_taopd.checkpoints.verify import compare_tensors
 
     return compare_tensors(hf_dir, megatron_dir, lambda *_: None)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import RankError, run_ranks
 from step import make_batch, make_model
 
-from megatron_taopd.batching import assign, hand_out, rows_by_rank
+from megatron_taopd.data.batching import assign, hand_out, rows_by_rank
 from megatron_taopd.rollout.engine import make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 
@@ -107,10 +107,11 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     """Two batches by `loop.read_parts`, and the second delivered to a student without tensor
     parallelism: (of each batch, the rows of its parts that this rank holds; ids and rows that came
     here)."""
-    from megatron_taopd import batching, loop
+    from megatron_taopd import loop
+    from megatron_taopd.data import batching
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.teacher.delivery import deliver
+    from megatron_taopd.teacher.dispatch import deliver
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     platform.emulate_cuda()
@@ -189,12 +190,12 @@ def ask_for_what_is_not_there():
 
 def peak_of_delivery(batch, parts):
     """(bytes held, bytes received, the most that existed), from before the parts were read."""
-    from megatron_taopd import batching
+    from megatron_taopd.data import batching
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.exchange import HeldRows
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.teacher.delivery import ReadRows, deliver
+    from megatron_taopd.teacher.dispatch import ReadRows, deliver
 
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(1, 1), dist.get_rank()

@@ -16,8 +16,8 @@ from megatron_taopd.diagnostics.bootstrap import (
     interval,
     t_interval,
 )
-from megatron_taopd.selection import SELECTORS, budget, select
-from megatron_taopd.teachability import incompatible_disagreement, learnable_disagreement
+from megatron_taopd.step.selection import SELECTORS, budget, select
+from megatron_taopd.step.teachability import incompatible_disagreement, learnable_disagreement
 
 BANKS = 200
 # As the paper has them, in its Sections 3, C and F.

@@ -18,13 +18,13 @@ from step import row_logits
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import ServersSection
-from megatron_taopd.convert import to_megatron
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
 from megatron_taopd.diagnostics.engines import local_engine, sglang_engine
 from megatron_taopd.diagnostics.table import KS, MEASURES, PLACE, read_table, write_gain
+from megatron_taopd.formats.convert import to_megatron
 from megatron_taopd.rollout.engine import Sampling
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"

@@ -14,7 +14,7 @@ from planted_bank import planted_columns, write_table
 
 from megatron_taopd.diagnostics import figures
 from megatron_taopd.diagnostics.analysis import analyze, read_gains, shape_variables
-from megatron_taopd.diagnostics.html import pivot, read_views
+from megatron_taopd.diagnostics.page import pivot, read_views
 from megatron_taopd.diagnostics.write import FIGURES, write_analysis
 
 NASTY = ["Let", " x", " <", "b>", "&", " \n", "</script>", '"', " é", "'"]

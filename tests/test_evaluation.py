@@ -5,7 +5,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from megatron_taopd.evaluation import (
+from megatron_taopd.data.prompts import Prompts
+from megatron_taopd.evaluation.in_loop import (
     evaluate,
     extract_answer,
     grade_as_mathematics,
@@ -16,7 +17,6 @@ from megatron_taopd.evaluation import (
     pass_at,
     reference_answer,
 )
-from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 
 

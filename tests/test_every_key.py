@@ -21,8 +21,8 @@ from observed import SMALL, TINY
 from omegaconf import OmegaConf
 
 from megatron_taopd.config import Config
-from megatron_taopd.loss import LOSSES
-from megatron_taopd.selection import SELECTORS
+from megatron_taopd.step.loss import LOSSES
+from megatron_taopd.step.selection import SELECTORS
 
 TESTS = Path(__file__).parent
 NAMED = {"selection.selector": SELECTORS, "loss.kind": LOSSES}  # whose type is any text

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
-from megatron_taopd.checkpoint_files import steps
-from megatron_taopd.guard import Fault, Guard, Jump, listed
-from megatron_taopd.scoring import TopkHeads, culprits
+from megatron_taopd.checkpoints.files import steps
+from megatron_taopd.monitoring.guard import Fault, Guard, Jump, listed
+from megatron_taopd.step.scoring import TopkHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
 
@@ -27,8 +27,10 @@ NAN = torch.nan
 def faulty_train(overrides, spoilt, after=0):
     """`train` with something spoilt in some steps {step: what}, counted from its first: (status,
     records, whether the skipped steps left the student as it was, what was printed)."""
-    from megatron_taopd import guard, loop, scoring, training
-    from megatron_taopd.student import Student
+    from megatron_taopd import loop
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.monitoring import guard
+    from megatron_taopd.step import scoring, training
 
     here = {"step": 0}
     kept = []

@@ -12,8 +12,8 @@ from families import CONFIGS, save_random
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_taopd.convert import to_hf, to_megatron
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_model, weight_map
+from megatron_taopd.formats.convert import to_hf, to_megatron
+from megatron_taopd.formats.hf import HFCheckpoint, load_model, weight_map
 from megatron_taopd.rollout.local import LocalEngine
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

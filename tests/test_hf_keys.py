@@ -14,8 +14,8 @@ from ranks import run_ranks
 from test_models import trunk_on_ranks
 from transformers import AutoModelForCausalLM
 
-from megatron_taopd.convert import read_config
-from megatron_taopd.models.hf_checkpoint import tensor_shapes
+from megatron_taopd.formats.convert import read_config
+from megatron_taopd.formats.hf import tensor_shapes
 
 # What transformers 5.12 reads of a config where it computes logits with these families.
 COMPUTED_WITH = {  # by the trunk, too
@@ -97,7 +97,7 @@ def f(config, self, model):
 
 @pytest.mark.parametrize("file", READERS)
 def test_every_key_that_transformers_reads_has_been_looked_at(file):
-    """A new one comes with a new transformers: compute with it, or refuse it in models/hf_keys."""
+    """A new one comes with a new transformers: compute with it, or refuse it in formats/hf_keys."""
     read = keys_read((Path(transformers.__file__).parent / file).read_text())
     assert read - NOT_KEYS - COMPUTED_WITH - WITHOUT_EFFECT - REFUSED.keys() == set()
 
@@ -172,8 +172,8 @@ def test_a_key_that_the_trunk_does_not_compute_with_is_refused(tmp_path, family,
 def refusals_on_rank(hf_dirs):
     from types import SimpleNamespace
 
+    from megatron_taopd.formats.hf import load_config
     from megatron_taopd.models.gpt import transformer_config
-    from megatron_taopd.models.hf_checkpoint import load_config
 
     found = []
     for hf_dir in hf_dirs:

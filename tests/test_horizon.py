@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_taopd.rollout.horizon import PROBE_EVERY, Horizon
+from megatron_taopd.step.extensions.horizon import PROBE_EVERY, Horizon
 from megatron_taopd.types import RolloutBatch
 
 

@@ -32,7 +32,7 @@ from observed import FROZEN, STUDENT, TEACHER, observe
 from step import row_logits
 from transformers import AutoTokenizer
 
-from megatron_taopd.evaluation import is_correct
+from megatron_taopd.evaluation.in_loop import is_correct
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 

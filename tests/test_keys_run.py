@@ -134,7 +134,7 @@ def logged(overrides):
     """A run that is scraped after each step, beside a stand-in for W&B: what it was told."""
     import httpx
 
-    from megatron_taopd.monitor import Monitor
+    from megatron_taopd.monitoring.monitor import Monitor
 
     log, port = Monitor.log, next(o for o in overrides if "prometheus_port=" in o).split("=")[1]
     wandb, told = types.ModuleType("wandb"), []

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from step import row_logits
 from test_optimizer import Reference
 
-from megatron_taopd.batching import split_mini_batches
+from megatron_taopd.data.batching import split_mini_batches
 
 SIZE = 1152  # of both vocabularies, which are the same
 ROWS = ["rollout.prompts=24", "data.shuffle=false"]

@@ -13,9 +13,9 @@ from observed import ROOT, SMALL, STUDENT, TINY, observed
 from ranks import run_ranks
 
 from megatron_taopd.config import load
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.vocab_map import Vocabulary
 
 
 def doctored(overrides):

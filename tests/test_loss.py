@@ -9,8 +9,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 from rounding import assert_rounded
 
-from megatron_taopd.loss import LOSSES, kept_row_loss
 from megatron_taopd.parallel.vocab import DIVERGENCES, VocabShard, token_log_probs
+from megatron_taopd.step.loss import LOSSES, kept_row_loss
 
 SIZE = 12
 WHOLE = VocabShard(0, SIZE, None, SIZE)

@@ -27,7 +27,8 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths, ep=1):
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_taopd.models import gpt, hf_checkpoint, weights
+    from megatron_taopd.formats import hf as hf_checkpoint
+    from megatron_taopd.models import gpt, weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
@@ -179,7 +180,8 @@ def test_rope_as_transformers_4_wrote_it(hf_dirs, tmp_path):
 def save_from_ranks(hf_dir, out, max_file_bytes):
     from megatron.core import parallel_state
 
-    from megatron_taopd.models import gpt, hf_checkpoint, weights
+    from megatron_taopd.formats import hf as hf_checkpoint
+    from megatron_taopd.models import gpt, weights
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
 
@@ -260,7 +262,7 @@ def test_bad_checkpoints_are_refused(hf_dirs, tmp_path, damage, message):
 
 
 def rows_on_rank(directory, name, wanted):
-    from megatron_taopd.models.hf_checkpoint import HFCheckpoint
+    from megatron_taopd.formats.hf import HFCheckpoint
 
     return [HFCheckpoint(directory).rows(name, ids) for ids in wanted]
 

@@ -16,9 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_taopd.evaluation import Example
-from megatron_taopd.monitor import PLAIN_LINES, Monitor, summary_table, truncate_records
-from megatron_taopd.report import (
+from megatron_taopd.evaluation.in_loop import Example
+from megatron_taopd.monitoring.monitor import PLAIN_LINES, Monitor, summary_table, truncate_records
+from megatron_taopd.monitoring.report import (
     HEIGHT,
     MOST_POINTS,
     PHASES,

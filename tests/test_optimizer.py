@@ -70,9 +70,9 @@ class Reference:
 def make_student(student_dir, parallel, dtype, settings, steps):
     from megatron.core import parallel_state
 
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.student import Student
 
     platform.emulate_cuda()
     parallel_state.destroy_model_parallel()  # of a student before this one
@@ -186,7 +186,7 @@ def test_every_schedule_to_its_end(student_dir):
 
 def resumed(student_dir, directory, before, after, steps):
     """Half of the updates on TP2, the others by other settings on DP2."""
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, (2, 1), torch.float32, before, STEPS)
     reference = Reference(dict(student.named_tensors()), before)
@@ -238,7 +238,7 @@ def test_a_resumed_run_follows_its_configuration(student_dir, tmp_path, name):
 def resumed_in(student_dir, directory, before, after):
     """A checkpoint in one precision, resumed in the other: the largest deviation from AdamW at the
     end, and bf16's half spacing there."""
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     settings = namespace()
     student = make_student(student_dir, (2, 1), before, settings, STEPS)
@@ -269,7 +269,7 @@ def test_the_precision_may_change(student_dir, tmp_path, before, after):
 
 def trained_on(student_dir, directory):
     """A checkpoint at the end of a run, and the rates of one that goes on with twice the steps."""
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, (1, 1), torch.float32, namespace(), BEFORE)
     for update in range(1, BEFORE + 1):

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megatron_taopd.accounting import ModelCost
-from megatron_taopd.models.output_head import find_head, head_of
+from megatron_taopd.formats.output_head import find_head, head_of
 from megatron_taopd.models.weights import load_head
+from megatron_taopd.monitoring.accounting import ModelCost
 
 SIZES = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48,

@@ -37,9 +37,9 @@ def built(path, parallel, dtype):
     states."""
     from step import OPTIMIZER
 
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
-    from megatron_taopd.student import Student
 
     platform.emulate_cuda()
     layout = student_layout(**parallel)
@@ -239,14 +239,14 @@ def peak_of_training(path, setup, dtype):
     teacher's rows; all rows are kept."""
     from step import OPTIMIZER
 
-    from megatron_taopd import batching
+    from megatron_taopd.data import batching
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.exchange import HeldRows
     from megatron_taopd.parallel.layout import student_layout
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.scoring import Heads, score
-    from megatron_taopd.student import Student
-    from megatron_taopd.training import backward
+    from megatron_taopd.step.scoring import Heads, score
+    from megatron_taopd.step.training import backward
     from megatron_taopd.types import RolloutBatch
 
     platform.emulate_cuda()

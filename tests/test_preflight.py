@@ -22,13 +22,13 @@ from ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
+from megatron_taopd.data.prompts import Prompts, load_prompts
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import nccl
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.preflight import agreement, examine, machine, network, storage, texts
 from megatron_taopd.preflight.findings import examined, of_all_hosts, ok, warning
 from megatron_taopd.preflight.memory import check_memory
-from megatron_taopd.prompts import Prompts, load_prompts
-from megatron_taopd.vocab_map import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_pair.yaml"

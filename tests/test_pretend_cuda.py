@@ -36,7 +36,7 @@ def pretending(function, *args):
     """What the function returns, and what the host waited for: a phase is a span of the monitor."""
     from support.pretend_cuda import pretend_cuda
 
-    from megatron_taopd.monitor import Monitor
+    from megatron_taopd.monitoring.monitor import Monitor
 
     waits = pretend_cuda()
     waits.counts.clear()
@@ -250,7 +250,8 @@ def make_teachers(directory):
 def run(run_dir, overrides, *steps):
     """A run that ends, and is resumed, after so many steps: (exit statuses, steps that it resumed
     from, metrics)."""
-    from megatron_taopd import build, checkpoint
+    from megatron_taopd import build
+    from megatron_taopd.checkpoints import saving as checkpoint
     from megatron_taopd.train import main
 
     resumed, load = [], checkpoint.load
@@ -356,7 +357,8 @@ def test_a_bank_is_filled_and_scored(on_cuda, tmp_path):
 def convert_and_verify(out):
     from megatron.core import parallel_state
 
-    from megatron_taopd import convert, verify
+    from megatron_taopd.checkpoints import verify
+    from megatron_taopd.formats import convert
 
     convert.to_megatron(STUDENT, out)
     try:
@@ -390,10 +392,10 @@ def push(directory):
     from megatron.core import parallel_state
     from step import OPTIMIZER
 
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.layout import student_layout
     from megatron_taopd.rollout import weight_sync
     from megatron_taopd.rollout.weight_sync import disk, distributed
-    from megatron_taopd.student import Student
 
     broadcast, devices, written = {}, set(), {}
     entries = iter(())

@@ -11,7 +11,7 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from megatron_taopd.prompts import (
+from megatron_taopd.data.prompts import (
     PromptStream,
     check_prompts,
     load_prompts,

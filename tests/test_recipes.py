@@ -13,7 +13,7 @@ from published import MODELS
 from pyarrow import parquet
 
 from megatron_taopd import config as configuration
-from megatron_taopd.models.hf_checkpoint import HFWriter, load_config
+from megatron_taopd.formats.hf import HFWriter, load_config
 from megatron_taopd.plan.cluster import CLUSTERS
 from megatron_taopd.plan.results import Plan
 from megatron_taopd.plan.setup import Setup

@@ -19,9 +19,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_taopd import checkpoint_files, resume
 from megatron_taopd import config as configuration
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint
+from megatron_taopd.checkpoints import files as checkpoint_files
+from megatron_taopd.checkpoints import resume
+from megatron_taopd.formats.hf import HFCheckpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_pair.yaml"
@@ -397,7 +398,7 @@ def test_every_part_of_a_model_is_compared(copied):
 
 def test_a_fingerprint_sees_every_part_of_a_large_file(tmp_path, monkeypatch):
     """32 blocks of 64 bytes out of 64 KiB: a trained tensor is seen wherever it lies."""
-    from megatron_taopd.models import hf_checkpoint
+    from megatron_taopd.formats import hf as hf_checkpoint
 
     monkeypatch.setattr(hf_checkpoint, "_BLOCK", 64)
     monkeypatch.setattr(hf_checkpoint, "_BLOCKS", 32)

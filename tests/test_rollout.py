@@ -11,9 +11,9 @@ from ranks import run_ranks
 from torch.nn.functional import log_softmax, softmax
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import DrawTokens, LocalEngine, gumbel_noise, noise_key
-from megatron_taopd.vocab_map import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 V = 96

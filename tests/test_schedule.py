@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_taopd.prompts import PromptStream
+from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.rollout.engine import Sampling
-from megatron_taopd.rollout.horizon import Horizon
 from megatron_taopd.rollout.schedule import RolloutSchedule
+from megatron_taopd.step.extensions.horizon import Horizon
 
 PROMPTS = [[i] for i in range(10)]
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_taopd.loop import warn_of_small_q3
-from megatron_taopd.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
+from megatron_taopd.step.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
 SCORED = [name for name in SELECTORS if name not in ("full", "random")]

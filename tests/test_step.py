@@ -104,7 +104,7 @@ def test_gradients_are_complete_when_their_reduction_begins(tmp_path, pair, name
 def step_with_overlapped_reduction(*arguments):
     from megatron.core.distributed import DistributedDataParallelConfig
 
-    from megatron_taopd import student
+    from megatron_taopd.models import student
 
     def overlapped(**options):
         return DistributedDataParallelConfig(**options | {"overlap_grad_reduce": True})
@@ -130,12 +130,12 @@ def memory_of_training(student_dir, parallel, batch, dtype):
     """Temporaries of two micro-batches and more, and a matrix of this rank's head; in bytes."""
     from megatron.core import parallel_state
 
-    from megatron_taopd import batching
+    from megatron_taopd.data import batching
     from megatron_taopd.models.gpt import pick_rows
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.scoring import Heads
-    from megatron_taopd.student import Student
+    from megatron_taopd.step.scoring import Heads
 
     platform.emulate_cuda()
     try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from megatron_taopd.teachability import (
+from megatron_taopd.step.teachability import (
     bounded,
     either,
     incompatible_disagreement,

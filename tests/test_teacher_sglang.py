@@ -451,14 +451,14 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     """One step with a teacher of this form: scores, mask, metrics and gradients."""
     from megatron.core import parallel_state
 
-    from megatron_taopd import batching
+    from megatron_taopd.data import batching
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.scoring import Heads, TopkHeads, score
-    from megatron_taopd.selection import select
-    from megatron_taopd.student import Student
+    from megatron_taopd.step.scoring import Heads, TopkHeads, score
+    from megatron_taopd.step.selection import select
+    from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
-    from megatron_taopd.training import backward
 
     platform.emulate_cuda()
     teacher = None

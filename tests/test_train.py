@@ -14,7 +14,7 @@ import pytest
 from patience import finish, wait_for
 from ranks import run_ranks
 
-from megatron_taopd import checkpoint_files
+from megatron_taopd.checkpoints import files as checkpoint_files
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "examples" / "tiny_pair.yaml")
@@ -28,8 +28,8 @@ def train(overrides, die_in=None, after=0):
     Returns (exit status, records of metrics.jsonl)."""
     from contextlib import contextmanager
 
-    from megatron_taopd import monitor
     from megatron_taopd import train as module
+    from megatron_taopd.monitoring import monitor
     from megatron_taopd.parallel import watchdog
 
     span, at_step, build = monitor.Monitor.span, watchdog.at_step, module.build

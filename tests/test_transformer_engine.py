@@ -17,7 +17,7 @@ from test_models import transformers_logits, trunk_on_ranks
 from test_pretend_cuda import STUDENT, make_teachers, pretending, run
 from test_train import curve
 
-from megatron_taopd import convert
+from megatron_taopd.formats import convert
 
 DENSE = [name for name in CONFIGS if not name.startswith("qwen3_moe")]
 
@@ -50,7 +50,8 @@ def classes_of_layers(hf_dir):
     from megatron.core import parallel_state
     from megatron.core.optimizer import Adam
 
-    from megatron_taopd.models import gpt, hf_checkpoint
+    from megatron_taopd.formats import hf as hf_checkpoint
+    from megatron_taopd.models import gpt
     from megatron_taopd.parallel import layout, platform
 
     platform.emulate_cuda()
@@ -151,8 +152,8 @@ def together(tensors):
 def make_student(hf_dir, parallel, dtype):
     from megatron.core import parallel_state
 
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout, platform
-    from megatron_taopd.student import Student
 
     platform.emulate_cuda()
     parallel_state.destroy_model_parallel()  # of a student before this one
@@ -167,8 +168,9 @@ def gradient(name, shape, number):
 
 def update(student, number) -> float:
     """Take an update with made-up gradients; the norm by which they were clipped."""
-    from megatron_taopd.models import hf_map, weights
-    from megatron_taopd.models.hf_checkpoint import whole_shapes
+    from megatron_taopd.formats import hf_map
+    from megatron_taopd.formats.hf import whole_shapes
+    from megatron_taopd.models import weights
 
     known, layout = hf_map.parameters(student.trunk.hf), student.layout
     shapes = whole_shapes(student.trunk.hf, known)
@@ -183,7 +185,7 @@ def update(student, number) -> float:
 def train_and_save(hf_dir, directory, parallel, dtype, updates):
     """Updates, a checkpoint, and two more: the weights there and after each of these, and the norms
     of all gradients."""
-    from megatron_taopd.checkpoint import Checkpoints
+    from megatron_taopd.checkpoints.saving import Checkpoints
 
     student = make_student(hf_dir, parallel, dtype)
     norms = [update(student, number) for number in range(1, updates + 1)]
@@ -194,7 +196,7 @@ def train_and_save(hf_dir, directory, parallel, dtype, updates):
 
 
 def load_and_train(hf_dir, directory, parallel, dtype, updates):
-    from megatron_taopd import checkpoint
+    from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(hf_dir, parallel, dtype)
     checkpoint.load(directory, updates, student)
@@ -286,7 +288,7 @@ def test_a_checkpoint_becomes_a_hugging_face_directory(with_engine, hf_dirs, tmp
 def logits_apart(hf_dir, megatron_dir, tp, pp):
     from megatron.core import parallel_state
 
-    from megatron_taopd import verify
+    from megatron_taopd.checkpoints import verify
     from megatron_taopd.parallel import platform
 
     platform.emulate_cuda()
@@ -300,7 +302,8 @@ def load_by_megatron(hf_dir, megatron_dir):
     """Into Megatron's own description of the model, extra states and all, as Megatron-LM does."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_taopd.models import gpt, hf_checkpoint, weights
+    from megatron_taopd.formats import hf as hf_checkpoint
+    from megatron_taopd.models import gpt, weights
     from megatron_taopd.parallel import layout, platform
 
     platform.emulate_cuda()

@@ -26,9 +26,9 @@ from test_train import curve, train
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_taopd.prompts import load_prompts
+from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 # ------------------------------------------------------------------------- which token is which
 

@@ -40,7 +40,7 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
     """400,000 of them take longer than a rank may go without one."""
     from transformers import AutoTokenizer
 
-    from megatron_taopd.prompts import check_prompts, load_prompts
+    from megatron_taopd.data.prompts import check_prompts, load_prompts
 
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "Sam has 8 eggs . ?", "answer": 8}\n' * 50)
@@ -52,8 +52,8 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
 
 
 def test_long_work_on_the_host_shows_that_it_goes_on(tmp_path):
-    from megatron_taopd.checkpoint_files import SummedFile, sum_of
-    from megatron_taopd.evaluation import grade_exactly
+    from megatron_taopd.checkpoints.files import SummedFile, sum_of
+    from megatron_taopd.evaluation.in_loop import grade_exactly
 
     def write():
         with SummedFile(tmp_path / "f") as file:
@@ -64,7 +64,7 @@ def test_long_work_on_the_host_shows_that_it_goes_on(tmp_path):
     assert beats_of(lambda: sum_of(tmp_path / "f")) == 5
     assert beats_of(lambda: grade_exactly(["4"] * 7, ["4"] * 7)) == 7
     if find_spec("math_verify"):
-        from megatron_taopd.evaluation import grade_as_mathematics
+        from megatron_taopd.evaluation.in_loop import grade_as_mathematics
 
         answers = [rf"\boxed{{\sqrt{{{i}}}}}" for i in range(2, 9)]
         assert beats_of(lambda: grade_as_mathematics(answers, ["x"] * 7)) == 14

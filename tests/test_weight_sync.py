@@ -89,9 +89,9 @@ async def send(replica, path, payload, timeout):
 
 def on_student(body, tp, pp, dtype, *args):
     """On every rank: body(student, *args)."""
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
-    from megatron_taopd.student import Student
 
     platform.emulate_cuda()
     layout = student_layout(tp, pp)
@@ -122,7 +122,7 @@ def make_sync(way, directory, **kwargs):
 
 def push(sync, student, url, version, post=None, tp=1):
     """Weights to the server; what it and the student say then, and the server's version."""
-    from megatron_taopd.scoring import sequence_log_probs
+    from megatron_taopd.step.scoring import sequence_log_probs
 
     first = dist.get_rank() == 0
     replica = Replica(url, tp)
@@ -187,7 +187,7 @@ def log_probs(model):
 
 
 def students_log_probs(student):
-    from megatron_taopd.scoring import sequence_log_probs
+    from megatron_taopd.step.scoring import sequence_log_probs
 
     return sequence_log_probs(student, SEQUENCES, 16)
 

@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def measure(scratch: Path, arguments) -> dict[str, float]:
-    from megatron_taopd.checkpoint import Checkpoints
+    from megatron_taopd.checkpoints.saving import Checkpoints
+    from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.layout import student_layout
-    from megatron_taopd.student import Student
 
     if dist.get_rank() == 0:
         make_model(scratch / "student", arguments.parameters * 1e6)

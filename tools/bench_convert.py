@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-from megatron_taopd.models.hf_checkpoint import MAX_FILE_BYTES, HFWriter, tensor_shapes
+from megatron_taopd.formats.hf import MAX_FILE_BYTES, HFWriter, tensor_shapes
 
 CONVERT = str(Path(__file__).with_name("convert.py"))
 SHAPES = {

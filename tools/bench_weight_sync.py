@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config
 
-from megatron_taopd.models.hf_checkpoint import (
+from megatron_taopd.formats.hf import (
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from megatron_taopd import tables
+from megatron_taopd.evaluation import tables
 
 AXES = {"kept_rows": "rows kept so far", "hours": "hours of steps so far"}
 CURVES = {"eval/accuracy": "held-out accuracy", "loss": "loss"}

@@ -24,20 +24,20 @@ from torch import Tensor
 
 from megatron_taopd import config as configuration
 from megatron_taopd.build import sampling_of
-from megatron_taopd.models.hf_checkpoint import load_model
+from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.formats.hf import load_model
 from megatron_taopd.models.weights import load_head
 from megatron_taopd.parallel.vocab import VocabShard
-from megatron_taopd.prompts import load_prompts
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.scoring import Heads, TopkHeads
-from megatron_taopd.selection import select
+from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
-from megatron_taopd.serving.launch import open_replicas
 from megatron_taopd.serving.replicas import ServedModel
-from megatron_taopd.teachability import learnable_disagreement
+from megatron_taopd.step.scoring import Heads, TopkHeads
+from megatron_taopd.step.selection import select
+from megatron_taopd.step.teachability import learnable_disagreement
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.types import Sequences, TokenScores
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 CHUNK_ROWS = 256
 

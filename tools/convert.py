@@ -35,9 +35,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from megatron_taopd import convert
-from megatron_taopd.files import file_written_aside
-from megatron_taopd.models.hf_checkpoint import DTYPES, MAX_FILE_BYTES
+from megatron_taopd.formats import convert
+from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.formats.hf import DTYPES, MAX_FILE_BYTES
 from megatron_taopd.parallel.objects import anyone_was, comes_first
 
 FAILURE = "convert: the line that says what is wrong"
@@ -158,7 +158,7 @@ def to_hf(arguments) -> tuple[dict, bool]:
 
 
 def verify(arguments) -> tuple[dict, bool]:
-    from megatron_taopd.verify import check_layout, compare_logits, compare_tensors
+    from megatron_taopd.checkpoints.verify import check_layout, compare_logits, compare_tensors
 
     layout = (arguments.tp, arguments.pp, arguments.ep)
     if not arguments.no_logits:

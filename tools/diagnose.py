@@ -26,7 +26,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from megatron_taopd.models.hf_checkpoint import DTYPES
+from megatron_taopd.formats.hf import DTYPES
 
 if TYPE_CHECKING:
     from megatron_taopd.diagnostics.bank import OpenEngine

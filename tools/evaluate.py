@@ -25,9 +25,9 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from megatron_taopd import benchmarks, tables
-from megatron_taopd.benchmarks import PAPER, Endpoint, Missing
-from megatron_taopd.models.hf_checkpoint import weight_map
+from megatron_taopd.evaluation import benchmarks, tables
+from megatron_taopd.evaluation.benchmarks import PAPER, Endpoint, Missing
+from megatron_taopd.formats.hf import weight_map
 
 
 def main() -> int:
@@ -179,10 +179,10 @@ def serve(
         model = arguments.model or first_model(url, key)
         yield Endpoint(url, model, *generation, key, ends=tuple(arguments.stop_token_ids))
         return
-    from megatron_taopd.checkpoint_files import sum_of
-    from megatron_taopd.convert import to_hf
+    from megatron_taopd.checkpoints.files import sum_of
+    from megatron_taopd.data.vocab_map import Vocabulary
+    from megatron_taopd.formats.convert import to_hf
     from megatron_taopd.serving.server import Server
-    from megatron_taopd.vocab_map import Vocabulary
 
     sums = {f.name: sum_of(f) for f in sorted(checkpoint.iterdir()) if f.is_file()}
     hf_dir = checkpoint

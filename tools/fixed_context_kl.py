@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_taopd.models.hf_checkpoint import load_model
+from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.formats.hf import load_model
 from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
-from megatron_taopd.prompts import load_prompts
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.types import RolloutBatch, Sequences
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_taopd import config as configuration
-from megatron_taopd.models.hf_checkpoint import load_config
+from megatron_taopd.formats.hf import load_config
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
 from megatron_taopd.plan.memory import GIB, peak
 from megatron_taopd.plan.propose import proposals

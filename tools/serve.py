@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_taopd.models.hf_checkpoint import SINGLE, weight_map
+from megatron_taopd.formats.hf import SINGLE, weight_map
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics.bank import Bank
-from megatron_taopd.files import file_written_aside
-from megatron_taopd.models.hf_checkpoint import load_config, load_model
+from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.formats.hf import load_config, load_model
 from megatron_taopd.parallel.vocab import VocabShard, divergence
 from megatron_taopd.types import Sequences
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from megatron_taopd.diagnostics.bootstrap import (
     t_interval,
 )
 from megatron_taopd.diagnostics.table import KS, SUPPORT, read_table
-from megatron_taopd.selection import SELECTORS, budget
-from megatron_taopd.teachability import (
+from megatron_taopd.step.selection import SELECTORS, budget
+from megatron_taopd.step.teachability import (
     bounded,
     incompatible_disagreement,
     learnable_disagreement,

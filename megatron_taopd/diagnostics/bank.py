@@ -21,14 +21,14 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from megatron_taopd.checkpoint_files import sum_of, sync
-from megatron_taopd.files import file_written_aside, reason_of
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_config
+from megatron_taopd.checkpoints.files import sum_of, sync
+from megatron_taopd.data.prompts import load_prompts, render
+from megatron_taopd.data.vocab_map import Vocabulary
+from megatron_taopd.formats.files import file_written_aside, reason_of
+from megatron_taopd.formats.hf import HFCheckpoint, load_config
 from megatron_taopd.parallel.objects import gather
-from megatron_taopd.prompts import load_prompts, render
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
-from megatron_taopd.vocab_map import Vocabulary
 
 RECORD = "bank.json"
 SEQUENCES_PER_SHARD = 1024

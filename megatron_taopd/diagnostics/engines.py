@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import platform
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
 from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
-from megatron_taopd.serving.launch import open_replicas
+from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.replicas import ServedModel
-from megatron_taopd.vocab_map import Vocabulary
 
 if TYPE_CHECKING:
     from megatron_taopd.config import ServersSection

@@ -13,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from megatron_taopd.diagnostics.analysis import CELLS, PLACES, PROXIES, SELECTOR_NAMES, Row, Tables
-from megatron_taopd.files import file_written_aside
+from megatron_taopd.formats.files import file_written_aside
 
 # The light palette of report.html; in a page these become its variables.
 THEME = {"#16150f": "text", "#57554c": "soft", "#e6e4dc": "rule"}

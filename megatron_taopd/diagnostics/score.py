@@ -13,22 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching
-from megatron_taopd.convert import read_config, side_directory
+from megatron_taopd.data import batching
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics.bank import Bank, Contexts, weights_fingerprint
 from megatron_taopd.diagnostics.table import KS, MEASURES, PLACE
-from megatron_taopd.files import file_written_aside
-from megatron_taopd.models import gpt, hf_map, weights
-from megatron_taopd.models.hf_checkpoint import load_config
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.convert import read_config, side_directory
+from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.formats.hf import load_config
+from megatron_taopd.formats.megatron import MegatronCheckpoint
+from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import Compared, compare_hidden, rows_within
-from megatron_taopd.scoring import Heads
+from megatron_taopd.step.scoring import Heads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch, Sequences
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 TOP = 5  # likeliest tokens that a view shows
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_taopd.files import file_written_aside
+from megatron_taopd.formats.files import file_written_aside
 
 KS = (8, 16, 32)
 PLACE = ("prompt", "sequence", "position", "length", "token")

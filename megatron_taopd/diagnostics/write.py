@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_taopd.diagnostics.analysis import Tables, analyze, read_gains
-from megatron_taopd.diagnostics.html import read_views, render
-from megatron_taopd.files import file_written_aside
+from megatron_taopd.diagnostics.page import read_views, render
+from megatron_taopd.formats.files import file_written_aside
 
 FIGURES = {
     "figure2_decomposition": (

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_taopd.models import hf_map
+from megatron_taopd.formats import hf_map
 from megatron_taopd.models.attention import PackedAttention, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import Layout

@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from torch import Tensor
 
-from megatron_taopd.batching import MicroBatch
+from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.models.gpt import packed_forward
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout

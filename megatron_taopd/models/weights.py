@@ -10,10 +10,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from megatron_taopd.files import written_aside
-from megatron_taopd.models import hf_map
-from megatron_taopd.models.gpt import Trunk
-from megatron_taopd.models.hf_checkpoint import (
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.files import written_aside
+from megatron_taopd.formats.hf import (
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -22,14 +21,15 @@ from megatron_taopd.models.hf_checkpoint import (
     tensor_shapes,
     whole_shapes,
 )
-from megatron_taopd.models.megatron_checkpoint import (
+from megatron_taopd.formats.megatron import (
     EXTRA_STATE,
     MegatronCheckpoint,
     check_pickles,
     find_keys,
     layers_are_apart,
 )
-from megatron_taopd.models.output_head import OutputHead, find_head
+from megatron_taopd.formats.output_head import OutputHead, find_head
+from megatron_taopd.models.gpt import Trunk
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout
 

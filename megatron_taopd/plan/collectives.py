@@ -219,7 +219,7 @@ def _teacher_row(setup: Setup) -> int:
 
 
 def _rows_sent(setup: Setup, rank: int) -> int:
-    """Rows that a rank sends to others (`teacher.delivery`): sequences of one length are dealt
+    """Rows that a rank sends to others (`teacher.dispatch`): sequences of one length are dealt
     round, and every rank of the scoring TP group takes its copy from itself or from a holder."""
     grid, own, sent = setup.student_grid, setup.teacher_grid, 0
     for sequence in range(setup.workload.sequences):

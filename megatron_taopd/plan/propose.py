@@ -8,7 +8,7 @@ from itertools import product
 
 from transformers import PretrainedConfig
 
-from megatron_taopd.models.hf_map import check_layout, divisors, num_experts
+from megatron_taopd.formats.hf_map import check_layout, divisors, num_experts
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.memory import GIB, peak_bytes
 from megatron_taopd.plan.setup import Setup

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
-from megatron_taopd.models.hf_checkpoint import load_config
-from megatron_taopd.models.hf_map import FAMILIES, check_architecture, check_layout, num_experts
+from megatron_taopd.formats.hf import load_config
+from megatron_taopd.formats.hf_map import FAMILIES, check_architecture, check_layout, num_experts
 from megatron_taopd.plan.shapes import Architecture, Grid
 
 

@@ -9,9 +9,9 @@ from math import lcm, prod
 
 from transformers import PretrainedConfig
 
-from megatron_taopd.accounting import ModelCost
-from megatron_taopd.models import hf_map
-from megatron_taopd.models.hf_checkpoint import whole_shapes
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.hf import whole_shapes
+from megatron_taopd.monitoring.accounting import ModelCost
 
 # Megatron makes a layer's parameters in this order, and its buffers follow it.
 _ORDER = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_taopd.accounting import step_operations
+from megatron_taopd.monitoring.accounting import step_operations
 from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.memory import replay_bytes

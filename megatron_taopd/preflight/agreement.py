@@ -10,17 +10,18 @@ import psutil
 import torch
 from torch import Tensor
 
-from megatron_taopd import batching
-from megatron_taopd.guard import Fault
-from megatron_taopd.models import gpt, hf_map, pipeline, weights
-from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
+from megatron_taopd.data import batching
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.hf import load_config, tensor_shapes
+from megatron_taopd.models import gpt, pipeline, weights
+from megatron_taopd.monitoring.guard import Fault
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.preflight.findings import Finding, error, ok
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
-from megatron_taopd.scoring import Heads, TopkHeads, score, sequence_log_probs
-from megatron_taopd.teacher.delivery import deliver
+from megatron_taopd.step.scoring import Heads, TopkHeads, score, sequence_log_probs
+from megatron_taopd.teacher.dispatch import deliver
 from megatron_taopd.types import RolloutBatch, Sequences
 
 NEW_TOKENS = 8

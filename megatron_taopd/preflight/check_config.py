@@ -24,19 +24,19 @@ from megatron_taopd.config.schema import (
     ServersSection,
     check_bounds,
 )
-from megatron_taopd.loss import LOSSES
-from megatron_taopd.models.hf_checkpoint import INDEX, SINGLE, weight_map
-from megatron_taopd.models.hf_map import (
+from megatron_taopd.data.prompts import read_texts
+from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
+from megatron_taopd.formats.hf import INDEX, SINGLE, weight_map
+from megatron_taopd.formats.hf_map import (
     check_architecture,
     check_layout,
     divisors,
     listed,
     num_experts,
 )
-from megatron_taopd.models.output_head import find_head
-from megatron_taopd.prompts import read_texts
-from megatron_taopd.selection import CONCENTRATES, SELECTORS
-from megatron_taopd.vocab_map import MIN_SHARED, VocabMap, Vocabulary
+from megatron_taopd.formats.output_head import find_head
+from megatron_taopd.step.loss import LOSSES
+from megatron_taopd.step.selection import CONCENTRATES, SELECTORS
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SAMPLED_RECORDS = 1000  # of the prompts, to see how much two tokenizers share

@@ -20,9 +20,11 @@ import torch.distributed as dist
 
 from megatron_taopd import build
 from megatron_taopd import config as configuration
-from megatron_taopd.accounting import ModelCost
 from megatron_taopd.config import Config, ParallelSection
-from megatron_taopd.models.hf_checkpoint import DTYPES, load_config
+from megatron_taopd.data.prompts import Prompts, check_prompts, load_prompts
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.formats.hf import DTYPES, load_config
+from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.objects import of_first_rank
 from megatron_taopd.preflight import machine, network, storage, texts
@@ -35,8 +37,6 @@ from megatron_taopd.preflight.findings import (
     ok,
     warning,
 )
-from megatron_taopd.prompts import Prompts, check_prompts, load_prompts
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 ANY_LENGTH = sys.maxsize
 

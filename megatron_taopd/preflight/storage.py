@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_taopd import checkpoint_files, resume
-from megatron_taopd.files import file_written_aside
+from megatron_taopd.checkpoints import files as checkpoint_files
+from megatron_taopd.checkpoints import resume
+from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.parallel.objects import gather, told
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_taopd.data.prompts import Prompts
+from megatron_taopd.data.rendering import special_tokens
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
-from megatron_taopd.prompts import Prompts
-from megatron_taopd.rendering import special_tokens
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 MANY_DROPPED = 0.05
 SHOWN = 240  # characters of the example

@@ -25,11 +25,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_taopd.models.hf_checkpoint import load_model
+from megatron_taopd.data.vocab_map import end_ids
+from megatron_taopd.formats.hf import load_model
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
-from megatron_taopd.vocab_map import end_ids
 
 
 class LocalEngine:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_taopd.prompts import PromptStream
+from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.rollout.engine import Pending, RolloutEngine, Sampling
-from megatron_taopd.rollout.horizon import Horizon
+from megatron_taopd.step.extensions.horizon import Horizon
 
 
 @dataclass(frozen=True)

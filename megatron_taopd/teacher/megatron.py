@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching
+from megatron_taopd.data import batching
+from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, weights
-from megatron_taopd.models.hf_checkpoint import load_config
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.teacher.delivery import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, deliver
 from megatron_taopd.types import Sequences
 
 _CHECKSUM_BLOCK = 1 << 22  # bytes

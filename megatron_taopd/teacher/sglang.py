@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.models import weights
-from megatron_taopd.models.output_head import find_head
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import HeldRows, no_rows
 from megatron_taopd.parallel.layout import Layout
@@ -50,7 +50,7 @@ from megatron_taopd.serving.replicas import (
     probe_tokens,
     same_model,
 )
-from megatron_taopd.teacher.delivery import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, deliver
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import Sequences
 

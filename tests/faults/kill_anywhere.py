@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_taopd import checkpoint_files
+from megatron_taopd.checkpoints import files as checkpoint_files
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "examples" / "tiny_pair.yaml"

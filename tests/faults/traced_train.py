@@ -18,7 +18,7 @@ WIDTH = 64  # bytes of the line in a rank's file
 
 def trace() -> None:
     """Let every span write its name and a counter when it begins."""
-    from megatron_taopd.monitor import Monitor
+    from megatron_taopd.monitoring.monitor import Monitor
 
     path = Path(os.environ["TAOPD_TRACE"]) / f"rank_{os.environ['RANK']}"
     file = os.open(path, os.O_WRONLY | os.O_CREAT)

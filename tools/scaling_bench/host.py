@@ -18,12 +18,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_taopd import batching
+from megatron_taopd.data import batching
 from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.layout import forward_layout, student_layout
-from megatron_taopd.selection import select, selection_metrics
-from megatron_taopd.teachability import learnable_disagreement
-from megatron_taopd.teacher.delivery import ReadRows, deliver
+from megatron_taopd.step.selection import select, selection_metrics
+from megatron_taopd.step.teachability import learnable_disagreement
+from megatron_taopd.teacher.dispatch import ReadRows, deliver
 from megatron_taopd.types import RolloutBatch, TokenScores
 from scaling_bench.fake import Recorder, replace_distributed
 

@@ -10,17 +10,17 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-import megatron_taopd.student
-from megatron_taopd import batching
+import megatron_taopd.models.student
+from megatron_taopd.data import batching
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.scoring import Heads, score
-from megatron_taopd.selection import select
-from megatron_taopd.teacher.delivery import deliver
+from megatron_taopd.step.scoring import Heads, score
+from megatron_taopd.step.selection import select
+from megatron_taopd.step.training import backward
+from megatron_taopd.teacher.dispatch import deliver
 from megatron_taopd.teacher.megatron import MegatronTeacher
-from megatron_taopd.training import backward
 from megatron_taopd.types import RolloutBatch
 
 Phase = Callable[[str], AbstractContextManager]
@@ -86,7 +86,7 @@ class Step:
         teacher_layout = forward_layout(own.tp, own.pp, own.sequence)
         load, weights.load_weights = weights.load_weights, draw_weights
         try:
-            self.student = megatron_taopd.student.Student(
+            self.student = megatron_taopd.models.student.Student(
                 student_dir, self.layout, dtype, setup.recompute, OPTIMIZER, 10, setup.student.vocab
             )
             self.teacher = MegatronTeacher(

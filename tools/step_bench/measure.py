@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching, score_hidden
-from megatron_taopd.accounting import ModelCost, step_operations
-from megatron_taopd.loss import kept_row_loss
+from megatron_taopd import score_hidden
+from megatron_taopd.data import batching
+from megatron_taopd.monitoring.accounting import ModelCost, step_operations
 from megatron_taopd.parallel import platform
-from megatron_taopd.rollout.horizon import Horizon
-from megatron_taopd.selection import budget, selection_metrics
-from megatron_taopd.teachability import learnable_disagreement
+from megatron_taopd.step.extensions.horizon import Horizon
+from megatron_taopd.step.loss import kept_row_loss
+from megatron_taopd.step.selection import budget, selection_metrics
+from megatron_taopd.step.teachability import learnable_disagreement
 from step_bench.pairs import RATIO, K, Models, pair_on_disk, qwen3_slice
 from step_bench.peer import trl_phases
 from step_bench.results import extrapolate

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_taopd import config as configuration
 from megatron_taopd.build import DTYPES
+from megatron_taopd.data.prompts import PromptStream, load_prompts
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.models import weights
+from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
-from megatron_taopd.prompts import PromptStream, load_prompts
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.scoring import Heads
-from megatron_taopd.student import Student
+from megatron_taopd.step.scoring import Heads
 from megatron_taopd.teacher.megatron import MegatronTeacher
-from megatron_taopd.vocab_map import VocabMap, Vocabulary
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"tiny": "tiny_pair.yaml", "smollm2": "smollm2.yaml"}

@@ -8,7 +8,7 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
-from megatron_taopd.models.hf_map import padded_vocab_size
+from megatron_taopd.formats.hf_map import padded_vocab_size
 from step_bench.pairs import LAYERS, RATIO
 
 

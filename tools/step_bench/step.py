@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching
+from megatron_taopd.data import batching
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.memory import peak_memory
-from megatron_taopd.scoring import score
-from megatron_taopd.selection import select
-from megatron_taopd.training import backward
+from megatron_taopd.step.scoring import score
+from megatron_taopd.step.selection import select
+from megatron_taopd.step.training import backward
 from step_bench.pairs import RATIO, K, Models
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import TokenScores, VocabShard, linear_divergence, score_hidden
-from megatron_taopd.selection import budget
+from megatron_taopd.step.selection import budget
 from vocab_bench.problem import Problem, Setup
 
 

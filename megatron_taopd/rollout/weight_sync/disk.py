@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_taopd.models.hf_checkpoint import MAX_FILE_BYTES, HFWriter, copy_side_files
+from megatron_taopd.formats.hf import MAX_FILE_BYTES, HFWriter, copy_side_files
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica, on_first_rank
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd.models.hf_checkpoint import load_config, tensor_shapes
+from megatron_taopd.formats.hf import load_config, tensor_shapes
 from megatron_taopd.parallel.objects import told
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
 from megatron_taopd.serving.replicas import all_of

@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from megatron_taopd.checkpoint_files import sum_of
-from megatron_taopd.files import file_written_aside
-from megatron_taopd.prompts import as_answer, read_records
+from megatron_taopd.checkpoints.files import sum_of
+from megatron_taopd.data.prompts import as_answer, read_records
+from megatron_taopd.evaluation.tables import mean_and_std
+from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.serving.supervise import supervised
-from megatron_taopd.tables import mean_and_std
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
 # Not as a script, which every process that HumanEval starts to run a program would import again.

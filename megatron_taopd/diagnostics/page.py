@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_taopd.diagnostics.analysis import Bank, Row, Tables, shape_variables
-from megatron_taopd.report import CSS, number
+from megatron_taopd.monitoring.report import CSS, number
 
 MOST_TOKENS = 1200  # of a response, shown
 

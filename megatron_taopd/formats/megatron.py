@@ -34,9 +34,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from transformers import PretrainedConfig
 
-from megatron_taopd.files import os_errors_of_torch
-from megatron_taopd.models.hf_checkpoint import DTYPE_NAMES, whole_shapes
-from megatron_taopd.models.hf_map import Parameter, Vocabulary
+from megatron_taopd.formats.files import os_errors_of_torch
+from megatron_taopd.formats.hf import DTYPE_NAMES, whole_shapes
+from megatron_taopd.formats.hf_map import Parameter, Vocabulary
 
 # Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
 SIDE_FILES = "hf"

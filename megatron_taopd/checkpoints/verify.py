@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd.convert import Advance, rank_and_size, read_config, share
-from megatron_taopd.models import hf_map
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_model, whole_shapes
-from megatron_taopd.models.megatron_checkpoint import MegatronCheckpoint, find_keys
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.convert import Advance, rank_and_size, read_config, share
+from megatron_taopd.formats.hf import HFCheckpoint, load_model, whole_shapes
+from megatron_taopd.formats.megatron import MegatronCheckpoint, find_keys
 from megatron_taopd.parallel.objects import gather
 
 
@@ -112,7 +112,7 @@ def compare_logits(
     Raises:
         ValueError: the model or the number of ranks does not divide by the layout.
     """
-    from megatron_taopd.batching import MicroBatch
+    from megatron_taopd.data.batching import MicroBatch
     from megatron_taopd.models import gpt, weights
     from megatron_taopd.models.pipeline import forward
     from megatron_taopd.parallel import platform

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching
-from megatron_taopd.guard import Fault
-from megatron_taopd.loss import kept_row_loss, kept_row_topk_loss
+from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
+from megatron_taopd.models.student import Student
+from megatron_taopd.monitoring.guard import Fault
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows
 from megatron_taopd.parallel.vocab import VocabShard, score_hidden, score_topk, token_log_probs
-from megatron_taopd.student import Student
+from megatron_taopd.step.loss import kept_row_loss, kept_row_topk_loss
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import RolloutBatch, TokenScores
 

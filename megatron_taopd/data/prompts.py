@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.rendering import Message, Renderer
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_taopd.checkpoint_files import (
+from megatron_taopd.checkpoints.files import (
     Best,
     Sum,
     SummedFile,
@@ -51,13 +51,13 @@ from megatron_taopd.checkpoint_files import (
     sum_of,
     sync,
 )
-from megatron_taopd.files import os_errors_of_torch, reason_of
+from megatron_taopd.formats.files import os_errors_of_torch, reason_of
+from megatron_taopd.formats.hf import copy_side_files
+from megatron_taopd.formats.megatron import SIDE_FILES, check_pickles
 from megatron_taopd.models import weights
-from megatron_taopd.models.hf_checkpoint import copy_side_files
-from megatron_taopd.models.megatron_checkpoint import SIDE_FILES, check_pickles
+from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.objects import gather, told
-from megatron_taopd.student import Student
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
 

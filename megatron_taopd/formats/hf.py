@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_taopd.models.hf_map import Parameter
+from megatron_taopd.formats.hf_map import Parameter
 
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_taopd import checkpoint_files
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint
-from megatron_taopd.models.megatron_checkpoint import SIDE_FILES
+from megatron_taopd.checkpoints import files as checkpoint_files
+from megatron_taopd.formats.hf import HFCheckpoint
+from megatron_taopd.formats.megatron import SIDE_FILES
 from megatron_taopd.parallel import watchdog
 
 MOST_NAMED = 4  # differences of two config.json in one line

@@ -18,10 +18,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_taopd.batching import MicroBatch
-from megatron_taopd.guard import Fault, by_rank, listed
+from megatron_taopd.data.batching import MicroBatch
+from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, pipeline, replay, weights
-from megatron_taopd.models.hf_checkpoint import load_config
+from megatron_taopd.monitoring.guard import Fault, by_rank, listed
 from megatron_taopd.parallel.layout import Layout
 
 if TYPE_CHECKING:

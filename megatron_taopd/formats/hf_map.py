@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_taopd.models.hf_keys import unsupported
+from megatron_taopd.formats.hf_keys import unsupported
 
 
 @dataclass(frozen=True)

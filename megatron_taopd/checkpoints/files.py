@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_taopd.files import reason_of
+from megatron_taopd.formats.files import reason_of
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.objects import gather
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_taopd.types import RolloutBatch
 
 if TYPE_CHECKING:
-    from megatron_taopd.evaluation import Example
+    from megatron_taopd.evaluation.in_loop import Example
 
 PHASES = (
     "rollout",

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_taopd.models.hf_checkpoint import HFCheckpoint, load_config
+from megatron_taopd.formats.hf import HFCheckpoint, load_config
 
 ROWS, COLUMNS = 8, 16
 HIGHEST = 50.0  # of the random logits: a model's own, so that a cap bends them

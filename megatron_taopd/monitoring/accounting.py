@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_taopd.models.hf_map import head_dim, num_experts, padded_vocab_size
+from megatron_taopd.formats.hf_map import head_dim, num_experts, padded_vocab_size
 
 
 @dataclass(frozen=True)

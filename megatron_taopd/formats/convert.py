@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from megatron_taopd.files import check_space, written_aside
-from megatron_taopd.models import hf_map
-from megatron_taopd.models.hf_checkpoint import (
+from megatron_taopd.formats import hf_map
+from megatron_taopd.formats.files import check_space, written_aside
+from megatron_taopd.formats.hf import (
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -27,8 +27,8 @@ from megatron_taopd.models.hf_checkpoint import (
     tensor_shapes,
     whole_shapes,
 )
-from megatron_taopd.models.hf_map import Parameter
-from megatron_taopd.models.megatron_checkpoint import (
+from megatron_taopd.formats.hf_map import Parameter
+from megatron_taopd.formats.megatron import (
     EXTRA_STATE,
     SIDE_FILES,
     MegatronCheckpoint,

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd import batching
-from megatron_taopd.guard import Fault, Guard, by_rank
+from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
+from megatron_taopd.models.student import Student
+from megatron_taopd.monitoring.guard import Fault, Guard, by_rank
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import HeldRows, send_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import told
-from megatron_taopd.scoring import Heads, TopkHeads
-from megatron_taopd.student import Student
+from megatron_taopd.step.scoring import Heads, TopkHeads
 from megatron_taopd.types import RolloutBatch
 
 

@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_taopd.files import reason_of
-from megatron_taopd.parallel import watchdog
-from megatron_taopd.report import (
+from megatron_taopd.formats.files import reason_of
+from megatron_taopd.monitoring.report import (
     Sample,
     answered,
     number,
@@ -30,9 +29,10 @@ from megatron_taopd.report import (
     summarize,
     write_report,
 )
+from megatron_taopd.parallel import watchdog
 
 if TYPE_CHECKING:
-    from megatron_taopd.evaluation import Example
+    from megatron_taopd.evaluation.in_loop import Example
 
 PLAIN_LINES = 20  # about this many progress lines where there is no terminal to redraw
 

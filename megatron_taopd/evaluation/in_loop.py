@@ -14,7 +14,8 @@ from statistics import mean
 from subprocess import PIPE, Popen
 from tempfile import TemporaryFile
 
-from megatron_taopd.answers import (
+from megatron_taopd.data.prompts import Prompts
+from megatron_taopd.evaluation.answers import (
     extract_answer,
     is_correct,
     normalize_answer,
@@ -22,7 +23,6 @@ from megatron_taopd.answers import (
 )
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.objects import of_first_rank
-from megatron_taopd.prompts import Prompts
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
 DECODED = 64  # responses at a time

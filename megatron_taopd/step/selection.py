@@ -12,8 +12,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from megatron_taopd.concentration import cut_responses, inside
-from megatron_taopd.teachability import (
+from megatron_taopd.step.extensions.concentration import cut_responses, inside
+from megatron_taopd.step.teachability import (
     bounded,
     either,
     incompatible_disagreement,
