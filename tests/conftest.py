@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from hypothesis import settings
-from ranks import close_pools
+from support.ranks import close_pools
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Whether Triton interprets kernels is settled at its first import, which may be another library's.

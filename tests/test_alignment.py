@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import dense
 import pyarrow.parquet as pq
 import pytest
 import torch
-from step import row_logits
+from support import dense
+from support.step import row_logits
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.data.vocab_map import Vocabulary

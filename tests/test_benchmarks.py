@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from patience import run
+from support.patience import run
 
 from megatron_taopd.evaluation import benchmarks, tables
 from megatron_taopd.evaluation.benchmarks import PAPER, Missing, Scores

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from patience import wait_for
-from ranks import run_ranks
-from step import OPTIMIZER, make_model
+from support.patience import wait_for
+from support.ranks import run_ranks
+from support.step import OPTIMIZER, make_model
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_taopd.checkpoints import files

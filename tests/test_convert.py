@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from families import CONFIGS, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patience import run
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from sglang_server import prompt_logprobs, serve
+from support.families import CONFIGS, save_random
+from support.patience import run
+from support.ranks import run_ranks
+from support.sglang_server import prompt_logprobs, serve
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_taopd.formats.convert import to_hf, to_megatron

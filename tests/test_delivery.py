@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
-from step import make_batch, make_model
+from support.ranks import RankError, run_ranks
+from support.step import make_batch, make_model
 
 from megatron_taopd.data.batching import assign, hand_out, rows_by_rank
 from megatron_taopd.rollout.engine import make_rollout_batch

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from planted_bank import planted_bank, planted_columns, write_table
+from support.planted_bank import planted_bank, planted_columns, write_table
 
 from megatron_taopd.diagnostics import analysis
 from megatron_taopd.diagnostics.bootstrap import (

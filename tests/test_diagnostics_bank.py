@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import dense
 import pyarrow.parquet as pq
 import pytest
 import torch
-from patience import patience
-from ranks import run_ranks
-from step import row_logits
+from support import dense
+from support.patience import patience
+from support.ranks import run_ranks
+from support.step import row_logits
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import ServersSection

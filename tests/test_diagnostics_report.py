@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from patience import patience
-from planted_bank import planted_columns, write_table
+from support.patience import patience
+from support.planted_bank import planted_columns, write_table
 
 from megatron_taopd.diagnostics import figures
 from megatron_taopd.diagnostics.analysis import analyze, read_gains, shape_variables

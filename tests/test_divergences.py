@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import dense
 import pytest
 import torch
-from ranks import run_ranks
-from rounding import assert_rounded
-from shards import (
+from support import dense
+from support.ranks import run_ranks
+from support.rounding import assert_rounded
+from support.shards import (
     LAYOUTS,
     PADDED,
     SIZE,

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import keys
 import omegaconf
 import pytest
-from keys import ANY, KEYS
-from observed import SMALL, TINY
 from omegaconf import OmegaConf
+from support import keys
+from support.keys import ANY, KEYS
+from support.observed import SMALL, TINY
 
 from megatron_taopd.config import Config
 from megatron_taopd.step.loss import LOSSES
@@ -70,7 +70,9 @@ def sources(module: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("key", SCHEMA)
 def test_a_key_has_a_value_and_a_test(key):
-    assert key in KEYS, f"{key}: say in tests/keys.py at which value it is run, and by which test"
+    assert key in KEYS, (
+        f"{key}: say in tests/support/keys.py at which value it is run, and by which test"
+    )
     _, default = SCHEMA[key]
     for text, test in KEYS[key].items():
         if text == ANY:

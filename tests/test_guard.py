@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from support.ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
 from megatron_taopd.checkpoints.files import steps

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import dense
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from rounding import assert_rounded
-from shards import (
+from support import dense
+from support.ranks import run_ranks
+from support.rounding import assert_rounded
+from support.shards import (
     LAYOUTS,
     PADDED,
     SIZE,

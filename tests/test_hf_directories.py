@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, save_random
 from safetensors.torch import load_file, save_file
+from support.families import CONFIGS, save_random
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.formats.convert import to_hf, to_megatron

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import CONFIGS, save_random
-from ranks import run_ranks
+from support.families import CONFIGS, save_random
+from support.ranks import run_ranks
 from test_models import trunk_on_ranks
 from transformers import AutoModelForCausalLM
 
@@ -267,7 +267,7 @@ def test_whatever_a_key_is_there_is_a_model_or_one_line(tmp_path, family):
 
 LENGTHS = [9, 4, 30]
 ALL = ("llama", "qwen2", "qwen3", "qwen3_moe")
-CHANGES = [  # away from the tiny models of tests/families.py, family by family
+CHANGES = [  # away from the tiny models of tests/support/families.py, family by family
     *((family, {"vocab_size": 131}) for family in ALL),
     *((family, {"hidden_size": 48, "head_dim": 16}) for family in ALL),
     *((family, {"intermediate_size": 40}) for family in ("llama", "qwen2", "qwen3")),

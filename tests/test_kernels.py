@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from unittest import mock
 
-import dense
 import pytest
 import torch
-from shards import tops_in_k_blocks
+from support import dense
+from support.shards import tops_in_k_blocks
 
 from megatron_taopd.parallel.vocab import reductions
 from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, Divergence

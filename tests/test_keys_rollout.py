@@ -10,11 +10,11 @@ from math import comb
 from pathlib import Path
 from statistics import mean
 
-import dense
 import numpy as np
 import pytest
 import torch
-from keys import (
+from support import dense
+from support.keys import (
     AUTO,
     CHAT,
     GRADER,
@@ -28,8 +28,8 @@ from keys import (
     value,
     written,
 )
-from observed import FROZEN, STUDENT, TEACHER, observe
-from step import row_logits
+from support.observed import FROZEN, STUDENT, TEACHER, observe
+from support.step import row_logits
 from transformers import AutoTokenizer
 
 from megatron_taopd.evaluation.in_loop import is_correct

@@ -15,8 +15,8 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from families import CONFIGS, save_random
-from keys import (
+from support.families import CONFIGS, save_random
+from support.keys import (
     CHECKPOINTS,
     EXPERTS,
     GAP,
@@ -29,9 +29,9 @@ from keys import (
     value,
     written,
 )
-from observed import FROZEN, SMALL, STUDENT, TEACHER, TINY, observe, observed
-from patience import wait_for
-from ranks import run_ranks
+from support.observed import FROZEN, SMALL, STUDENT, TEACHER, TINY, observe, observed
+from support.patience import wait_for
+from support.ranks import run_ranks
 from test_guard import faulty_train
 from transformers import AutoTokenizer
 

@@ -8,10 +8,10 @@ import socket
 import sys
 from pathlib import Path
 
-import patience
 import pytest
-from fake_sglang import in_place_of_sglang, serving
-from keys import (
+from support import patience
+from support.fake_sglang import in_place_of_sglang, serving
+from support.keys import (
     COMMAND,
     FOUND,
     LATE,
@@ -23,8 +23,8 @@ from keys import (
     value,
     written,
 )
-from observed import FROZEN, SMALL, STUDENT, TEACHER, observed
-from ranks import run_ranks
+from support.observed import FROZEN, SMALL, STUDENT, TEACHER, observed
+from support.ranks import run_ranks
 
 from megatron_taopd.serving import server as serving_module
 

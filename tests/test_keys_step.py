@@ -8,10 +8,11 @@ from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
-import dense
 import pytest
 import torch
-from keys import (
+from safetensors.torch import load_file
+from support import dense
+from support.keys import (
     ADAM,
     BF16,
     BOUNDS,
@@ -24,9 +25,8 @@ from keys import (
     value,
     written,
 )
-from observed import FROZEN, STUDENT, TEACHER, observe
-from safetensors.torch import load_file
-from step import row_logits
+from support.observed import FROZEN, STUDENT, TEACHER, observe
+from support.step import row_logits
 from test_optimizer import Reference
 
 from megatron_taopd.data.batching import split_mini_batches

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_sglang import serving
-from observed import ROOT, SMALL, STUDENT, TINY, observed
-from ranks import run_ranks
+from support.fake_sglang import serving
+from support.observed import ROOT, SMALL, STUDENT, TINY, observed
+from support.ranks import run_ranks
 
 from megatron_taopd.config import load
 from megatron_taopd.data.vocab_map import Vocabulary

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from patience import finish, known_patience, patience, wait_for
-from ranks import run_ranks
+from support.patience import finish, known_patience, patience, wait_for
+from support.ranks import run_ranks
 
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.replicas import Replicas, ServedModel

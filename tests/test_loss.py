@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dense
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from rounding import assert_rounded
+from support import dense
+from support.ranks import run_ranks
+from support.rounding import assert_rounded
 
 from megatron_taopd.parallel.vocab import DIVERGENCES, VocabShard, token_log_probs
 from megatron_taopd.step.loss import LOSSES, kept_row_loss

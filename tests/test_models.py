@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CONFIGS, SIZES, save_random
-from ranks import RankError, run_ranks
 from safetensors.torch import load_file, save_file
+from support.families import CONFIGS, SIZES, save_random
+from support.ranks import RankError, run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 

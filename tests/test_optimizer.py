@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_ranks
-from step import make_model
+from support.ranks import run_ranks
+from support.step import make_model
 
 # Each of them matters: gradients are clipped in every other step, ε is as large as they are.
 SETTINGS = dict(

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 import transformers
-from families import save_random
 from safetensors.torch import load_file, save_file
+from support.families import save_random
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

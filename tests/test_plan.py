@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, save_random
-from patience import run
-from published import BILLIONS, MODELS
-from ranks import run_ranks
+from support.families import CONFIGS, save_random
+from support.patience import run
+from support.published import BILLIONS, MODELS
+from support.ranks import run_ranks
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd import config as configuration
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 def built(path, parallel, dtype):
     """Of the student on this rank after one step, in bytes: parameters, gradient buffer, optimizer
     states."""
-    from step import OPTIMIZER
+    from support.step import OPTIMIZER
 
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
@@ -237,7 +237,7 @@ def test_forward_passes_are_within_15_percent(shape, dtype):
 def peak_of_training(path, setup, dtype):
     """The most that a training pass has alive beside weights, buffers, kept outputs and the
     teacher's rows; all rows are kept."""
-    from step import OPTIMIZER
+    from support.step import OPTIMIZER
 
     from megatron_taopd.data import batching
     from megatron_taopd.models.student import Student
@@ -339,7 +339,7 @@ def test_64_ranks_of_the_real_pair_are_exact(models):
     options = dict(
         world_size=64, ranks=[0, 33, 63], student=student, teacher=teacher, dtype="bfloat16"
     )
-    script = Path(__file__).with_name("fake_ranks.py")
+    script = Path(__file__).parent / "support" / "fake_ranks.py"
     paths = [str(models / "Qwen3-4B"), str(models / "Qwen3-14B")]
     done = run(
         [sys.executable, script, *paths, json.dumps(options)],

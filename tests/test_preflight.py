@@ -17,8 +17,8 @@ import psutil
 import pytest
 import torch
 import yaml
-from patience import run
-from ranks import run_ranks
+from support.patience import run
+from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml

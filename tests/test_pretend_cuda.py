@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from families import EXPERTS, SIZES, save_random
-from ranks import run_ranks
 from safetensors.torch import load_file
 from support.apart import Apart
+from support.families import EXPERTS, SIZES, save_random
+from support.ranks import run_ranks
 from test_train import curve, read_metrics
 from test_vocab_map import relabel_tiny_teacher
 from transformers import Qwen3MoeConfig
@@ -390,7 +390,7 @@ class Client:
 def push(directory):
     """The student's weights as two ways of weight sync send them, by name, and where they were."""
     from megatron.core import parallel_state
-    from step import OPTIMIZER
+    from support.step import OPTIMIZER
 
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.layout import student_layout

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
-from published import MODELS
 from pyarrow import parquet
+from support.published import MODELS
 
 from megatron_taopd import config as configuration
 from megatron_taopd.formats.hf import HFWriter, load_config

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from support.ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_taopd import config as configuration

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from support.ranks import run_ranks
 from torch.nn.functional import log_softmax, softmax
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 

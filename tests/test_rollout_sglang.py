@@ -15,9 +15,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from patience import known_patience, patience, wait_for
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
+from support.patience import known_patience, patience, wait_for
+from support.ranks import run_ranks
 
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from patience import run
+from support.patience import run
 
 from megatron_taopd.plan import links
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import dense
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run_ranks
-from shards import (
+from support import dense
+from support.ranks import run_ranks
+from support.shards import (
     LAYOUTS,
     PADDED,
     SIZE,

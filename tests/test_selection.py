@@ -1,11 +1,11 @@
 import math
 from types import SimpleNamespace
 
-import dense
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support import dense
 
 from megatron_taopd.loop import warn_of_small_q3
 from megatron_taopd.step.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics

@@ -12,8 +12,8 @@ import httpx
 import psutil
 import pytest
 import torch
-from patience import known_patience, patience, wait_for
-from sglang_server import generate, prompt_logprobs, serve, shared_server
+from support.patience import known_patience, patience, wait_for
+from support.sglang_server import generate, prompt_logprobs, serve, shared_server
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def test_wrong_model_path(tmp_path):
 
 OWNER = """
 import sys
-from sglang_server import serve
+from support.sglang_server import serve
 with serve(sys.argv[1], raw_logprobs=False, token_ids_only=False, api_key="key") as server:
     print(server.pid, server.url, flush=True)
     sys.stdin.read()

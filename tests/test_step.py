@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file
-from step import (
+from support.ranks import run_ranks
+from support.step import (
     OPTIMIZER,
     assert_gradients,
     dense_gradients,

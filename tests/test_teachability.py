@@ -1,11 +1,11 @@
 import math
 
-import dense
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from support import dense
 
 from megatron_taopd.step.teachability import (
     bounded,

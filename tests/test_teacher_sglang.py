@@ -8,16 +8,16 @@ from functools import partial
 from math import nan
 from types import SimpleNamespace
 
-import dense
 import pytest
 import torch
 import torch.distributed as dist
-from families import SIZES, save_random
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from sglang_server import serve
-from shards import SIZE, columns, make_logits, shard_of
-from step import (
+from support import dense
+from support.families import SIZES, save_random
+from support.ranks import run_ranks
+from support.sglang_server import serve
+from support.shards import SIZE, columns, make_logits, shard_of
+from support.step import (
     OPTIMIZER,
     assert_gradients,
     dense_gradients,

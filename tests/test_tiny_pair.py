@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import dense
 import pytest
 import torch
+from support import dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow

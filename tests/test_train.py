@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patience import finish, wait_for
-from ranks import run_ranks
+from support.patience import finish, wait_for
+from support.ranks import run_ranks
 
 from megatron_taopd.checkpoints import files as checkpoint_files
 

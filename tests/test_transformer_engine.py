@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from families import CONFIGS, save_random
-from ranks import run_ranks
 from safetensors.torch import load_file
-from step import OPTIMIZER, make_batch, make_model, relative_error, step_on_ranks
 from support.apart import TRANSFORMER_ENGINE, Apart
+from support.families import CONFIGS, save_random
+from support.ranks import run_ranks
+from support.step import OPTIMIZER, make_batch, make_model, relative_error, step_on_ranks
 from test_models import transformers_logits, trunk_on_ranks
 from test_pretend_cuda import STUDENT, make_teachers, pretending, run
 from test_train import curve

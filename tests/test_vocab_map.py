@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from step import (
+from support.ranks import run_ranks
+from support.step import (
     assert_gradients,
     dense_gradients,
     dense_step,

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from patience import finish, patience, wait_for
-from ranks import PRELOAD, run_ranks
+from support.patience import finish, patience, wait_for
+from support.ranks import PRELOAD, run_ranks
 from test_train import kill_all, start, wait_for_step
 
 from megatron_taopd.parallel import watchdog

@@ -21,9 +21,9 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from sglang_server import generate, serve
-from step import OPTIMIZER
+from support.ranks import run_ranks
+from support.sglang_server import generate, serve
+from support.step import OPTIMIZER
 from torch.multiprocessing import reductions
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM

@@ -3,8 +3,8 @@
     python tests/faults/lost_keys.py               # every key; exit status 1 if one is not missed
     python tests/faults/lost_keys.py rollout data  # those of some sections
 
-So that a test of `tests/keys.py` does not only run with a key, but looks at it. Tests that do not
-take their overrides from there are left to the planted mistakes of mutants.py.
+So that a test of `tests/support/keys.py` does not only run with a key, but looks at it. Tests that
+do not take their overrides from there are left to the planted mistakes of mutants.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ranks import RankPool
+from support.ranks import RankPool
 
 # On a path of ranks, it makes `import transformer_engine` find the stand-in.
 TRANSFORMER_ENGINE = str(Path(__file__).parent / "stand_ins")

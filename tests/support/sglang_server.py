@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-from patience import known_patience, patience, took
 
 from megatron_taopd.serving.server import Server
+from support.patience import known_patience, patience, took
 
 START_S, QUIET_START_S = 300, 30.0
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import dense
 import torch
 import torch.distributed as dist
-from rounding import MULTIPLE
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.types import RolloutBatch
+from support import dense
+from support.rounding import MULTIPLE
 
 OPTIMIZER = SimpleNamespace(
     lr=1e-3, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,

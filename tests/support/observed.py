@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ranks import run_ranks
+from support.ranks import run_ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "examples" / "tiny_pair.yaml"
 STUDENT, TEACHER = (str(ROOT / "examples" / "tiny_pair" / name) for name in ("student", "teacher"))
 # Steps that move no weight can be compared with models on disk, however many there are.

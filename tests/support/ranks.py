@@ -32,7 +32,8 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
-from patience import Deadline, known_patience, took
+
+from support.patience import Deadline, known_patience, took
 
 START_S = 120
 QUIET_START_S = 12.0  # of the first pool, which imports Megatron
