@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -40,7 +39,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.monitoring.guard import Guard
     from megatron_taopd.monitoring.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
-    from megatron_taopd.parallel.objects import of_first_rank
+    from megatron_taopd.parallel.objects import on_rank_0
     from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
@@ -54,7 +53,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     first_step, before = saved or 0, {}
     if saved:
         before = resume.kept_run(checkpoint.path(directory / "checkpoints", saved))
-    start = of_first_rank(lambda: resume.start_of(configuration.to_tree(config)))
+    start = on_rank_0(lambda: resume.start_of(configuration.to_tree(config)))
     torch.manual_seed(config.run.seed)
     servers = begin_rollout_servers(config, dtype) if rollout.engine == "sglang" else None
     teacher_servers = None
@@ -135,10 +134,10 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
                 rank=dist.get_rank(),
                 world_size=dist.get_world_size(),
                 vocab_size=vocab_map.size,
-                eos_token_ids=student_vocabulary.ends,
+                eos_token_ids=student_vocabulary.eos_token_ids,
             )
     else:
-        ends, size = student_vocabulary.ends, vocab_map.size
+        ends, size = student_vocabulary.eos_token_ids, vocab_map.size
         engine = sglang_engine(config, servers, student, ends, size, prompts.token_ids, chunk_rows)
     sampling = sampling_of(rollout)
 
@@ -296,16 +295,10 @@ def begin_servers(
 
 def ready(servers: Future, key: str):
     """The model and its replicas; ValueError on every rank if they do not serve."""
-    from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
-
-    def wait():
-        while not servers.done():  # `start_timeout_s` ends that
-            watchdog.beat()
-            time.sleep(0.5)
-        return servers.result()
+    from megatron_taopd.parallel.objects import on_rank_0
 
     try:
-        on_first_rank(wait)
+        on_rank_0(lambda: servers, tell=False)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
     model, replicas = servers.result()
@@ -335,14 +328,14 @@ def sglang_teacher(config, servers: Future, dtype: torch.dtype, vocab_map):
 def read_heads(config, student, vocab_map, chunk_rows: int):
     """What the last stage scores and trains with."""
     from megatron_taopd.models import weights
-    from megatron_taopd.step.scoring import Heads, TopkHeads
+    from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
 
     shard = student.shard
     if config.teacher.engine == "sglang" and config.teacher.form == "topk":
-        return TopkHeads(student.head_weight, shard, chunk_rows)
+        return TopkOutputHeads(student.head_weight, shard, chunk_rows)
     columns = vocab_map.columns(shard.start, shard.stop)
     teacher_head = weights.load_head(config.teacher.path, columns, student.dtype)
-    return Heads(student.head_weight, teacher_head, shard, chunk_rows)
+    return OutputHeads(student.head_weight, teacher_head, shard, chunk_rows)
 
 
 def sglang_engine(

@@ -21,17 +21,17 @@ from megatron_taopd.monitoring.guard import Broken, Fault, Guard
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.report import Sample, sample_rollouts
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.parallel.exchange import HeldRows
+from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.memory import rank_memory
 from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.rollout.engine import Pending, RolloutEngine
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.step.extensions.horizon import Horizon
-from megatron_taopd.step.scoring import Heads, TopkHeads, score
+from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score
 from megatron_taopd.step.selection import budget, select, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
 from megatron_taopd.step.training import train_on
-from megatron_taopd.teacher.dispatch import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher
 from megatron_taopd.types import RolloutBatch, Sequences
@@ -51,7 +51,7 @@ class Run:
     student: Student
     teacher: MegatronTeacher | SGLangTeacher | SGLangTopkTeacher
     read: Callable[[RolloutBatch], tuple[Sequences, dict[str, float]]]  # what the teacher reads
-    heads: Heads | TopkHeads | None  # on the student's last pipeline stage
+    heads: OutputHeads | TopkOutputHeads | None  # on the student's last pipeline stage
     chunk_rows: int  # that fit train.head_memory_mib
     engine: RolloutEngine
     rollouts: RolloutSchedule
@@ -151,20 +151,20 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         begun = run.rollouts.take(step)
     parts = read_parts(run, begun.pending, phase)
     batch = begun.pending.result()
-    run.engine.rest()
+    run.engine.offload()
     run.rollouts.run_ahead(step)
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, config.train.micro_batch_tokens)
 
     with span("teacher"):
-        reading, reading_metrics = run.read(batch)
-        teacher_rows = deliver(parts, batch, layout, assigned.owner)
+        teacher_inputs, teacher_input_metrics = run.read(batch)
+        teacher_rows = dispatch(parts, batch, layout, assigned.owner)
 
     # … and it learns from what the teacher makes of it, unless the numbers mean nothing.
     metrics, samples, fault = {}, lambda: None, None
     try:
         metrics, samples = learn(
-            run, step, batch, assigned, teacher_rows, reading, begun.length, phase
+            run, step, batch, assigned, teacher_rows, teacher_inputs, begun.length, phase
         )
         if not metrics["kept_rows"]:
             fault = Fault(f"no row of step {step} is kept", key="selection.selector")
@@ -175,7 +175,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Callable[[], list[
         run.rollouts.settle()
     with span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
-    metrics |= run.teacher.metrics() | reading_metrics | run.engine.metrics()
+    metrics |= run.teacher.metrics() | teacher_input_metrics | run.engine.metrics()
     return metrics | observe(run, step, fault, batch), samples
 
 
@@ -184,8 +184,8 @@ def learn(
     step: int,
     batch: RolloutBatch,
     assigned: batching.Assignment,
-    teacher_rows: HeldRows,
-    reading: Sequences,
+    teacher_rows: RowShard,
+    teacher_inputs: Sequences,
     length: int,
     phase: Callable,
 ) -> tuple[dict[str, float], Callable[[], list[Sample]]]:
@@ -250,7 +250,7 @@ def learn(
     metrics |= step_operations(
         *run.costs,
         assigned.lengths,
-        batching.cut_lengths(reading, everything),
+        batching.cut_lengths(teacher_inputs, everything),
         batching.cut_lengths(batch, mask),
         batch.num_rows,
         int(mask.sum()),
@@ -283,8 +283,8 @@ def read_parts(run: Run, pending: Pending, phase: Callable) -> list[tuple[Tensor
             if part is None:
                 return read
             with run.monitor.span("teacher"):
-                reading, _ = run.read(part)
-                read.append((places, run.teacher.read(reading)))
+                teacher_inputs, _ = run.read(part)
+                read.append((places, run.teacher.read(teacher_inputs)))
 
 
 def replay_fits(run: Run, assigned: batching.Assignment) -> bool:

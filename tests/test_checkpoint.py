@@ -90,27 +90,27 @@ def same(ours, theirs):
 def open_checkpoints(directory, asynchronous=True, keep=3):
     from megatron_taopd.checkpoints.saving import Checkpoints
 
-    told = []
-    return Checkpoints(directory, keep, asynchronous, told.append), told
+    broadcast_object = []
+    return Checkpoints(directory, keep, asynchronous, broadcast_object.append), broadcast_object
 
 
 def save_steps(student_dir, directory, steps, keep=3):
     student = make_student(student_dir, tp=dist.get_world_size())
-    checkpoints, told = open_checkpoints(directory, keep=keep)
+    checkpoints, broadcast_object = open_checkpoints(directory, keep=keep)
     for step in steps:
         train_step(student, seed=step)
         checkpoints.save(step, student, STATE)
         checkpoints.poll()
     checkpoints.finish()
     checkpoints.close()
-    assert not told and not checkpoints.failure
+    assert not broadcast_object and not checkpoints.failure
     return checkpoints.metrics()
 
 
 def latest(directory, **options):
     """In this process alone; (step, what was told)."""
-    told = []
-    return files.latest_valid(directory, told.append, **options), told
+    broadcast_object = []
+    return files.latest_valid(directory, broadcast_object.append, **options), broadcast_object
 
 
 # ---------------------------------------------------------------------------- while a run goes on
@@ -122,7 +122,7 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     student = make_student(student_dir, *parallel)
     train_step(student, seed=1)
     saved = contents(student)
-    checkpoints, told = open_checkpoints(directory, asynchronous)
+    checkpoints, broadcast_object = open_checkpoints(directory, asynchronous)
     write, changed = checkpoint._write, threading.Event()
     if not asynchronous:
         changed.set()
@@ -146,13 +146,13 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     checkpoints.close()
     assert not same(contents(student), saved)
 
-    assert checkpoint.latest_valid(directory, told.append) == 1
+    assert checkpoint.latest_valid(directory, broadcast_object.append) == 1
     resumed = make_student(student_dir, *parallel)
     state = checkpoint.load(directory, 1, resumed)
     assert same(contents(resumed), saved)
     assert torch.equal(state.pop("memory"), STATE["memory"])
     assert state == {k: v for k, v in STATE.items() if k != "memory"} | {"step": 1}
-    assert not told
+    assert not broadcast_object
     return checkpoints.metrics()
 
 
@@ -182,12 +182,14 @@ def save_evaluated(student_dir, directory, accuracies, resume_at=None):
     from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, tp=dist.get_world_size())
-    told, best = [], None
+    broadcast_object, best = [], None
     if resume_at:
         state = checkpoint.load(directory, resume_at, student)
         assert state["step"] == resume_at
         best = state.get("best")
-    checkpoints = checkpoint.Checkpoints(directory, 1, True, told.append, resume_at, best)
+    checkpoints = checkpoint.Checkpoints(
+        directory, 1, True, broadcast_object.append, resume_at, best
+    )
     would_be = []
     for step, accuracy in accuracies:
         would_be.append(accuracy is not None and checkpoints.would_be_best(accuracy))
@@ -243,13 +245,13 @@ def test_a_crash_at_any_byte_leaves_the_checkpoint_before(saved):
             damaged[place] ^= 1 << draw.randrange(8)
             for data in (whole[:place], damaged):
                 file.write_bytes(data)
-                step, told = latest(saved)
+                step, broadcast_object = latest(saved)
                 if step == 2:  # another blank in the list of checksums changes nothing
-                    assert file.name == files.MANIFEST and not told
+                    assert file.name == files.MANIFEST and not broadcast_object
                     assert json.loads(data) == json.loads(whole)
                 else:
                     assert step == 1
-                    assert told[0].startswith(f"{newest}: {file.relative_to(newest)}: ")
+                    assert broadcast_object[0].startswith(f"{newest}: {file.relative_to(newest)}: ")
                     newest.with_suffix(".damaged").rename(newest)
         file.unlink()
         reason = "missing" if file.name == files.MANIFEST else "No such file or directory"
@@ -271,8 +273,8 @@ def test_a_damaged_checkpoint_makes_room(saved, student_dir):
 
 
 def latest_on_ranks(directory):
-    told = []
-    return files.latest_valid(directory, told.append), told
+    broadcast_object = []
+    return files.latest_valid(directory, broadcast_object.append), broadcast_object
 
 
 def test_ranks_share_the_files_and_agree(saved):
@@ -338,7 +340,7 @@ def test_kill_9_while_writing(tmp_path, student_dir):
 def save_with_a_full_disk_on(rank, student_dir, directory):
     """No file of that rank may be longer than 4 KB in the second save."""
     student = make_student(student_dir, tp=2)
-    checkpoints, told = open_checkpoints(directory)
+    checkpoints, broadcast_object = open_checkpoints(directory)
     checkpoints.save(1, student, STATE)
     checkpoints.finish()
     checkpoints.metrics()
@@ -356,7 +358,7 @@ def save_with_a_full_disk_on(rank, student_dir, directory):
     checkpoints.save(2, student, STATE)  # it is tried again
     checkpoints.finish()
     checkpoints.check()
-    return told, failure, metrics["checkpoint/failed"], there
+    return broadcast_object, failure, metrics["checkpoint/failed"], there
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -111,7 +111,7 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     from megatron_taopd.data import batching
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.teacher.dispatch import deliver
+    from megatron_taopd.teacher.dispatch import dispatch
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     platform.emulate_cuda()
@@ -134,7 +134,7 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
         held.append([len(part.held.ids) for _, part in read])
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
-    came = deliver(read, batch, layout, assigned.owner)
+    came = dispatch(read, batch, layout, assigned.owner)
     assert not read  # nothing refers to what was sent
     return held, came.ids, came.rows
 
@@ -178,9 +178,9 @@ def test_a_row_that_is_not_held_is_a_mistake():
 
 
 def ask_for_what_is_not_there():
-    from megatron_taopd.parallel.exchange import HeldRows, send_rows
+    from megatron_taopd.parallel.exchange import RowShard, send_rows
 
-    held = [HeldRows(torch.tensor([5, 2]), torch.ones(2, 3))]
+    held = [RowShard(torch.tensor([5, 2]), torch.ones(2, 3))]
     here = torch.zeros(2, dtype=torch.int64)
     send_rows(held, torch.tensor([2, 3]), here, here)
 
@@ -193,9 +193,9 @@ def peak_of_delivery(batch, parts):
     from megatron_taopd.data import batching
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.parallel.exchange import HeldRows
+    from megatron_taopd.parallel.exchange import RowShard
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.teacher.dispatch import ReadRows, deliver
+    from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(1, 1), dist.get_rank()
@@ -208,10 +208,10 @@ def peak_of_delivery(batch, parts):
             holders = (torch.arange(len(places)) + number) % dist.get_world_size()
             ids = part.rows_of((holders == rank).nonzero()[:, 0])
             rows = torch.full((len(ids), 1024), float(number))
-            read.append((torch.tensor(places), ReadRows(HeldRows(ids, rows), holders[:, None])))
+            read.append((torch.tensor(places), ReadRows(RowShard(ids, rows), holders[:, None])))
             bytes_held += rows.nbytes
         del rows
-        came = deliver(read, batch, layout, scorers)
+        came = dispatch(read, batch, layout, scorers)
     return bytes_held, came.rows.nbytes, memory.peak
 
 

@@ -15,7 +15,7 @@ from test_train import LAYOUTS, curve, train
 
 from megatron_taopd.checkpoints.files import steps
 from megatron_taopd.monitoring.guard import Fault, Guard, Jump, listed
-from megatron_taopd.step.scoring import TopkHeads, culprits
+from megatron_taopd.step.scoring import TopkOutputHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
 
@@ -36,10 +36,10 @@ def faulty_train(overrides, spoilt, after=0):
     kept = []
     patched = [
         (loop, "learn"), (loop, "deliver"), (loop, "score"), (training, "backward"),
-        (scoring.Heads, "loss"), (Student, "step"), (loop, "select"), (guard, "ENOUGH"),
+        (scoring.OutputHeads, "loss"), (Student, "step"), (loop, "select"), (guard, "ENOUGH"),
     ]  # fmt: skip
     originals = [getattr(owner, name) for owner, name in patched]
-    learn, deliver, score, backward, loss, take, select, _ = originals
+    learn, dispatch, score, backward, loss, take, select, _ = originals
 
     def now(wanted):
         return spoilt.get(here["step"]) == wanted
@@ -54,7 +54,7 @@ def faulty_train(overrides, spoilt, after=0):
 
     def deliver_here(parts, batch, student, owner):
         here["step"] += 1
-        held = deliver(parts, batch, student, owner)
+        held = dispatch(parts, batch, student, owner)
         if now("teacher"):
             held.rows[batch.row_sequences()[held.ids] == 5] = NAN
         return held
@@ -247,7 +247,7 @@ def test_whose_numbers_are_not_finite():
 def test_the_top_k_of_a_served_teacher_may_leave_tokens_out_but_not_be_nan():
     log_probs = torch.tensor([[-1.0, -torch.inf], [-1.0, NAN], [-1.0, -2.0]])
     rows = TopkRows(torch.zeros(3, 2).long(), log_probs, torch.tensor([-1.0, -1.0, NAN]))
-    assert TopkHeads.sound(rows.pack()).tolist() == [True, False, False]
+    assert TopkOutputHeads.sound(rows.pack()).tolist() == [True, False, False]
 
 
 def test_a_spike_is_measured_against_the_median():

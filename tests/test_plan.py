@@ -242,10 +242,10 @@ def peak_of_training(path, setup, dtype):
     from megatron_taopd.data import batching
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
-    from megatron_taopd.parallel.exchange import HeldRows
+    from megatron_taopd.parallel.exchange import RowShard
     from megatron_taopd.parallel.layout import student_layout
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.step.scoring import Heads, score
+    from megatron_taopd.step.scoring import OutputHeads, score
     from megatron_taopd.step.training import backward
     from megatron_taopd.types import RolloutBatch
 
@@ -264,8 +264,8 @@ def peak_of_training(path, setup, dtype):
     )
     head = torch.zeros(vocab, setup.teacher.hidden, dtype=dtype)
     chunk = rows_within(setup.head_memory, vocab)
-    heads = Heads(student.head_weight, head, student.shard, chunk)
-    held = HeldRows(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
+    heads = OutputHeads(student.head_weight, head, student.shard, chunk)
+    held = RowShard(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
     everything = torch.ones(rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, setup.micro_batch_tokens)
     kept = None

@@ -394,9 +394,9 @@ def test_an_end_of_turn_that_ends_nothing(tiny):
     fixed = talking.ending_at([stop])
     assert levels(texts.check_ends("student", fixed, "rollout.stop_token_ids")) == {"ok": 1}
 
-    endless = replace(tiny, ends=())
+    endless = replace(tiny, eos_token_ids=())
     found("error", texts.check_ends("student", endless, "stop ids"), "no id ends a response")
-    other = replace(tiny, ends=(stop,))
+    other = replace(tiny, eos_token_ids=(stop,))
     found("warning", texts.check_ends("student", other, "stop ids"), "'<eos>' (1)")
 
 
@@ -410,7 +410,7 @@ def test_a_teacher_that_ends_where_the_student_does_not(tiny):
     found("warning", findings, "the teacher ends", f"add {stop} to rollout.stop_token_ids")
     ending = texts.check_vocabularies(tiny.ending_at([stop]), teacher)
     assert not any("the teacher ends" in f.what for f in ending)
-    endless = replace(tiny, ends=())  # of a teacher, which writes nothing
+    endless = replace(tiny, eos_token_ids=())  # of a teacher, which writes nothing
     assert levels(texts.check_vocabularies(tiny, endless)) == {"ok": 2}
 
 

@@ -505,14 +505,14 @@ def scheduler(replica):
 
 def test_a_server_that_cannot_answer_is_not_waited_for(pair):
     """Its scheduler is stopped, while it is given weights, so that nobody looks after it."""
-    first, second = pair.run(pair.hold(pair.all))
+    first, second = pair.run(pair.begin_update(pair.all))
     os.kill(scheduler(second).pid, signal.SIGSTOP)
     with pytest.raises(
         RuntimeError, match=rf"{second.url}/flush_cache: .* sglang::scheduler .* is s"
     ):
         pair.run(pair.post_all("/flush_cache", {}, timeout=3000))
     os.kill(scheduler(second).pid, signal.SIGCONT)
-    pair.run(pair.deliver([first, second], 0))
+    pair.run(pair.commit_update([first, second], 0))
     pair.run(pair.flush())
 
 

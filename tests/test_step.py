@@ -135,7 +135,7 @@ def memory_of_training(student_dir, parallel, batch, dtype):
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import Heads
+    from megatron_taopd.step.scoring import OutputHeads
 
     platform.emulate_cuda()
     try:
@@ -144,7 +144,7 @@ def memory_of_training(student_dir, parallel, batch, dtype):
         shard = student.shard
         width = shard.stop - shard.start
         teacher_head = torch.randn(width, 16).to(dtype)
-        heads = layout.is_last_stage and Heads(student.head_weight, teacher_head, shard, 2)
+        heads = layout.is_last_stage and OutputHeads(student.head_weight, teacher_head, shard, 2)
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
         assigned = batching.assign(batch, everything, layout, micro_batch_tokens=40)
 

@@ -75,8 +75,10 @@ def test_topk_scores_match_the_oracle(bounds, n):
     cases = [(student, report(teacher, n)) for student, teacher in logits]
     by_rank = run_ranks(len(bounds) - 1, topk_scores_on_rank, bounds, cases, K)
     for results in by_rank:
-        for scores, first, (student, told) in zip(results, by_rank[0], cases, strict=True):
-            wanted = dense.topk_scores(student, *told, K, SIZE)
+        for scores, first, (student, broadcast_object) in zip(
+            results, by_rank[0], cases, strict=True
+        ):
+            wanted = dense.topk_scores(student, *broadcast_object, K, SIZE)
             for field, want in zip(FIELDS, wanted, strict=True):
                 got = getattr(scores, field)
                 assert torch.equal(got, getattr(first, field))
@@ -108,9 +110,9 @@ def test_topk_scores_are_bounds_that_close(kind):
         torch.testing.assert_close(bound, value, rtol=1e-5, atol=2e-6)
 
 
-def topk_scores_on_rank_0(student, told):
+def topk_scores_on_rank_0(student, broadcast_object):
     shard = shard_of([0, 96], rank=0)
-    return [score_topk(student.nan_to_num(0), torch.eye(96), *told, K, shard, 5)]
+    return [score_topk(student.nan_to_num(0), torch.eye(96), *broadcast_object, K, shard, 5)]
 
 
 def test_a_student_that_is_sure_of_what_the_teacher_does_not_report_disagrees():
@@ -128,11 +130,11 @@ def test_topk_scores_of_nothing():
     assert (
         len(score_topk(torch.zeros(0, 96), weight, no_ids, no_rows, 5, shard, 4).compatibility) == 0
     )
-    told = torch.full((1, 8), -1), torch.full((1, 8), -3.0)
-    scores = score_topk(torch.zeros(1, 96), weight, *told, 5, shard, 4)
+    broadcast_object = torch.full((1, 8), -1), torch.full((1, 8), -3.0)
+    scores = score_topk(torch.zeros(1, 96), weight, *broadcast_object, 5, shard, 4)
     assert scores.disagreement == 0 and scores.compatibility == 0
     with pytest.raises(ValueError, match="k is 9: the teacher reports 8"):
-        score_topk(torch.zeros(1, 96), weight, *told, 9, shard, 4)
+        score_topk(torch.zeros(1, 96), weight, *broadcast_object, 9, shard, 4)
 
 
 def test_rows_travel_as_they_are():
@@ -236,8 +238,8 @@ def test_rows_of_a_teacher_with_its_own_tokens(replicas, transformers_rows, form
     sequences = [BATCH.sequence(i) for i in picked]
     starts = [torch.tensor([0, *map(len, parts)]).cumsum(0) for parts in (sequences, keep)]
     rows = torch.cat(keep)
-    reading = TeacherSequences(torch.cat(sequences), *starts, BATCH.row_positions[rows])
-    got = teacher.read(reading).held.rows
+    teacher_inputs = TeacherSequences(torch.cat(sequences), *starts, BATCH.row_positions[rows])
+    got = teacher.read(teacher_inputs).held.rows
     if form is SGLangTeacher:
         torch.testing.assert_close(got, transformers_rows[0][rows], rtol=0, atol=1e-5)
     else:
@@ -455,7 +457,7 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import Heads, TopkHeads, score
+    from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score
     from megatron_taopd.step.selection import select
     from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
@@ -477,11 +479,11 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
                 else SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
             )
         if form == "topk":
-            heads = TopkHeads(student.head_weight, shard, 7)
+            heads = TopkOutputHeads(student.head_weight, shard, 7)
         else:
             ids = torch.arange(shard.start, shard.stop)
             head = weights.load_head(TEACHER, ids, torch.float32)
-            heads = Heads(student.head_weight, head, shard, 7)
+            heads = OutputHeads(student.head_weight, head, shard, 7)
         everything = torch.ones(BATCH.num_rows, dtype=torch.bool)
         assigned = batching.assign(BATCH, everything, layout, 60)
         rows = teacher.hidden_states(BATCH, layout, assigned.owner)
@@ -525,8 +527,10 @@ def test_a_topk_step_agrees_with_dense_float64(server, kind):
             log_p, log_q = (z.log_softmax(1).gather(1, tokens)[:, 0] for z in (z_s, z_t))
             ratio = (log_p - BATCH.log_probs.to(log_p.dtype)).exp()
             return (ratio * (log_p - log_q).detach())[mask].mean()
-        told = top.indices[mask], top.values[mask]
-        return dense.topk_divergence(z_s[mask], *told, kind, VOCABULARY, beta=0.4).mean()
+        broadcast_object = top.indices[mask], top.values[mask]
+        return dense.topk_divergence(
+            z_s[mask], *broadcast_object, kind, VOCABULARY, beta=0.4
+        ).mean()
 
     value, *expected = dense_gradients(dense_loss, *models)
     for parallel in ((2, 1, False), (1, 1, False)) if kind == "jsd" else ((2, 1, False),):

@@ -151,7 +151,7 @@ def test_responses_end_where_either_configuration_says(tmp_path, config, generat
     if generation != "no file":
         text = json.dumps({"eos_token_id": generation})
         (tmp_path / "generation_config.json").write_text(text)
-    assert Vocabulary.from_pretrained(tmp_path).ends == ends
+    assert Vocabulary.from_pretrained(tmp_path).eos_token_ids == ends
 
 
 def test_a_template_that_takes_no_conversation_ends_no_turn():
@@ -210,34 +210,34 @@ def test_rows_stand_before_the_teachers_version_of_their_token():
         [[5, 5], [6]],
         [[0, 1, 2, 1, 0, 0, 0, 0, 0, 0], [1] * 8 + [3, 0]],
     )
-    reading, metrics = BY_HAND.read(batch, [[7, 8, 9], [7]], max_tokens=100)
-    first, second = reading.sequence(0).tolist(), reading.sequence(1).tolist()
+    teacher_inputs, metrics = BY_HAND.read(batch, [[7, 8, 9], [7]], max_tokens=100)
+    first, second = teacher_inputs.sequence(0).tolist(), teacher_inputs.sequence(1).tolist()
     assert first == [7, 8, 9, 10, 11, 20, 21, 22, 11, 10, 10, 10, 10, 10, 10]
     assert second == [7, *[11] * 8, 30, 10]
-    positions = reading.row_positions.split(batch.response_lengths.tolist())
+    positions = teacher_inputs.row_positions.split(batch.response_lengths.tolist())
     #   row of token     0  1  2  1  0 …    the last id before it: 9, 10, 11, 22, 11 …
     assert positions[0].tolist() == [2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
     assert positions[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert torch.equal(reading.cu_rows, batch.cu_rows)
+    assert torch.equal(teacher_inputs.cu_rows, batch.cu_rows)
     assert metrics == {"teacher/shared_tokens": 0.9, "teacher/cut_spellings": 0}
 
 
 def test_spellings_without_room_are_cut_to_their_first_id():
     response = [2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     batch = response_batch([[5], [5]], [response * 2, response * 2])
-    reading, metrics = BY_HAND.read(batch, [[7], [7, 7, 7]], max_tokens=24)
-    assert reading.sequence(0).tolist() == [7, 20, 21, 22, *[11] * 9, 20, *[11] * 9]
-    assert reading.sequence(1).tolist() == [7, 7, 7, 20, *[11] * 9, 20, *[11] * 9]
+    teacher_inputs, metrics = BY_HAND.read(batch, [[7], [7, 7, 7]], max_tokens=24)
+    assert teacher_inputs.sequence(0).tolist() == [7, 20, 21, 22, *[11] * 9, 20, *[11] * 9]
+    assert teacher_inputs.sequence(1).tolist() == [7, 7, 7, 20, *[11] * 9, 20, *[11] * 9]
     assert metrics["teacher/cut_spellings"] == 3
-    assert reading.lengths.max() <= 24
+    assert teacher_inputs.lengths.max() <= 24
 
 
 def test_a_teacher_that_reads_the_same_ids_reads_the_same_batch():
     batch = response_batch([[0, 1]], [[1, 1, 0]])
-    reading, _ = VocabMap(torch.arange(4)).read(batch, None, max_tokens=100)
-    assert reading is batch
-    reading, _ = VocabMap(torch.arange(4)).read(batch, [[3, 2, 1]], max_tokens=100)
-    assert reading.sequence(0).tolist() == [3, 2, 1, 1, 1, 0]
+    teacher_inputs, _ = VocabMap(torch.arange(4)).read(batch, None, max_tokens=100)
+    assert teacher_inputs is batch
+    teacher_inputs, _ = VocabMap(torch.arange(4)).read(batch, [[3, 2, 1]], max_tokens=100)
+    assert teacher_inputs.sequence(0).tolist() == [3, 2, 1, 1, 1, 0]
 
 
 def test_a_step_that_shares_too_little_stops_with_the_figure():
@@ -266,10 +266,10 @@ def test_what_is_spelled_is_the_same_text_in_parts_of_characters_too():
 
     response = student(text * 10)["input_ids"]
     # The bound is about shared text; this is about the spelling of what is not shared.
-    reading = [
+    teacher_inputs = [
         i for t in response for i in vocab_map.spellings.get(t) or [vocab_map.teacher_ids[t]]
     ]
-    assert teacher.decode(torch.tensor(reading)) == text * 10
+    assert teacher.decode(torch.tensor(teacher_inputs)) == text * 10
 
 
 # --------------------------------------------------------------------------- the real Qwen pair
@@ -363,16 +363,16 @@ def test_qwen_and_r1_each_get_their_own_prompt_and_the_same_answer(data, qwen, r
 
     responses = [[*qwen(answer)["input_ids"], 151645] for answer in prompts.answers]
     batch = response_batch(prompts.token_ids, responses)
-    reading, metrics = qwen_to_r1.read(batch, prompts.teacher_token_ids, 2048)
+    teacher_inputs, metrics = qwen_to_r1.read(batch, prompts.teacher_token_ids, 2048)
     assert metrics == {"teacher/shared_tokens": 1.0, "teacher/cut_spellings": 0}
     for i, answer in enumerate(prompts.answers):
-        read = reading.sequence(i).tolist()
+        read = teacher_inputs.sequence(i).tolist()
         prompt = prompts.teacher_token_ids[i]
         assert read[: len(prompt)] == prompt
         assert r1.decode(read[len(prompt) :]) == answer + "<｜end▁of▁sentence｜>"
-    rows = reading.row_positions.split(batch.response_lengths.tolist())
+    rows = teacher_inputs.row_positions.split(batch.response_lengths.tolist())
     assert rows[1].tolist() == list(
-        range(len(prompts.teacher_token_ids[1]) - 1, reading.lengths[1] - 1)
+        range(len(prompts.teacher_token_ids[1]) - 1, teacher_inputs.lengths[1] - 1)
     )
 
 
@@ -381,8 +381,8 @@ def test_a_special_token_of_qwen_in_an_answer_is_text_to_r1(qwen, r1, qwen_to_r1
         "input_ids"
     ]
     batch = response_batch([[0]], [[*answer, 151644, 151645]])
-    reading, metrics = qwen_to_r1.read(batch, None, 2048)
-    assert r1.decode(reading.sequence(0)[1:]) == (
+    teacher_inputs, metrics = qwen_to_r1.read(batch, None, 2048)
+    assert r1.decode(teacher_inputs.sequence(0)[1:]) == (
         qwen.decode(answer) + "<|im_start|><｜end▁of▁sentence｜>"
     )
     assert metrics["teacher/shared_tokens"] == 1 - 1 / (len(answer) + 2)

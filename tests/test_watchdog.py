@@ -23,7 +23,7 @@ from support.ranks import PRELOAD, run_ranks
 from test_train import kill_all, start, wait_for_step
 
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, beat, phase
+from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, heartbeat, phase
 
 SILENT_S, STUCK_S = 4, 6  # on a quiet machine: a rank gets its turn at least every 4 s
 ROOT = Path(__file__).parent.parent
@@ -128,12 +128,12 @@ def job(misfortune: str, whose: int, directory: str, silent_s: float, stuck_s: f
         for step in range(1, 5):
             at_step(step)
             with phase("rollout"):
-                beat()
+                heartbeat()
             with phase("training"):
                 if (step, rank) == (3, whose):
                     time.sleep(silent_s / 4)  # a heartbeat says where
                     befall(misfortune, stuck_s)
-                beat()
+                heartbeat()
                 dist.all_reduce(torch.ones(1))
     watchdog.stop()
     dist.destroy_process_group()
@@ -149,7 +149,7 @@ def befall(misfortune: str, stuck_s: float) -> None:
         until = time.monotonic() + 1.5 * stuck_s
         while time.monotonic() < until:
             time.sleep(0.5)
-            beat()
+            heartbeat()
     if misfortune in ("SIGSTOP", "SIGKILL"):
         os.kill(os.getpid(), getattr(signal, misfortune))
 

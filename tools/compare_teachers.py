@@ -33,7 +33,7 @@ from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.replicas import ServedModel
-from megatron_taopd.step.scoring import Heads, TopkHeads
+from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.teachability import learnable_disagreement
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
@@ -63,16 +63,16 @@ def main() -> None:
     vocab_map = VocabMap.between(*vocabularies)
     batch, teacher_prompts = contexts(config, arguments.prompts, vocabularies, vocab_map.size)
     model = ServedModel.of(config.teacher.path, int(batch.lengths.max()) + 64)
-    reading, _ = vocab_map.read(batch, teacher_prompts, model.longest)
+    teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, model.longest)
 
     shard = VocabShard(0, vocab_map.size, None, vocab_map.size, vocab_map.absent)
     student, teacher = (load(m.path) for m in (config.student, config.teacher))
     weight = student.get_output_embeddings().weight[: shard.size].detach()
     student_rows = hidden_rows(student, batch)
     head = load_head(config.teacher.path, vocab_map.columns(0, shard.size), torch.float32)
-    heads = Heads(weight, head, shard, CHUNK_ROWS)
+    heads = OutputHeads(weight, head, shard, CHUNK_ROWS)
     k = config.selection.k
-    exact = heads.scores(student_rows, hidden_rows(teacher, reading), k)
+    exact = heads.scores(student_rows, hidden_rows(teacher, teacher_inputs), k)
 
     with tempfile.TemporaryDirectory() as logs:
         servers = replace(
@@ -84,15 +84,15 @@ def main() -> None:
             servers, model, torch.float32, Path(logs), fixed_weights=True, args=HOOK_ARGS
         ) as replicas:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
-            rows = served.read(reading).held.rows
+            rows = served.read(teacher_inputs).held.rows
             found = {"hidden states": (heads.scores(student_rows, rows, k), {})}
             ids = None
             if not vocab_map.is_identity:
                 ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
             for n in arguments.topk:
                 served = SGLangTopkTeacher(replicas, model, n, ids)
-                rows = served.read(reading).held.rows
-                scores = TopkHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
+                rows = served.read(teacher_inputs).held.rows
+                scores = TopkOutputHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
                 found[f"top {n}"] = scores, {"mass": served.metrics()["teacher/topk_mass"]}
 
     figures = {
@@ -137,7 +137,7 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         batch_size=rollout.batch_size,
         seed=config.run.seed,
         vocab_size=size,
-        eos_token_ids=vocabularies[0].ends,
+        eos_token_ids=vocabularies[0].eos_token_ids,
     )
     sampling = replace(sampling_of(rollout), samples=1)
     batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)

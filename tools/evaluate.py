@@ -189,7 +189,7 @@ def serve(
     if kind_of(checkpoint) == "megatron":
         hf_dir = scratch / "model"
         to_hf(checkpoint, hf_dir)
-    ends = Vocabulary.from_pretrained(hf_dir).ending_at(arguments.stop_token_ids).ends
+    ends = Vocabulary.from_pretrained(hf_dir).ending_at(arguments.stop_token_ids).eos_token_ids
     server = Server(
         hf_dir,
         out / "server.log",

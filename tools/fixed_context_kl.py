@@ -51,11 +51,11 @@ def main() -> None:
     teacher = load(arguments.teacher)
     batch, teacher_prompts = contexts(arguments, vocabularies, vocab_map.size)
     longest = teacher.config.max_position_embeddings
-    reading, _ = vocab_map.read(batch, teacher_prompts, longest)
+    teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, longest)
     rows = []
     first: dict[str, Tensor] = {}
     for path in arguments.students:
-        divergences = compare(load(path), teacher, batch, reading, vocab_map)
+        divergences = compare(load(path), teacher, batch, teacher_inputs, vocab_map)
         first = first or divergences
         row: dict = {"student": path, "rows": batch.num_rows}
         for kind, values in divergences.items():
@@ -88,7 +88,7 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
         load(arguments.students[0]),
         seed=arguments.seed,
         vocab_size=size,
-        eos_token_ids=vocabularies[0].ends,
+        eos_token_ids=vocabularies[0].eos_token_ids,
     )
     sampling = Sampling(max_new_tokens=arguments.max_new_tokens)
     batch = engine.generate(prompts.token_ids, range(len(prompts)), 0, sampling)
@@ -97,7 +97,7 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
 
 @torch.no_grad()
 def compare(
-    student, teacher, batch: RolloutBatch, reading: Sequences, vocab_map: VocabMap
+    student, teacher, batch: RolloutBatch, teacher_inputs: Sequences, vocab_map: VocabMap
 ) -> dict[str, Tensor]:
     """Divergences over the common vocabulary at every response row, [R] in nats, by kind."""
     ids = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
@@ -109,7 +109,7 @@ def compare(
         rows = slice(*batch.cu_rows[i : i + 2].tolist())
         hidden = [
             model.model(read.sequence(i)[None]).last_hidden_state[0, read.row_positions[rows]]
-            for model, read in zip(models, (batch, reading), strict=True)
+            for model, read in zip(models, (batch, teacher_inputs), strict=True)
         ]
         for kind, parts in values.items():
             parts.append(

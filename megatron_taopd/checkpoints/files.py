@@ -56,7 +56,7 @@ class SummedFile:
         self.sum: Sum = (0, 0)
 
     def write(self, data) -> int:
-        watchdog.beat()
+        watchdog.heartbeat()
         self.stream.write(data)
         size = memoryview(data).nbytes
         self.sum = (self.sum[0] + size, zlib.crc32(data, self.sum[1]))
@@ -81,7 +81,7 @@ def sum_of(file: Path) -> Sum:
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
-            watchdog.beat()
+            watchdog.heartbeat()
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
 

@@ -57,7 +57,7 @@ from megatron_taopd.formats.megatron import SIDE_FILES, check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import gather, told
+from megatron_taopd.parallel.objects import broadcast_object, gather
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
 
@@ -187,7 +187,7 @@ class Checkpoints:
             outcome = None
             if ranks is not None:
                 outcome = self._publish(writing, ranks), max(w.seconds for w in ranks)
-            error, self._metrics["checkpoint/write_s"] = told(outcome)
+            error, self._metrics["checkpoint/write_s"] = broadcast_object(outcome)
             if error:
                 self._fail(writing.step, error)
             else:

@@ -196,7 +196,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         raise ValueError(f"{path}: unknown type; .jsonl, .json (also .gz) and .parquet are read")
     for each in records:
-        watchdog.beat()
+        watchdog.heartbeat()
         yield each
 
 

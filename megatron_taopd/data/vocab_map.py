@@ -42,7 +42,7 @@ class Vocabulary:
 
     tokenizer: PreTrainedTokenizerBase
     size: int
-    ends: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_pretrained(cls, hf_dir: str | Path) -> Vocabulary:
@@ -56,7 +56,9 @@ class Vocabulary:
 
     def ending_at(self, stop_token_ids: Sequence[int]) -> Vocabulary:
         """The same with further ids that end a response."""
-        return replace(self, ends=tuple(dict.fromkeys([*self.ends, *stop_token_ids])))
+        return replace(
+            self, eos_token_ids=tuple(dict.fromkeys([*self.eos_token_ids, *stop_token_ids]))
+        )
 
     def roles(self) -> dict[str, int]:
         """Which special token ends a turn and which, where that is another one, ends a text.
@@ -65,7 +67,7 @@ class Vocabulary:
         there; else with the tokenizer's end of sequence; else with the first end that is named.
         """
         special = self.tokenizer.added_tokens_decoder
-        ends = [index for index in self.ends if index in special]
+        ends = [index for index in self.eos_token_ids if index in special]
         preferred = [self.after_an_answer(), self.tokenizer.eos_token_id]
         ends.sort(key=lambda index: preferred.index(index) if index in preferred else 2)
         return dict(zip(("end of turn", "end of text"), ends, strict=False))

@@ -153,9 +153,9 @@ def align(
     own = teacher_prompt == "own"
     prompts = contexts.prompts_for(teacher_vocabulary.tokenizer) if own else None
     models = [load_float64(directory) for directory in (checkpoint, teacher)]
-    reading, _ = vocab_map.read(batch, prompts, models[1].config.max_position_embeddings)
+    teacher_inputs, _ = vocab_map.read(batch, prompts, models[1].config.max_position_embeddings)
     with torch.no_grad():
-        teacher_logits = row_logits(models[1], reading)
+        teacher_logits = row_logits(models[1], teacher_inputs)
         teacher_logits = teacher_logits[:, vocab_map.teacher_ids[vocab_map.common]]
     size = len(vocab_map.common)
     shard = VocabShard(0, size, None, size)

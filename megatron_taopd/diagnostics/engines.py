@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
-from megatron_taopd.rollout.weight_sync.sequence import on_first_rank
 from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.replicas import ServedModel
 
@@ -54,7 +54,7 @@ def local_engine(
         rank=rank,
         world_size=world_size,
         vocab_size=tokens_of(vocabulary),
-        eos_token_ids=vocabulary.ends,
+        eos_token_ids=vocabulary.eos_token_ids,
     )
     with closing(engine):
         yield engine
@@ -92,11 +92,11 @@ def sglang_engine(
             opened.append(stack.enter_context(replicas))
 
         try:
-            on_first_rank(start)
+            on_rank_0(start)
         except RuntimeError as error:
             raise ValueError(f"engine sglang: {error}") from error
         replicas = opened[0] if opened else None
-        yield SGLangEngine(replicas, model, tokens_of(vocabulary), vocabulary.ends)
+        yield SGLangEngine(replicas, model, tokens_of(vocabulary), vocabulary.eos_token_ids)
 
 
 def tokens_of(vocabulary: Vocabulary) -> int:

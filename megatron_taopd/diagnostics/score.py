@@ -27,7 +27,7 @@ from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import Compared, compare_hidden, rows_within
-from megatron_taopd.step.scoring import Heads
+from megatron_taopd.step.scoring import OutputHeads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch, Sequences
 
@@ -132,7 +132,7 @@ class Pair:
         if self.layout.is_last_stage:
             shard = self.trunk.vocab_shard(vocab_map.size, vocab_map.absent)
             columns = vocab_map.columns(shard.start, shard.stop)
-            self.heads = Heads(
+            self.heads = OutputHeads(
                 self.trunk.head_weight,
                 weights.load_head(teacher, columns, dtype),
                 shard,
@@ -142,7 +142,7 @@ class Pair:
     def compare(
         self,
         batch: RolloutBatch,
-        reading: Sequences,
+        teacher_inputs: Sequences,
         describe: Callable[[Compared], Tensor],
         height: int,
     ) -> Tensor:
@@ -157,7 +157,7 @@ class Pair:
         """
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
         assigned = batching.assign(batch, everything, self.layout, self.micro_batch_tokens)
-        teacher_rows = self.teacher.hidden_states(reading, self.layout, assigned.owner)
+        teacher_rows = self.teacher.hidden_states(teacher_inputs, self.layout, assigned.owner)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
             chunks = compare_hidden(
@@ -269,16 +269,16 @@ def score_bank(
             writer = opened.enter_context(pq.ParquetWriter(aside, schema))
         for shard in range(len(bank.shards)):
             contexts = bank.read(shard)
-            reading = teacher_reading(contexts, vocab_map, tokenizer, pair.teacher)
-            table = pair.compare(contexts.batch, reading, measures, len(MEASURES))
+            teacher_inputs = teacher_inputs_of(contexts, vocab_map, tokenizer, pair.teacher)
+            table = pair.compare(contexts.batch, teacher_inputs, measures, len(MEASURES))
             check_numbers(table, contexts)
             rows, totals = rows + table.shape[1], totals + table.double().sum(1)
             if writes:
                 columns = place(contexts) | dict(zip(MEASURES, table.numpy(), strict=True))
                 writer.write_table(pa.table(columns, schema=schema))
     if viewed:
-        reading = teacher_reading(viewed, vocab_map, tokenizer, pair.teacher)
-        tops = pair.compare(viewed.batch, reading, likeliest, 4 * TOP)
+        teacher_inputs = teacher_inputs_of(viewed, vocab_map, tokenizer, pair.teacher)
+        tops = pair.compare(viewed.batch, teacher_inputs, likeliest, 4 * TOP)
         if writes:
             with file_written_aside(out.with_suffix(".view.json")) as aside:
                 shown = {**about, "sequences": view_of(viewed, tops, vocabulary.tokenizer)}
@@ -287,7 +287,7 @@ def score_bank(
     return {"out": str(out), "positions": rows, **means}
 
 
-def teacher_reading(
+def teacher_inputs_of(
     contexts: Contexts, vocab_map: VocabMap, tokenizer, teacher: MegatronTeacher
 ) -> Sequences:
     """The contexts as the teacher reads them.
@@ -301,15 +301,15 @@ def teacher_reading(
         if prompts == contexts.prompts:  # it reads what the student does
             prompts = None
     try:
-        reading, _ = vocab_map.read(batch, prompts, teacher.longest_sequence)
+        teacher_inputs, _ = vocab_map.read(batch, prompts, teacher.longest_sequence)
     except RuntimeError as error:
         raise ValueError(f"teacher: {error}") from error
-    if (longest := int(reading.lengths.max())) > teacher.longest_sequence:
+    if (longest := int(teacher_inputs.lengths.max())) > teacher.longest_sequence:
         raise ValueError(
             f"teacher: it reads sequences of {longest} tokens; micro-batches and its positions "
             f"take {teacher.longest_sequence}"
         )
-    return reading
+    return teacher_inputs
 
 
 def place(contexts: Contexts) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from megatron_taopd.evaluation.answers import (
     reference_answer,
 )
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.parallel.objects import of_first_rank
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
 DECODED = 64  # responses at a time
@@ -70,7 +70,7 @@ def grade_exactly(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
     """`is_correct`, of each."""
     verdicts = []
     for response, gold in zip(responses, golds, strict=True):
-        watchdog.beat()
+        watchdog.heartbeat()
         verdicts.append(is_correct(response, gold))
     return verdicts
 
@@ -116,7 +116,7 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
             with Popen(command, stdin=lines, stdout=PIPE, stderr=complaints, text=True) as worker:
                 try:
                     for verdict in worker.stdout:
-                        watchdog.beat()
+                        watchdog.heartbeat()
                         verdicts.append(json.loads(verdict))
                 except BaseException:
                     worker.kill()
@@ -159,13 +159,13 @@ def evaluate(
     tokens = batch.response_tokens().split(batch.response_lengths.tolist())
     responses = []
     for start in range(0, len(tokens), DECODED):
-        watchdog.beat()
+        watchdog.heartbeat()
         part = tokens[start : start + DECODED]
         responses += tokenizer.batch_decode(part, skip_special_tokens=True)
     n = sampling.samples
     golds = [gold for gold in prompts.answers for _ in range(n)]
     # By one rank, so that all agree on what depends on the time it took.
-    correct = of_first_rank(lambda: grade(responses, golds))
+    correct = on_rank_0(lambda: grade(responses, golds))
     per_prompt = [sum(correct[i : i + n]) for i in range(0, len(correct), n)]
     examples = [
         Example(

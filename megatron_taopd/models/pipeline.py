@@ -55,7 +55,7 @@ def forward_backward(
 
 def _run(model, layout, micro_batches, last_stage, forward_only: bool) -> list:
     def forward_step(iterator, model):
-        watchdog.beat()
+        watchdog.heartbeat()
         micro_batch = next(iterator).to(platform.device())
         hidden_states = packed_forward(
             model,

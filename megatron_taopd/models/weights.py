@@ -57,7 +57,7 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
         known["output_layer.weight"] = known["embedding.word_embeddings.weight"]
     with torch.no_grad():
         for name, parameter in named_parameters(model):
-            watchdog.beat()
+            watchdog.heartbeat()
             mapping = known[name].mapping
             whole = mapping.merge([checkpoint[n] for n in mapping.names], model.hf)
             parameter.copy_(mapping.shard(whole, layout.tp_rank, layout.tp))
@@ -158,7 +158,7 @@ def export_weights(
         model.whole_shapes = whole_shapes(model.hf, known)
     stages = dist.get_process_group_ranks(layout.groups.pp)
     for name, parameter in known.items():
-        watchdog.beat()
+        watchdog.heartbeat()
         stage = _stage(parameter, model)
         if layout.pp_rank == stage:
             whole = _unshard(parameter.mapping, own[name], layout)

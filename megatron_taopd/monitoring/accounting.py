@@ -91,19 +91,19 @@ def step_operations(
         return pairs if recompute == "selective" else 0
 
     heads = 3 * student.per_row + teacher.per_row  # the student's two gradients are a matmul each
-    reading = teacher.trunk(read)
+    teacher_inputs = teacher.trunk(read)
     scoring = student.trunk(scored) + num_rows * (student.per_row + teacher.per_row)
     training = 3 * student.trunk(trained) + kept_rows * heads
     # A replayed layer runs once forward and once backward; nothing is left to recompute but what
     # the layer itself does not keep.
     if not replayed or recompute == "selective":
         training += again(trained)
-    full = reading + 3 * student.trunk(scored) + again(scored) + num_rows * heads
+    full = teacher_inputs + 3 * student.trunk(scored) + again(scored) + num_rows * heads
     return {
         "flops/rollout": float(student.trunk(scored) + num_rows * student.per_row),
-        "flops/teacher": float(reading),
+        "flops/teacher": float(teacher_inputs),
         "flops/scoring": float(scoring),
         "flops/training": float(training),
         "flops/full_opd": float(full),
-        "flops/of_full_opd": (reading + scoring + training) / full,
+        "flops/of_full_opd": (teacher_inputs + scoring + training) / full,
     }

@@ -19,7 +19,7 @@ _ROWS_AT_A_TIME = 256  # that are copied by their numbers, which takes a tempora
 
 
 @dataclass(frozen=True)
-class HeldRows:
+class RowShard:
     """Hidden states of some response rows.
 
     Attributes:
@@ -51,7 +51,7 @@ class HeldRows:
         return self.rows[where.to(self.rows.device)]
 
 
-def send_rows(held: list[HeldRows], ids: Tensor, source: Tensor, destination: Tensor) -> HeldRows:
+def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Tensor) -> RowShard:
     """Move rows between ranks, as all of them have agreed.
 
     Args:
@@ -84,10 +84,10 @@ def send_rows(held: list[HeldRows], ids: Tensor, source: Tensor, destination: Te
     dist.all_to_all_single(
         received.view(torch.uint8), sent.view(torch.uint8), receive_counts, send_counts
     )
-    return HeldRows(ids[incoming], received)
+    return RowShard(ids[incoming], received)
 
 
-def _take(held: list[HeldRows], ids: Tensor) -> Tensor:
+def _take(held: list[RowShard], ids: Tensor) -> Tensor:
     """[len(ids), D] from pieces, in the order asked for; the list is emptied on the way."""
     rows = held[0].rows.new_empty(len(ids), held[0].rows.shape[1])
     missing = len(ids)
@@ -103,9 +103,9 @@ def _take(held: list[HeldRows], ids: Tensor) -> Tensor:
     return rows
 
 
-def no_rows(width: int, dtype: torch.dtype) -> HeldRows:
+def no_rows(width: int, dtype: torch.dtype) -> RowShard:
     """What a rank holds that holds nothing."""
-    return HeldRows(
+    return RowShard(
         torch.empty(0, dtype=torch.int64),
         torch.empty(0, width, dtype=dtype, device=platform.device()),
     )

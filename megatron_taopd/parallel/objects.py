@@ -6,9 +6,15 @@ Tensors do not go this way: parallel/exchange.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Waiting  # another class than the built-in in 3.10
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from megatron_taopd.parallel import watchdog
+
+SIGN_OF_LIFE_S = 30.0  # the longest that the ranks hear nothing from one that works for all
 
 T = TypeVar("T")
 
@@ -25,7 +31,7 @@ def gather(value: Any) -> list:
     return values
 
 
-def told(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast_object(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
     """What global rank `src` says, on every rank of the group; the others' values do not count.
 
     Collectives: a broadcast of the size, one of the pickled value.
@@ -56,9 +62,53 @@ def _store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def of_first_rank(work: Callable[[], T]) -> T:
-    """What it gives on global rank 0, the only one that does it, on every rank.
+def on_rank_0(
+    work: Callable[[], T | Future[T]], group: dist.ProcessGroup | None = None, tell: bool = True
+) -> T:
+    """Do the work on global rank 0 alone, and give every rank of the group what comes of it.
 
-    Collectives: those of `told`.
+    Args:
+        work: returns the result, or a future of it. While a future is not done, the ranks hear of
+            it every SIGN_OF_LIFE_S and count that as a heartbeat, so that neither a collective's
+            timeout nor the watchdog ends them.
+        tell: send the result; without, the other ranks get None and only errors are shared.
+
+    Raises:
+        ValueError, RuntimeError: what the work raised, on every rank: a ValueError as one, anything
+            else as a RuntimeError.
+
+    Collectives: those of `broadcast_object`, once and for every sign of life; without a process
+    group none.
     """
-    return told(work() if not dist.is_initialized() or dist.get_rank() == 0 else None)
+    if not dist.is_initialized():
+        result = work()
+        return result.result() if isinstance(result, Future) else result
+    result: Any = None
+    cause: Exception | None = None
+    pending: Future[T] | None = None
+    leads = dist.get_rank() == 0
+    while True:
+        word: tuple[str, Any] | None = None
+        if leads:
+            try:
+                if pending is None:
+                    result = work()
+                    pending = result if isinstance(result, Future) else None
+                if pending is not None:
+                    result = pending.result(SIGN_OF_LIFE_S)
+                word = "done", result if tell else None
+            except Waiting:
+                if pending is not None and pending.done():  # the work's own time-out
+                    cause = pending.exception()
+                    word = "RuntimeError", str(cause) or repr(cause)
+                else:
+                    word = "wait", None
+            except Exception as error:
+                kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
+                cause, word = error, (kind, str(error) or repr(error))
+        state, value = broadcast_object(word, group=group)
+        if state == "done":
+            return result if leads else value
+        if state != "wait":
+            raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
+        watchdog.heartbeat()

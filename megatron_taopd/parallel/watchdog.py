@@ -5,9 +5,9 @@ where the rank is, and a count of what it has done there. Rank 0's thread reads 
 what is wrong in one key, which every rank polls; whoever raises writes that key itself. All others
 then print the line and leave with status ENDED, wherever their main thread is stuck.
 
-Where a rank is, is module state, as it is of a log: `phase` and `at_step` say it, and `beat` that
-work goes on (micro-batches, tokens, responses, prompts, blocks of a file). `file_io` beats for a
-library call that cannot.
+Where a rank is, is module state, as it is of a log: `phase` and `at_step` say it, and `heartbeat`
+says that work goes on (micro-batches, tokens, responses, prompts, blocks of a file).
+`file_io` does so for a library call that cannot.
 
 Cost: every PERIOD_S seconds each rank writes about 150 bytes and reads 300, and rank 0 reads 150
 per rank: of 1,024 ranks, 1,024 requests a second and 230 KB/s at the store.
@@ -58,7 +58,7 @@ class Place:
 _here = Place()
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Work goes on in this phase."""
     _here.beats += 1
 
@@ -74,7 +74,7 @@ def file_io() -> Iterator[None]:
         while not ended.wait(PERIOD_S):
             if (now := _bytes_moved()) - seen >= _SOME_BYTES:
                 seen = now
-                beat()
+                heartbeat()
 
     looking = threading.Thread(target=look, daemon=True, name="watchdog file_io")
     looking.start()

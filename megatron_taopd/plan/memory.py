@@ -138,7 +138,7 @@ def phases(
     if setup.rollout is None:
         found["rollout"] |= _rollout(setup)
     if own is not None:
-        # Servers give memory back once every answer is read (`engine.rest`), streamed or not.
+        # Servers give memory back once every answer is read (`engine.offload`), streamed or not.
         tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
         forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
         found["teacher"] = resident | servers | read | forward

@@ -20,8 +20,8 @@ from megatron_taopd.parallel.objects import gather
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.preflight.findings import Finding, error, ok
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
-from megatron_taopd.step.scoring import Heads, TopkHeads, score, sequence_log_probs
-from megatron_taopd.teacher.dispatch import deliver
+from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score, sequence_log_probs
+from megatron_taopd.teacher.dispatch import dispatch
 from megatron_taopd.types import RolloutBatch, Sequences
 
 NEW_TOKENS = 8
@@ -97,10 +97,10 @@ def check_engine(
 
 def check_teacher(
     batch: RolloutBatch,
-    reading: Sequences,
+    teacher_inputs: Sequences,
     student: ReadOnlyStudent,
     teacher,
-    heads: Heads | TopkHeads | None,
+    heads: OutputHeads | TopkOutputHeads | None,
     micro_batch_tokens: int,
     k: int,
 ) -> list[Finding]:
@@ -114,8 +114,8 @@ def check_teacher(
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, student.layout, micro_batch_tokens)
     with torch.no_grad(), teacher.resident():
-        parts = [(torch.arange(batch.num_sequences), teacher.read(reading))]
-    rows = deliver(parts, batch, student.layout, assigned.owner)
+        parts = [(torch.arange(batch.num_sequences), teacher.read(teacher_inputs))]
+    rows = dispatch(parts, batch, student.layout, assigned.owner)
     what = f"teacher ({getattr(teacher, 'layout', 'served')})"
     remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
     try:

@@ -26,7 +26,7 @@ from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import of_first_rank
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.preflight import machine, network, storage, texts
 from megatron_taopd.preflight.check_config import check
 from megatron_taopd.preflight.findings import (
@@ -74,7 +74,7 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
         return of_all_hosts(found, host, local_rank == 0)
 
     def first(*checks: tuple) -> list[Finding]:
-        return of_first_rank(lambda: [f for each in checks for f in examined(*each)])
+        return on_rank_0(lambda: [f for each in checks for f in examined(*each)])
 
     all_found = first((_check_config, config, ranks))
     yield "configuration", all_found
@@ -133,7 +133,7 @@ def before_run(config: Config) -> bool:
                 return [finding]
         return []
 
-    return not _failed(of_first_rank(work))
+    return not _failed(on_rank_0(work))
 
 
 def _failed(findings: Sequence[Finding]) -> bool:
@@ -368,9 +368,9 @@ def _compare(config: Config) -> Iterator[Finding]:
     try:
         heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
         theirs = prompts.teacher_token_ids
-        reading, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
+        teacher_inputs, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
         yield from agreement.check_teacher(
-            batch, reading, student, teacher, heads, micro_batch_tokens, config.selection.k
+            batch, teacher_inputs, student, teacher, heads, micro_batch_tokens, config.selection.k
         )
     finally:
         teacher.close()
@@ -389,8 +389,8 @@ def _engine(config: Config, vocabulary: Vocabulary):
             platform.device(),
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            eos_token_ids=vocabulary.ends,
+            eos_token_ids=vocabulary.eos_token_ids,
         )
     servers = build.begin_rollout_servers(config, dtype, fixed_weights=True)
     model, replicas = build.ready(servers, "rollout.servers")
-    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.ends, None, tuple)
+    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids, None, tuple)

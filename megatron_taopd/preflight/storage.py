@@ -17,7 +17,7 @@ import yaml
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.checkpoints import resume
 from megatron_taopd.formats.files import file_written_aside
-from megatron_taopd.parallel.objects import gather, told
+from megatron_taopd.parallel.objects import broadcast_object, gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
 CONFIG = "config.yaml"  # in a run's directory, the configuration that it was last built from
@@ -79,7 +79,7 @@ def check_shared(directory: Path, host: str) -> list[Finding]:
                 found = str(until_seen.enter_context(written_file(directory)))
             except OSError as problem:
                 found = _unwritable("run.dir", directory, problem)
-        found = told(found)
+        found = broadcast_object(found)
         if isinstance(found, Finding):
             return [found]
         answers = gather((host, _appears(Path(found))))

@@ -48,7 +48,9 @@ def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Fin
     yield from own
     if all(finding.level == "ok" for finding in own):
         yield from check_taught_end(student, teacher, vocab_map)
-    if teacher.ends:  # it writes no responses: its ends say which of its tokens are the student's
+    if (
+        teacher.eos_token_ids
+    ):  # it writes no responses: its ends say which of its tokens are the student's
         yield from check_ends("teacher", teacher, "eos_token_id in its generation_config.json")
 
 
@@ -60,7 +62,7 @@ def check_taught_end(
     if (end_of_turn := teacher.after_an_answer()) is None:
         return
     taught = (vocab_map.teacher_ids == end_of_turn).nonzero()[:, 0].tolist()
-    if taught and taught[0] not in student.ends:
+    if taught and taught[0] not in student.eos_token_ids:
         yield warning(
             f"student.path: the teacher ends an answer with {_names(teacher, [end_of_turn])}, "
             f"which ends no response of the student, as {_names(student, taught)}: the more it "
@@ -72,22 +74,22 @@ def check_taught_end(
 def check_ends(model: str, vocabulary: Vocabulary, remedy_key: str) -> Iterator[Finding]:
     """What ends a response beside what the chat template and the tokenizer say does."""
     key, tokenizer = f"{model}.path", vocabulary.tokenizer
-    if not vocabulary.ends:
+    if not vocabulary.eos_token_ids:
         yield error(
             f"{key}: no id ends a response: every one runs to rollout.max_new_tokens",
             f"set {remedy_key}",
         )
         return
-    yield ok(f"{key}: responses end at {_names(vocabulary, vocabulary.ends)}")
+    yield ok(f"{key}: responses end at {_names(vocabulary, vocabulary.eos_token_ids)}")
     end_of_turn = vocabulary.after_an_answer()
-    if end_of_turn is not None and end_of_turn not in vocabulary.ends:
+    if end_of_turn is not None and end_of_turn not in vocabulary.eos_token_ids:
         yield warning(
             f"{key}: its chat template ends an answer with {_names(vocabulary, [end_of_turn])}, "
             "which ends no response: they grow to rollout.max_new_tokens",
             f"add {end_of_turn} to {remedy_key}",
         )
     eos = tokenizer.eos_token_id
-    if eos is not None and eos not in vocabulary.ends and eos != end_of_turn:
+    if eos is not None and eos not in vocabulary.eos_token_ids and eos != end_of_turn:
         yield warning(
             f"{key}: the tokenizer's end {_names(vocabulary, [eos])} ends no response",
             f"add {eos} to {remedy_key}, if the model writes it",

@@ -107,7 +107,7 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Nothing is asked for until the next weights are there: an engine that shares the
         trainer's device may give its memory back."""
         ...

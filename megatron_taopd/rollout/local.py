@@ -207,7 +207,7 @@ class LocalEngine:
             )
         self.version = version
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         pass
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ class DrawTokens(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """[B, V] float32 logits of the next token → [B, V] scores whose argmax is the draw."""
-        watchdog.beat()
+        watchdog.heartbeat()
         if self.vocab_size is not None:
             logits[:, self.vocab_size :] = -torch.inf
         scores = logits

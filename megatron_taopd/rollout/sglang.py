@@ -47,7 +47,7 @@ class SGLangEngine:
             servers that come back without them, so None with fixed weights.
         version: of these weights; None: the last update's.
         probe: looks after each sync whether it took effect; None: nothing does.
-        release_memory: `rest` has the servers give back their device memory.
+        release_memory: `offload` has the servers give back their device memory.
 
     Collective: makes a gloo group.
     """
@@ -147,7 +147,7 @@ class SGLangEngine:
     ) -> None:
         """Sync and probe. Collective: a broadcast before and after."""
         if self.leads:
-            targets = self.replicas.run(self.replicas.hold(targets))
+            targets = self.replicas.run(self.replicas.begin_update(targets))
         if not self.broadcast(Word.RESYNC if targets else Word.NOTHING)[0]:
             return
         trouble = None
@@ -158,7 +158,7 @@ class SGLangEngine:
         except RuntimeError as error:
             trouble = str(error)
         if self.leads and trouble is None:
-            self.replicas.run(self.replicas.deliver(targets, version))
+            self.replicas.run(self.replicas.commit_update(targets, version))
         self._settle(trouble, targets, f"weights of version {version}")
         if trouble is None:
             self.failed_syncs = 0
@@ -173,7 +173,7 @@ class SGLangEngine:
         """
         excused = False
         if self.leads and trouble is not None:
-            excused = self.replicas.run(self.replicas.give_up(targets))
+            excused = self.replicas.run(self.replicas.abort_update(targets))
             excused = excused and self.failed_syncs + 1 < FAILED_SYNCS
         word = Word.NOTHING if trouble is None else Word.RESYNC if excused else Word.ERROR
         word, message = self.broadcast(word, _encoded(trouble or ""))
@@ -241,8 +241,8 @@ class SGLangEngine:
             "rollout/tokens_per_second": counts["tokens"] / max(counts["seconds"], 1e-9),
         }
 
-    def rest(self) -> None:
-        """See `RolloutEngine.rest`. Collective if memory is released.
+    def offload(self) -> None:
+        """See `RolloutEngine.offload`. Collective if memory is released.
 
         A server that is lost on the way does without; the others wait for weights.
         """
@@ -400,7 +400,7 @@ class Generating:
         engine = self.engine
         request = engine.request(self.prompts[place], self.sampling)
         answer = await engine.replicas.complete(request)
-        watchdog.beat()
+        watchdog.heartbeat()
         meta = answer["meta_info"]
         response = read(answer, self.sampling, engine.vocab_size, engine.stop_ids(self.sampling))
         engine.counts["tokens"] += len(response.tokens)

@@ -163,7 +163,7 @@ class Replicas:
         timeout_s: of one request.
         attempts: per request, on whichever replica.
         fixed_weights: the servers' own weights are the right ones. Otherwise a server that has been
-            restarted, and one that is not ours, serves only after `deliver`.
+            restarted, and one that is not ours, serves only after `commit_update`.
         health_every_s, health_timeout_s: how often a replica is looked at, and how long it may take
             to answer; it may miss that once.
         patience_s: before a replica that is not ours is given up.
@@ -424,7 +424,7 @@ class Replicas:
         """Empty the prefix cache; refused where anything is running."""
         await self.post_all("/flush_cache", {}, targets)
 
-    async def hold(self, targets: Iterable[Replica]) -> list[Replica]:
+    async def begin_update(self, targets: Iterable[Replica]) -> list[Replica]:
         """These, as far as they live, are about to be given weights: nothing new is sent there, and
         nobody looks whether they answer."""
         held = [replica for replica in targets if replica.alive]
@@ -432,7 +432,7 @@ class Replicas:
             replica.syncing, replica.state = True, State.STALE
         return held
 
-    async def deliver(self, targets: Iterable[Replica], version: int) -> None:
+    async def commit_update(self, targets: Iterable[Replica], version: int) -> None:
         """These have been given the current weights, with str(version) as their weight_version, and
         serve."""
         async with self._changed:
@@ -442,7 +442,7 @@ class Replicas:
                     replica.version, replica.state = version, State.READY
             self._changed.notify_all()
 
-    async def give_up(self, targets: Sequence[Replica]) -> bool:
+    async def abort_update(self, targets: Sequence[Replica]) -> bool:
         """These were not given the weights after all: they stay stale. Whether any of them is in
         trouble itself, which would explain it."""
         healthy = await asyncio.gather(*(self._healthy(replica) for replica in targets))

@@ -15,7 +15,7 @@ from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.guard import Fault
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.exchange import HeldRows
+from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.vocab import VocabShard, score_hidden, score_topk, token_log_probs
 from megatron_taopd.step.loss import kept_row_loss, kept_row_topk_loss
 from megatron_taopd.teacher.topk import TopkRows
@@ -23,7 +23,7 @@ from megatron_taopd.types import RolloutBatch, TokenScores
 
 
 @dataclass(frozen=True)
-class Heads:
+class OutputHeads:
     """Both output projections, cut at the same vocabulary boundaries; on the student's last stage.
 
     Attributes:
@@ -65,10 +65,10 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class TopkHeads:
+class TopkOutputHeads:
     """The same of a teacher that has no head here, but has said what its top-K are.
 
-    Its rows are `TopkRows`, packed; the attributes are those of `Heads`.
+    Its rows are `TopkRows`, packed; the attributes are those of `OutputHeads`.
     """
 
     student: Tensor
@@ -115,8 +115,8 @@ def score(
     batch: RolloutBatch,
     assigned: batching.Assignment,
     student: Student,
-    heads: Heads | TopkHeads | None,
-    teacher_rows: HeldRows,
+    heads: OutputHeads | TopkOutputHeads | None,
+    teacher_rows: RowShard,
     k: int,
     keep_outputs: bool = False,
     probe_rows: int = 1024,
@@ -127,7 +127,7 @@ def score(
         assigned: of all rows, over the student's layout.
         heads: None except on the last stage.
         teacher_rows: on the last stage, what the teacher says of this rank's sequences: hidden
-            states, or what `TopkHeads` take.
+            states, or what `TopkOutputHeads` take.
         k: size of the top-K sets.
         keep_outputs: keep the layers' outputs for a replay (`models.replay`).
         probe_rows: on about so many rows the trainer's log-probability of the sampled token is

@@ -17,10 +17,10 @@ from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.guard import Fault, Guard, by_rank
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.exchange import HeldRows, send_rows
+from megatron_taopd.parallel.exchange import RowShard, send_rows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.parallel.objects import told
-from megatron_taopd.step.scoring import Heads, TopkHeads
+from megatron_taopd.parallel.objects import broadcast_object
+from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
 from megatron_taopd.types import RolloutBatch
 
 
@@ -29,8 +29,8 @@ def train_on(
     mask: Tensor,
     scored: batching.Assignment,
     student: Student,
-    heads: Heads | TopkHeads | None,
-    teacher_rows: HeldRows,
+    heads: OutputHeads | TopkOutputHeads | None,
+    teacher_rows: RowShard,
     micro_batch_tokens: int,
     mini_batches: int,
     loss: dict,
@@ -84,8 +84,8 @@ def backward(
     mask: Tensor,
     scored: batching.Assignment,
     student: Student,
-    heads: Heads | TopkHeads | None,
-    teacher_rows: HeldRows,
+    heads: OutputHeads | TopkOutputHeads | None,
+    teacher_rows: RowShard,
     micro_batch_tokens: int,
     loss: dict,
     kept_outputs: list[list[Tensor]] | None = None,
@@ -165,13 +165,13 @@ def _fault(
 
 
 def _follow(
-    held: HeldRows,
+    held: RowShard,
     batch: RolloutBatch,
     mask: Tensor,
     owner: Tensor,
     trainer: Tensor,
     layout: Layout,
-) -> HeldRows:
+) -> RowShard:
     """The kept teacher rows, at the data-parallel rank that trains their sequence."""
     if torch.equal(owner, trainer):
         return held
@@ -194,7 +194,7 @@ def _global_sums(sums: Sequence[dict[str, Tensor]], layout: Layout) -> dict[str,
     local: Counter = Counter()
     for metrics in sums:
         local.update({name: float(value) for name, value in metrics.items()})
-    names = told(sorted(local), src=layout.last_stage_rank(0, 0))
+    names = broadcast_object(sorted(local), src=layout.last_stage_rank(0, 0))
     counted = sums and layout.tp_rank == 0
     values = [local[name] if counted else 0.0 for name in names]
     table = torch.tensor(values, dtype=torch.float64, device=platform.device())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.exchange import HeldRows, send_rows
+from megatron_taopd.parallel.exchange import RowShard, send_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.types import Sequences
 
@@ -21,13 +21,13 @@ class ReadRows:
         holders: [n, h] int64, for each sequence the global ranks that hold its rows.
     """
 
-    held: HeldRows
+    held: RowShard
     holders: Tensor
 
 
-def deliver(
+def dispatch(
     parts: list[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
-) -> HeldRows:
+) -> RowShard:
     """The teacher's hidden states at all response rows, on the ranks that will score them.
 
     Args:
@@ -48,7 +48,7 @@ def deliver(
 
 def _in_batch(
     parts: list[tuple[Tensor, ReadRows]], batch: Sequences
-) -> tuple[list[HeldRows], Tensor]:
+) -> tuple[list[RowShard], Tensor]:
     """The parts' rows by their numbers in the batch, and [N, h] who holds those of each sequence.
 
     Empties the list of parts.
@@ -58,7 +58,7 @@ def _in_batch(
     while parts:
         places, part = parts.pop()
         holders[places] = part.holders
-        held.append(HeldRows(batch.rows_of(places)[part.held.ids], part.held.rows))
+        held.append(RowShard(batch.rows_of(places)[part.held.ids], part.held.rows))
     return held, holders
 
 

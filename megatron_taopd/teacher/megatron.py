@@ -15,9 +15,9 @@ from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform, watchdog
-from megatron_taopd.parallel.exchange import HeldRows
+from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.teacher.dispatch import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import Sequences
 
 _CHECKSUM_BLOCK = 1 << 22  # bytes
@@ -63,11 +63,11 @@ class MegatronTeacher:
         return min(capacity, self.trunk.hf.max_position_embeddings)
 
     @torch.no_grad()
-    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
-        """`read` and `deliver` for a batch that is whole."""
+    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
+        """`read` and `dispatch` for a batch that is whole."""
         with self.resident():
             parts = [(torch.arange(batch.num_sequences), self.read(batch))]
-        return deliver(parts, batch, student, owner)
+        return dispatch(parts, batch, student, owner)
 
     @torch.no_grad()
     def read(self, sequences: Sequences) -> ReadRows:
@@ -92,7 +92,7 @@ class MegatronTeacher:
         holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
         return ReadRows(held, holders)
 
-    def _forward(self, micro_batches: list[batching.MicroBatch]) -> HeldRows:
+    def _forward(self, micro_batches: list[batching.MicroBatch]) -> RowShard:
         """The rows of each micro-batch go where they stay, so that there is one copy of them."""
         sizes = [len(m.rows) if self.layout.is_last_stage else 0 for m in micro_batches]
         shape = sum(sizes), self.trunk.config.hidden_size
@@ -104,7 +104,7 @@ class MegatronTeacher:
 
         forward(self.trunk, self.layout, micro_batches, keep)
         ids = torch.cat([m.row_ids for m in micro_batches])
-        return HeldRows(ids[: len(rows)], rows)
+        return RowShard(ids[: len(rows)], rows)
 
     def metrics(self) -> dict[str, float]:
         """What the log says of its work; nothing."""
@@ -124,7 +124,7 @@ class MegatronTeacher:
         place = self.layout.rank + 1
         for parameter in self.trunk.parameters():
             for block in parameter.data.flatten().view(torch.uint8).split(_CHECKSUM_BLOCK):
-                watchdog.beat()
+                watchdog.heartbeat()
                 weights = torch.arange(1, len(block) + 1, device=block.device)
                 total += place * (block * weights).sum().to(total.device)
                 place += 1

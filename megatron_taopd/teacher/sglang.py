@@ -23,8 +23,7 @@ import zlib
 from abc import ABC, abstractmethod
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import TimeoutError as NotYet
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,9 +36,9 @@ from torch import Tensor
 from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.models import weights
 from megatron_taopd.parallel import platform, watchdog
-from megatron_taopd.parallel.exchange import HeldRows, no_rows
+from megatron_taopd.parallel.exchange import RowShard, no_rows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.parallel.objects import told
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
 from megatron_taopd.serving.replicas import (
     Replica,
@@ -50,11 +49,10 @@ from megatron_taopd.serving.replicas import (
     probe_tokens,
     same_model,
 )
-from megatron_taopd.teacher.dispatch import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import Sequences
 
-SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while it waits; gloo gives up after minutes
 _BLOCK = 8192  # rows of the head that are held at a time while it is compared
 
 
@@ -74,7 +72,7 @@ class _Teacher(ABC):
         shared = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if shared else None
         assert self.leads == (not shared or dist.get_rank() == 0)
-        self._on_rank_0(self._check_all)
+        self._ask(self._check_all)
 
     @property
     def longest_sequence(self) -> int:
@@ -85,10 +83,10 @@ class _Teacher(ABC):
         """The weights are the servers' affair."""
         return nullcontext()
 
-    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> HeldRows:
-        """`read` and `deliver` for a batch that is whole."""
+    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
+        """`read` and `dispatch` for a batch that is whole."""
         parts = [(torch.arange(batch.num_sequences), self.read(batch))]
-        return deliver(parts, batch, student, owner)
+        return dispatch(parts, batch, student, owner)
 
     def read(self, sequences: Sequences) -> ReadRows:
         """Ask the servers, each sequence once, all at the same time; rank 0 holds the rows.
@@ -105,12 +103,12 @@ class _Teacher(ABC):
         for i in range(sequences.num_sequences):
             self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0, 0)
         started = time.monotonic()
-        rows = self._on_rank_0(lambda: self._ask_all(sequences), tell=False)
+        rows = self._ask(lambda: self._ask_all(sequences), tell=False)
         self.counts["tokens"] += len(sequences.tokens)
         self.counts["seconds"] += time.monotonic() - started
         if self.leads:
             ids = torch.arange(sequences.num_rows)
-            held = HeldRows(ids, rows.to(platform.device()))
+            held = RowShard(ids, rows.to(platform.device()))
         else:
             held = no_rows(self.width, self.dtype)
         return ReadRows(held, torch.zeros(sequences.num_sequences, 1, dtype=torch.int64))
@@ -129,7 +127,7 @@ class _Teacher(ABC):
         Raises:
             RuntimeError: no server answers, or they differ, on every rank.
         """
-        return self._on_rank_0(self._fingerprint)
+        return self._ask(self._fingerprint)
 
     def metrics(self) -> dict[str, float]:
         """Of the time since the last call, on rank 0; empty on the others."""
@@ -167,27 +165,10 @@ class _Teacher(ABC):
 
     # Rank 0
 
-    def _on_rank_0(self, coroutine: Callable, tell: bool = True) -> Any:
-        """Its result; with `tell` on every rank. Collective: see `read`."""
-        if self.group is None:
-            return self.replicas.run(coroutine())
-        future = self.replicas.spawn(coroutine()) if self.leads else None
-        result = error = None
-        while True:
-            word = None
-            if self.leads:
-                try:
-                    result = future.result(SIGN_OF_LIFE_S)
-                    word = "done", result if tell else None
-                except NotYet:
-                    word = "wait", None
-                except Exception as raised:
-                    error, word = raised, (type(raised), str(raised))
-            kind, value = told(word, group=self.group)
-            if kind == "done":
-                return result if self.leads else value
-            if kind != "wait":
-                raise (kind if kind is ValueError else RuntimeError)(value) from error
+    def _ask(self, coroutine: Callable[[], Coroutine], tell: bool = True) -> Any:
+        """What the servers answer rank 0, which alone asks. Collective: see `on_rank_0`."""
+        replicas = self.replicas
+        return on_rank_0(lambda: replicas.spawn(coroutine()), self.group, tell)
 
     async def _check_all(self) -> None:
         for replica in self.replicas.live:
@@ -195,7 +176,8 @@ class _Teacher(ABC):
 
     async def _ask_all(self, sequences: Sequences) -> Tensor:
         tasks = [
-            asyncio.ensure_future(self._ask(sequences, i)) for i in range(sequences.num_sequences)
+            asyncio.ensure_future(self._ask_one(sequences, i))
+            for i in range(sequences.num_sequences)
         ]
         try:
             rows = await asyncio.gather(*tasks)
@@ -205,7 +187,7 @@ class _Teacher(ABC):
             raise
         return torch.cat([torch.empty(0, self.width, dtype=self.dtype), *rows])
 
-    async def _ask(self, sequences: Sequences, index: int) -> Tensor:
+    async def _ask_one(self, sequences: Sequences, index: int) -> Tensor:
         first, last = sequences.cu_rows[index : index + 2].tolist()
         positions = sequences.row_positions[first:last]
         if not len(positions):
@@ -213,7 +195,7 @@ class _Teacher(ABC):
         seen = int(positions[-1]) + 1 + self.tokens_after
         tokens = sequences.sequence(index)[:seen].tolist()
         answer = await self.replicas.complete(self.request(tokens, int(positions[0])))
-        watchdog.beat()
+        watchdog.heartbeat()
         return self.rows(answer, tokens, positions)
 
     @property

@@ -103,7 +103,7 @@ def step_on_ranks(
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import Heads, score
+    from megatron_taopd.step.scoring import OutputHeads, score
     from megatron_taopd.step.selection import select
     from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
@@ -125,14 +125,14 @@ def step_on_ranks(
             shard = student.shard
             columns = vocab_map.columns(shard.start, shard.stop)
             teacher_head = weights.load_head(teacher_dir, columns, torch.float32)
-            heads = Heads(student.head_weight, teacher_head, shard, chunk_rows)
+            heads = OutputHeads(student.head_weight, teacher_head, shard, chunk_rows)
 
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
         assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
         fingerprint = teacher.fingerprint()
-        reading, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
+        teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
         for done in range(steps):
-            teacher_rows = teacher.hidden_states(reading, layout, assigned.owner)
+            teacher_rows = teacher.hidden_states(teacher_inputs, layout, assigned.owner)
             scores, gap, outputs = score(
                 batch, assigned, student, heads, teacher_rows, 5, keep_outputs=replay
             )
@@ -183,7 +183,7 @@ def row_logits(
     """Logits of both models at all response rows, whole models, a sequence at a time, for the
     tokens that both models have; and the student."""
     vocab_map = vocab_map or VocabMap(torch.arange(size))
-    reading, _ = vocab_map.read(batch, teacher_prompts, 128)
+    teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype)
     teacher = AutoModelForCausalLM.from_pretrained(
@@ -195,7 +195,9 @@ def row_logits(
         logits = student(batch.sequence(i)[None]).logits[0, batch.row_positions[rows]]
         student_logits.append(logits[:, columns[0]])
         with torch.no_grad():
-            logits = teacher(reading.sequence(i)[None]).logits[0, reading.row_positions[rows]]
+            logits = teacher(teacher_inputs.sequence(i)[None]).logits[
+                0, teacher_inputs.row_positions[rows]
+            ]
         teacher_logits.append(logits[:, columns[1]])
     return torch.cat(student_logits), torch.cat(teacher_logits), student
 

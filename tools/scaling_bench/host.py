@@ -19,11 +19,11 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_taopd.data import batching
-from megatron_taopd.parallel.exchange import HeldRows
+from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.step.selection import select, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
-from megatron_taopd.teacher.dispatch import ReadRows, deliver
+from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import RolloutBatch, TokenScores
 from scaling_bench.fake import Recorder, replace_distributed
 
@@ -62,11 +62,11 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int, ratio: floa
             own = batching.assign(batch, everything, teacher, 2 * length)
         held = torch.cat([m.row_ids for m in own.micro_batches])
         read = ReadRows(
-            HeldRows(held, torch.zeros(len(held), 4)),
+            RowShard(held, torch.zeros(len(held), 4)),
             teacher.last_stage_rank(own.owner[:, None], torch.arange(tp)),
         )
         with part("routes of the teacher's rows"), Recorder():
-            deliver([(torch.arange(sequences), read)], batch, layout, assigned.owner)
+            dispatch([(torch.arange(sequences), read)], batch, layout, assigned.owner)
         with part("selection"):
             mask = select("teachability", scores, ratio, 0)
         with part("plans"):

@@ -16,10 +16,10 @@ from megatron_taopd.models import weights
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.step.scoring import Heads, score
+from megatron_taopd.step.scoring import OutputHeads, score
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.training import backward
-from megatron_taopd.teacher.dispatch import deliver
+from megatron_taopd.teacher.dispatch import dispatch
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch
 
@@ -57,7 +57,7 @@ def kept_rows(setup: Setup) -> Tensor:
     return one.repeat(work.sequences)
 
 
-class NamedHeads(Heads):
+class NamedOutputHeads(OutputHeads):
     """Heads whose parts are phases of their own."""
 
     phase: Phase
@@ -100,7 +100,7 @@ class Step:
             columns = shard.stop - shard.start
             head = torch.randn(columns, setup.teacher.hidden).to(dtype)
             chunk = rows_within(setup.head_memory, columns)
-            self.heads = NamedHeads(self.student.head_weight, head, shard, chunk)
+            self.heads = NamedOutputHeads(self.student.head_weight, head, shard, chunk)
             object.__setattr__(self.heads, "phase", phase)  # frozen
         self.batch, self.mask = make_batch(setup), kept_rows(setup)
 
@@ -112,7 +112,7 @@ class Step:
         with phase("teacher"), torch.no_grad(), self.teacher.resident():
             parts = [(torch.arange(batch.num_sequences), self.teacher.read(batch))]
         with phase("exchange"):
-            rows = deliver(parts, batch, self.layout, assigned.owner)
+            rows = dispatch(parts, batch, self.layout, assigned.owner)
         with phase("scoring"):
             scores, *_ = score(batch, assigned, self.student, self.heads, rows, setup.k)
         with phase("selection"):

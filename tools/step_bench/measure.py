@@ -141,7 +141,7 @@ def facts(step: Step, arm: Arm) -> dict:
         ModelCost.of(models.student.trunk.hf),
         ModelCost.of(models.teacher.trunk.hf),
         scored=step.assigned.lengths,
-        read=batching.cut_lengths(step.reading, step.everything),
+        read=batching.cut_lengths(step.teacher_inputs, step.everything),
         trained=trained,
         num_rows=batch.num_rows,
         kept_rows=int(mask.sum()),

@@ -27,7 +27,7 @@ from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.step.scoring import Heads
+from megatron_taopd.step.scoring import OutputHeads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, p
     return Models(
         student,
         teacher,
-        Heads(student.head_weight, head, shard, chunk_rows),
+        OutputHeads(student.head_weight, head, shard, chunk_rows),
         partial(vocab_map.read, prompts=None, max_tokens=teacher.longest_sequence),
         generate,
         peers or partial(peers_on_disk, paths, dtype),
@@ -124,7 +124,7 @@ def pair_on_disk(arguments):
     engine = LocalEngine.from_hf(
         paths["student"], DTYPES[arguments.precision], platform.device(), seed=config.run.seed,
         rank=dist.get_rank(), world_size=dist.get_world_size(), vocab_size=vocab_map.size,
-        eos_token_ids=student.ends,
+        eos_token_ids=student.eos_token_ids,
     )  # fmt: skip
     longest = arguments.max_new_tokens or config.rollout.max_new_tokens
 

@@ -59,7 +59,7 @@ class Step:
     def __init__(self, models: Models, batch):
         self.models, self.batch = models, batch
         self.everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        self.reading, _ = models.read(batch)
+        self.teacher_inputs, _ = models.read(batch)
         self.assigned = batching.assign(
             batch, self.everything, models.layout, models.micro_batch_tokens
         )
@@ -79,7 +79,7 @@ class Step:
 
     def read(self):
         return self.models.teacher.hidden_states(
-            self.reading, self.models.layout, self.assigned.owner
+            self.teacher_inputs, self.models.layout, self.assigned.owner
         )
 
     def score(self, schedule: str):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_taopd.formats.hf import MAX_FILE_BYTES, HFWriter, copy_side_files
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
-from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica, on_first_rank
+from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
 
 
 class DiskSync(BucketSync):
@@ -39,7 +40,7 @@ class DiskSync(BucketSync):
     def _send(
         self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
     ) -> None:
-        on_first_rank(lambda: self._write(bucket))
+        on_rank_0(lambda: self._write(bucket))
 
     def _write(self, bucket: Bucket) -> None:
         dtype = bucket.entries[0].dtype

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
-from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica, on_first_rank
+from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
 
 GRACE_S = 5.0  # for the server's own word on a transfer that has broken off
 POLL_S = 0.001
@@ -123,7 +124,7 @@ class DistributedSync(BucketSync):
     def _send(
         self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
     ) -> None:
-        on_first_rank(lambda: self._broadcast(client, targets, bucket))
+        on_rank_0(lambda: self._broadcast(client, targets, bucket))
 
     def _broadcast(self, client: Client, targets: Sequence[Replica], bucket: Bucket) -> None:
         if bucket.data.is_cuda:  # it is filled; the device may still have a dead server's transfer

@@ -8,7 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from megatron_taopd.rollout.weight_sync.sequence import Client, Post, Replica, on_first_rank
+from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.rollout.weight_sync.sequence import Client, Post, Replica
 from megatron_taopd.serving.replicas import all_of
 
 SEQUENCES, TOKENS = 4, 48  # of the run's prompts
@@ -53,7 +54,7 @@ class Probe:
                 check_probe(replica.url, engine, trainer, *before, self.max_gap)
                 self.answers[replica.url] = engine, trainer
 
-        on_first_rank(work)
+        on_rank_0(work)
 
 
 async def probe_replica(

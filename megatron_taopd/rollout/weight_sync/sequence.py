@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.formats.hf import load_config, tensor_shapes
-from megatron_taopd.parallel.objects import told
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
 from megatron_taopd.serving.replicas import all_of
 
@@ -112,7 +112,7 @@ class BucketSync:
                 pass
             self._checked_ahead = True
         try:
-            on_first_rank(lambda: self._begin(client, targets, version))
+            on_rank_0(lambda: self._begin(client, targets, version))
             tensors = checked(named_tensors, self.shapes)
             for bucket in buckets(tensors, self.shapes, self.bucket_bytes, self._keeps_bytes()):
                 try:
@@ -120,7 +120,7 @@ class BucketSync:
                 except RuntimeError as error:
                     raise RuntimeError(f"{error} (weights {version}, {bucket})") from error
                 del bucket  # before the next one is filled
-            on_first_rank(lambda: self._finish(client, targets, version))
+            on_rank_0(lambda: self._finish(client, targets, version))
         except BaseException:
             self._abandon(targets or ())
             raise
@@ -143,7 +143,7 @@ class BucketSync:
         def work() -> None:
             client.spawn(all_of(map(one, targets))).result()
 
-        on_first_rank(work)
+        on_rank_0(work)
 
     def _begin(self, client: Client, targets: Sequence[Replica], version: int) -> None:
         self._prepare(client, targets, version)
@@ -238,20 +238,3 @@ async def resume(
     """Allocate again what `release` freed: ("weights",) before a push, CACHE_TAGS before the server
     continues. SGLang dies of it if that had not been released."""
     await post_all(post, targets, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)
-
-
-def on_first_rank(work: Callable[[], None]) -> None:
-    """Do it on global rank 0. What it raises is raised on every rank: a ValueError as one,
-    everything else as a RuntimeError.
-
-    Collectives: a broadcast of some 100 bytes.
-    """
-    failed, cause = None, None
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as error:
-            failed, cause = (isinstance(error, ValueError), str(error) or repr(error)), error
-    if failed := told(failed):
-        is_value_error, message = failed
-        raise (ValueError if is_value_error else RuntimeError)(message) from cause

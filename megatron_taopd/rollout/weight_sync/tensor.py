@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import (
     BucketSync,
     Client,
     Replica,
-    on_first_rank,
 )
 from megatron_taopd.serving.replicas import all_of
 
@@ -69,7 +69,7 @@ class TensorSync(BucketSync):
             path = "/update_weights_from_tensor"
             return client.post(replica, path, request, self._time_for(bucket))
 
-        on_first_rank(update)
+        on_rank_0(update)
         if handles is not None:
             torch.cuda.ipc_collect()
 
