@@ -18,6 +18,7 @@ from megatron_taopd import config as configuration
 from megatron_taopd.build import build, say
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.torch_internals import default_store
 from megatron_taopd.preflight import storage
 from megatron_taopd.preflight.check_config import check
 from megatron_taopd.preflight.examine import before_run
@@ -71,7 +72,7 @@ def watch(config: configuration.Config, joined: bool):
 
     section, world_size = config.watchdog, dist.get_world_size()
     watched = joined and world_size > 1 and section.silent_s > 0
-    store = dist.distributed_c10d._get_default_store() if watched else None
+    store = default_store() if watched else None
     return Watchdog(
         store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
     )
