@@ -36,7 +36,6 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.loop import Run
     from megatron_taopd.models.student import Student
     from megatron_taopd.monitoring.accounting import ModelCost
-    from megatron_taopd.monitoring.guard import Guard
     from megatron_taopd.monitoring.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
     from megatron_taopd.parallel.objects import on_rank_0
@@ -44,6 +43,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
     from megatron_taopd.step.extensions.horizon import Horizon
+    from megatron_taopd.step.guard import Guard
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     dtype = DTYPES[config.train.precision]

@@ -91,7 +91,7 @@ def run_to_its_end(run) -> int:
     """Distil; the exit status of the process, the same on every rank."""
     from megatron_taopd.checkpoints.saving import NotSaved
     from megatron_taopd.loop import distill
-    from megatron_taopd.monitoring.guard import Broken
+    from megatron_taopd.step.guard import Broken
 
     steps = run.config.train.steps
     try:
