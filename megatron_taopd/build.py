@@ -188,7 +188,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
 
     checkpoints = checkpoint.Checkpoints(
         directory / "checkpoints",
-        config.checkpoint.keep,
+        config.checkpoint.keep_last,
         config.checkpoint.asynchronous,
         say,
         saved,
@@ -366,7 +366,7 @@ def sglang_engine(
         model,
         vocab_size,
         ends,
-        ways[sync.way](config.student.path, sync.bucket_mib << 20),
+        ways[sync.transport](config.student.path, sync.bucket_mib << 20),
         weights=partial(weight_sync.Repeatable, student.named_tensors),
         version=lambda: student.version,
         probe=weight_sync.Probe(log_probs, sync.max_gap, prompts),

@@ -70,10 +70,15 @@ def watch(config: configuration.Config, joined: bool):
     from megatron_taopd.parallel.watchdog import Watchdog
 
     section, world_size = config.watchdog, dist.get_world_size()
-    watched = joined and world_size > 1 and section.silent_s > 0
+    watched = joined and world_size > 1 and section.heartbeat_timeout_s > 0
     store = dist.distributed_c10d._get_default_store() if watched else None
     return Watchdog(
-        store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
+        store,
+        dist.get_rank(),
+        world_size,
+        section.heartbeat_timeout_s,
+        section.stall_timeout_s,
+        config.run.dir,
     )
 
 

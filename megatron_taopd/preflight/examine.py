@@ -163,7 +163,7 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
             yield network.check_own_servers, f"{key}.servers", section.host
         elif urls:
             yield network.check_urls, f"{key}.servers", section.urls
-    if config.rollout.engine == "sglang" and config.rollout.sync.way == "distributed":
+    if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
             yield network.check_own_nccl, "rollout.servers", section.args
@@ -181,12 +181,13 @@ def _write(config: Config) -> list[tuple]:
 
 def _check_space(config: Config) -> Iterator[Finding]:
     sync = config.rollout.sync
-    by_disk = config.rollout.engine == "sglang" and sync.way == "disk" and sync.dir is None
+    by_disk = config.rollout.engine == "sglang" and sync.transport == "disk" and sync.dir is None
     return storage.check_space(
         Path(config.run.dir),
         parameters(config.student.path),
         DTYPES[config.train.precision].itemsize,
-        config.checkpoint.keep + (config.checkpoint.keep_best and config.eval.prompts is not None),
+        config.checkpoint.keep_last
+        + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
     )

@@ -66,7 +66,7 @@ def open_replicas(
         api_key=key,
         concurrency=section.concurrency,
         timeout_s=section.timeout_s,
-        attempts=section.attempts,
+        attempts=section.max_retries + 1,
         start_timeout_s=section.start_timeout_s,
         fixed_weights=fixed_weights,
         dtype=_DTYPES[dtype],
