@@ -284,7 +284,7 @@ def begin_servers(
     """Of (the model that they serve, the replicas on rank 0)."""
     from megatron_taopd.rollout.weight_sync.distributed import in_background
     from megatron_taopd.serving.begin import open_replicas
-    from megatron_taopd.serving.replicas import ServedModel
+    from megatron_taopd.serving.model import ServedModel
 
     model = ServedModel.of(path, longest)
     if dist.get_rank() != 0:

@@ -23,7 +23,7 @@ from megatron_taopd.rollout.weight_sync.sequence import (
     Client,
     Replica,
 )
-from megatron_taopd.serving.replicas import all_of
+from megatron_taopd.serving.protocol import all_of
 
 _REDUCED_DEVICE = 6  # the device's place among the arguments that rebuild a CUDA tensor
 
