@@ -18,6 +18,7 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitoring.accounting import ModelCost, step_operations
 from megatron_taopd.monitoring.guard import Broken, Fault, Guard
+from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.report import Sample, sample_rollouts
 from megatron_taopd.parallel import watchdog
@@ -346,31 +347,6 @@ def warn_of_small_q3(run: Run, mask: Tensor, step: int) -> None:
             f"step {step}: {selection.selector} could keep {most} rows, but Q3 has {kept}: all of "
             "them are kept, as by every q3 selector; a lower ratio or more prompts tell them apart",
         )
-
-
-def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, float]:
-    """What the log says of the responses and of the engine that made them.
-
-    Args:
-        gap: |log p_trainer − log p_engine| of some sampled tokens.
-    """
-    lengths = batch.response_lengths.double()
-    middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
-    staleness = (step - 1 - batch.weight_versions).double()
-    return {
-        "valid_rows": batch.num_rows,
-        "tokens_rolled_out": int(batch.lengths.sum()),
-        "rollout/response_length_mean": lengths.mean().item(),
-        "rollout/response_length_p50": middle,
-        "rollout/response_length_p90": long,
-        "rollout/response_length_max": lengths.max().item(),
-        "rollout/truncated_share": batch.truncated.double().mean().item(),
-        "rollout/weight_version": int(batch.weight_versions.min()),
-        "rollout/staleness_mean": staleness.mean().item(),
-        "rollout/staleness_max": staleness.max().item(),
-        "rollout/logprob_gap_mean": gap.mean().item(),
-        "rollout/logprob_gap_max": gap.max().item(),
-    }
 
 
 def _evaluation(run: Run, step: int) -> dict[str, float]:
