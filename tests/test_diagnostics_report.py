@@ -159,7 +159,7 @@ def test_pivot_marks_what_excludes_zero():
     ]
     table = pivot(rows, "name", "K", "K = {}")
     assert "<b>+1</b> <small>[+0.5, +1.5]</small>" in table
-    assert "<td class=num>−1 <small>[−2, +0.5]</small>" in table
+    assert '<td class="num">−1 <small>[−2, +0.5]</small>' in table
 
 
 @pytest.mark.parametrize("name", ["ΔR² (+ C), 10⁻³", "ΔR² (decomposed), 10⁻³", "R² (baseline)"])
