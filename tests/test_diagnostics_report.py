@@ -13,7 +13,8 @@ from support.patience import patience
 from support.planted_bank import planted_columns, write_table
 
 from megatron_taopd.diagnostics import figures
-from megatron_taopd.diagnostics.analysis import analyze, read_gains, shape_variables
+from megatron_taopd.diagnostics.analysis import analyze
+from megatron_taopd.diagnostics.gains import read_gains, shape_variables
 from megatron_taopd.diagnostics.page import pivot, read_views
 from megatron_taopd.diagnostics.write import FIGURES, write_analysis
 

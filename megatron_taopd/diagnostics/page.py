@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-from megatron_taopd.diagnostics.analysis import Bank, Row, Tables, shape_variables
+from megatron_taopd.diagnostics.gains import Row, ScoredBank, Tables, shape_variables
 from megatron_taopd.monitoring.numbers import number
 from megatron_taopd.monitoring.pages import environment
 
@@ -32,7 +32,7 @@ class View:
     tokens: list[dict[str, Any]]
 
 
-def read_views(path: Path, bank: Bank, gain: np.ndarray, k: int) -> list[View]:
+def read_views(path: Path, bank: ScoredBank, gain: np.ndarray, k: int) -> list[View]:
     """The responses that `score --view` stored, joined with their scores.
 
     Raises:
