@@ -169,14 +169,11 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
                 state["best"] = None
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
-        directory,
+        config.run,
+        config.log,
         train.steps,
-        config.log.tensorboard,
-        config.log.wandb_project,
-        config.log.prometheus_port and (config.log.prometheus_host, config.log.prometheus_port),
         rank=dist.get_rank(),
         first_step=first_step + 1 if saved else 0,
-        name=config.run.name,
         config_yaml=configuration.to_yaml(config),
         synchronize=platform.synchronize,
     )

@@ -116,7 +116,7 @@ def summarize(monitor) -> None:
     """The run in a few lines, from rank 0."""
     from rich.console import Console
 
-    from megatron_taopd.monitoring.monitor import summary_table
+    from megatron_taopd.monitoring.summary import summary_table
 
     if dist.get_rank() == 0:
         monitor.close()
