@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from megatron_taopd.cli import diagnose
 from megatron_taopd.config import ServersSection
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
@@ -34,7 +35,7 @@ SAMPLING = Sampling(max_new_tokens=12, samples=2)
 
 def add(out, seed=0, prompts=TINY / "test.jsonl", limit=6, student=STUDENT, engine=None, **data):
     engine = engine or partial(local_engine, student=student, seed=seed)
-    add_rollouts(out, student, prompts, SAMPLING, seed, engine, limit=limit, **data)
+    add_rollouts(out, student, prompts, SAMPLING, seed, engine, DataSection(limit=limit, **data))
     return Bank(out)
 
 
@@ -169,7 +170,15 @@ def test_a_bank_is_of_one_tokenizer_and_one_student(own_bank, tmp_path):
 def test_what_cannot_be_sampled_is_refused_before_anything_is_made(tmp_path, sampling, message):
     engine = partial(local_engine, student=STUDENT, seed=0)
     with pytest.raises(ValueError, match=message):
-        add_rollouts(tmp_path / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=2)
+        add_rollouts(
+            tmp_path / "bank",
+            STUDENT,
+            TINY / "test.jsonl",
+            sampling,
+            0,
+            engine,
+            DataSection(limit=2),
+        )
     assert not (tmp_path / "bank").exists()
 
 

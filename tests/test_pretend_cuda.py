@@ -338,7 +338,15 @@ def fill_and_score(directory):
     platform.initialize()
     engine, sampling = partial(local_engine, student=STUDENT, seed=0), Sampling(8, samples=2)
     try:
-        add_rollouts(directory / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=4)
+        add_rollouts(
+            directory / "bank",
+            STUDENT,
+            TINY / "test.jsonl",
+            sampling,
+            0,
+            engine,
+            DataSection(limit=4),
+        )
         table = directory / "table.parquet"
         means = score_bank(directory / "bank", STUDENT, TEACHER, table, view=1)
         return {name: mean for name, mean in means.items() if name != "out"}

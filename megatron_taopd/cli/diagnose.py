@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_taopd.cli import common
-from megatron_taopd.config import ServersSection
+from megatron_taopd.config.schema import DataSection, ServersSection
 from megatron_taopd.diagnostics.alignment import align
 from megatron_taopd.diagnostics.bank import Bank, OpenEngine, add_rollouts
 from megatron_taopd.diagnostics.engines import local_engine, sglang_engine
@@ -116,13 +116,13 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         top_k=arguments.top_k,
         stop_token_ids=tuple(arguments.stop_token_ids),
     )
-    data = {
-        "prompt_column": arguments.prompt_column,
-        "template": arguments.template,
-        "system": arguments.system,
-        "max_prompt_tokens": arguments.max_prompt_tokens,
-        "limit": arguments.limit,
-    }
+    data = DataSection(
+        prompt_column=arguments.prompt_column,
+        template=arguments.template,
+        system=arguments.system,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        limit=arguments.limit,
+    )
     add_rollouts(
         arguments.out,
         arguments.student,
@@ -130,7 +130,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         sampling,
         arguments.seed,
         open_engine,
-        **data,
+        data,
     )
     results = Bank(arguments.out).summary()
     return results, [common.as_table(results)]
