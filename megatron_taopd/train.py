@@ -22,7 +22,8 @@ from megatron_taopd.config.schema import Config
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.monitoring import logs
 from megatron_taopd.monitoring.summary import summary_table
-from megatron_taopd.parallel import compat, platform
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.torch_internals import default_store
 from megatron_taopd.parallel.watchdog import Watchdog
 from megatron_taopd.preflight import storage
 from megatron_taopd.preflight.check_config import check
@@ -80,7 +81,7 @@ def watch(config: Config, joined: bool) -> Watchdog:
     section, world_size = config.watchdog, dist.get_world_size()
     watched = joined and world_size > 1 and section.heartbeat_timeout_s > 0
     return Watchdog(
-        _default_store() if watched else None,
+        default_store() if watched else None,
         dist.get_rank(),
         world_size,
         section.heartbeat_timeout_s,

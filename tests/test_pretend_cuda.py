@@ -327,6 +327,7 @@ def test_the_doctor_compares_the_models(on_cuda, tmp_path):
 
 
 def fill_and_score(directory):
+    from megatron_taopd.config.schema import DataSection
     from megatron.core import parallel_state
 
     from megatron_taopd.diagnostics.bank import add_rollouts

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.compat.torch_internals import default_store
 
 SIGN_OF_LIFE_S = 30.0  # the longest that the ranks hear nothing from one that works for all
 
@@ -51,16 +52,12 @@ def comes_first(where: str) -> bool:
     """
     if not dist.is_initialized():
         return True
-    return _store().add(where, 1) == 1
+    return default_store().add(where, 1) == 1
 
 
 def anyone_was(where: str) -> bool:
     """Whether a rank has called `comes_first` here. No collective."""
-    return dist.is_initialized() and _store().add(where, 0) > 0
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+    return dist.is_initialized() and default_store().add(where, 0) > 0
 
 
 def on_rank_0(
