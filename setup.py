@@ -24,7 +24,7 @@ EXTRAS = {
     # In an environment of its own: docs/evaluation.md
     "eval": ["evalscope>=1.14", "langdetect"],
     "math": ["math-verify[antlr4_13_2]>=0.9"],  # eval.grader: math
-    "plots": ["matplotlib>=3.9"],  # tools/compare_runs.py, tools/diagnose.py analyze
+    "plots": ["matplotlib>=3.9"],  # taopd compare runs, taopd diagnose analyze
     "wandb": ["wandb>=0.19"],
     "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
@@ -61,4 +61,5 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["taopd = megatron_taopd.cli:main"]},
 )

@@ -17,6 +17,7 @@ from support.ranks import run_ranks
 from support.step import row_logits
 from transformers import AutoTokenizer
 
+from megatron_taopd.cli import diagnose
 from megatron_taopd.config import ServersSection
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
@@ -28,7 +29,6 @@ from megatron_taopd.rollout.engine import Sampling
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"
-TOOLS = Path(__file__).parent.parent / "tools"
 SAMPLING = Sampling(max_new_tokens=12, samples=2)
 
 
@@ -254,14 +254,11 @@ def test_sglang_answers_with_the_students_probabilities(tmp_path):
         (["--engine", "sglang", "--url", "http://a:1", "--server-tp", "2"], "--server-tp: 2 with"),
     ],
 )
-def test_options_of_another_engine_are_refused(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.syspath_prepend(TOOLS)
-    import diagnose
-
+def test_options_of_another_engine_are_refused(tmp_path, arguments, message):
     paths = ["--student", STUDENT, "--prompts", TINY / "test.jsonl", "--out", tmp_path / "bank"]
-    monkeypatch.setattr("sys.argv", ["diagnose", "bank", *map(str, paths), *arguments])
+    parsed = diagnose.parse(["bank", *map(str, paths), *arguments])
     with pytest.raises(ValueError, match=message):
-        diagnose.engine_of(diagnose.parse())
+        diagnose.engine_of(parsed)
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -327,7 +327,7 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
     """In step 3, before and after its training, and in step 4."""
     options = [
         "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}",
-        "train.steps=5", "checkpoint={every: 0, keep: 1}", "optimizer.warmup_steps=0",
+        "train.steps=5", "checkpoint={every: 0, keep_last: 1}", "optimizer.warmup_steps=0",
         "eval={every: 2, limit: 48, samples: 2, temperature: 1.0, pass_at: [2]}",
     ]  # fmt: skip
     run_ranks(1, train, [f"run.dir={tmp_path}/whole", *options])
