@@ -163,25 +163,28 @@ def score_arguments(command: argparse.ArgumentParser) -> None:
 def run_score(arguments) -> tuple[dict, list[Table]]:
     """Compare a checkpoint with a teacher at every position of a bank."""
     # Megatron takes seconds to import, which the other subcommands do without.
-    from megatron_taopd.diagnostics.score import score_bank
+    from megatron_taopd.diagnostics.score import PairOptions, score_bank
 
     platform.initialize()
+    options = PairOptions(
+        parallel=(arguments.tp, arguments.pp),
+        teacher_parallel=(
+            arguments.teacher_tp or arguments.tp,
+            arguments.teacher_pp or arguments.pp,
+            arguments.teacher_ep,
+        ),
+        dtype=DTYPES[arguments.dtype],
+        micro_batch_tokens=arguments.micro_batch_tokens,
+        head_memory_mib=arguments.head_memory_mib,
+    )
     results = score_bank(
         arguments.bank,
         arguments.checkpoint,
         arguments.teacher,
         arguments.out,
-        (arguments.tp, arguments.pp),
-        (
-            arguments.teacher_tp or arguments.tp,
-            arguments.teacher_pp or arguments.pp,
-            arguments.teacher_ep,
-        ),
+        options,
         hf_dir=arguments.hf,
         teacher_prompt=arguments.teacher_prompt,
-        dtype=DTYPES[arguments.dtype],
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        head_memory_mib=arguments.head_memory_mib,
         view=arguments.view,
     )
     return results, [common.as_table(results)]
