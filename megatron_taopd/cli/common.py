@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.monitoring import logs
 from megatron_taopd.parallel.objects import anyone_was, comes_first
 
 MISTAKE = 2  # exit status
@@ -49,6 +50,7 @@ def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
     first that finds one says it, and those that it leaves alone in a collective end silently.
     """
     try:
+        logs.set_up()
         check_json(arguments)
         status = work(arguments)
     except (ValueError, OSError) as error:

@@ -95,7 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             out = arguments.out / f"{number}-{Path(label).name}"
             with serve(checkpoint, arguments, Path(scratch), out) as endpoint:
                 scores = benchmarks.evaluate(
-                    label, endpoint, prepared, missing, seeds, out, arguments.python, console.print
+                    label, endpoint, prepared, missing, seeds, out, arguments.python
                 )
             results.append(scores)
             title = f"{label}, in %" + (f", first {arguments.limit} rows" * bool(arguments.limit))

@@ -10,6 +10,7 @@ them its weights. `--hidden-states` lets them be a teacher that answers with hid
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from megatron_taopd.formats.hf import SINGLE, weight_map
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server
 
+logger = logging.getLogger(__name__)
 POLL_S = 2.0
 
 
@@ -108,7 +110,7 @@ def serve(starts: list[partial], restarts: int) -> int:
         servers = [start() for start in starts]
         stack.callback(lambda: [server.stop() for server in servers])
         for server in servers:
-            print(f"{server.wait_until_ready().url} serves", flush=True)
+            logger.info("%s serves", server.wait_until_ready().url)
         while True:
             time.sleep(POLL_S)
             for place, server in enumerate(servers):
@@ -117,7 +119,7 @@ def serve(starts: list[partial], restarts: int) -> int:
                 if restarts == 0:
                     raise RuntimeError(f"{server.url} died, and so often did others; see its log")
                 restarts -= 1
-                print(f"{server.url} died; it is started again", flush=True)
+                logger.info("%s died; it is started again", server.url)
                 server.stop(grace_s=0)
                 servers[place] = starts[place]()
-                print(f"{servers[place].wait_until_ready().url} serves", flush=True)
+                logger.info("%s serves", servers[place].wait_until_ready().url)

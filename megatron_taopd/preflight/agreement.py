@@ -117,7 +117,7 @@ def check_teacher(
         parts = [(torch.arange(batch.num_sequences), teacher.read(teacher_inputs))]
     rows = dispatch(parts, batch, student.layout, assigned.owner)
     what = f"teacher ({getattr(teacher, 'layout', 'served')})"
-    remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
+    remedy = "taopd verify compares its weights with transformers; bf16 may overflow"
     try:
         scores, _, _ = score(batch, assigned, student, heads, rows, k)
     except Fault as fault:

@@ -19,10 +19,17 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from benchmarks.vocab_parallel.problem import Problem, Setup
+from benchmarks.vocab_parallel.ways import (
+    GatherColumns,
+    Way,
+    all_reduce,
+    dense_loss,
+    dense_scores,
+    ways,
+)
 from megatron_taopd import TokenScores, VocabShard
 from megatron_taopd.parallel.memory import peak_memory
-from vocab_bench.problem import Problem, Setup
-from vocab_bench.ways import GatherColumns, Way, all_reduce, dense_loss, dense_scores, ways
 
 ERROR_ROWS = 64
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.vocab_parallel.problem import Problem, Setup
 from megatron_taopd import TokenScores, VocabShard, linear_divergence, score_hidden
 from megatron_taopd.step.selection import budget
-from vocab_bench.problem import Problem, Setup
 
 
 @dataclass(frozen=True)

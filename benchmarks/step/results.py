@@ -8,8 +8,8 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
+from benchmarks.step.pairs import LAYERS, RATIO
 from megatron_taopd.formats.hf_map import padded_vocab_size
-from step_bench.pairs import LAYERS, RATIO
 
 
 def extrapolate(measured: dict) -> dict:
