@@ -32,6 +32,7 @@ HIDDEN, VOCABULARY = 512, 8192
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=60, help="millions")
     parser.add_argument("--repeats", type=int, default=3)

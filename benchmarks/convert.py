@@ -69,6 +69,7 @@ SHAPES = {
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,6 +42,7 @@ TINY = Path(__file__).parent.parent / "examples" / "tiny_pair" / "student"
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -33,6 +33,7 @@ from megatron_taopd.plan.setup import Setup
 
 
 def main() -> int:
+    """Run one part; the exit status is 0, or 2 after a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0]
     )
@@ -90,7 +91,7 @@ def _lengths(arguments) -> dict:
 
 
 def counts(arguments):
-    """every collective of a rank in one step, by formula"""
+    """List every collective of a rank in one step, by formula."""
     from megatron_taopd.plan.collectives import step_collectives
 
     config = configuration.load(arguments.config, arguments.overrides)
@@ -106,7 +107,7 @@ def counts(arguments):
 
 
 def saturate(arguments):
-    """a step's phases at several numbers of GPUs, and what stops scaling"""
+    """Show a step's phases at several numbers of GPUs, and what stops scaling."""
     from benchmarks.scaling.saturate import as_json, sizes
 
     found = sizes(
@@ -124,7 +125,7 @@ def saturate(arguments):
 
 
 def measure(arguments):
-    """calls and bytes of a real step on a fake group of 64 ranks, beside the formulas"""
+    """Count calls and bytes of a real step on a fake group of 64 ranks, next to the formulas."""
     from benchmarks.scaling.fake import LAYOUTS, record_cases
 
     found = record_cases(LAYOUTS)
@@ -132,7 +133,7 @@ def measure(arguments):
 
 
 def host(arguments):
-    """seconds and memory of what every rank's host does for the whole batch"""
+    """Time what every rank's host does for the whole batch, and its memory."""
     from benchmarks.scaling.host import measure_host
 
     found = [measure_host(n, arguments.response, 64, 2) for n in sorted(arguments.sequences)]
@@ -140,7 +141,7 @@ def host(arguments):
 
 
 def ranks(arguments):
-    """a real step on gloo ranks (under torchrun): CPU and wall seconds by phase"""
+    """Run a real step on gloo ranks (under torchrun): CPU and wall seconds by phase."""
     from benchmarks.scaling.ranks import measure_ranks
 
     found = measure_ranks(arguments.tp, arguments.sequences, arguments.steps)

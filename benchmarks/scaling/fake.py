@@ -258,7 +258,7 @@ def compare(setup: Setup, rank: int, recorder: Recorder) -> list[dict]:
 
 
 def _phase(collective: Collective) -> str:
-    """Where the recorder sees it: some of the formulas' phases are parts of another."""
+    """Name the phase that the recorder sees: some of the formulas' phases are parts of another."""
     inside = {"probe": "scoring", "score table": "scoring", "gradients": "training"}
     return inside.get(collective.phase, collective.phase)
 

@@ -1,4 +1,4 @@
-"""Where more GPUs stop helping: a step's phases at several sizes, and which fall behind."""
+"""The point where more GPUs stop helping: a step's phases at several sizes, and which fall behind."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from megatron_taopd.parallel import platform
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__.split("\n")[0]
     )

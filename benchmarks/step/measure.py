@@ -101,7 +101,7 @@ def agreement(step: Step) -> dict[str, float]:
     mask, everything = step.select(RATIO), step.everything
 
     def difference(mask: Tensor, other: str) -> float:
-        """Of a replay from another schedule."""
+        """Return the relative difference of a replay from another schedule."""
         loss = step.train(mask, other, "none")["loss"]
         buffers = step.models.student.model.buffers
         reference = [buffer.grad_data.clone() for buffer in buffers]

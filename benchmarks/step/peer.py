@@ -1,4 +1,4 @@
-"""The same step by TRL's trainer."""
+"""The step of the other arms, by TRL's trainer."""
 
 from __future__ import annotations
 

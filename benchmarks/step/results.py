@@ -48,7 +48,8 @@ def extrapolate(measured: dict) -> dict:
 
 
 def extrapolated_arms(costs: dict[str, float], cut: float, rows_per_token: float) -> list[dict]:
-    """By phase, for one token that is rolled out and `rows_per_token` rows."""
+    """Return the costs of each arm by phase, for one token that is rolled out and `rows_per_token`
+    rows."""
     run = {"none": costs["forward"] + costs["backward"]}
     run["full"] = run["none"] + costs["forward"]
     loss = rows_per_token * costs["loss"]

@@ -108,7 +108,7 @@ class Step:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Until the last rank is done."""
+    """Time a call until the last rank is done."""
     platform.synchronize()
     dist.barrier()
     started = time.perf_counter()

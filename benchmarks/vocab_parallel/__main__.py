@@ -26,6 +26,7 @@ from benchmarks.vocab_parallel.results import tables, targets_table
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.vocab_parallel", description=__doc__.split("\n")[0]
     )

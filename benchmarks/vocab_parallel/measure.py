@@ -138,7 +138,7 @@ def count_collectives() -> Iterator[list[int]]:
 
 
 def seconds(way: Way, p: Problem) -> float:
-    """Until the last rank is done."""
+    """Time one way until the last rank is done."""
     forget_gradients(p)
     wait_for_all(p)
     started = time.perf_counter()

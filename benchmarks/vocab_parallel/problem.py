@@ -130,7 +130,7 @@ class Problem:
         return len(self.student_hidden)
 
     def at(self, rows: Tensor) -> Problem:
-        """The same with only these rows [n], as a start of their own for autograd."""
+        """Take only these rows [n], as a start of their own for autograd."""
         return replace(
             self,
             student_hidden=self.student_hidden.detach()[rows].requires_grad_(),

@@ -44,7 +44,7 @@ def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None
 
 
 def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Do a command's work; its exit status, or 2 if a user's mistake has ended it.
+    """Do a command's work, and return its exit status: 2 if a user's mistake has ended it.
 
     A mistake (ValueError, OSError) is one line on stderr. Where there is a group of ranks, the
     first that finds one says it, and those that it leaves alone in a collective end silently.

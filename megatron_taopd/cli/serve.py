@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
     parser = common.Parser(prog="taopd serve", description=__doc__)
     parser.add_argument("model", help="Hugging Face checkpoint directory")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of a server")
@@ -69,7 +70,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> list[partial]:
-    """How to start each server."""
+    """Return how to start each server."""
     loopback = arguments.host in ("127.0.0.1", "localhost", "::1")
     if not loopback and arguments.api_key_env is None:
         raise ValueError(
