@@ -1,4 +1,4 @@
-"""The point where more GPUs stop helping: a step's phases at several sizes, and which fall behind."""
+"""The point where more GPUs stop helping: a step's phases at several sizes, what falls behind."""
 
 from __future__ import annotations
 

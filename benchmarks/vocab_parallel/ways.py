@@ -300,7 +300,7 @@ def trl_chunked_loss(p: Problem) -> Tensor:
 
 
 def liger_loss(p: Problem) -> Tensor:
-    """Run Liger's loss with its own chunk size (1024 rows), compiled on CUDA, which is its default."""
+    """Run Liger's loss with its own chunks (1024 rows), compiled on CUDA, which is its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(

@@ -60,13 +60,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Read the arguments of all three subcommands."""
     parser = common.Parser(prog="taopd convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    layout = argparse.ArgumentParser(add_help=False)
+    layout = common.Parser(add_help=False)
     for size, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         layout.add_argument(f"--{size}", type=int, default=1, help=f"{what}-parallel size")
-    always = argparse.ArgumentParser(add_help=False)
+    always = common.Parser(add_help=False)
     common.add_json(always)
     always.add_argument("--quiet", action="store_true", help="no progress bar")
-    writing = argparse.ArgumentParser(add_help=False)
+    writing = common.Parser(add_help=False)
     writing.add_argument("--out", type=Path, required=True)
     writing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     writing.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as it is")

@@ -89,15 +89,17 @@ def work(arguments: argparse.Namespace) -> int:
         ) as replicas:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
             rows = served.read(teacher_inputs).held.rows
-            found = {"hidden states": (heads.scores(student_rows, rows, k), {})}
+            found: dict[str, tuple[TokenScores, dict]] = {
+                "hidden states": (heads.scores(student_rows, rows, k), {})
+            }
             ids = None
             if not vocab_map.is_identity:
                 ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
             for n in arguments.topk:
-                served = SGLangTopkTeacher(replicas, model, n, ids)
-                rows = served.read(teacher_inputs).held.rows
+                topk = SGLangTopkTeacher(replicas, model, n, ids)
+                rows = topk.read(teacher_inputs).held.rows
                 scores = TopkOutputHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
-                found[f"top {n}"] = scores, {"mass": served.metrics()["teacher/topk_mass"]}
+                found[f"top {n}"] = scores, {"mass": topk.metrics()["teacher/topk_mass"]}
 
     figures = {
         "prompts": batch.num_sequences,
