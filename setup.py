@@ -29,7 +29,7 @@ EXTRAS = {
     "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
     "docs": ["mkdocs-material>=9.7"],
-    # Rivals in tools/bench_vocab_parallel.py. With constraints.txt, so that torch stays what it is.
+    # Rivals in benchmarks/vocab_parallel. With constraints.txt, so that torch stays what it is.
     "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
     # Triton comes with torch for CUDA; on a machine without one its kernels are tested interpreted.
     "dev": [

@@ -327,9 +327,9 @@ def test_the_doctor_compares_the_models(on_cuda, tmp_path):
 
 
 def fill_and_score(directory):
-    from megatron_taopd.config.schema import DataSection
     from megatron.core import parallel_state
 
+    from megatron_taopd.config.schema import DataSection
     from megatron_taopd.diagnostics.bank import add_rollouts
     from megatron_taopd.diagnostics.engines import local_engine
     from megatron_taopd.diagnostics.score import score_bank

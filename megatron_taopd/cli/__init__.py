@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that the first argument names, with the others; its exit status."""
+    """Run the command that the first argument names, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return choose("taopd", __doc__ or "", COMMANDS, arguments)
 

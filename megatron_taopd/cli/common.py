@@ -17,6 +17,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.monitoring import logs
 from megatron_taopd.parallel.objects import anyone_was, comes_first
 
 MISTAKE = 2  # exit status
@@ -43,12 +44,13 @@ def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None
 
 
 def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """Do a command's work; its exit status, or 2 if a user's mistake has ended it.
+    """Do a command's work, and return its exit status: 2 if a user's mistake has ended it.
 
     A mistake (ValueError, OSError) is one line on stderr. Where there is a group of ranks, the
     first that finds one says it, and those that it leaves alone in a collective end silently.
     """
     try:
+        logs.set_up()
         check_json(arguments)
         status = work(arguments)
     except (ValueError, OSError) as error:

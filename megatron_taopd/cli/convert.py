@@ -40,7 +40,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of logits, by the dtyp
 
 
 def main(arguments: list[str]) -> int:
-    """Convert or compare; 0, or 1 if what was compared differs."""
+    """Convert or compare; the exit status is 0, or 1 if what was compared differs."""
     return common.run(work, parse(arguments))
 
 
@@ -57,15 +57,16 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments of all three subcommands."""
     parser = common.Parser(prog="taopd convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    layout = argparse.ArgumentParser(add_help=False)
+    layout = common.Parser(add_help=False)
     for size, what in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
         layout.add_argument(f"--{size}", type=int, default=1, help=f"{what}-parallel size")
-    always = argparse.ArgumentParser(add_help=False)
+    always = common.Parser(add_help=False)
     common.add_json(always)
     always.add_argument("--quiet", action="store_true", help="no progress bar")
-    writing = argparse.ArgumentParser(add_help=False)
+    writing = common.Parser(add_help=False)
     writing.add_argument("--out", type=Path, required=True)
     writing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     writing.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as it is")
@@ -94,7 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def number(kind: type, right: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type of argument for argparse: a number that something holds for."""
+    """Make a type of argument for argparse: a number that something holds for."""
 
     def read(text: str):
         try:
@@ -117,6 +118,7 @@ def join(arguments) -> None:
 
 
 def to_megatron(arguments) -> tuple[dict, bool]:
+    """Write a Hugging Face directory in Megatron's format."""
     refuse_existing(arguments)
     layout = (arguments.tp, arguments.pp, arguments.ep)
     dtype = DTYPES.get(arguments.dtype)
@@ -126,6 +128,7 @@ def to_megatron(arguments) -> tuple[dict, bool]:
 
 
 def to_hf(arguments) -> tuple[dict, bool]:
+    """Write a Megatron checkpoint as a Hugging Face directory."""
     refuse_existing(arguments)
     dtype, file_bytes = DTYPES.get(arguments.dtype), int(arguments.max_file_gb * 1e9)
     with progress("to Hugging Face", arguments) as bar:
@@ -136,6 +139,7 @@ def to_hf(arguments) -> tuple[dict, bool]:
 
 
 def verify(arguments) -> tuple[dict, bool]:
+    """Compare all tensors and, unless told not to, the logits of a forward pass."""
     layout = (arguments.tp, arguments.pp, arguments.ep)
     if not arguments.no_logits:
         check_layout(arguments.hf, *layout)
@@ -167,7 +171,8 @@ COMMANDS = {"to-megatron": to_megatron, "to-hf": to_hf, "verify": verify}
 
 
 def peak_memory() -> int:
-    """Resident bytes of this process at their most, mapped files included; over all ranks."""
+    """Return the resident bytes of the worst rank at their most, mapped files included. Collective:
+    an all-gather of 8 bytes, pickled."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not dist.is_initialized():
         return peak
@@ -177,13 +182,14 @@ def peak_memory() -> int:
 
 
 def refuse_existing(arguments) -> None:
+    """Raise ValueError if --out exists and is not to be replaced."""
     if arguments.out.exists() and not arguments.overwrite:
         raise ValueError(f"--out: {arguments.out} exists; give another, or --overwrite")
 
 
 @contextmanager
 def progress(title: str, arguments):
-    """A bar of the bytes done; the work is known once the first of it is."""
+    """Show a bar of the bytes done; the work is known once the first of it is."""
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     hidden = arguments.quiet or not common.is_first()
     with Progress(f"{title}", *columns, console=Console(stderr=True), disable=hidden) as bar:

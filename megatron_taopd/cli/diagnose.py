@@ -32,7 +32,7 @@ from megatron_taopd.rollout.engine import Sampling
 
 
 def main(arguments: list[str]) -> int:
-    """Run one part of the diagnostic; 0."""
+    """Run one part of the diagnostic; the exit status is 0."""
     return common.run(work, parse(arguments))
 
 
@@ -46,6 +46,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments of all subcommands."""
     parser = common.Parser(prog="taopd diagnose", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (add_arguments, run) in COMMANDS.items():
@@ -60,6 +61,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def bank_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bank`."""
     command.add_argument("--student", type=Path, required=True, help="Hugging Face directory")
     command.add_argument("--prompts", type=Path, required=True)
     command.add_argument("--out", type=Path, required=True, help="a new bank, or one to append to")
@@ -89,7 +91,7 @@ def bank_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def engine_of(arguments) -> OpenEngine:
-    """What opens the engine that the arguments ask for."""
+    """Return what opens the engine that the arguments ask for."""
     urls, tp, size = tuple(arguments.url), arguments.server_tp, arguments.batch_size
     if arguments.engine == "local" and (urls or tp):
         raise ValueError("--url, --server-tp: are of --engine sglang")
@@ -140,6 +142,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
 
 
 def score_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `score`."""
     command.add_argument("--bank", type=Path, required=True)
     command.add_argument(
         "--checkpoint", type=Path, required=True,
@@ -194,6 +197,7 @@ def run_score(arguments) -> tuple[dict, list[Table]]:
 
 
 def gain_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `gain`."""
     command.add_argument("--before", type=Path, required=True, help="scored table")
     command.add_argument("--after", type=Path, required=True, help="scored table")
     command.add_argument("--out", type=Path, required=True)
@@ -209,6 +213,7 @@ def run_gain(arguments) -> tuple[dict, list[Table]]:
 
 
 def alignment_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `alignment`."""
     command.add_argument("--bank", type=Path, required=True)
     command.add_argument("--checkpoint", type=Path, required=True, help="Hugging Face directory")
     command.add_argument("--teacher", type=Path, required=True, help="Hugging Face directory")
@@ -258,6 +263,7 @@ def run_alignment(arguments) -> tuple[dict, list[Table]]:
 
 
 def analyze_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of `analyze`."""
     command.add_argument("gains", nargs="+", type=Path, help="tables of `gain`, one per seed")
     command.add_argument("--out", type=Path, required=True, help="directory")
     command.add_argument("--view", type=Path, help="of `score --view`: responses to show")
@@ -267,7 +273,7 @@ def analyze_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run_analyze(arguments) -> tuple[dict, list[Table]]:
-    """Gain tables → the paper's regressions, Q3 gaps and selectors: CSV, figures, report.html."""
+    """Turn gain tables into the paper's regressions, Q3 gaps, selectors and figures."""
     tables = write_analysis(
         arguments.gains,
         arguments.out,

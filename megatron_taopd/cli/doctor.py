@@ -27,7 +27,7 @@ MARKS = {"ok": "[green]ok", "warning": "[yellow]warning", "error": "[bold red]er
 
 
 def main(arguments: list[str]) -> int:
-    """Examine; 0 if the run can start, 1 if not."""
+    """Examine; the exit status is 0 if the run can start, 1 if not."""
     return common.run(work, parse(arguments))
 
 
@@ -49,6 +49,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments, overrides among options."""
     parser = common.Parser(prog="taopd doctor", description=__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value")

@@ -35,7 +35,7 @@ from megatron_taopd.serving.server import Server
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate; 0, or 1 if a checkpoint has no score at all."""
+    """Evaluate; the exit status is 0, or 1 if a checkpoint has no score at all."""
     return common.run(work, parse(arguments))
 
 
@@ -48,6 +48,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
     parser = common.Parser(prog="taopd evaluate", description=__doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--url", help="of a server that is there, instead of checkpoints")
@@ -81,6 +82,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluate all checkpoints, and return the exit status."""
     check(arguments)
     console = common.open_console()
     seeds, results = arguments.seeds, []
@@ -95,7 +97,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             out = arguments.out / f"{number}-{Path(label).name}"
             with serve(checkpoint, arguments, Path(scratch), out) as endpoint:
                 scores = benchmarks.evaluate(
-                    label, endpoint, prepared, missing, seeds, out, arguments.python, console.print
+                    label, endpoint, prepared, missing, seeds, out, arguments.python
                 )
             results.append(scores)
             title = f"{label}, in %" + (f", first {arguments.limit} rows" * bool(arguments.limit))
@@ -115,7 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What would otherwise fail after a server has started."""
+    """Raise ValueError for what would otherwise fail after a server has started."""
     if bool(arguments.checkpoints) == bool(arguments.url):
         raise ValueError("give either checkpoints or --url")
     if len(arguments.seeds) > 1 and arguments.temperature == 0:
@@ -142,6 +144,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def kind_of(checkpoint: Path) -> str:
+    """Tell a Hugging Face directory ("hf") from a Megatron checkpoint ("megatron")."""
     for file, kind in (("config.json", "hf"), ("metadata.json", "megatron")):
         if (checkpoint / file).is_file():
             return kind
@@ -154,7 +157,7 @@ def kind_of(checkpoint: Path) -> str:
 def prepare(
     arguments: argparse.Namespace, out: Path
 ) -> tuple[dict[str, tuple[Path, int]], dict[str, str]]:
-    """The benchmarks whose rows are there, and why the others are missing."""
+    """Write the rows of the benchmarks that are there, and say why the others are missing."""
     prepared, missing = {}, {}
     for name in arguments.benchmarks:
         try:
@@ -172,7 +175,7 @@ def prepare(
 def serve(
     checkpoint: Path | None, arguments: argparse.Namespace, scratch: Path, out: Path
 ) -> Iterator[Endpoint]:
-    """A server of this checkpoint, or the one that is there."""
+    """Start a server of this checkpoint, or take the one that is there."""
     generation = (
         arguments.max_tokens,
         arguments.temperature,
@@ -205,6 +208,7 @@ def serve(
 
 
 def first_model(url: str, key: str | None) -> str:
+    """Ask a server for the first model that it names."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{url}/v1/models", headers=headers, timeout=30).raise_for_status()
@@ -214,5 +218,6 @@ def first_model(url: str, key: str | None) -> str:
 
 
 def show(console: Console, stem: Path, title: str, header: list[str], rows: list) -> None:
+    """Print a table and write it next to the scores."""
     tables.write(stem, title, header, rows)
     console.print(tables.for_terminal(title, header, rows))

@@ -23,11 +23,12 @@ from megatron_taopd.plan.setup import Setup
 
 
 def main(arguments: list[str]) -> int:
-    """Plan a run; 0 if it fits, 1 if not."""
+    """Plan a run; the exit status is 0 if it fits, 1 if not."""
     return common.run(work, parse(arguments))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments, overrides among options."""
     parser = common.Parser(prog="taopd plan", description=__doc__)
     parser.add_argument("config", help="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value")

@@ -10,6 +10,7 @@ them its weights. `--hidden-states` lets them be a teacher that answers with hid
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from megatron_taopd.formats.hf import SINGLE, weight_map
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server
 
+logger = logging.getLogger(__name__)
 POLL_S = 2.0
 
 
@@ -37,6 +39,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
     parser = common.Parser(prog="taopd serve", description=__doc__)
     parser.add_argument("model", help="Hugging Face checkpoint directory")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of a server")
@@ -67,7 +70,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> list[partial]:
-    """How to start each server."""
+    """Return how to start each server."""
     loopback = arguments.host in ("127.0.0.1", "localhost", "::1")
     if not loopback and arguments.api_key_env is None:
         raise ValueError(
@@ -108,7 +111,7 @@ def serve(starts: list[partial], restarts: int) -> int:
         servers = [start() for start in starts]
         stack.callback(lambda: [server.stop() for server in servers])
         for server in servers:
-            print(f"{server.wait_until_ready().url} serves", flush=True)
+            logger.info("%s serves", server.wait_until_ready().url)
         while True:
             time.sleep(POLL_S)
             for place, server in enumerate(servers):
@@ -117,7 +120,7 @@ def serve(starts: list[partial], restarts: int) -> int:
                 if restarts == 0:
                     raise RuntimeError(f"{server.url} died, and so often did others; see its log")
                 restarts -= 1
-                print(f"{server.url} died; it is started again", flush=True)
+                logger.info("%s died; it is started again", server.url)
                 server.stop(grace_s=0)
                 servers[place] = starts[place]()
-                print(f"{servers[place].wait_until_ready().url} serves", flush=True)
+                logger.info("%s serves", servers[place].wait_until_ready().url)

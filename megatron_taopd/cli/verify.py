@@ -6,5 +6,5 @@ from megatron_taopd.cli import convert
 
 
 def main(arguments: list[str]) -> int:
-    """Compare; 0 if they are the same, 1 if not."""
+    """Compare; the exit status is 0 if they are the same, 1 if not."""
     return convert.main(["verify", *arguments])

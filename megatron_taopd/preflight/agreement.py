@@ -88,7 +88,7 @@ def check_teacher(
         distiller: of a student that only scores.
     """
     what = f"teacher ({getattr(distiller.teacher, 'layout', 'served')})"
-    remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
+    remedy = "taopd verify compares its weights with transformers; bf16 may overflow"
     parts, assigned = distiller.read(teacher_inputs), distiller.assign(batch)
     teacher_rows = distiller.dispatch(parts, batch, assigned)
     try:

@@ -6,10 +6,10 @@ configuration. A check that raises is an error of its own, and the others still 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from megatron_taopd.config import Config
 from megatron_taopd.data.prompts import check_prompts
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
+from megatron_taopd.monitoring.logs import OF_THE_RUN
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.preflight import machine, network, storage, texts
@@ -33,6 +34,8 @@ from megatron_taopd.preflight.findings import (
     warning,
 )
 from megatron_taopd.preflight.prompts import read_prompts, vocabularies
+
+logger = logging.getLogger(__name__)
 
 
 def fewest_ranks(config: Config) -> int:
@@ -105,8 +108,8 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
 
 
 def before_run(config: Config) -> bool:
-    """The cheap ones, on rank 0, when a run starts: a line on stderr for each warning, up to the
-    first error.
+    """Make the cheap checks, on rank 0, when a run starts: a line is logged for each warning, up to
+    the first error.
 
     Returns:
         Whether the run can start; the same on every rank. Collective: a broadcast of some bytes.
@@ -124,7 +127,8 @@ def before_run(config: Config) -> bool:
     def work() -> list[Finding]:
         for finding in (f for each in checks for f in examined(*each)):
             if finding.level != "ok":
-                print(f"{finding.level}: {finding.what}; {finding.remedy}", file=sys.stderr)
+                say = logger.error if finding.level == "error" else logger.warning
+                say("%s; %s", finding.what, finding.remedy, extra=OF_THE_RUN)
             if finding.level == "error":
                 return [finding]
         return []

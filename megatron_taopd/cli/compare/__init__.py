@@ -13,5 +13,5 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run the comparison that the first argument names; its exit status."""
+    """Run the comparison that the first argument names, and return its exit status."""
     return choose("taopd compare", __doc__ or "", COMMANDS, arguments)

@@ -39,7 +39,7 @@ POINTS = 200  # of a curve that runs are averaged at
 
 @dataclass
 class Run:
-    """What one run has logged.
+    """The log of one run.
 
     Attributes:
         group: its selector, or what else runs are compared by.
@@ -59,12 +59,13 @@ class Run:
     measure: dict[str, object]
 
     def curve(self, axis: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return positions and values of one of CURVES where it was logged."""
         there = np.isfinite(self.values[name])
         return self.positions[axis][there], self.values[name][there]
 
 
 def main(arguments: list[str]) -> int:
-    """Compare runs; 0."""
+    """Compare runs; the exit status is 0."""
     parser = common.Parser(prog="taopd compare runs", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="their run.dir")
     parser.add_argument("--by", default="selection.selector", help="key of config.yaml")
@@ -101,7 +102,7 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def read_all(paths: Sequence[Path], by: str) -> tuple[list[Run], list[str]]:
-    """The runs that have logged a step, and what is missing of the others."""
+    """Read the runs that have logged a step, and say what is missing of the others."""
     runs, missing = [], []
     for path in paths:
         try:
@@ -114,7 +115,7 @@ def read_all(paths: Sequence[Path], by: str) -> tuple[list[Run], list[str]]:
 
 
 def read(path: Path, by: str) -> Run:
-    """One run.
+    """Read one run.
 
     Raises:
         ValueError: it has no configuration, not that key, or no step.
@@ -145,8 +146,8 @@ def read(path: Path, by: str) -> Run:
 
 
 def measure_of(tree: dict) -> dict[str, object]:
-    """What a run measures accuracy by. Greedy responses have no top_p and top_k, and those of an
-    evaluation may have a length of their own."""
+    """Pick the keys that a run measures accuracy by. Greedy responses have no top_p and top_k, and
+    those of an evaluation may have a length of their own."""
     values = {
         f"{section}.{key}": (tree.get(section) or {}).get(key)
         for section, keys in MEASURE.items()
@@ -161,22 +162,24 @@ def measure_of(tree: dict) -> dict[str, object]:
 
 
 def read_records(metrics: Path) -> list[dict]:
-    """All whole lines: the last one of a run that goes on may be cut off."""
+    """Read all whole lines: the last one of a run that goes on may be cut off."""
     lines = metrics.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def column(records: Sequence[dict], name: str, default: float) -> np.ndarray:
+    """Return one metric of all records, `default` where it was not logged."""
     values = [record.get(name) for record in records]
     return np.array([default if value is None else value for value in values], dtype=float)
 
 
 def step_seconds(record: dict) -> float:
-    """Evaluation and checkpoint are no part of `time/step`."""
+    """Return the time of a step, of which evaluation and checkpoint are no part."""
     return record.get("time/step") or 0.0
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Sort runs by seed, group by group."""
     groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.group, run.seed)):
         groups[run.group].append(run)
@@ -184,7 +187,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def compare(runs: Sequence[Run], axis: str) -> dict:
-    """Every group where the shortest run has got to on this axis.
+    """Compare the groups where the shortest run has got to on this axis.
 
     Accuracy there is that of the last evaluation before it; the loss is the mean over the last
     tenth of the way, as single steps are noisy.
@@ -206,17 +209,19 @@ def compare(runs: Sequence[Run], axis: str) -> dict:
 
 
 def last_value(positions: np.ndarray, values: np.ndarray, at: float) -> float | None:
+    """Return the last value up to a position."""
     reached = values[positions <= at * (1 + 1e-9)]
     return float(reached[-1]) if len(reached) else None
 
 
 def mean_value(positions: np.ndarray, values: np.ndarray, start: float, at: float) -> float | None:
+    """Return the mean of the values between two positions, or else the last one before."""
     inside = values[(positions > start) & (positions <= at * (1 + 1e-9))]
     return float(inside.mean()) if len(inside) else last_value(positions, values, at)
 
 
 def lacking(runs: Sequence[Run]) -> list[str]:
-    """What a comparison of these runs has to do without."""
+    """List what a comparison of these runs has to do without."""
     lines = []
     for run in runs:
         for name in CURVES:
@@ -235,7 +240,7 @@ def lacking(runs: Sequence[Run]) -> list[str]:
 
 
 def unlike(runs: Sequence[Run], by: str) -> list[str]:
-    """Keys in which runs differ so that their accuracies are of different things."""
+    """List the keys in which runs differ so that their accuracies are of different things."""
     lines = []
     for key in dict.fromkeys(key for run in runs for key in run.measure):
         values: list = []
@@ -249,6 +254,7 @@ def unlike(runs: Sequence[Run], by: str) -> list[str]:
 
 
 def as_rows(compared: dict, by: str) -> tuple[list[str], list[list[str]]]:
+    """Lay out a line for each group."""
     header = [by, "seeds", "steps", "accuracy in %", "loss"]
     rows = []
     for name, group in compared["groups"].items():
@@ -268,7 +274,7 @@ def as_rows(compared: dict, by: str) -> tuple[list[str], list[list[str]]]:
 
 
 def of_seeds(values: list[float], group: dict, scale: float, digits: int) -> str:
-    """Mean and deviation; with how many seeds they are of, where some have none."""
+    """Format mean and deviation, and of how many seeds they are where some have none."""
     if not values:
         return "none"
     text = tables.mean_and_std(values, scale, digits)
@@ -277,11 +283,12 @@ def of_seeds(values: list[float], group: dict, scale: float, digits: int) -> str
 
 
 def number(value: float) -> str:
+    """Format a number with no more digits than say something."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def band(members: Sequence[Run], axis: str, name: str) -> tuple[np.ndarray, ...] | None:
-    """(positions, mean, standard deviation) of several runs where all of them have values."""
+    """Average several runs where all of them have values: positions, mean, standard deviation."""
     curves = [run.curve(axis, name) for run in members]
     curves = [(x, y) for x, y in curves if len(x)]
     if not curves:
@@ -294,6 +301,7 @@ def band(members: Sequence[Run], axis: str, name: str) -> tuple[np.ndarray, ...]
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draw each curve along each axis, the seeds of a group as one line with its band."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -36,7 +36,7 @@ ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teach
 
 
 def main(arguments: list[str]) -> int:
-    """Train and compare; 0, or 1 if a run has failed."""
+    """Train and compare; the exit status is 0, or 1 if a run has failed."""
     parser = common.Parser(prog="taopd compare selectors", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
@@ -101,6 +101,7 @@ def train(config: str, directory: Path, overrides: list[str]) -> dict:
 
 
 def summarize(selector: str, runs: list[dict]) -> dict:
+    """Average the seeds of one selector."""
     after = [run["after"] for run in runs]
     return {
         "selector": selector,
@@ -116,6 +117,7 @@ def summarize(selector: str, runs: list[dict]) -> dict:
 
 
 def as_table(rows: list[dict], seeds: int) -> Table:
+    """Lay out a line for each selector."""
     table = Table(
         box=SIMPLE,
         title=f"held-out accuracy in %, {seeds} seeds; before {rows[0]['before']:.1%}",

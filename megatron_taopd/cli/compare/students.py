@@ -31,7 +31,7 @@ KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 
 
 def main(arguments: list[str]) -> int:
-    """Compare; 0."""
+    """Compare students; the exit status is 0."""
     parser = common.Parser(prog="taopd compare students", description=__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="+", required=True, help="the first one writes")
@@ -72,11 +72,12 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def load(path: str):
+    """Load a Hugging Face model in fp32."""
     return load_model(path, torch.float32).eval()
 
 
 def contexts(arguments, vocabularies: list[Vocabulary], size: int):
-    """The first student's answers, and the prompts as the teacher reads them (None: alike)."""
+    """Return the first student's answers, and the prompts as the teacher reads them, or None."""
     student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
     prompts = load_prompts(
         arguments.prompts,
@@ -104,7 +105,8 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
 def compare(
     student, teacher, batch: RolloutBatch, teacher_inputs: Sequences, vocab_map: VocabMap
 ) -> dict[str, Tensor]:
-    """Divergences over the common vocabulary at every response row, [R] in nats, by kind."""
+    """Return the divergences over the common vocabulary at every response row, [R] in nats, by
+    kind."""
     ids = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     models = (student, teacher)
     heads = [m.get_output_embeddings().weight[i] for m, i in zip(models, ids, strict=True)]
@@ -124,7 +126,7 @@ def compare(
 
 
 def interval(values: Tensor, batch: RolloutBatch, resamples: int = 2000) -> list[float]:
-    """Mean over rows, and its 95 % bootstrap interval over prompts."""
+    """Return the mean over rows, and its 95 % bootstrap interval over prompts."""
     sums = torch.zeros(batch.num_sequences).index_add_(0, batch.row_sequences(), values)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(sums), (resamples, len(sums)), generator=generator)
@@ -134,6 +136,7 @@ def interval(values: Tensor, batch: RolloutBatch, resamples: int = 2000) -> list
 
 
 def as_table(rows: list[dict], batch: RolloutBatch) -> Table:
+    """Lay out both divergences of each student."""
     table = Table(
         title=f"{batch.num_sequences} prompts, {batch.num_rows} rows, sampled by the first; nats",
         box=SIMPLE,

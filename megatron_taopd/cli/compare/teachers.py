@@ -42,7 +42,7 @@ CHUNK_ROWS = 256
 
 
 def main(arguments: list[str]) -> int:
-    """Compare; 0."""
+    """Compare what is known of the teacher; the exit status is 0."""
     parser = common.Parser(prog="taopd compare teachers", description=__doc__)
     parser.add_argument("config")
     parser.add_argument("--prompts", type=int, default=64)
@@ -89,15 +89,17 @@ def work(arguments: argparse.Namespace) -> int:
         ) as replicas:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
             rows = served.read(teacher_inputs).held.rows
-            found = {"hidden states": (heads.scores(student_rows, rows, k), {})}
+            found: dict[str, tuple[TokenScores, dict]] = {
+                "hidden states": (heads.scores(student_rows, rows, k), {})
+            }
             ids = None
             if not vocab_map.is_identity:
                 ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
             for n in arguments.topk:
-                served = SGLangTopkTeacher(replicas, model, n, ids)
-                rows = served.read(teacher_inputs).held.rows
+                topk = SGLangTopkTeacher(replicas, model, n, ids)
+                rows = topk.read(teacher_inputs).held.rows
                 scores = TopkOutputHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
-                found[f"top {n}"] = scores, {"mass": served.metrics()["teacher/topk_mass"]}
+                found[f"top {n}"] = scores, {"mass": topk.metrics()["teacher/topk_mass"]}
 
     figures = {
         "prompts": batch.num_sequences,
@@ -114,12 +116,13 @@ def work(arguments: argparse.Namespace) -> int:
 
 
 def load(path: str):
+    """Load a Hugging Face model in fp32."""
     return load_model(path, torch.float32).eval()
 
 
 def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
-    """The student's answers, one to a prompt, and the prompts as the teacher reads them (None:
-    alike)."""
+    """Return the student's answers, one to a prompt, and the prompts as the teacher reads them, or
+    None if it reads the same."""
     student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
     prompts = load_prompts(
         config.data.prompts,
@@ -143,7 +146,7 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
 
 @torch.no_grad()
 def hidden_rows(model, sequences: Sequences) -> Tensor:
-    """[R, D] normed hidden states at the response rows."""
+    """Return the normed hidden states at the response rows, [R, D]."""
     rows = []
     for i in range(sequences.num_sequences):
         picked = sequences.row_positions[slice(*sequences.cu_rows[i : i + 2].tolist())]
@@ -152,7 +155,8 @@ def hidden_rows(model, sequences: Sequences) -> Tensor:
 
 
 def compare(scores: TokenScores, exact: TokenScores, ratio: float) -> dict:
-    """Of D, C and D̃C̃: the largest difference and both correlations; overlap of the kept rows."""
+    """Return the largest difference and both correlations of D, C and D̃C̃, and the overlap of the
+    kept rows."""
     vectors = {
         "D": (scores.disagreement, exact.disagreement),
         "C": (scores.compatibility, exact.compatibility),
@@ -173,16 +177,18 @@ def compare(scores: TokenScores, exact: TokenScores, ratio: float) -> dict:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
+    """Return Pearson's correlation of two vectors."""
     return torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Equal values share the mean of their ranks."""
+    """Return the rank of each value; equal values share the mean of their ranks."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2)[place]
 
 
 def as_table(figures: dict) -> Table:
+    """Lay out three lines for each form of the teacher."""
     table = Table(
         box=SIMPLE,
         title=f"{figures['prompts']} prompts, {figures['rows']} rows, K = {figures['k']}",

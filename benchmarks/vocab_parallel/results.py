@@ -25,7 +25,7 @@ class Target:
 
 
 class Results:
-    """Look-ups in what was measured of one setup. KeyError for what did not run."""
+    """Look-ups in what was measured of one setup raise KeyError for what did not run."""
 
     def __init__(self, measured: dict):
         self.measured, self.setup = measured, measured["setup"]
@@ -42,25 +42,25 @@ class Results:
         return self.ways[what, name, ratio]["temporaries"]
 
     def fastest_peer(self) -> float:
-        """Seconds of the fastest loss that is not ours."""
+        """Return the seconds of the fastest loss that is not ours."""
         own = ("ours", "ours, one chunk", "matmuls alone")
         return min(
             self.seconds(*key) for key in self.ways if key[0] == "loss" and key[1] not in own
         )
 
     def flops(self, what: str) -> int:
-        """Of the matmuls alone, on all rows."""
+        """Return the operations of the matmuls alone, on all rows."""
         width = {"scores": self.setup["hidden"], "loss": 3 * self.setup["hidden"]}[what]
         return 2 * self.setup["rows"] * self.setup["vocab"] * (width + self.setup["teacher_hidden"])
 
     def best_matmul_flops(self) -> float:
-        """FLOP/s, by themselves or in a row."""
+        """Return the best rate of matmuls, by themselves or in a row, in FLOP/s."""
         floors = (key for key in self.ways if key[1] == "matmuls alone")
         rates = (self.flops(key[0]) / min(self.ways[key]["seconds"]) for key in floors)
         return max(self.measured["best_matmul_flops"], *rates)
 
     def matmul_fraction(self, what: str) -> float:
-        """Of the best rate: that at which our matmuls get done, with all the rest."""
+        """Return the rate at which our matmuls get done, with all the rest, over the best one."""
         return self.flops(what) / self.seconds(what, "ours") / self.best_matmul_flops()
 
 

@@ -1,7 +1,7 @@
 """What one rank of many calls: a real step on torch's fake process group, every collective written
 down.
 
-    python -m scaling_bench.fake '[{"student": {"tp": 2, "pp": 2}, "ranks": [0, 63]}, …]'
+    python -m benchmarks.scaling.fake '[{"student": {"tp": 2, "pp": 2}, "ranks": [0, 63]}, …]'
 
 The models are tiny and random, the code that runs is the package's. Collectives return something
 harmless: an all-gather this rank's part for all, a reduction its operand, a receive zeros. A
@@ -25,13 +25,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config
 
+from benchmarks.scaling.step import Step
 from megatron_taopd import config as configuration
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.vocab import logits_bytes, projection
 from megatron_taopd.plan import links
 from megatron_taopd.plan.collectives import Collective, step_collectives
 from megatron_taopd.plan.setup import Setup
-from scaling_bench.step import Step
 
 # torch's operators under the names of what they do.
 OPS = {
@@ -258,7 +258,7 @@ def compare(setup: Setup, rank: int, recorder: Recorder) -> list[dict]:
 
 
 def _phase(collective: Collective) -> str:
-    """Where the recorder sees it: some of the formulas' phases are parts of another."""
+    """Name the phase that the recorder sees: some of the formulas' phases are parts of another."""
     inside = {"probe": "scoring", "score table": "scoring", "gradients": "training"}
     return inside.get(collective.phase, collective.phase)
 

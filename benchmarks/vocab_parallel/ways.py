@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.vocab_parallel.problem import Problem, Setup
 from megatron_taopd import TokenScores, VocabShard, linear_divergence, score_hidden
 from megatron_taopd.step.selection import budget
-from vocab_bench.problem import Problem, Setup
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Way:
     exact: bool = True
 
     def expected_bytes(self, setup: Setup) -> int:
-        """Of all ranks together, inputs included."""
+        """Estimate the bytes of all ranks together, inputs included."""
         rows = budget(self.ratio, setup.rows)
         logits = (
             4
@@ -300,7 +300,7 @@ def trl_chunked_loss(p: Problem) -> Tensor:
 
 
 def liger_loss(p: Problem) -> Tensor:
-    """With its own chunk size (1024 rows); compiled on CUDA, which is its default."""
+    """Run Liger's loss with its own chunks (1024 rows), compiled on CUDA, which is its default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(

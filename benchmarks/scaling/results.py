@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from benchmarks.scaling.saturate import Size
 from megatron_taopd.plan.collectives import Collective
-from scaling_bench.saturate import Size
 
 
 def number_of_bytes(value: float) -> str:

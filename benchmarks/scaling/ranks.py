@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from benchmarks.scaling.fake import make_setup
+from benchmarks.scaling.step import Step
 from megatron_taopd.parallel import platform
-from scaling_bench.fake import make_setup
-from scaling_bench.step import Step
 
 PHASES = ("teacher", "exchange", "scoring", "selection", "training", "optimizer", "sync")
 

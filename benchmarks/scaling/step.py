@@ -134,7 +134,7 @@ class Step:
 
 @torch.no_grad()
 def draw_weights(trunk, _directory) -> None:
-    """In place of `weights.load_weights`."""
+    """Draw random weights, in place of `weights.load_weights`."""
     for parameter in trunk.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd import VocabShard
-from megatron_taopd.build import DTYPES
+from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.step.selection import budget
 
 BLOCKS = 8  # the heads are drawn in this many blocks of columns, so that they do not depend on TP
@@ -130,7 +130,7 @@ class Problem:
         return len(self.student_hidden)
 
     def at(self, rows: Tensor) -> Problem:
-        """The same with only these rows [n], as a start of their own for autograd."""
+        """Take only these rows [n], as a start of their own for autograd."""
         return replace(
             self,
             student_hidden=self.student_hidden.detach()[rows].requires_grad_(),

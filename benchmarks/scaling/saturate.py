@@ -1,4 +1,4 @@
-"""Where more GPUs stop helping: a step's phases at several sizes, and which fall behind."""
+"""The point where more GPUs stop helping: a step's phases at several sizes, what falls behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sizes(
         gpus: ascending.
         gpus_per_server: SGLang servers, of their own GPUs, for so many that train; None: what the
             configuration says.
-        host_s_per_million: seconds of a rank's host for a million rows (scaling_bench.host).
+        host_s_per_million: seconds of a rank's host for a million rows (`host`).
         lengths: of `Setup.of`.
     """
     found: list[Size] = []

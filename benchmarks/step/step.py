@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.step.pairs import RATIO, K, Models
 from megatron_taopd.data import batching
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.memory import peak_memory
 from megatron_taopd.step.scoring import score
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.training import backward
-from step_bench.pairs import RATIO, K, Models
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Step:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Until the last rank is done."""
+    """Time a call until the last rank is done."""
     platform.synchronize()
     dist.barrier()
     started = time.perf_counter()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.scaling.fake import Recorder, replace_distributed
 from megatron_taopd.data import batching
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
@@ -25,7 +26,6 @@ from megatron_taopd.step.selection import select, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import RolloutBatch, TokenScores
-from scaling_bench.fake import Recorder, replace_distributed
 
 PROMPT = 32
 

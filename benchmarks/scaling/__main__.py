@@ -1,10 +1,16 @@
 """What a step costs on 64, 256 and 1,024 GPUs: by formula, and what can be measured without them.
 
-    python tools/scaling.py counts CONFIG.yaml --gpus 64             every collective of a rank
-    python tools/scaling.py saturate CONFIG.yaml --gpus 64 256 1024  phases, and what stops scaling
-    python tools/scaling.py measure         the formulas beside what ranks of 64 really call
-    python tools/scaling.py host            what every rank's host does for the whole batch
-    torchrun --nproc-per-node 2 tools/scaling.py ranks --tp 2        a real step, CPU seconds
+    python -m benchmarks.scaling counts CONFIG.yaml --gpus 64
+    python -m benchmarks.scaling saturate CONFIG.yaml --gpus 64 256 1024
+    python -m benchmarks.scaling measure
+    python -m benchmarks.scaling host
+    torchrun --nproc-per-node 2 -m benchmarks.scaling ranks --tp 2
+
+    counts    every collective of a rank
+    saturate  phases, and what stops scaling
+    measure   the formulas next to what ranks of 64 really call
+    host      what every rank's host does for the whole batch
+    ranks     a real step, CPU seconds
 
 The first two read a configuration and both models' config.json, the others nothing. docs/scaling.md
 has the results.
@@ -19,15 +25,18 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
-from scaling_bench import results
 
+from benchmarks.scaling import results
 from megatron_taopd import config as configuration
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
 from megatron_taopd.plan.setup import Setup
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Run one part; the exit status is 0, or 2 after a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(required=True)
 
     def command(run, **defaults):
@@ -82,7 +91,7 @@ def _lengths(arguments) -> dict:
 
 
 def counts(arguments):
-    """every collective of a rank in one step, by formula"""
+    """List every collective of a rank in one step, by formula."""
     from megatron_taopd.plan.collectives import step_collectives
 
     config = configuration.load(arguments.config, arguments.overrides)
@@ -98,8 +107,8 @@ def counts(arguments):
 
 
 def saturate(arguments):
-    """a step's phases at several numbers of GPUs, and what stops scaling"""
-    from scaling_bench.saturate import as_json, sizes
+    """Show a step's phases at several numbers of GPUs, and what stops scaling."""
+    from benchmarks.scaling.saturate import as_json, sizes
 
     found = sizes(
         configuration.load(arguments.config, arguments.overrides),
@@ -116,24 +125,24 @@ def saturate(arguments):
 
 
 def measure(arguments):
-    """calls and bytes of a real step on a fake group of 64 ranks, beside the formulas"""
-    from scaling_bench.fake import LAYOUTS, record_cases
+    """Count calls and bytes of a real step on a fake group of 64 ranks, next to the formulas."""
+    from benchmarks.scaling.fake import LAYOUTS, record_cases
 
     found = record_cases(LAYOUTS)
     return results.measured_table(found), found
 
 
 def host(arguments):
-    """seconds and memory of what every rank's host does for the whole batch"""
-    from scaling_bench.host import measure_host
+    """Time what every rank's host does for the whole batch, and its memory."""
+    from benchmarks.scaling.host import measure_host
 
     found = [measure_host(n, arguments.response, 64, 2) for n in sorted(arguments.sequences)]
     return results.host_table(found), found
 
 
 def ranks(arguments):
-    """a real step on gloo ranks (under torchrun): CPU and wall seconds by phase"""
-    from scaling_bench.ranks import measure_ranks
+    """Run a real step on gloo ranks (under torchrun): CPU and wall seconds by phase."""
+    from benchmarks.scaling.ranks import measure_ranks
 
     found = measure_ranks(arguments.tp, arguments.sequences, arguments.steps)
     return (None, None) if found is None else (results.ranks_table(found), found)

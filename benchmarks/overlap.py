@@ -1,6 +1,6 @@
 """Step time with rollouts on an SGLang server: one thing after the other, and at the same time.
 
-    python tools/bench_overlap.py                  # the tiny pair, a server on this machine
+    python -m benchmarks.overlap                  # the tiny pair, a server on this machine
 
     sequential   the teacher reads when all responses are there (rollout.stream: false)
     stream       the teacher reads responses as they finish
@@ -35,6 +35,7 @@ WARM_UP = 3  # steps
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Time and memory of both conversions of a large synthetic checkpoint, beside `cp -r` of its bytes.
 
-    python tools/bench_convert.py                      # 8 GB, Qwen3-14B's shapes with 8 layers
-    python tools/bench_convert.py --model qwen3-30b-a3b --layers 6 --ranks 2
+    python -m benchmarks.convert                      # 8 GB, Qwen3-14B's shapes with 8 layers
+    python -m benchmarks.convert --model qwen3-30b-a3b --layers 6 --ranks 2
 
 Random bf16 weights; each conversion is a process of its own, timed as a whole (start and imports
 included) and measured by its peak resident memory, mapped files included. docs/convert.md has the
@@ -29,7 +29,7 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.formats.hf import MAX_FILE_BYTES, HFWriter, tensor_shapes
 
-CONVERT = str(Path(__file__).with_name("convert.py"))
+CONVERT = ["-m", "megatron_taopd", "convert"]
 SHAPES = {
     "qwen3-14b": (
         Qwen3Config,
@@ -69,6 +69,7 @@ SHAPES = {
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,10 +92,10 @@ def measure(arguments, scratch: Path) -> dict:
     kind, sizes = SHAPES[arguments.model]
     config = kind(vocab_size=151936, num_hidden_layers=arguments.layers, **sizes)
     total, largest = make_checkpoint(config, scratch / "hf")
-    convert = [sys.executable, CONVERT]
+    convert = [sys.executable, *CONVERT]
     if arguments.ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        convert = [sys.executable, *torchrun, str(arguments.ranks), CONVERT]
+        convert = [sys.executable, *torchrun, str(arguments.ranks), *CONVERT]
     hf, megatron, back = scratch / "hf", scratch / "megatron", scratch / "back"
     layout = ["--tp", str(arguments.tp)]
     ways = {
@@ -110,7 +111,7 @@ def measure(arguments, scratch: Path) -> dict:
             runs[name].append(run(name, command, scratch))
         shutil.rmtree(scratch / "copy")
     compare = ["verify", "--no-logits", "--quiet", "--hf", back, "--megatron", megatron]
-    same = subprocess.run([sys.executable, CONVERT, *compare], stdout=subprocess.DEVNULL)
+    same = subprocess.run([sys.executable, *CONVERT, *compare], stdout=subprocess.DEVNULL)
     rows = [
         {
             "way": name,

@@ -8,8 +8,8 @@ from statistics import median
 from rich.box import SIMPLE
 from rich.table import Table
 
+from benchmarks.step.pairs import LAYERS, RATIO
 from megatron_taopd.formats.hf_map import padded_vocab_size
-from step_bench.pairs import LAYERS, RATIO
 
 
 def extrapolate(measured: dict) -> dict:
@@ -48,7 +48,8 @@ def extrapolate(measured: dict) -> dict:
 
 
 def extrapolated_arms(costs: dict[str, float], cut: float, rows_per_token: float) -> list[dict]:
-    """By phase, for one token that is rolled out and `rows_per_token` rows."""
+    """Return the costs of each arm by phase, for one token that is rolled out and `rows_per_token`
+    rows."""
     run = {"none": costs["forward"] + costs["backward"]}
     run["full"] = run["none"] + costs["forward"]
     loss = rows_per_token * costs["loss"]

@@ -19,10 +19,17 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from benchmarks.vocab_parallel.problem import Problem, Setup
+from benchmarks.vocab_parallel.ways import (
+    GatherColumns,
+    Way,
+    all_reduce,
+    dense_loss,
+    dense_scores,
+    ways,
+)
 from megatron_taopd import TokenScores, VocabShard
 from megatron_taopd.parallel.memory import peak_memory
-from vocab_bench.problem import Problem, Setup
-from vocab_bench.ways import GatherColumns, Way, all_reduce, dense_loss, dense_scores, ways
 
 ERROR_ROWS = 64
 
@@ -131,7 +138,7 @@ def count_collectives() -> Iterator[list[int]]:
 
 
 def seconds(way: Way, p: Problem) -> float:
-    """Until the last rank is done."""
+    """Time one way until the last rank is done."""
     forget_gradients(p)
     wait_for_all(p)
     started = time.perf_counter()

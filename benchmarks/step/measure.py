@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.step.pairs import RATIO, K, Models, pair_on_disk, qwen3_slice
+from benchmarks.step.peer import trl_phases
+from benchmarks.step.results import extrapolate
+from benchmarks.step.step import Arm, Step, arms, metered, say, seconds
 from megatron_taopd import score_hidden
 from megatron_taopd.data import batching
 from megatron_taopd.monitoring.accounting import ModelCost, step_operations
@@ -23,10 +27,6 @@ from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.loss import kept_row_loss
 from megatron_taopd.step.selection import budget, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
-from step_bench.pairs import RATIO, K, Models, pair_on_disk, qwen3_slice
-from step_bench.peer import trl_phases
-from step_bench.results import extrapolate
-from step_bench.step import Arm, Step, arms, metered, say, seconds
 
 
 def measure(arguments) -> dict:
@@ -101,7 +101,7 @@ def agreement(step: Step) -> dict[str, float]:
     mask, everything = step.select(RATIO), step.everything
 
     def difference(mask: Tensor, other: str) -> float:
-        """Of a replay from another schedule."""
+        """Return the relative difference of a replay from another schedule."""
         loss = step.train(mask, other, "none")["loss"]
         buffers = step.models.student.model.buffers
         reference = [buffer.grad_data.clone() for buffer in buffers]

@@ -1,4 +1,4 @@
-"""The same step by TRL's trainer."""
+"""The step of the other arms, by TRL's trainer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.step.pairs import Models
+from benchmarks.step.step import Step, metered, say
 from megatron_taopd.parallel import platform
-from step_bench.pairs import Models
-from step_bench.step import Step, metered, say
 
 
 def trl_phases(step: Step, measured: dict) -> dict[tuple, Callable]:

@@ -1,6 +1,6 @@
 """Seconds that training waits for a checkpoint: written while it waits, and while it goes on.
 
-    torchrun --standalone --nproc-per-node 2 tools/bench_checkpoint.py --parameters 60 --repeats 3
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.checkpoint --parameters 60 --repeats 3
 
 A random student of so many million parameters, fp32 weights and Adam's moments; the ways alternate.
 `blocked` is the time in which no step runs; asynchronous, that is the copy, the plan and, after
@@ -32,6 +32,7 @@ HIDDEN, VOCABULARY = 512, 8192
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=60, help="millions")
     parser.add_argument("--repeats", type=int, default=3)

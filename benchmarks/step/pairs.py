@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_taopd import config as configuration
-from megatron_taopd.build import DTYPES
 from megatron_taopd.data.prompts import PromptStream, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform

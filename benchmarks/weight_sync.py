@@ -1,8 +1,8 @@
 """Seconds from the trainer's weights to a server that goes on with them, for each way.
 
-    python tools/bench_weight_sync.py                                  # the tiny student
-    python tools/bench_weight_sync.py --hf Qwen3-4B --bucket-mib 512
-    python tools/bench_weight_sync.py --random-mib 500
+    python -m benchmarks.weight_sync                                  # the tiny student
+    python -m benchmarks.weight_sync --hf Qwen3-4B --bucket-mib 512
+    python -m benchmarks.weight_sync --random-mib 500
 
 One process with whole tensors in memory and one SGLang server on this machine; the trainer's own
 gathering of shards is not in the figures. The first push also makes the process group.
@@ -42,6 +42,7 @@ TINY = Path(__file__).parent.parent / "examples" / "tiny_pair" / "student"
 
 
 def main() -> None:
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
