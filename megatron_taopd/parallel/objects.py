@@ -5,6 +5,7 @@ Tensors do not go this way: parallel/exchange.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Waiting  # another class than the built-in in 3.10
@@ -109,3 +110,17 @@ def on_rank_0(
         if state != "wait":
             raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
         watchdog.heartbeat()
+
+
+def in_background(function: Callable[[], Any]) -> Future:
+    """Run a function in a thread that nobody has to wait for, not even the end of the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat.torch_internals import bare_backend
-from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.parallel.objects import in_background, on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
 
@@ -229,20 +227,6 @@ def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
             raise RuntimeError(f"no end within {timeout_s:g} s")
         time.sleep(POLL_S)
     work.wait()  # raises what went wrong
-
-
-def in_background(function: Callable[[], Any]) -> Future:
-    """Run it in a thread that nobody has to wait for, not even the end of the process."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def local_address(url: str) -> str:

@@ -125,7 +125,7 @@ def device_number(index: int) -> int:
 def colocated(replica: Replica, handles: Mapping[int, str]) -> list[str]:
     if strangers := [gpu for gpu in replica.gpus if gpu not in handles]:
         raise ValueError(
-            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which way: tensor needs; "
-            "take way: distributed"
+            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which "
+            "rollout.sync.transport: tensor needs; take rollout.sync.transport: distributed"
         )
     return [handles[gpu] for gpu in replica.gpus]
