@@ -194,7 +194,7 @@ def latest_valid(
     Collectives: two gathers of a short text for each checkpoint that is looked at.
     """
     there = gather(steps(directory))[0]
-    damaged = []
+    damaged: list[int] = []
     for step in reversed(there):
         folder = path(directory, step)
         if trust and not (folder / MANIFEST).exists():

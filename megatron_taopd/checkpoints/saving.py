@@ -91,16 +91,16 @@ class Checkpoints:
         self._writing: Writing | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._metrics: dict[str, float] = defaultdict(float)
-        there = best is not None and path(self.directory, best[0]).is_dir()
-        self._best = Best(*best) if gather(there)[0] else None
+        kept = Best(*best) if best and path(self.directory, best[0]).is_dir() else None
+        self._best: Best | None = gather(kept)[0]
         if dist.get_rank() == 0:
             remove_remains(self.directory)
             name_best(self.directory, self._best)
 
     @property
     def best(self) -> Best | None:
-        """The best one that is there or under way."""
-        return self._writing.best if self.busy else self._best
+        """Return the best one that is there or under way."""
+        return self._best if self._writing is None else self._writing.best
 
     def would_be_best(self, accuracy: float) -> bool:
         return self.best is None or accuracy > self.best.accuracy
@@ -136,9 +136,8 @@ class Checkpoints:
             optimizer.allocate(student)
             sharded = _sharded_state(student, loading=False)
             sharded |= {"run": run, "content_metadata": _OPTIMIZER}
-            write, self._writing = plan_writing(sharded, student, step, aside)
-            self._writing.best = best
-            self._writing.written = self._writer.submit(write)
+            write, plan = plan_writing(sharded, student, aside)
+            self._writing = Writing(step, aside, plan, best, self._writer.submit(write))
             self._step = step
         if not self.asynchronous:
             self.finish()
@@ -149,7 +148,7 @@ class Checkpoints:
         Collectives: an all-reduce of an integer while one is under way; once all are done, those of
         `finish`.
         """
-        if not self.busy:
+        if self._writing is None:
             return
         with self._blocked():
             busy = torch.tensor(int(not self._writing.written.done()), device=platform.device())
@@ -159,7 +158,7 @@ class Checkpoints:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way; the same on every rank."""
+        """Tell whether a save is under way; the same on every rank."""
         return self._writing is not None
 
     def finish(self) -> None:
@@ -168,12 +167,13 @@ class Checkpoints:
         Collectives: a gather of what was written, some 200 bytes a tensor, to rank 0, and a
         broadcast of a short text.
         """
-        if not self.busy:
+        writing = self._writing
+        if writing is None:
             return
         with self._blocked():
-            writing, self._writing = self._writing, None
+            self._writing = None
             written = writing.written.result()
-            ranks = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            ranks: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
             dist.gather_object(written, ranks)
             outcome = None
             if ranks is not None:
@@ -185,8 +185,11 @@ class Checkpoints:
                 self.failure, self._best = None, writing.best
 
     def metrics(self) -> dict[str, float]:
-        """What happened since the last call: seconds that the run waited, seconds that the slowest
-        rank wrote, and whether a save failed."""
+        """Return what happened since the last call.
+
+        That is seconds that the run waited, seconds that the slowest rank wrote, and whether a save
+        failed.
+        """
         metrics, self._metrics = dict(self._metrics), defaultdict(float)
         return metrics
 
@@ -208,7 +211,7 @@ class Checkpoints:
             self._metrics["checkpoint/blocked_s"] += time.perf_counter() - start
 
     def _prepare(self, aside: Path) -> str | None:
-        """A directory that all ranks see, or the reason why not."""
+        """Make a directory that all ranks see; return the reason if that fails."""
         error = None
         if dist.get_rank() == 0:
             remove_remains(self.directory)
@@ -216,7 +219,7 @@ class Checkpoints:
         return first(gather(error)) or first(gather(reason_why_not(aside.stat)))
 
     def _publish(self, writing: Writing, ranks: list[Written]) -> str | None:
-        """On rank 0; the reason why not."""
+        """Make the files a checkpoint, on rank 0; return the reason if that fails."""
         error = first([w.error for w in ranks]) or reason_why_not(
             partial(complete, writing, ranks, path(self.directory, writing.step))
         )

@@ -52,20 +52,20 @@ class Writing:
     step: int
     aside: Path
     plan: SavePlan
-    written: Future[Written] | None = None
-    best: Best | None = None
+    best: Best | None
+    written: Future[Written]
 
 
 def plan_writing(
-    sharded: dict, student: Student, step: int, aside: Path
-) -> tuple[Callable[[], Written], Writing]:
+    sharded: dict, student: Student, aside: Path
+) -> tuple[Callable[[], Written], SavePlan]:
     """Copy what this rank is to write to host memory; touch no file.
 
     Args:
         sharded: the state, with Megatron's sharded tensors.
 
     Returns:
-        A function that writes the copies, for a thread; the save.
+        A function that writes the copies, for a thread; Megatron's plan.
 
     Collectives: those of `plan_save`.
     """
@@ -76,7 +76,7 @@ def plan_writing(
         whole = io.BytesIO()
         torch.save(common, whole)
     side = (student.hf_dir, student.dtype)
-    return partial(write, aside, buckets, save_plan, whole, side), Writing(step, aside, save_plan)
+    return partial(write, aside, buckets, save_plan, whole, side), save_plan
 
 
 def _host_copy(tensor: Tensor, own: bool) -> Tensor:

@@ -6,7 +6,7 @@ one of them. What is written does not depend on how many there were, nor on a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -122,7 +122,7 @@ def to_megatron(
 
 
 def _dtypes_by_key(
-    hf_dir, parameters: Sequence[Parameter], stored: dict, dtype: torch.dtype | None
+    hf_dir, parameters: Iterable[Parameter], stored: dict, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
     """The dtype of each tensor of the checkpoint, which all its layers have to share."""
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
@@ -143,7 +143,7 @@ def _extra_states(parameters: Iterable[Parameter]) -> list[str]:
     All of TransformerEngine's modules have one, norms among them, in older versions its attention,
     too; of Megatron's own modules the linear layers have. Without FP8 it is empty.
     """
-    found = {}
+    found: dict[str, None] = {}
     for parameter in parameters:
         module = parameter.key.rsplit(".", 1)[0]
         if not module.startswith("decoder.") or module.endswith(".router"):

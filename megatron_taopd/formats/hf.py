@@ -153,10 +153,11 @@ class HFCheckpoint:
 
     def __init__(self, hf_dir: str | Path):
         self.dir = Path(hf_dir)
-        self.files = weight_map(hf_dir)
-        if self.files is None:
+        files = weight_map(hf_dir)
+        if files is None:
             with self._open(SINGLE) as file:
-                self.files = dict.fromkeys(file.keys(), SINGLE)
+                files = dict.fromkeys(file.keys(), SINGLE)
+        self.files = files
 
     @contextmanager
     def _open(self, file: str):
@@ -226,10 +227,10 @@ class HFCheckpoint:
             # Some checkpoints of tied models repeat the embedding.
             self._check_tied()
             extra -= {"lm_head.weight"}
-        if extra := sorted(name for name in extra if "rotary_emb" not in name):
+        if strangers := sorted(name for name in extra if "rotary_emb" not in name):
             raise ValueError(
-                f"{self.dir}: {len(extra)} tensors do not belong to {config.model_type}, "
-                f"first {extra[0]}"
+                f"{self.dir}: {len(strangers)} tensors do not belong to {config.model_type}, "
+                f"first {strangers[0]}"
             )
         dtypes = {}
         for file, names in _grouped(self.files).items():
@@ -348,7 +349,7 @@ class HFWriter:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         with (self.dir / file).open("r+b", buffering=0) as stream:
             stream.seek(self.places[name])
-            written = memoryview(data)
+            written = data.data  # a memoryview
             while written:  # a raw write may take a part only
                 written = written[stream.write(written) :]
         self.missing.discard(name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from numbers import Real
 
 from transformers import PretrainedConfig
 
@@ -159,7 +158,7 @@ def _rope(rope: dict) -> Iterator[str]:
     numbers = ("rope_theta", *ROPE_TYPES[kind])
     for key in numbers:
         value = rope.get(key)
-        if not isinstance(value, Real) or not value > 0:
+        if not isinstance(value, int | float) or not value > 0:
             written = f"{key} {_written(value)} of rope_parameters"
             yield f"{written} (only numbers above 0) is not supported"
             return

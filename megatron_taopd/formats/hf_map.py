@@ -21,9 +21,29 @@ from transformers import PretrainedConfig
 from megatron_taopd.formats.hf_keys import unsupported
 
 
+class _Cut:
+    """A tensor cut evenly along `dim` over TP, or replicated (None)."""
+
+    dim: int | None
+
+    @property
+    def sharded(self) -> bool:
+        return self.dim is not None
+
+    def cuts(self, tp: int) -> tuple[int, int]:
+        """Return (dim, n): n equal chunks along dim give every rank whole chunks."""
+        return (0, 1) if self.dim is None else (self.dim, tp)
+
+    def shard(self, tensor: Tensor, tp_rank: int, tp: int) -> Tensor:
+        return tensor if self.dim is None else tensor.chunk(tp, self.dim)[tp_rank]
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return shards[0] if self.dim is None else torch.cat(shards, self.dim)
+
+
 @dataclass(frozen=True)
-class Mapping:
-    """One Hugging Face tensor, unchanged; cut along `dim` over TP, or replicated (None)."""
+class Mapping(_Cut):
+    """One Hugging Face tensor, unchanged."""
 
     name: str
     dim: int | None = None
@@ -32,26 +52,11 @@ class Mapping:
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    @property
-    def sharded(self) -> bool:
-        return self.dim is not None
-
-    def cuts(self, tp: int) -> tuple[int, int]:
-        """(dim, n): cut into n equal chunks along dim, the whole tensor gives every rank whole
-        chunks."""
-        return (0, 1) if self.dim is None else (self.dim, tp)
-
     def merge(self, tensors: list[Tensor], config) -> Tensor:
         return tensors[0]
 
     def split(self, tensor: Tensor, config) -> list[Tensor]:
         return [tensor]
-
-    def shard(self, tensor: Tensor, tp_rank: int, tp: int) -> Tensor:
-        return tensor if self.dim is None else tensor.chunk(tp, self.dim)[tp_rank]
-
-    def unshard(self, shards: list[Tensor]) -> Tensor:
-        return shards[0] if self.dim is None else torch.cat(shards, self.dim)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Vocabulary(Mapping):
 
 
 @dataclass(frozen=True)
-class QKV:
+class QKV(_Cut):
     """Query, key and value, interleaved by KV group: the group's queries, its key, its value.
 
     The whole is cut evenly, also over more ranks than there are groups: Megatron then gathers the
@@ -80,8 +85,7 @@ class QKV:
     query: str
     key: str
     value: str
-    dim: int = 0
-    sharded = True
+    dim: int | None = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -97,8 +101,6 @@ class QKV:
         queries = config.num_attention_heads // groups * width
         grouped = tensor.view(groups, queries + 2 * width, *tail)
         return [t.reshape(-1, *tail) for t in grouped.split([queries, width, width], dim=1)]
-
-    cuts, shard, unshard = Mapping.cuts, Mapping.shard, Mapping.unshard
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,14 @@ class GatedMLP:
         return torch.cat([*gates, *ups])
 
 
+AnyMapping = Mapping | QKV | GatedMLP
+
 # ----------------------------------------------------------------------------------------- tables
 
 _MEGATRON, _HF = "decoder.layers.{i}.", "model.layers.{i}."
 _EXPERT, _HF_EXPERT = _MEGATRON + "mlp.experts.local_experts.{e}.", _HF + "mlp.experts.{e}."
 
-_MODEL = {
+_MODEL: dict[str, AnyMapping] = {
     "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
     _MEGATRON + "input_layernorm.weight": Mapping(_HF + "input_layernorm.weight"),
     _MEGATRON + "self_attention.linear_qkv.weight": QKV(
@@ -150,30 +154,30 @@ _MODEL = {
     "decoder.final_layernorm.weight": Mapping("model.norm.weight"),
     "output_layer.weight": Vocabulary("lm_head.weight"),
 }
-_DENSE_MLP = {
+_DENSE_MLP: dict[str, AnyMapping] = {
     _MEGATRON + "mlp.linear_fc1.weight": GatedMLP(
         _HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"
     ),
     _MEGATRON + "mlp.linear_fc2.weight": Mapping(_HF + "mlp.down_proj.weight", dim=1),
 }
-_EXPERTS = {
+_EXPERTS: dict[str, AnyMapping] = {
     _MEGATRON + "mlp.router.weight": Mapping(_HF + "mlp.gate.weight"),
     _EXPERT + "linear_fc1.weight": GatedMLP(
         _HF_EXPERT + "gate_proj.weight", _HF_EXPERT + "up_proj.weight"
     ),
     _EXPERT + "linear_fc2.weight": Mapping(_HF_EXPERT + "down_proj.weight", dim=1),
 }
-_QKV_BIAS = {
+_QKV_BIAS: dict[str, AnyMapping] = {
     _MEGATRON + "self_attention.linear_qkv.bias": QKV(
         _HF + "self_attn.q_proj.bias", _HF + "self_attn.k_proj.bias", _HF + "self_attn.v_proj.bias"
     ),
 }
-_QK_NORM = {
+_QK_NORM: dict[str, AnyMapping] = {
     _MEGATRON + "self_attention.q_layernorm.weight": Mapping(_HF + "self_attn.q_norm.weight"),
     _MEGATRON + "self_attention.k_layernorm.weight": Mapping(_HF + "self_attn.k_norm.weight"),
 }
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, AnyMapping]] = {
     "llama": _MODEL | _DENSE_MLP,
     "qwen2": _MODEL | _DENSE_MLP | _QKV_BIAS,
     "qwen3": _MODEL | _DENSE_MLP | _QK_NORM,
@@ -256,7 +260,7 @@ class Parameter:
     """
 
     name: str
-    mapping: Mapping | QKV | GatedMLP
+    mapping: AnyMapping
     key: str
     index: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
@@ -342,9 +346,12 @@ def plain_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
     inner = unfused.get(inner, inner)
     grouped = re.fullmatch(r"mlp\.experts\.(linear_fc\d)\.weight(\d+)", inner)
     single = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc\d)\.weight", inner)
+    if grouped is not None:
+        projection, number = grouped.groups()
+    elif single is not None:
+        number, projection = single.groups()
     if grouped or single:
-        projection, expert = grouped.groups() if grouped else reversed(single.groups())
-        expert = int(expert) + first_expert
+        expert = int(number) + first_expert
         inner = f"mlp.experts.local_experts.{expert}.{projection}.weight"
     return f"decoder.layers.{layer}.{inner}"
 

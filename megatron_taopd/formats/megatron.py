@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +41,8 @@ from megatron_taopd.formats.unpickle import (
     CONFIG,
     METADATA,
     MetadataUnpickler,
-    Section,
     describe,
+    section,
 )
 from megatron_taopd.parallel.compat.torch_internals import StorageInfo
 
@@ -120,9 +120,9 @@ class MegatronWriter:
         self.stream.close()
         written = (self.tensors, self.stored)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            everything = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(written, everything)
-            if everything is None:
+            everything: list[Any] = [None] * dist.get_world_size()
+            dist.gather_object(written, everything if dist.get_rank() == 0 else None)
+            if dist.get_rank() != 0:
                 return
         else:
             everything = [written]
@@ -203,13 +203,13 @@ class MegatronCheckpoint:
         corners = [(offsets[lead:], sizes[lead:]) for offsets, sizes, _ in pieces]
         if not _tile(shape, corners):
             raise ValueError(f"{self.dir}: the chunks of {key} do not make up its {list(shape)}")
-        whole = None
+        if len(pieces) != 1:
+            whole = torch.empty(shape, dtype=self.dtype(key))
         for offsets, sizes, info in pieces:
             within = tuple(i - start for i, start in zip(index, offsets, strict=False))
             piece = self._load(key, sizes, info)[within]
             if len(pieces) == 1:
                 return piece
-            whole = piece.new_empty(shape) if whole is None else whole
             ranges = zip(offsets[lead:], sizes[lead:], strict=True)
             whole[tuple(slice(start, start + size) for start, size in ranges)] = piece
         return whole
@@ -218,7 +218,7 @@ class MegatronCheckpoint:
         path = self.dir / info.relative_path
         try:
             with path.open("rb") as stream:
-                view = Section(stream, info.offset, info.length)
+                view = section(stream, info.offset, info.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
                 _check_sums(view, tensor)
         except FileNotFoundError as error:
@@ -314,5 +314,5 @@ def _check_sums(stream: IO[bytes], tensor: Tensor) -> None:
                 archive.read(record)  # which compares the sum
                 continue
             storage = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
-            if zlib.crc32(storage.numpy()) != record.CRC:
+            if zlib.crc32(storage.numpy().data) != record.CRC:
                 raise ValueError("its checksum is another")

@@ -12,7 +12,7 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -55,7 +55,7 @@ def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
         for name, offset, length in objects[part::parts]:
             path = directory / name
             with path.open("rb") as stream:
-                torch.load(Section(stream, offset, length), map_location="cpu", weights_only=True)
+                torch.load(section(stream, offset, length), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file trips over
         raise ValueError(f"{path}: {_told(error)}") from error
 
@@ -98,10 +98,13 @@ def describe(metadata: Metadata) -> tuple[dict[str, TensorStorageMetadata], dict
     return tensors, places
 
 
-class Section(io.RawIOBase):
-    """A file of the bytes [start, start + length) of another."""
+def section(stream: BinaryIO, start: int, length: int) -> IO[bytes]:
+    """Return the bytes [start, start + length) of a file as a file."""
+    return cast(IO[bytes], _Section(stream, start, length))  # all of it that is read with
 
-    def __init__(self, stream: IO[bytes], start: int, length: int):
+
+class _Section(io.RawIOBase):
+    def __init__(self, stream: BinaryIO, start: int, length: int):
         self.stream, self.start, self.length, self.position = stream, start, length, 0
 
     def readable(self) -> bool:
@@ -121,7 +124,7 @@ class Section(io.RawIOBase):
     def readinto(self, buffer) -> int:
         self.stream.seek(self.start + self.position)
         wanted = memoryview(buffer)[: max(0, self.length - self.position)]
-        read = self.stream.readinto(wanted)
+        read = self.stream.readinto(wanted)  # type: ignore[attr-defined]  # open() has it
         self.position += read
         return read
 

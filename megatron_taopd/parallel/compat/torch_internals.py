@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,9 +35,7 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def write_item(
-    transforms: Any, stream: IO[bytes], data: Any, item: WriteItem, file: str
-) -> WriteResult:
+def write_item(transforms: Any, stream: Any, data: Any, item: WriteItem, file: str) -> WriteResult:
     """Append one tensor or object of a save plan to a stream, as torch's own writer would.
 
     A writer of our own is needed to take checksums while bytes are written; what it wrote has to be
@@ -45,6 +43,7 @@ def write_item(
 
     Args:
         transforms: of the torch writer that made the plan.
+        stream: with `write`, `tell` and `flush`.
         data: the tensor on the CPU, or the bytes of an object.
         file: name of the file behind the stream.
     """
