@@ -28,7 +28,7 @@ from megatron_taopd.parallel.compat.torch_internals import write_item
 
 @dataclass
 class Written:
-    """What one rank has written of a checkpoint.
+    """The part of a checkpoint that one rank has written.
 
     Attributes:
         files: the checksum of each.

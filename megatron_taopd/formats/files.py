@@ -83,7 +83,7 @@ def file_written_aside(out: str | Path) -> Iterator[Path]:
 
 
 def reason_of(error: OSError) -> str:
-    """In a few words."""
+    """Say in a few words why a file operation failed."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "no space left" if full else error.strerror or str(error)
 

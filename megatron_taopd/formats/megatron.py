@@ -187,7 +187,7 @@ class MegatronCheckpoint:
         return self.tensors[key].properties.dtype
 
     def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
-        """The part of a tensor at `index` of its leading dimensions, put together from its chunks.
+        """Read the part of a tensor at `index` of its leading dimensions, from its chunks.
 
         Each chunk's checksum is compared.
 
@@ -235,7 +235,7 @@ class MegatronCheckpoint:
 def find_keys(
     checkpoint: MegatronCheckpoint, hf: PretrainedConfig, parameters: Mapping[str, Parameter]
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(key, index) of every parameter in a checkpoint that stacks the layers or does not.
+    """Find (key, index) of every parameter in a checkpoint that stacks the layers or does not.
 
     Raises:
         ValueError: a tensor is missing, unexpected, or of a shape or dtype that the config does not
@@ -276,7 +276,7 @@ def find_keys(
 
 
 def layers_are_apart(keys: Iterable[tuple[str, tuple[int, ...]]], where: str | Path) -> bool:
-    """Whether a checkpoint has a tensor per layer, from the keys of `find_keys`.
+    """Tell whether a checkpoint has a tensor per layer, from the keys of `find_keys`.
 
     Raises:
         ValueError: of some tensors only: Megatron loads no such mixture.
@@ -291,7 +291,7 @@ def layers_are_apart(keys: Iterable[tuple[str, tuple[int, ...]]], where: str | P
 
 
 def _tile(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether boxes (corner, size) lie in a tensor, apart from one another, and fill it."""
+    """Tell whether boxes (corner, size) lie in a tensor, apart from one another, and fill it."""
     ranges = [
         [(start, start + size) for start, size in zip(corner, sizes, strict=True)]
         for corner, sizes in boxes

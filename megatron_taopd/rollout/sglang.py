@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Updates:
-    """How the servers of an engine get the student's weights.
+    """The way on which the servers of an engine get the student's weights.
 
     Attributes:
         sync: carries them.
@@ -207,7 +207,7 @@ class SGLangEngine:
         return work() if self.group is None else on_rank_0(work, self.group)
 
     def request(self, prompt: Sequence[int], sampling: Sampling) -> dict:
-        """What /generate is asked for one response; nothing is left to a server's defaults."""
+        """Make the /generate request of one response; nothing is left to a server's defaults."""
         return {
             "input_ids": list(prompt),
             "sampling_params": {
@@ -235,7 +235,7 @@ class SGLangEngine:
         return self.eos_token_ids.union(sampling.stop_token_ids)
 
     def metrics(self) -> dict[str, float]:
-        """Of the time since the last call, on rank 0; empty on the others."""
+        """Return the metrics since the last call, on rank 0; none on the others."""
         if not self.leads:
             return {}
         counts, self.counts = self.counts, Counter()

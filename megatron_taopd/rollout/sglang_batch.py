@@ -46,7 +46,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Progress:
-    """What rank 0 has seen of a batch.
+    """The part of a batch that rank 0 has seen.
 
     Attributes:
         responses: those that have come, by their place in the batch.

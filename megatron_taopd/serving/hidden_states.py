@@ -41,7 +41,7 @@ HOOK_ARGS = (
 
 
 def make_hook(_config: dict):
-    """The hook on SGLang's LogitsProcessor, whose inputs are normed hidden states [T, D]."""
+    """Make the hook on SGLang's LogitsProcessor, whose inputs are normed hidden states [T, D]."""
     from sglang.srt.runtime_context import get_parallel
 
     answers = get_parallel().attn_tp_rank == 0  # the other ranks' outputs are dropped
@@ -58,13 +58,13 @@ def make_hook(_config: dict):
 
 
 def pack(rows: Tensor) -> dict:
-    """[n, D] as JSON can hold it, in 4/3 of its bytes."""
+    """Return [n, D] as JSON can hold it, in 4/3 of its bytes."""
     data = b64encode(rows.contiguous().view(torch.uint8).numpy()).decode()
     return {"dtype": str(rows.dtype).removeprefix("torch."), "shape": list(rows.shape), "b64": data}
 
 
 def unpack(packed: dict) -> Tensor:
-    """[n, D] of `pack`."""
+    """Return the [n, D] that `pack` was given."""
     data = bytearray(b64decode(packed["b64"]))
     if not data:
         return torch.empty(packed["shape"], dtype=getattr(torch, packed["dtype"]))

@@ -34,7 +34,7 @@ class State(Enum):
 
 @dataclass
 class Limits:
-    """How much the servers of a pool are asked for, and how long they may take.
+    """The limits of a pool: how much its servers are asked for, and how long they may take.
 
     Attributes:
         concurrency: requests at a time, per replica.
@@ -57,7 +57,7 @@ class Limits:
 
 @dataclass
 class Shared:
-    """What the replicas of one pool share. Only the pool's event loop changes it.
+    """The values that the replicas of one pool share. Only the pool's event loop changes it.
 
     Attributes:
         fixed_weights: the servers' own weights are the right ones.
@@ -123,7 +123,7 @@ class Replica:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be given weights."""
+        """Tell whether it can be given weights."""
         return self.state in (State.READY, State.STALE)
 
     @property
@@ -135,7 +135,7 @@ class Replica:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it has, if it runs, what it was given last."""
+        """Tell whether it has, if it runs, what it was given last."""
         if self.shared.fixed_weights or self.server is not None:
             return self.version is not None
         return self.reported == str(self.version)

@@ -57,7 +57,7 @@ RANK_VARIABLE = re.compile(
 
 @dataclass(frozen=True)
 class Options:
-    """How SGLang is to serve a model.
+    """The options with which SGLang serves a model.
 
     Attributes:
         tp: tensor parallelism.

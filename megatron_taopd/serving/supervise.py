@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def supervised(command: list[str | os.PathLike]) -> list[str]:
-    """The command to start instead, by this process."""
+    """Return the command that this process should start instead."""
     return [sys.executable, "-I", __file__, str(os.getpid()), *map(str, command)]
 
 

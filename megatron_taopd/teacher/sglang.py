@@ -52,7 +52,7 @@ _BLOCK = 8192  # rows of the head that are held at a time while it is compared
 
 
 class _Teacher(ABC):
-    """What both have in common; `width` and `dtype` are those of their rows.
+    """The part that both teachers share; `width` and `dtype` are those of their rows.
 
     Collective: makes a gloo group, and whatever `check` finds is raised on every rank.
     """
@@ -71,15 +71,15 @@ class _Teacher(ABC):
 
     @property
     def longest_sequence(self) -> int:
-        """The most tokens that the servers take of a sequence."""
+        """Return the most tokens that the servers take of a sequence."""
         return self.model.longest
 
     def resident(self) -> AbstractContextManager:
-        """The weights are the servers' affair."""
+        """Do nothing: the weights are the servers' affair."""
         return nullcontext()
 
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
-        """`read` and `dispatch` for a batch that is whole."""
+        """Call `read` and `dispatch` for a batch that is whole."""
         parts = [(torch.arange(batch.num_sequences), self.read(batch))]
         return dispatch(parts, batch, student, owner)
 
@@ -109,7 +109,7 @@ class _Teacher(ABC):
         return ReadRows(held, torch.zeros(sequences.num_sequences, 1, dtype=torch.int64))
 
     def fingerprint(self) -> int:
-        """A number that changes with the model that is served.
+        """Return a number that changes with the model that is served.
 
         The log-probabilities of some fixed tokens, asked of every server that is up, must stay
         within rounding (`same_model`) of the first ones on average. That sees another model, a
@@ -125,7 +125,7 @@ class _Teacher(ABC):
         return self._ask(self._fingerprint)
 
     def metrics(self) -> dict[str, float]:
-        """Of the time since the last call, on rank 0; empty on the others."""
+        """Return the metrics since the last call, on rank 0; none on the others."""
         if not self.leads:
             return {}
         counts, self.counts = self.counts, Counter()
@@ -139,11 +139,11 @@ class _Teacher(ABC):
 
     @abstractmethod
     def request(self, tokens: list[int], first: int) -> dict:
-        """What /generate is asked, for rows from position `first` on."""
+        """Make the /generate request for rows from position `first` on."""
 
     @abstractmethod
     def rows(self, answer: dict, tokens: list[int], positions: Tensor) -> Tensor:
-        """[r, width] the rows at these positions of a sequence.
+        """Return the rows at these positions of a sequence, [r, width].
 
         Raises:
             RuntimeError: the answer is not what was asked for.
@@ -152,16 +152,16 @@ class _Teacher(ABC):
     @property
     @abstractmethod
     def tokens_after(self) -> int:
-        """How many tokens behind the last row a server has to see."""
+        """Count the tokens behind the last row that a server has to see."""
 
     @abstractmethod
     async def check(self, replica: Replica) -> None:
-        """Raises ValueError or RuntimeError where a server does not serve this form."""
+        """Raise ValueError or RuntimeError where a server does not serve this form."""
 
     # Rank 0
 
     def _ask(self, coroutine: Callable[[], Coroutine], tell: bool = True) -> Any:
-        """What the servers answer rank 0, which alone asks. Collective: see `on_rank_0`."""
+        """Return what the servers answer rank 0, which alone asks. Collective: see `on_rank_0`."""
         replicas = self.replicas
         return on_rank_0(lambda: replicas.spawn(coroutine()), self.group, tell)
 
@@ -288,7 +288,7 @@ class SGLangTeacher(_Teacher):
         self.rows(answer, [0, 0], torch.arange(2))
 
     async def _check_all(self) -> None:
-        """Further: our head on a server's hidden states says what the server says itself."""
+        """Check further that our head on a server's hidden states says what the server says."""
         await super()._check_all()
         for replica in self.replicas.live:
             await self._check_head(replica)
@@ -319,7 +319,7 @@ class SGLangTeacher(_Teacher):
 def head_log_probs(
     hf_dir: str | Path, hidden: Tensor, targets: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
-    """What our head of a checkpoint says of a server's hidden states.
+    """Compute what our head of a checkpoint says of a server's hidden states.
 
     Args:
         hidden: [n, D] as the server sent them.
@@ -359,7 +359,7 @@ def head_log_probs(
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:
-    """The narrowest that holds these numbers: SGLang's lists do not say in which they were."""
+    """Return the narrowest dtype that holds these numbers, which SGLang's lists do not name."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(hidden.to(dtype).to(hidden.dtype), hidden):
             return dtype
@@ -367,7 +367,7 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
 
 
 def _hidden_states(answer: dict) -> Tensor | None:
-    """[T, D] of the prompt, as packed by our hook or in SGLang's lists."""
+    """Return the prompt's [T, D], packed by our hook or in SGLang's lists; None: neither."""
     meta = answer["meta_info"]
     if KEY in meta:
         return unpack(meta[KEY][0])
@@ -441,7 +441,7 @@ class SGLangTopkTeacher(_Teacher):
         self.counts.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Further: that scores are bounds, and the mean teacher mass of what is reported."""
+        """Add that scores are bounds, and the mean teacher mass of what is reported."""
         rows, mass = self.counts["rows"], self.counts["mass"]
         metrics = super().metrics()
         if self.leads:
@@ -450,7 +450,7 @@ class SGLangTopkTeacher(_Teacher):
 
 
 def student_ids_of(teacher_ids: Tensor, teacher_vocabulary: int) -> Tensor:
-    """[teacher_vocabulary] int64, the inverse of `VocabMap.teacher_ids`, −1 where there is none."""
+    """Invert `VocabMap.teacher_ids`: [teacher_vocabulary] int64, −1 where there is none."""
     known = (teacher_ids >= 0).nonzero()[:, 0]
     student_ids = torch.full((teacher_vocabulary,), -1)
     student_ids[teacher_ids[known]] = known

@@ -36,7 +36,7 @@ class _Plan(TorchDistSaveShardedStrategy):
 
 @dataclass
 class SavePlan:
-    """What this rank is to write of a checkpoint.
+    """The part of a checkpoint that this rank is to write.
 
     Attributes:
         transforms: see `torch_internals.write_item`.

@@ -24,7 +24,7 @@ class Repeatable:
 def checked(
     named_tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, as long as they are the model's, each of them once and all of one dtype.
+    """Yield the tensors as long as they are the model's, each of them once, all of one dtype.
 
     Raises:
         ValueError: before a tensor that is not, or at the end if some are missing.

@@ -93,7 +93,7 @@ class DistributedSync(BucketSync):
                     self._groups[replica.url] = _Group(names[replica.url], joined.result())
 
     def _drop_groups_of_restarted(self, client: Client, targets: Sequence[Replica]) -> None:
-        """SGLang dies of an update in a group that it does not know."""
+        """Drop the groups that a server does not know: SGLang dies of an update in one."""
         known = [replica for replica in targets if replica.url in self._groups]
         request = {"input_ids": [0], "sampling_params": {"max_new_tokens": 0}}
         answers = [
@@ -105,7 +105,7 @@ class DistributedSync(BucketSync):
                 self._drop(replica)
 
     def _store(self, address: str) -> dist.TCPStore:
-        """Where groups meet; it listens on this address alone, at a port that is free."""
+        """Return the store where groups meet; it listens on this address alone, at a free port."""
         if address not in self._stores:
             family = socket.getaddrinfo(address, 0)[0][0]
             listener = socket.create_server((address, 0), family=family)
@@ -177,7 +177,7 @@ class DistributedSync(BucketSync):
             self._groups[replica.url].version = str(version)
 
     def _abandon(self, targets: Sequence[Replica]) -> None:
-        """Of all: who is paused, as they are now, cannot be asked whether it was restarted."""
+        """Drop all groups: a paused server cannot be asked whether it was restarted."""
         for replica in targets:
             self._drop(replica)
 
@@ -202,7 +202,7 @@ def join_group(
     device: torch.device,
     timeout_s: float,
 ) -> dist.Backend:
-    """Rank 0's end of a group whose other ranks run SGLang's `init_custom_process_group`.
+    """Join, as rank 0, a group whose other ranks run SGLang's `init_custom_process_group`.
 
     SGLang puts the group's name before its keys in the store; the rest is torch's (`bare_backend`).
     """
@@ -230,7 +230,7 @@ def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
 
 
 def local_address(url: str) -> str:
-    """This host's address as the server sees it."""
+    """Return this host's address as the server sees it."""
     parts = urlsplit(url)
     family, kind, _, _, place = socket.getaddrinfo(
         parts.hostname, parts.port, type=socket.SOCK_DGRAM

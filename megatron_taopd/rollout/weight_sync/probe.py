@@ -60,7 +60,7 @@ class Probe:
 async def probe_replica(
     post: Post, replica: Replica, sequences: Sequence[Sequence[int]], timeout_s: float = 120
 ) -> Tensor:
-    """[Σ(n−1)] float32, the server's log-probability of every token but the first.
+    """Ask a server for the log-probability of every token but the first: [Σ(n−1)] float32.
 
     Sequence by sequence: in one batch with others, rounding would differ from call to call. No
     prefix cache is used: with a `logprob_start_len` of 0 SGLang computes the whole prompt.
@@ -86,7 +86,7 @@ def check_probe(
     trainer_before: Tensor | None,
     max_gap: float,
 ) -> None:
-    """Whether a server has the weights that it was given.
+    """Check that a server has the weights that it was given.
 
     Args:
         engine, trainer: log-probabilities of the same tokens after the push.

@@ -40,7 +40,7 @@ class Client(Protocol):
     """Requests to servers, on an event loop in another thread (`serving.client.Replicas`)."""
 
     async def post(self, replica: Any, path: str, payload: dict, timeout: float) -> Any:
-        """Raises RuntimeError with url, path and the server's message."""
+        """Post, or raise RuntimeError with url, path and the server's message."""
         ...
 
     def spawn(self, coroutine: Coroutine) -> Future: ...
@@ -186,32 +186,32 @@ class BucketSync:
     # What the ways differ in
 
     def _keeps_bytes(self) -> bool:
-        """Whether this rank needs the buckets' bytes."""
+        """Tell whether this rank needs the buckets' bytes."""
         return dist.get_rank() == 0
 
     def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:
-        """Before the servers are paused; on rank 0."""
+        """Get ready before the servers are paused; on rank 0."""
 
     def _send(
         self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
     ) -> None:
-        """On every rank."""
+        """Send one bucket; on every rank."""
         raise NotImplementedError
 
     def _last(self, client: Client, targets: Sequence[Replica]) -> None:
-        """After the last bucket; on rank 0."""
+        """Act after the last bucket; on rank 0."""
 
     def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
-        """The servers go on; on rank 0."""
+        """Note that the servers go on; on rank 0."""
 
     def _abandon(self, targets: Sequence[Replica]) -> None:
-        """The push has failed; on every rank, targets on rank 0."""
+        """Give up what a failed push has begun; on every rank, targets on rank 0."""
 
 
 async def post_all(
     post: Post, targets: Sequence[Replica], path: str, payload: dict, timeout_s: float
 ) -> None:
-    """The same request to all servers at a time; every failure, once all are done."""
+    """Send the same request to all servers at once; raise every failure, once all are done."""
     await all_of([post(replica, path, payload, timeout_s) for replica in targets])
 
 

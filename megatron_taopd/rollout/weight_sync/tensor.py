@@ -73,7 +73,7 @@ class TensorSync(BucketSync):
 
 
 def pickled(bucket: Bucket, data: Any) -> str:
-    """What SGLang's MultiprocessingSerializer reads as a flattened bucket, in base64."""
+    """Return what SGLang's MultiprocessingSerializer reads as a flattened bucket, in base64."""
     metadata = [  # its own class for them would have to be imported
         SimpleNamespace(
             name=entry.name,
@@ -101,7 +101,7 @@ class DeviceHandle:
 
 
 def gather_handles(bucket: Bucket) -> dict[int, str]:
-    """On rank 0: the pickled bucket of each rank on its host, by the number of its device.
+    """Return, on rank 0, the pickled bucket of each rank on its host, by device number.
 
     Each is for one reader: CUDA IPC counts references. Collectives: a gather, some KB a rank.
     """
@@ -117,7 +117,7 @@ def gather_handles(bucket: Bucket) -> dict[int, str]:
 
 
 def device_number(index: int) -> int:
-    """The number of this process's device on its host."""
+    """Return the number of this process's device on its host."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return int(visible.split(",")[index]) if visible else index
 
