@@ -16,6 +16,7 @@ REQUIRED = [
     "einops>=0.7",  # megatron-core needs these two and does not say so
     "psutil>=5.9",
     "httpx>=0.27",
+    "jinja2>=3.1",  # both reports; torch brings it, too
 ]
 EXTRAS = {
     "sglang": ["sglang==0.5.20"],  # with CUDA; without: requirements/sglang-cpu.txt
@@ -52,7 +53,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
-    package_data={"megatron_taopd": ["py.typed"], "megatron_taopd.serving": ["cpu_stubs/*.py"]},
+    package_data={
+        "megatron_taopd": ["py.typed"],
+        "megatron_taopd.serving": ["cpu_stubs/*.py"],
+        "megatron_taopd.monitoring": ["templates/*"],
+        "megatron_taopd.diagnostics": ["templates/*"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["taopd = megatron_taopd.cli:main"]},

@@ -36,7 +36,6 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.loop import Run
     from megatron_taopd.models.student import Student
     from megatron_taopd.monitoring.accounting import ModelCost
-    from megatron_taopd.monitoring.guard import Guard
     from megatron_taopd.monitoring.monitor import Monitor
     from megatron_taopd.parallel.layout import forward_layout, student_layout
     from megatron_taopd.parallel.objects import on_rank_0
@@ -44,6 +43,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.rollout.schedule import RolloutSchedule
     from megatron_taopd.step.extensions.horizon import Horizon
+    from megatron_taopd.step.guard import Guard
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     dtype = DTYPES[config.train.precision]
@@ -169,14 +169,11 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
                 state["best"] = None
         engine.update_weights(student.named_tensors(), version=first_step)
     monitor = Monitor(
-        directory,
+        config.run,
+        config.log,
         train.steps,
-        config.log.tensorboard,
-        config.log.wandb_project,
-        config.log.prometheus_port and (config.log.prometheus_host, config.log.prometheus_port),
         rank=dist.get_rank(),
         first_step=first_step + 1 if saved else 0,
-        name=config.run.name,
         config_yaml=configuration.to_yaml(config),
         synchronize=platform.synchronize,
     )
@@ -188,7 +185,7 @@ def build(config: configuration.Config, catch_signals: Callable[[], Callable[[],
 
     checkpoints = checkpoint.Checkpoints(
         directory / "checkpoints",
-        config.checkpoint.keep,
+        config.checkpoint.keep_last,
         config.checkpoint.asynchronous,
         say,
         saved,
@@ -284,7 +281,7 @@ def begin_servers(
     """Of (the model that they serve, the replicas on rank 0)."""
     from megatron_taopd.rollout.weight_sync.distributed import in_background
     from megatron_taopd.serving.begin import open_replicas
-    from megatron_taopd.serving.replicas import ServedModel
+    from megatron_taopd.serving.model import ServedModel
 
     model = ServedModel.of(path, longest)
     if dist.get_rank() != 0:
@@ -366,7 +363,7 @@ def sglang_engine(
         model,
         vocab_size,
         ends,
-        ways[sync.way](config.student.path, sync.bucket_mib << 20),
+        ways[sync.transport](config.student.path, sync.bucket_mib << 20),
         weights=partial(weight_sync.Repeatable, student.named_tensors),
         version=lambda: student.version,
         probe=weight_sync.Probe(log_probs, sync.max_gap, prompts),

@@ -70,10 +70,15 @@ def watch(config: configuration.Config, joined: bool):
     from megatron_taopd.parallel.watchdog import Watchdog
 
     section, world_size = config.watchdog, dist.get_world_size()
-    watched = joined and world_size > 1 and section.silent_s > 0
+    watched = joined and world_size > 1 and section.heartbeat_timeout_s > 0
     store = dist.distributed_c10d._get_default_store() if watched else None
     return Watchdog(
-        store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
+        store,
+        dist.get_rank(),
+        world_size,
+        section.heartbeat_timeout_s,
+        section.stall_timeout_s,
+        config.run.dir,
     )
 
 
@@ -91,7 +96,7 @@ def run_to_its_end(run) -> int:
     """Distil; the exit status of the process, the same on every rank."""
     from megatron_taopd.checkpoints.saving import NotSaved
     from megatron_taopd.loop import distill
-    from megatron_taopd.monitoring.guard import Broken
+    from megatron_taopd.step.guard import Broken
 
     steps = run.config.train.steps
     try:
@@ -111,7 +116,7 @@ def summarize(monitor) -> None:
     """The run in a few lines, from rank 0."""
     from rich.console import Console
 
-    from megatron_taopd.monitoring.monitor import summary_table
+    from megatron_taopd.monitoring.summary import summary_table
 
     if dist.get_rank() == 0:
         monitor.close()

@@ -14,7 +14,8 @@ from support.ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
 from megatron_taopd.checkpoints.files import steps
-from megatron_taopd.monitoring.guard import Fault, Guard, Jump, listed
+from megatron_taopd.parallel.faults import Fault, listed
+from megatron_taopd.step.guard import Guard, Jump
 from megatron_taopd.step.scoring import TopkOutputHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
@@ -29,8 +30,7 @@ def faulty_train(overrides, spoilt, after=0):
     records, whether the skipped steps left the student as it was, what was printed)."""
     from megatron_taopd import loop
     from megatron_taopd.models.student import Student
-    from megatron_taopd.monitoring import guard
-    from megatron_taopd.step import scoring, training
+    from megatron_taopd.step import guard, scoring, training
 
     here = {"step": 0}
     kept = []
@@ -150,7 +150,7 @@ def test_losses_that_stay_high_end_a_run_once(tmp_path):
     """From step 6 on: the guard knows five losses, refuses two, and says how to go on. The same
     command then does, from there; the checkpoint from before is still there."""
     options = [f"run.dir={tmp_path}/run", "train.steps=10", "guard.max_skipped=2", *DP2[1]]
-    options += ["checkpoint={every: 5, keep: 1}", "rollout.prompts=8"]
+    options += ["checkpoint={every: 5, keep_last: 1}", "rollout.prompts=8"]
     spoilt = dict.fromkeys(range(6, 11), "spike")
     status, records, unchanged, printed = run_ranks(2, faulty_train, options, spoilt)[0]
     assert status == 1 and unchanged == [True, True]
@@ -174,7 +174,7 @@ def test_losses_that_stay_high_end_a_run_once(tmp_path):
 def test_a_broken_student_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     """One weight matrix is lost in step 2: from then on nothing is finite."""
     options = [f"run.dir={tmp_path}/run", "train.steps=9", "checkpoint.every=1", *TP2[1]]
-    options += ["guard.max_skipped=1", "checkpoint.keep=1"]
+    options += ["guard.max_skipped=1", "checkpoint.keep_last=1"]
     status, records, _, printed = run_ranks(2, faulty_train, options, {2: "weight"})[0]
     assert status == 1
     assert [r["guard/skipped"] for r in curve(records)] == [0, 1]

@@ -229,7 +229,7 @@ def test_servers_that_are_there_have_the_trainers_variables_of_nccl(
     [
         (["rollout.engine=sglang"], ["check_own_nccl"]),
         (["rollout.engine=sglang", "rollout.servers.urls=[http://h:1]"], ["check_nccl_of_urls"]),
-        (["rollout.engine=sglang", "rollout.sync.way=disk"], []),
+        (["rollout.engine=sglang", "rollout.sync.transport=disk"], []),
         (["teacher.engine=sglang"], []),
     ],
 )
@@ -333,7 +333,7 @@ def test_space(tmp_path, monkeypatch):
     found("ok", check(), "44.0 GB free", "take 44.00 GB")
     found("warning", check(sync_copy=True), "take 46.00 GB")
     free = 20 * 10**9
-    found("warning", check(), "checkpoint.keep")
+    found("warning", check(), "checkpoint.keep_last")
     free = 13 * 10**9
     found("error", check(), "13.0 GB free", "checkpoints of 14.00 GB")
     found("warning", storage.check_shared_memory(tmp_path / "none"), "not there", "tmpfs")

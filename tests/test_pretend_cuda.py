@@ -270,7 +270,7 @@ def stand_in(config, _dtype):
     """The teacher's servers, within this process."""
     from support.served_teacher import ServedTeacher
 
-    from megatron_taopd.serving.replicas import ServedModel
+    from megatron_taopd.serving.model import ServedModel
 
     served = None if dist.get_rank() else ServedTeacher(config.teacher.path)
     begun: Future = Future()

@@ -10,6 +10,7 @@ import shutil
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from fnmatch import fnmatch
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_taopd import config as configuration
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.checkpoints import resume
+from megatron_taopd.config.load import RENAMED
 from megatron_taopd.formats.hf import HFCheckpoint
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +32,7 @@ PAIR = ROOT / "examples" / "tiny_pair"
 OPTIONS = [
     "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}", "log.tensorboard=false",
     "rollout={prompts: 8, max_new_tokens: 16, horizon: auto, horizon_floor: 4}",
-    "train={steps: 3, mini_batches: 2}", "checkpoint={every: 1, asynchronous: false, keep: 9}",
+    "train={steps: 3, mini_batches: 2}", "checkpoint={every: 1, asynchronous: false, keep_last: 9}",
     "optimizer={lr: 1e-3, min_lr: 1e-4, decay: linear, warmup_steps: 2}",
     "eval={every: 1, limit: 8}", "selection.selector=random",
 ]  # fmt: skip
@@ -173,6 +175,23 @@ def test_a_checkpoint_from_before_such_things_were_noted_is_resumed(begun, input
     status, printed, built = on_one_rank(begun, *given(inputs), "run.seed=3")
     assert status == 0 and "intended?" in printed
     assert (built["first_step"], built["updates"], built["consumed"]) == (2, 4, 16)
+    assert [r["lr"] for r in records(begun)] == pytest.approx(RATES[1::2])
+
+
+def test_a_checkpoint_under_old_names_of_keys_is_resumed_under_the_new_ones(begun, inputs):
+    """Nothing is told as changed but what has changed, and that by its new name."""
+    with changed_run(begun) as run:
+        config = run["start"]["config"]
+        for old, new in RENAMED.items():
+            *sections, old_name = old.split(".")
+            section = reduce(dict.__getitem__, sections, config)
+            value = section.pop(new.rpartition(".")[2])
+            section[old_name] = value + 1 if old_name == "attempts" else value
+    command = [*given(inputs), "watchdog.silent_s=60", "checkpoint.keep_last=8"]
+    status, printed, built = on_one_rank(begun, *command)
+    assert (status, built["first_step"], built["updates"]) == (0, 2, 4), printed
+    assert "resuming after step 2" in printed
+    assert "it was started with: checkpoint.keep_last 9 → 8; intended?" in printed
     assert [r["lr"] for r in records(begun)] == pytest.approx(RATES[1::2])
 
 

@@ -155,7 +155,7 @@ def test_the_report_shows_held_out_answers_marked(tmp_path):
     run_ranks(2, train, [f"run.dir={tmp_path}/run", "train.steps=1"])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Held-out prompts, as the student answers them" in page
-    marks = page.count("<em class=good>right") + page.count("<em class=bad>wrong")
+    marks = page.count('<em class="good">right') + page.count('<em class="bad">wrong')
     assert marks == 4 and page.count("; the reference is ") == 4
 
 
@@ -327,7 +327,7 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
     """In step 3, before and after its training, and in step 4."""
     options = [
         "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}",
-        "train.steps=5", "checkpoint={every: 0, keep: 1}", "optimizer.warmup_steps=0",
+        "train.steps=5", "checkpoint={every: 0, keep_last: 1}", "optimizer.warmup_steps=0",
         "eval={every: 2, limit: 48, samples: 2, temperature: 1.0, pass_at: [2]}",
     ]  # fmt: skip
     run_ranks(1, train, [f"run.dir={tmp_path}/whole", *options])

@@ -246,7 +246,11 @@ def test_a_run_ends_when_one_of_its_processes_is_stopped(tmp_path):
     """The whole thing: torchrun, the tiny pair, and rank 1 stopped in the middle of a step."""
     import psutil
 
-    options = ["train.steps=2000", "eval.at_start=false", f"watchdog.silent_s={patience(15)}"]
+    options = [
+        "train.steps=2000",
+        "eval.at_start=false",
+        f"watchdog.heartbeat_timeout_s={patience(15)}",
+    ]
     process = start(f"run.dir={tmp_path}/run", *options)
     try:
         wait_for_step(process, tmp_path / "run", 20)  # rank 1 has said since that it is in a step

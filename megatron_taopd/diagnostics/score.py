@@ -22,12 +22,12 @@ from megatron_taopd.formats.convert import read_config, side_directory
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.megatron import MegatronCheckpoint
-from megatron_taopd.models import gpt, weights
-from megatron_taopd.models.pipeline import forward
-from megatron_taopd.parallel import platform
+from megatron_taopd.models import gpt
+from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel.layout import forward_layout, student_layout
-from megatron_taopd.parallel.vocab import Compared, compare_hidden, rows_within
-from megatron_taopd.step.scoring import OutputHeads
+from megatron_taopd.parallel.vocab import Compared, compare_hidden
+from megatron_taopd.step.output_heads import open_heads
+from megatron_taopd.step.scoring import gather_rows
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch, Sequences
 
@@ -115,29 +115,23 @@ class Pair:
         micro_batch_tokens: int,
         head_memory_mib: int,
     ):
-        hf = load_config(hf_dir)
-        hf_map.check_layout(hf, hf_dir, *parallel)
+        hf_map.check_layout(load_config(hf_dir), hf_dir, *parallel)
         hf_map.check_layout(load_config(teacher), teacher, *teacher_parallel)
         self.micro_batch_tokens = micro_batch_tokens
-        self.layout = student_layout(*parallel)
         tp, pp, ep = teacher_parallel
         self.teacher = MegatronTeacher(
             teacher, forward_layout(tp, pp, ep=ep), dtype, micro_batch_tokens
         )
-        config = gpt.transformer_config(hf, self.layout, dtype)
-        self.trunk = gpt.Trunk(hf, config, self.layout).requires_grad_(False).eval()
-        load = weights.load_weights if is_hf(checkpoint) else weights.load_megatron
-        load(self.trunk, checkpoint)
-        self.heads = None
-        if self.layout.is_last_stage:
-            shard = self.trunk.vocab_shard(vocab_map.size, vocab_map.absent)
-            columns = vocab_map.columns(shard.start, shard.stop)
-            self.heads = OutputHeads(
-                self.trunk.head_weight,
-                weights.load_head(teacher, columns, dtype),
-                shard,
-                rows_within(head_memory_mib << 20, len(columns)),
-            )
+        self.student = FrozenStudent(
+            hf_dir if not is_hf(checkpoint) else checkpoint,
+            student_layout(*parallel),
+            dtype,
+            vocab_map.size,
+            vocab_map.absent,
+            None if is_hf(checkpoint) else checkpoint,
+        )
+        rows = self.student.rows_within(head_memory_mib)
+        self.heads = open_heads(self.student, teacher, vocab_map, rows)
 
     def compare(
         self,
@@ -155,13 +149,14 @@ class Pair:
         Collectives: both trunks' forward; the teacher's rows to the student's last stage; those of
             `compare_hidden`; an all-reduce of 4·height bytes a row over all ranks.
         """
+        layout = self.student.layout
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        assigned = batching.assign(batch, everything, self.layout, self.micro_batch_tokens)
-        teacher_rows = self.teacher.hidden_states(teacher_inputs, self.layout, assigned.owner)
+        assigned = batching.assign(batch, everything, layout, self.micro_batch_tokens)
+        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned.owner)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
             chunks = compare_hidden(
-                gpt.pick_rows(hidden_states, micro_batch.rows, self.layout),
+                gpt.pick_rows(hidden_states, micro_batch.rows, layout),
                 self.heads.student,
                 teacher_rows.at(micro_batch.row_ids),
                 self.heads.teacher,
@@ -172,14 +167,8 @@ class Pair:
             )
             return torch.cat([describe(chunk) for chunk in chunks], dim=1)
 
-        found = forward(self.trunk, self.layout, assigned.micro_batches, columns)
-        # Each row is written by one rank, so the sum over all ranks is a gather.
-        table = torch.zeros(height, batch.num_rows, device=platform.device())
-        if found and self.layout.tp_rank == 0:
-            ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
-            table[:, ids] = torch.cat(found, dim=1)
-        dist.all_reduce(table)
-        return table.cpu()
+        found = self.student.forward(assigned.micro_batches, columns)
+        return gather_rows(found, assigned, batch.num_rows, height, layout)
 
 
 def is_hf(checkpoint: Path) -> bool:

@@ -8,55 +8,19 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
-from megatron_taopd.data import batching
-from megatron_taopd.formats import hf_map
 from megatron_taopd.formats.hf import load_config, tensor_shapes
-from megatron_taopd.models import gpt, pipeline, weights
-from megatron_taopd.monitoring.guard import Fault
-from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.objects import gather
-from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.preflight.findings import Finding, error, ok
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
-from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score, sequence_log_probs
-from megatron_taopd.teacher.dispatch import dispatch
+from megatron_taopd.step.scoring import sequence_log_probs
 from megatron_taopd.types import RolloutBatch, Sequences
 
 NEW_TOKENS = 8
 # Mean |Δ log p| of two correct implementations, by dtype.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ROUNDING = 1e-4  # below zero, that a divergence may come out
-
-
-class ReadOnlyStudent:
-    """As much of `Student` as scoring asks for: no gradients, no optimizer."""
-
-    def __init__(
-        self,
-        hf_dir: str | Path,
-        layout: Layout,
-        dtype: torch.dtype,
-        common_vocabulary: int,
-        absent: Tensor | None = None,
-    ):
-        hf = load_config(hf_dir)
-        self.layout, self.dtype = layout, dtype
-        config = gpt.transformer_config(hf, layout, dtype)
-        self.trunk = gpt.Trunk(hf, config, layout).requires_grad_(False).eval()
-        weights.load_weights(self.trunk, hf_dir)
-        columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
-        start = layout.tp_rank * columns
-        group = layout.groups.tp if layout.tp > 1 else None
-        self.shard = VocabShard(start, start + columns, group, common_vocabulary, absent)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.trunk.head_weight
-
-    def forward(self, micro_batches: Sequence[batching.MicroBatch], collect) -> list:
-        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
 
 def answer(
@@ -70,7 +34,7 @@ def answer(
 
 def check_engine(
     batch: RolloutBatch,
-    student: ReadOnlyStudent,
+    student: FrozenStudent,
     micro_batch_tokens: int,
     chunk_rows: int,
     engine: str,
@@ -96,30 +60,20 @@ def check_engine(
 
 
 def check_teacher(
-    batch: RolloutBatch,
-    teacher_inputs: Sequences,
-    student: ReadOnlyStudent,
-    teacher,
-    heads: OutputHeads | TopkOutputHeads | None,
-    micro_batch_tokens: int,
-    k: int,
+    batch: RolloutBatch, teacher_inputs: Sequences, distiller: Distiller
 ) -> list[Finding]:
-    """The teacher reads the same tokens: scores are numbers, no divergence is negative.
+    """Have the teacher read the same tokens: scores are numbers, no divergence is negative.
 
     Args:
-        reading: the batch as the teacher reads it.
-        teacher: any that the loop takes.
-        heads: None except on the student's last stage.
+        teacher_inputs: the batch as the teacher reads it.
+        distiller: of a student that only scores.
     """
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
-    assigned = batching.assign(batch, everything, student.layout, micro_batch_tokens)
-    with torch.no_grad(), teacher.resident():
-        parts = [(torch.arange(batch.num_sequences), teacher.read(teacher_inputs))]
-    rows = dispatch(parts, batch, student.layout, assigned.owner)
-    what = f"teacher ({getattr(teacher, 'layout', 'served')})"
+    what = f"teacher ({getattr(distiller.teacher, 'layout', 'served')})"
     remedy = "taopd verify compares its weights with transformers; bf16 may overflow"
+    parts, assigned = distiller.read(teacher_inputs), distiller.assign(batch)
+    teacher_rows = distiller.dispatch(parts, batch, assigned)
     try:
-        scores, _, _ = score(batch, assigned, student, heads, rows, k)
+        scores = distiller.score(batch, assigned, teacher_rows).scores
     except Fault as fault:
         return [error(f"{what}: {fault.what}", remedy)]
     least, most = scores.disagreement.aminmax()

@@ -167,7 +167,7 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
             yield network.check_own_servers, f"{key}.servers", section.host
         elif urls:
             yield network.check_urls, f"{key}.servers", section.urls
-    if config.rollout.engine == "sglang" and config.rollout.sync.way == "distributed":
+    if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
             yield network.check_own_nccl, "rollout.servers", section.args
@@ -185,12 +185,13 @@ def _write(config: Config) -> list[tuple]:
 
 def _check_space(config: Config) -> Iterator[Finding]:
     sync = config.rollout.sync
-    by_disk = config.rollout.engine == "sglang" and sync.way == "disk" and sync.dir is None
+    by_disk = config.rollout.engine == "sglang" and sync.transport == "disk" and sync.dir is None
     return storage.check_space(
         Path(config.run.dir),
         parameters(config.student.path),
         DTYPES[config.train.precision].itemsize,
-        config.checkpoint.keep + (config.checkpoint.keep_best and config.eval.prompts is not None),
+        config.checkpoint.keep_last
+        + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
     )
@@ -317,7 +318,6 @@ def _with_one_server(config: Config, directory: str) -> Config:
 
 def _compare(config: Config) -> Iterator[Finding]:
     from megatron_taopd.parallel.layout import forward_layout, student_layout
-    from megatron_taopd.parallel.vocab import rows_within
     from megatron_taopd.preflight import agreement
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
@@ -340,16 +340,14 @@ def _compare(config: Config) -> Iterator[Finding]:
         yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
         return
     layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
-    student = agreement.ReadOnlyStudent(
-        config.student.path, layout, dtype, vocab_map.size, vocab_map.absent
-    )
+    student = FrozenStudent(config.student.path, layout, dtype, vocab_map.size, vocab_map.absent)
     engine = _engine(config, student_vocabulary)
     try:
         prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
         batch = agreement.answer(engine, prompt, rollout.max_new_tokens, stops)
     finally:
         engine.close()
-    rows = rows_within(config.train.head_memory_mib << 20, student.shard.stop - student.shard.start)
+    rows = student.rows_within(config.train.head_memory_mib)
     yield from agreement.check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
 
     if config.teacher.engine == "sglang":
@@ -370,12 +368,15 @@ def _compare(config: Config) -> Iterator[Finding]:
             config.teacher.offload,
         )
     try:
-        heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
+        heads = build.open_heads_of(config, student, vocab_map)
         theirs = prompts.teacher_token_ids
         teacher_inputs, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
-        yield from agreement.check_teacher(
-            batch, teacher_inputs, student, teacher, heads, micro_batch_tokens, config.selection.k
+        guard = Guard(config.guard.max_skipped, 0)
+        scoring_only = replace(config.train, schedule="two_pass")  # nothing is trained on
+        distiller = Distiller(
+            student, teacher, heads, guard, config.selection, config.loss, scoring_only
         )
+        yield from agreement.check_teacher(batch, teacher_inputs, distiller)
     finally:
         teacher.close()
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
-from megatron_taopd.serving.replicas import Replica, Replicas, ServedModel
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.replica import Replica
 from megatron_taopd.types import RolloutBatch
 
 POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
@@ -230,7 +232,7 @@ class SGLangEngine:
         if not self.leads:
             return {}
         counts, self.counts = self.counts, Counter()
-        served, self.replicas.counts = self.replicas.counts, Counter()
+        served = self.replicas.take_counts()
         return {
             "rollout/retries": served["retries"],
             "rollout/timeouts": served["timeouts"],

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_taopd.serving.replicas import CONTEXT_MARGIN, Replicas, ServedModel
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.model import CONTEXT_MARGIN, ServedModel
+from megatron_taopd.serving.replica import Limits
 from megatron_taopd.serving.server import Server
 
 if TYPE_CHECKING:
@@ -60,14 +62,17 @@ def open_replicas(
         start_timeout=section.start_timeout_s,
     )
     own = [partial(start, log=logs / f"{i}.log", gpus=gpus[i]) for i in range(section.replicas)]
+    limits = Limits(
+        concurrency=section.concurrency,
+        timeout_s=section.timeout_s,
+        attempts=section.max_retries + 1,
+        start_timeout_s=section.start_timeout_s,
+    )
     return Replicas(
         section.urls or own,
         model,
+        limits,
         api_key=key,
-        concurrency=section.concurrency,
-        timeout_s=section.timeout_s,
-        attempts=section.attempts,
-        start_timeout_s=section.start_timeout_s,
         fixed_weights=fixed_weights,
         dtype=_DTYPES[dtype],
     )

@@ -19,7 +19,7 @@ import pytest
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
-import keys  # noqa: E402
+from support import keys  # noqa: E402
 
 
 def main(sections: list[str]) -> int:

@@ -31,7 +31,7 @@ from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
-from megatron_taopd.serving.replicas import ServedModel
+from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.teachability import learnable_disagreement

@@ -23,7 +23,7 @@ from megatron_taopd.rollout.weight_sync.sequence import (
     Client,
     Replica,
 )
-from megatron_taopd.serving.replicas import all_of
+from megatron_taopd.serving.protocol import all_of
 
 _REDUCED_DEVICE = 6  # the device's place among the arguments that rebuild a CUDA tensor
 
@@ -131,7 +131,7 @@ def device_number(index: int) -> int:
 def colocated(replica: Replica, handles: Mapping[int, str]) -> list[str]:
     if strangers := [gpu for gpu in replica.gpus if gpu not in handles]:
         raise ValueError(
-            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which way: tensor needs; "
-            "take way: distributed"
+            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which "
+            "rollout.sync.transport: tensor needs; take rollout.sync.transport: distributed"
         )
     return [handles[gpu] for gpu in replica.gpus]

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.objects import gather
+from megatron_taopd.parallel.faults import Fault
 
 MEMORY = 32  # losses that a new one is compared with
 ENOUGH = 8  # of them, before it is
 SMALLEST_SPIKE = 1e-3  # nats; below, a loss is noise around zero
-MOST_NAMED = 5  # ranks, sequences or parameters in one line
 MOST_LINES = 20  # of skipped steps; then one for every hundredth
 
 
@@ -30,54 +28,8 @@ class Broken(Exception):
     """The run cannot go on, for a reason of one line that every rank comes to."""
 
 
-class Fault(Exception):
-    """What is wrong with a step; every rank raises the same one.
-
-    Args:
-        what: "the loss is not finite".
-        ranks: global ranks on which it was seen.
-        sequences: of the batch.
-        key: of the configuration, if that is what to look at: the run says so once, not each time.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        ranks: Sequence[int] = (),
-        sequences: Sequence[int] = (),
-        key: str | None = None,
-    ):
-        super().__init__(what)
-        self.what, self.ranks, self.sequences, self.key = what, ranks, sequences, key
-
-    def describe(self, prompts: Tensor | None = None) -> str:
-        """One line; prompts: [N], the prompt of each sequence."""
-        places = []
-        if self.ranks:
-            places.append(listed("rank", self.ranks))
-        if self.sequences:
-            indices = [int(prompts[i]) for i in self.sequences]
-            places.append(f"{listed('sequence', self.sequences)} ({listed('prompt', indices)})")
-        return f"{self.what}: {', '.join(places)}" if places else self.what
-
-
 class Jump(Fault):
     """A loss that is finite, and far from those before it."""
-
-
-def listed(noun: str, values: Sequence) -> str:
-    """ "rank 3" or "ranks 0, 3 and 7 more"."""
-    text = ", ".join(map(str, values[:MOST_NAMED]))
-    more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
-    return f"{noun}{'s' if len(values) > 1 else ''} {text}{more}"
-
-
-def by_rank(found: Sequence) -> dict[int, list]:
-    """What each rank has found, of those that have found something, on every rank.
-
-    Collectives: an all-gather of the pickled objects; for the path that hardly any step takes.
-    """
-    return {rank: values for rank, values in enumerate(gather(list(found))) if values}
 
 
 class Guard:
