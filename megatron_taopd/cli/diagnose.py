@@ -20,7 +20,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_taopd.cli import common
-from megatron_taopd.config import ServersSection
+from megatron_taopd.config.schema import DataSection, ServersSection
 from megatron_taopd.diagnostics.alignment import align
 from megatron_taopd.diagnostics.bank import Bank, OpenEngine, add_rollouts
 from megatron_taopd.diagnostics.engines import local_engine, sglang_engine
@@ -118,13 +118,13 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         top_k=arguments.top_k,
         stop_token_ids=tuple(arguments.stop_token_ids),
     )
-    data = {
-        "prompt_column": arguments.prompt_column,
-        "template": arguments.template,
-        "system": arguments.system,
-        "max_prompt_tokens": arguments.max_prompt_tokens,
-        "limit": arguments.limit,
-    }
+    data = DataSection(
+        prompt_column=arguments.prompt_column,
+        template=arguments.template,
+        system=arguments.system,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        limit=arguments.limit,
+    )
     add_rollouts(
         arguments.out,
         arguments.student,
@@ -132,7 +132,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
         sampling,
         arguments.seed,
         open_engine,
-        **data,
+        data,
     )
     results = Bank(arguments.out).summary()
     return results, [common.as_table(results)]
@@ -166,25 +166,28 @@ def score_arguments(command: argparse.ArgumentParser) -> None:
 def run_score(arguments) -> tuple[dict, list[Table]]:
     """Compare a checkpoint with a teacher at every position of a bank."""
     # Megatron takes seconds to import, which the other subcommands do without.
-    from megatron_taopd.diagnostics.score import score_bank
+    from megatron_taopd.diagnostics.score import PairOptions, score_bank
 
     platform.initialize()
+    options = PairOptions(
+        parallel=(arguments.tp, arguments.pp),
+        teacher_parallel=(
+            arguments.teacher_tp or arguments.tp,
+            arguments.teacher_pp or arguments.pp,
+            arguments.teacher_ep,
+        ),
+        dtype=DTYPES[arguments.dtype],
+        micro_batch_tokens=arguments.micro_batch_tokens,
+        head_memory_mib=arguments.head_memory_mib,
+    )
     results = score_bank(
         arguments.bank,
         arguments.checkpoint,
         arguments.teacher,
         arguments.out,
-        (arguments.tp, arguments.pp),
-        (
-            arguments.teacher_tp or arguments.tp,
-            arguments.teacher_pp or arguments.pp,
-            arguments.teacher_ep,
-        ),
+        options,
         hf_dir=arguments.hf,
         teacher_prompt=arguments.teacher_prompt,
-        dtype=DTYPES[arguments.dtype],
-        micro_batch_tokens=arguments.micro_batch_tokens,
-        head_memory_mib=arguments.head_memory_mib,
         view=arguments.view,
     )
     return results, [common.as_table(results)]

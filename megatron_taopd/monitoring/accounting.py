@@ -98,8 +98,8 @@ def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[
     reading = teacher.trunk(work.read)
     scoring = student.trunk(work.scored) + work.num_rows * (student.per_row + teacher.per_row)
     training = 3 * student.trunk(work.trained) + work.kept_rows * heads
-    # A replayed layer runs once forward and once backward; nothing is left to recompute but what the
-    # layer itself does not keep.
+    # A replayed layer runs once forward and once backward; nothing is left to recompute but what it
+    # does not keep itself.
     if not work.replayed or work.recompute == "selective":
         training += again(work.trained)
     full = reading + 3 * student.trunk(work.scored) + again(work.scored) + work.num_rows * heads

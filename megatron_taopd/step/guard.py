@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from megatron_taopd.config.schema import GuardSection, LossSection
 from megatron_taopd.parallel.faults import Fault
 
 MEMORY = 32  # losses that a new one is compared with
@@ -45,6 +46,12 @@ class Guard:
         self.max_skipped, self.loss_spike = max_skipped, loss_spike
         self.losses: deque[float] = deque(maxlen=MEMORY)
         self.skipped = self.in_a_row = self.jumps = 0
+
+    @classmethod
+    def of(cls, guard: GuardSection, loss: LossSection) -> Guard:
+        """Watch what a section asks for."""
+        # The loss of sampled_token is no distance: of either sign, and around zero.
+        return cls(guard.max_skipped, 0 if loss.kind == "sampled_token" else guard.loss_spike)
 
     def check(self, loss: float) -> None:
         """Raise Fault if the loss of an update that is about to be taken has jumped.

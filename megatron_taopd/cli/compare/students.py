@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_taopd.cli import common
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.prompts import load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
@@ -81,10 +82,11 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
     prompts = load_prompts(
         arguments.prompts,
         student,
-        arguments.prompt_column,
-        answer_column=None,
-        template=arguments.template,
-        system=arguments.system,
+        DataSection(
+            prompt_column=arguments.prompt_column,
+            template=arguments.template,
+            system=arguments.system,
+        ),
         limit=arguments.limit,
         teacher_tokenizer=teacher if arguments.teacher_prompt == "own" else None,
     )

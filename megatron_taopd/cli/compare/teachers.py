@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_taopd import config as configuration
-from megatron_taopd.build import sampling_of
 from megatron_taopd.cli import common
 from megatron_taopd.data.prompts import load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
@@ -29,10 +28,11 @@ from megatron_taopd.formats.hf import load_model
 from megatron_taopd.models.weights import load_head
 from megatron_taopd.parallel.vocab import VocabShard
 from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.opening import sampling_of
 from megatron_taopd.serving.begin import open_replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.model import ServedModel
-from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.teachability import learnable_disagreement
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
@@ -127,11 +127,7 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
     prompts = load_prompts(
         config.data.prompts,
         student,
-        config.data.prompt_column,
-        answer_column=None,
-        template=config.data.template,
-        system=config.data.system,
-        max_prompt_tokens=config.data.max_prompt_tokens,
+        config.data,
         limit=min(limit, config.data.limit or limit),
         teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
     )
