@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 import megatron_taopd.models.student
-from megatron_taopd.data import batching
+from megatron_taopd.config.schema import (
+    LossSection,
+    OptimizerSection,
+    SelectionSection,
+    TrainSection,
+)
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.step.scoring import OutputHeads, score
-from megatron_taopd.step.selection import select
+from megatron_taopd.step.distiller import Distiller
+from megatron_taopd.step.guard import Guard
+from megatron_taopd.step.output_heads import OutputHeads
 from megatron_taopd.step.training import backward
-from megatron_taopd.teacher.dispatch import dispatch
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch
 
 Phase = Callable[[str], AbstractContextManager]
-OPTIMIZER = SimpleNamespace(
-    lr=1e-6, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
-    beta1=0.9, beta2=0.98, eps=1e-8, clip=1.0,
-)  # fmt: skip
+OPTIMIZER = OptimizerSection(warmup_steps=0, weight_decay=0.0)
 
 
 def make_batch(setup: Setup) -> RolloutBatch:
@@ -63,12 +64,14 @@ class NamedOutputHeads(OutputHeads):
     phase: Phase
 
     def scores(self, *args, **kwargs):
+        """Score rows in a phase of its own."""
         with self.phase("scores"):
             return super().scores(*args, **kwargs)
 
-    def loss(self, *args, **kwargs):
+    def divergence(self, *args, **kwargs):
+        """Sum the loss over rows in a phase of its own."""
         with self.phase("loss"):
-            return super().loss(*args, **kwargs)
+            return super().divergence(*args, **kwargs)
 
 
 class Step:
@@ -103,25 +106,34 @@ class Step:
             self.heads = NamedOutputHeads(self.student.head_weight, head, shard, chunk)
             object.__setattr__(self.heads, "phase", phase)  # frozen
         self.batch, self.mask = make_batch(setup), kept_rows(setup)
+        self.distiller = Distiller(
+            self.student,
+            self.teacher,
+            self.heads,
+            Guard(0, 0),
+            SelectionSection(ratio=setup.workload.kept, k=setup.k),
+            LossSection(),
+            TrainSection(micro_batch_tokens=setup.micro_batch_tokens),
+        )
 
     def run(self) -> None:
-        """The step after the rollout, up to the weights' way to the engine."""
-        batch, phase, setup = self.batch, self.phase, self.setup
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        assigned = batching.assign(batch, everything, self.layout, setup.micro_batch_tokens)
-        with phase("teacher"), torch.no_grad(), self.teacher.resident():
-            parts = [(torch.arange(batch.num_sequences), self.teacher.read(batch))]
+        """Run the step after the rollout, up to the weights' way to the engine.
+
+        The distiller's own parts, but for the kept rows, which are those that were planned for.
+        """
+        batch, phase, distiller = self.batch, self.phase, self.distiller
+        assigned = distiller.assign(batch)
+        with phase("teacher"):
+            parts = distiller.read(batch)
         with phase("exchange"):
-            rows = dispatch(parts, batch, self.layout, assigned.owner)
+            rows = distiller.dispatch(parts, batch, assigned)
         with phase("scoring"):
-            scores, *_ = score(batch, assigned, self.student, self.heads, rows, setup.k)
+            scored = distiller.score(batch, assigned, rows)
         with phase("selection"):
-            select("teachability", scores, setup.workload.kept, 0)
+            distiller.select(scored, 0)
         with phase("training"):
-            backward(
-                batch, self.mask, assigned, self.student, self.heads, rows,
-                setup.micro_batch_tokens, {"kind": "reverse_kl"},
-            )  # fmt: skip
+            tokens = self.setup.micro_batch_tokens
+            backward(scored, self.mask, self.student, self.heads, distiller.loss, tokens)
         with phase("optimizer"):
             self.student.step()
         with phase("sync"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +20,11 @@ from benchmarks.step.peer import trl_phases
 from benchmarks.step.results import extrapolate
 from benchmarks.step.step import Arm, Step, arms, metered, say, seconds
 from megatron_taopd import score_hidden
+from megatron_taopd.config.schema import LossSection
 from megatron_taopd.data import batching
-from megatron_taopd.monitoring.accounting import ModelCost, step_operations
+from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
 from megatron_taopd.parallel import platform
 from megatron_taopd.step.extensions.horizon import Horizon
-from megatron_taopd.step.loss import kept_row_loss
 from megatron_taopd.step.selection import budget, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
 
@@ -121,7 +121,7 @@ def memory_of_phases(step: Step) -> dict[str, int]:
     """Peak bytes of the phases before training, results included, and bytes of what they leave;
     bytes of the gradients that training adds to."""
     buffers = step.models.student.model.buffers
-    outputs = [output for outputs in step.scored[2] for output in outputs]
+    outputs = [output for outputs in step.scored.kept_outputs for output in outputs]
     return {
         "teacher": metered(step.read)["peak"],
         "two_pass": metered(partial(step.score, "two_pass"))["peak"],
@@ -140,13 +140,15 @@ def facts(step: Step, arm: Arm) -> dict:
     operations = step_operations(
         ModelCost.of(models.student.trunk.hf),
         ModelCost.of(models.teacher.trunk.hf),
-        scored=step.assigned.lengths,
-        read=batching.cut_lengths(step.teacher_inputs, step.everything),
-        trained=trained,
-        num_rows=batch.num_rows,
-        kept_rows=int(mask.sum()),
-        replayed=arm.schedule == "replay",
-        recompute=arm.recompute,
+        Work(
+            scored=step.assigned.lengths,
+            read=batching.cut_lengths(step.teacher_inputs, step.everything),
+            trained=trained,
+            num_rows=batch.num_rows,
+            kept_rows=int(mask.sum()),
+            replayed=arm.schedule == "replay",
+            recompute=arm.recompute,
+        ),
     )
     if arm.schedule == "single_pass":
         operations["flops/scoring"], operations["flops/of_full_opd"] = 0.0, 1.0
@@ -190,11 +192,8 @@ def run_head(models: Models, what: str, rows: int, chunk_rows: int) -> tuple[Ten
             student_hidden, weight, teacher_hidden, heads.teacher, K, heads.shard, chunk_rows
         )
     else:
-        loss, _ = kept_row_loss(
-            "reverse_kl", student_hidden.requires_grad_(), weight.requires_grad_(), teacher_hidden,
-            heads.teacher, heads.shard, chunk_rows,
-        )  # fmt: skip
-        loss.backward()
+        own = replace(heads, student=weight.requires_grad_(), chunk_rows=chunk_rows)
+        own.divergence(student_hidden.requires_grad_(), teacher_hidden, LossSection()).backward()
     return student_hidden, weight, teacher_hidden
 
 

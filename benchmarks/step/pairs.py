@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from megatron_taopd import config as configuration
+from megatron_taopd.config.schema import OptimizerSection
 from megatron_taopd.data.prompts import PromptStream, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import DTYPES
@@ -27,7 +27,7 @@ from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.step.scoring import OutputHeads
+from megatron_taopd.step.output_heads import OutputHeads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +35,7 @@ CONFIGS = {"tiny": "tiny_pair.yaml", "smollm2": "smollm2.yaml"}
 RATIO = 0.1  # that the targets are set for
 K = 16
 LAYERS = {"student": 36, "teacher": 40}  # of Qwen3-4B and Qwen3-14B
-OPTIMIZER = SimpleNamespace(
-    lr=1e-6, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
-    beta1=0.9, beta2=0.98, eps=1e-8, clip=1.0,
-)  # fmt: skip
+OPTIMIZER = OptimizerSection(warmup_steps=0, weight_decay=0.0)
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,7 @@ def pair_on_disk(arguments):
     vocabularies = {name: Vocabulary.from_pretrained(path) for name, path in paths.items()}
     student = vocabularies["student"].ending_at(config.rollout.stop_token_ids)
     vocab_map = VocabMap.between(student, vocabularies["teacher"])
-    data = config.data
-    prompts = load_prompts(
-        data.prompts, student.tokenizer, data.prompt_column, None,
-        data.template, data.system, data.max_prompt_tokens,
-    )  # fmt: skip
+    prompts = load_prompts(config.data.prompts, student.tokenizer, config.data)
     indices = PromptStream(len(prompts), config.run.seed).take(arguments.prompts)
     engine = LocalEngine.from_hf(
         paths["student"], DTYPES[arguments.precision], platform.device(), seed=config.run.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.step.pairs import RATIO, K, Models
+from megatron_taopd.config.schema import LossSection
 from megatron_taopd.data import batching
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.memory import peak_memory
-from megatron_taopd.step.scoring import score
+from megatron_taopd.step.scoring import ScoredBatch, score
 from megatron_taopd.step.selection import select
 from megatron_taopd.step.training import backward
+from megatron_taopd.teacher.dispatch import dispatch
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,26 @@ class Step:
 
     @cached_property
     def scored(self):
-        """(scores, gap, the layers' outputs)."""
+        """Score the rollouts once, and keep the layers' outputs."""
         return self.score("replay")
 
     @property
     def scores(self):
-        return self.scored[0]
+        return self.scored.scores
 
-    def read(self):
-        return self.models.teacher.hidden_states(
-            self.teacher_inputs, self.models.layout, self.assigned.owner
-        )
+    def read(self) -> RowShard:
+        """Let the teacher read, and send its rows to who scores them."""
+        with torch.no_grad(), self.models.teacher.resident():
+            places = torch.arange(self.batch.num_sequences)
+            parts = [(places, self.models.teacher.read(self.teacher_inputs))]
+        return dispatch(parts, self.batch, self.models.layout, self.assigned.owner)
 
-    def score(self, schedule: str):
+    def score(self, schedule: str) -> ScoredBatch:
+        """Score all rows; a replay keeps the layers' outputs."""
+        models, keep = self.models, schedule == "replay"
         return score(
-            self.batch, self.assigned, self.models.student, self.models.heads, self.teacher_rows,
-            K, keep_outputs=schedule == "replay",
-        )  # fmt: skip
+            self.batch, self.assigned, self.teacher_rows, models.student, models.heads, K, keep
+        )
 
     def select(self, ratio: float, concentrate: float = 0.0) -> Tensor:
         if ratio == 1:
@@ -97,14 +103,15 @@ class Step:
         self.train(self.select(arm.ratio, arm.concentrate), arm.schedule, arm.recompute)
 
     def train(self, mask: Tensor, schedule: str, recompute: str) -> dict[str, float]:
-        outputs = None
+        """Form the gradients of the rows' loss, reverse KL; its metrics."""
+        models, outputs = self.models, None
         if schedule == "replay":  # which uses the lists up
-            outputs = [list(micro_batch) for micro_batch in self.scored[2]]
-        with self.models.recompute(recompute):
+            outputs = [list(micro_batch) for micro_batch in self.scored.kept_outputs]
+        scored = replace(self.scored, kept_outputs=outputs)
+        with models.recompute(recompute):
             return backward(
-                self.batch, mask, self.assigned, self.models.student, self.models.heads,
-                self.teacher_rows, self.models.micro_batch_tokens, {"kind": "reverse_kl"}, outputs,
-            )  # fmt: skip
+                scored, mask, models.student, models.heads, LossSection(), models.micro_batch_tokens
+            )
 
 
 def seconds(run: Callable[[], object]) -> float:
