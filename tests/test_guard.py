@@ -14,7 +14,8 @@ from support.ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
 from megatron_taopd.checkpoints.files import steps
-from megatron_taopd.monitoring.guard import Fault, Guard, Jump, listed
+from megatron_taopd.parallel.faults import Fault, listed
+from megatron_taopd.step.guard import Guard, Jump
 from megatron_taopd.step.scoring import TopkOutputHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
@@ -29,8 +30,7 @@ def faulty_train(overrides, spoilt, after=0):
     records, whether the skipped steps left the student as it was, what was printed)."""
     from megatron_taopd import loop
     from megatron_taopd.models.student import Student
-    from megatron_taopd.monitoring import guard
-    from megatron_taopd.step import scoring, training
+    from megatron_taopd.step import guard, scoring, training
 
     here = {"step": 0}
     kept = []

@@ -218,7 +218,7 @@ def watched(overrides, watching, port):
     )
     config = configuration.load(TINY, overrides)
     with (
-        mock.patch.object(dist.distributed_c10d, "_get_default_store", lambda: store),
+        mock.patch.object(train, "default_store", lambda: store),
         mock.patch.object(Watchdog, "_end", lambda self, verdict: verdicts.append(verdict)),
     ):
         started = time.monotonic()

@@ -3,7 +3,6 @@ saved tensors, and the package's own functions."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from support.ranks import run_ranks
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd import config as configuration
+from megatron_taopd.cli import plan as command
 from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.plan import links, memory, shapes, time
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
@@ -624,12 +624,10 @@ def test_exit_status_1_names_rank_phase_item_and_key(models, tmp_path):
         (["--response-tokens", "9999"], "--response-tokens: 9999; the configuration allows"),
     ],
 )
-def test_a_mistake_is_one_line(setup_of, models, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_mistake_is_one_line(setup_of, models, tmp_path, capsys, arguments, message):
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(models=models))
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
-    monkeypatch.setattr(sys, "argv", ["plan.py", str(file), "--gpus", "64", *arguments])
-    assert importlib.import_module("plan").main() == 2
+    assert command.main([str(file), "--gpus", "64", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

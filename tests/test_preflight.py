@@ -22,6 +22,7 @@ from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.prompts import Prompts, load_prompts
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import nccl
@@ -444,7 +445,7 @@ def test_prompts(tiny, tmp_path):
     records = ["Sam has 8 eggs . ?", "Sam has 8 eggs . ?", "   ", "Sam has 8 eggs . " * 9]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": r, "answer": 4}) + "\n" for r in records))
-    prompts = load_prompts(file, tiny.tokenizer, max_prompt_tokens=10**6)
+    prompts = load_prompts(file, tiny.tokenizer, DataSection(max_prompt_tokens=10**6))
 
     findings = list(texts.check_prompts("data.prompts", prompts, tiny, tiny, 20))
     assert levels(findings)["warning"] == 3

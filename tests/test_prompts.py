@@ -11,14 +11,24 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_taopd.config.schema import DataSection
+from megatron_taopd.data import prompts as module
 from megatron_taopd.data.prompts import (
     PromptStream,
     check_prompts,
-    load_prompts,
     prompt_order,
     read_texts,
     render,
 )
+
+
+def load_prompts(
+    path, tokenizer, *, answer_column="answer", limit=None, teacher_tokenizer=None, **section
+):
+    """`prompts.load_prompts`, with what a section says of it as keywords."""
+    data = DataSection(**section)
+    return module.load_prompts(path, tokenizer, data, answer_column, limit, teacher_tokenizer)
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.vocab import score_topk
+from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, pack, unpack
-from megatron_taopd.serving.replicas import Replicas, ServedModel
+from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.teacher import sglang as module
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.teacher.topk import TopkRows

@@ -155,7 +155,7 @@ def test_the_report_shows_held_out_answers_marked(tmp_path):
     run_ranks(2, train, [f"run.dir={tmp_path}/run", "train.steps=1"])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Held-out prompts, as the student answers them" in page
-    marks = page.count("<em class=good>right") + page.count("<em class=bad>wrong")
+    marks = page.count('<em class="good">right') + page.count('<em class="bad">wrong')
     assert marks == 4 and page.count("; the reference is ") == 4
 
 
