@@ -28,15 +28,16 @@ NAN = torch.nan
 def faulty_train(overrides, spoilt, after=0):
     """`train` with something spoilt in some steps {step: what}, counted from its first: (status,
     records, whether the skipped steps left the student as it was, what was printed)."""
-    from megatron_taopd import loop
     from megatron_taopd.models.student import Student
-    from megatron_taopd.step import guard, scoring, training
+    from megatron_taopd.parallel.faults import Fault
+    from megatron_taopd.step import distiller, guard, training
 
     here = {"step": 0}
     kept = []
     patched = [
-        (loop, "learn"), (loop, "deliver"), (loop, "score"), (training, "backward"),
-        (scoring.OutputHeads, "loss"), (Student, "step"), (loop, "select"), (guard, "ENOUGH"),
+        (distiller.Distiller, "learn"), (distiller, "dispatch"), (distiller, "score"),
+        (training, "backward"), (training, "kept_row_loss"), (Student, "step"),
+        (distiller, "select"), (guard, "ENOUGH"),
     ]  # fmt: skip
     originals = [getattr(owner, name) for owner, name in patched]
     learn, dispatch, score, backward, loss, take, select, _ = originals
@@ -44,30 +45,30 @@ def faulty_train(overrides, spoilt, after=0):
     def now(wanted):
         return spoilt.get(here["step"]) == wanted
 
-    def learn_here(run, step, batch, *rest):
-        before = digest(run.student)
+    def learn_here(self, *args):
+        before = digest(self.student)
         try:
-            return learn(run, step, batch, *rest)
-        except guard.Fault:
-            kept.append(digest(run.student) == before)
+            return learn(self, *args)
+        except Fault:
+            kept.append(digest(self.student) == before)
             raise
 
-    def deliver_here(parts, batch, student, owner):
+    def dispatch_here(parts, batch, student, owner):
         here["step"] += 1
         held = dispatch(parts, batch, student, owner)
         if now("teacher"):
             held.rows[batch.row_sequences()[held.ids] == 5] = NAN
         return held
 
-    def score_here(batch, assigned, student, *rest):
+    def score_here(batch, assigned, teacher_rows, student, *rest):
         if now("weight") and dist.get_rank() == 0:
             next(student.trunk.parameters()).data[:] = NAN
-        return score(batch, assigned, student, *rest)
+        return score(batch, assigned, teacher_rows, student, *rest)
 
-    def loss_here(self, *args, **kwargs):
-        total, metrics = loss(self, *args, **kwargs)
+    def loss_here(section, heads, *args):
+        total, metrics = loss(section, heads, *args)
         # A tensor-parallel group has one loss.
-        spoil = now("loss") and (dist.get_rank() == 1 or self.shard.group is not None)
+        spoil = now("loss") and (dist.get_rank() == 1 or heads.shard.group is not None)
         return total + (NAN if spoil else 0), metrics
 
     def backward_here(*args):
@@ -84,7 +85,7 @@ def faulty_train(overrides, spoilt, after=0):
         return select(*args) & (not now("selection"))
 
     replacements = [
-        learn_here, deliver_here, score_here, backward_here, loss_here, step_here, select_here, 3,
+        learn_here, dispatch_here, score_here, backward_here, loss_here, step_here, select_here, 3,
     ]  # fmt: skip
     printed = io.StringIO()
     try:

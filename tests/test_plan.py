@@ -239,13 +239,15 @@ def peak_of_training(path, setup, dtype):
     teacher's rows; all rows are kept."""
     from support.step import OPTIMIZER
 
+    from megatron_taopd.config.schema import LossSection
     from megatron_taopd.data import batching
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.exchange import RowShard
     from megatron_taopd.parallel.layout import student_layout
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.step.scoring import OutputHeads, score
+    from megatron_taopd.step.output_heads import OutputHeads
+    from megatron_taopd.step.scoring import ScoredBatch, score
     from megatron_taopd.step.training import backward
     from megatron_taopd.types import RolloutBatch
 
@@ -268,14 +270,12 @@ def peak_of_training(path, setup, dtype):
     held = RowShard(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
     everything = torch.ones(rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, setup.micro_batch_tokens)
-    kept = None
+    scored = ScoredBatch(batch, assigned, held, None, None, None)
     if setup.replay:
-        *_, kept = score(batch, assigned, student, heads, held, 8, keep_outputs=True)
+        scored = score(batch, assigned, held, student, heads, 8, keep_outputs=True)
+    loss, tokens = LossSection("reverse_kl"), setup.micro_batch_tokens
     with peak_memory() as measured:
-        backward(
-            batch, everything, assigned, student, heads, held, setup.micro_batch_tokens,
-            {"kind": "reverse_kl"}, kept_outputs=kept,
-        )  # fmt: skip
+        backward(scored, everything, student, heads, loss, tokens)
     return measured.temporaries
 
 

@@ -606,15 +606,16 @@ def start_with(overrides, prompts):
     from contextlib import redirect_stderr
     from io import StringIO
 
+    from megatron_taopd import build as building
     from megatron_taopd import train
 
     built = []
-    build, train.build = train.build, lambda *_: built.append(1)
+    build, building.build = building.build, lambda *_: built.append(1)
     try:
         with redirect_stderr(StringIO()) as said:
             status = train.main([str(TINY), *overrides, *prompts])
     finally:
-        train.build = build
+        building.build = build
     return status, said.getvalue(), built
 
 

@@ -266,12 +266,14 @@ def run(run_dir, overrides, *steps):
     return statuses, resumed, read_metrics(run_dir)
 
 
-def stand_in(config, _dtype):
+def stand_in(config):
     """The teacher's servers, within this process."""
     from support.served_teacher import ServedTeacher
 
     from megatron_taopd.serving.model import ServedModel
 
+    if config.teacher.engine != "sglang":
+        return None
     served = None if dist.get_rank() else ServedTeacher(config.teacher.path)
     begun: Future = Future()
     begun.set_result((ServedModel.of(config.teacher.path, 128), served))

@@ -41,23 +41,24 @@ RATES = [5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4]  # of the six updates of th
 
 def start(overrides, only_build=False):
     """`main`: (status, what was printed, what the run was once it was built, or None)."""
+    from megatron_taopd import build as building
     from megatron_taopd import train
 
-    built, printed, originals = [], io.StringIO(), (train.build, train.run_to_its_end)
+    built, printed, originals = [], io.StringIO(), (building.build, train.run_to_its_end)
 
     def build(*arguments):
         run = originals[0](*arguments)
         built.append(facts(run))
         return run
 
-    train.build = build
+    building.build = build
     if only_build:
         train.run_to_its_end = lambda run: 0
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             status = train.main([str(TINY), *overrides])
     finally:
-        train.build, train.run_to_its_end = originals
+        building.build, train.run_to_its_end = originals
     return status, printed.getvalue(), built[0] if built else None
 
 
@@ -68,7 +69,7 @@ def facts(run):
         "version": run.student.version,
         "updates": run.student.scheduler.num_steps,
         "consumed": run.rollouts.consumed,
-        "horizon": deepcopy(run.horizon.state()),
+        "horizon": deepcopy(run.observer.horizon.state()),
         "guard": deepcopy(run.guard.state()),
         "best": run.checkpoints.best,
         "noted": run.start,

@@ -217,7 +217,7 @@ def _check_resume(config: Config) -> Iterator[Finding]:
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:
     """Ids that end responses, and both files of prompts, without tokenising them."""
     student, teacher = vocabularies(config)
-    yield from texts.checkvocabularies(student, teacher)
+    yield from texts.check_vocabularies(student, teacher)
     data, readers = config.data, [student.tokenizer]
     if config.teacher.prompt == "own":
         readers.append(teacher.tokenizer)
@@ -243,7 +243,7 @@ def _check_start_of_texts(config: Config) -> Iterator[Finding]:
 
 def _check_texts(config: Config) -> Iterator[Finding]:
     student, teacher = vocabularies(config)
-    yield from texts.checkvocabularies(student, teacher)
+    yield from texts.check_vocabularies(student, teacher)
     prompts = read_prompts(config, student, teacher)
     most = config.data.max_prompt_tokens
     yield from texts.check_prompts("data.prompts", prompts, student, teacher, most)

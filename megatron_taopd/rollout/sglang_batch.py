@@ -80,8 +80,8 @@ class Generating:
     def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
         """See `Pending.parts`.
 
-        Collective: for each part, and every SIGN_OF_LIFE_S without any, a broadcast: 200 to 500 bytes
-        a response, and 12 + 8 k a response token with k recorded tokens.
+        Collective: for each part, and every SIGN_OF_LIFE_S without any, a broadcast: 200 to 500
+        bytes a response, and 12 + 8 k a response token with k recorded tokens.
 
         Raises:
             RuntimeError: of rank 0, on every rank.
