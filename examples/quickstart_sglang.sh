@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TA-OPD on the tiny pair with a real SGLang server for the rollouts: one rank beside one server, on
+# TA-OPD on the tiny pair with a real SGLang server for the rollouts: one rank next to one server, on
 # CPU or on a GPU that both share.
 set -euo pipefail
 cd "$(dirname "$0")/.."

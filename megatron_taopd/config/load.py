@@ -121,7 +121,8 @@ def _retries(key: str, attempts: Any) -> Any:
 
 
 def _under_new_names(given: Any) -> Any:
-    tree, lines = with_new_names(OmegaConf.to_container(given))
+    plain: Any = OmegaConf.to_container(given)
+    tree, lines = with_new_names(plain)
     if int(os.environ.get("RANK", 0)) == 0:
         for line in lines:
             logger.warning(line)

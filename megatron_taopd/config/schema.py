@@ -22,7 +22,7 @@ class Bounds:
 
     Attributes:
         at_least, above, at_most, below: the ends of the interval.
-        or_zero: 0 is allowed besides, and switches something off.
+        or_zero: 0 is allowed, too, and switches something off.
         one_of: these numbers and no others.
     """
 
@@ -85,10 +85,10 @@ def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where a run lives, and what its randomness is drawn from."""
+    """The run's directory, its seed and its name."""
 
     dir: str = key(
-        MISSING, "Logs, checkpoints and the report; a run that is there already is resumed."
+        MISSING, "Logs, checkpoints and the report; a run that is already there is resumed."
     )
     seed: int = key(0, "Order of the prompts, samples, the `random` selector.", NOT_NEGATIVE)
     name: str | None = key(None, "Title of the report; null: the directory's name.")
@@ -145,7 +145,7 @@ class ServersSection:
         NOT_NEGATIVE,
     )
     start_timeout_s: float = key(
-        900.0, "Seconds until they listen, whoever has started them.", POSITIVE
+        900.0, "Seconds until the servers listen, whoever started them.", POSITIVE
     )
     context_length: int | None = key(
         None, "Longest sequence of a server; null: prompt and response of this run.", COUNT
@@ -173,9 +173,9 @@ class TeacherSection:
     servers: ServersSection = field(default_factory=ServersSection)
     form: Literal["hidden_states", "topk"] = key(
         "hidden_states",
-        "What the servers say of a row: its hidden state, from which scores and loss are exact "
-        "(the head is read from `path`), or log-probabilities of the `topk` likeliest tokens, from "
-        "which they are bounds (and `path` needs no weights).",
+        "What the servers report for a row. `hidden_states`: its hidden state; scores and loss are "
+        "exact, and the head is read from `path`. `topk`: log-probabilities of the `topk` "
+        "likeliest tokens; scores and loss are bounds, and `path` needs no weights.",
     )
     topk: int = key(64, "How many tokens a row reports with `form: topk`.", COUNT)
     prompt: Literal["own", "student"] = key(
@@ -251,16 +251,16 @@ class RolloutSection:
     max_new_tokens: int = key(64, "Longest response, its stop token included.", COUNT)
     horizon: int | str = key(
         "none",
-        "Beyond the paper: training responses end after so many tokens; `auto`: where they stop to "
-        "pay, at least `horizon_floor`. Evaluations generate in full.",
+        "Beyond the paper: training responses end after so many tokens; `auto`: where more tokens "
+        "no longer pay, at least `horizon_floor`. Evaluations generate in full.",
     )
     horizon_floor: int = key(32, "With `auto`, the shortest horizon.", COUNT)
     horizon_prompt_weight: float = key(
         0.5, "With `auto`, the cost of a prompt token; that of a response token is 1.", NOT_NEGATIVE
     )
     temperature: float = key(1.0, "Sampling temperature.", POSITIVE)
-    top_p: float = key(1.0, "Smallest set of tokens with this mass; 1: all.", SHARE)
-    top_k: int = key(0, "So many likeliest tokens; 0: all.", NOT_NEGATIVE)
+    top_p: float = key(1.0, "Sample from the smallest set with this mass; 1: all.", SHARE)
+    top_k: int = key(0, "Sample from so many likeliest tokens; 0: all.", NOT_NEGATIVE)
     stop_token_ids: tuple[int, ...] = key(
         (), "Ids that end a response, in addition to the model's own end-of-sequence ids."
     )
@@ -272,13 +272,13 @@ class RolloutSection:
         Bounds(one_of=(0, 1)),
     )
     stream: bool = key(
-        True, "The teacher reads responses as they finish; false: when all of them have."
+        True, "The teacher reads responses as they finish; false: when all have finished."
     )
 
 
 @dataclass(frozen=True)
 class SelectionSection:
-    """Which response rows the loss falls on."""
+    """The response rows that the loss falls on."""
 
     selector: str = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
     ratio: float = key(0.10, "ρ, the share of the response rows that is trained on.", SHARE)
@@ -294,7 +294,7 @@ class SelectionSection:
 
 @dataclass(frozen=True)
 class LossSection:
-    """What the kept rows are trained with."""
+    """The loss of the kept rows."""
 
     kind: str = key(
         "reverse_kl", "`reverse_kl`, `forward_kl`, `jsd`, `skewed_reverse_kl` or `sampled_token`."
@@ -305,7 +305,7 @@ class LossSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How long, in what pieces and in which precision."""
+    """The length of the training, its pieces and its precision."""
 
     steps: int = key(100, "Rollout batches.", COUNT)
     micro_batch_tokens: int = key(4096, "The most tokens that a rank runs at a time.", COUNT)
@@ -318,11 +318,12 @@ class TrainSection:
     )
     replay_memory_mib: int = key(
         8192,
-        "MiB for those outputs, per rank; a step that needs more is done in two passes.",
+        "MiB for the outputs that `replay` keeps, per rank; a step that needs more is done in two "
+        "passes.",
         COUNT,
     )
     precision: Literal["fp32", "bf16"] = key(
-        "fp32", "Of weights and activations; bf16 keeps fp32 copies and gradients."
+        "fp32", "Of weights and activations; bf16 has fp32 master weights and gradients."
     )
     recompute: Literal["none", "selective", "full"] = key(
         "none", "Activations that are computed again in the backward pass."
@@ -353,22 +354,22 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """What a run saves of itself."""
+    """What a run saves, and how much of it stays."""
 
     every: int = key(50, "Steps between checkpoints; 0: at the end only.", NOT_NEGATIVE)
     keep_last: int = key(3, "How many of the newest checkpoints are kept.", COUNT)
     keep_best: bool = key(
         True,
-        "And the one with the best held-out accuracy stays: a step that beats all before it is "
-        "saved.",
+        "The checkpoint with the best held-out accuracy is kept, too; a step that beats all before "
+        "it is saved.",
     )
     asynchronous: bool = key(
         True, "The next steps run while a checkpoint is written, from a copy in host memory."
     )
     trust: bool = key(
         False,
-        "Resume also from what has no checksums, or holds more than tensors and plain values: that "
-        "comes from somewhere else, and loading it may run code.",
+        "Also resume from a checkpoint that has no checksums, or holds more than tensors and plain "
+        "values. It may come from a stranger, and loading it may run code.",
     )
     export_hf: bool = key(True, "Write the final student as a Hugging Face directory.")
 
@@ -398,13 +399,13 @@ class EvalSection:
 
 @dataclass(frozen=True)
 class GuardSection:
-    """Steps that are not taken, because their numbers mean nothing."""
+    """Steps that are skipped, because their numbers mean nothing."""
 
     max_skipped: int = key(3, "Skipped steps in a row, after which the run ends.", COUNT)
     loss_spike: float = key(
         10.0,
-        "An update whose loss is so many times the median of the last 32 is not taken; 0: all are. "
-        "Not for sampled_token, whose values say nothing of how far it is.",
+        "An update is skipped if its loss is more than so many times the median of the last 32; 0: "
+        "none is. Not for `sampled_token`, whose loss is no distance.",
         Bounds(above=1, or_zero=True),
     )
     teacher_every: int = key(
@@ -414,7 +415,7 @@ class GuardSection:
 
 @dataclass(frozen=True)
 class WatchdogSection:
-    """Ranks that die or hang end the job, in so many seconds."""
+    """The time after which ranks that die or hang end the job."""
 
     heartbeat_timeout_s: float = key(
         60.0,
@@ -430,7 +431,7 @@ class WatchdogSection:
 
 @dataclass(frozen=True)
 class LogSection:
-    """Where the numbers go, besides metrics.jsonl and the report."""
+    """The places where the numbers go in addition to metrics.jsonl and the report."""
 
     tensorboard: bool = key(True, "Write TensorBoard events.")
     wandb_project: str | None = key(None, "A Weights & Biases project; null: off.")
