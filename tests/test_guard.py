@@ -35,7 +35,7 @@ def faulty_train(overrides, spoilt, after=0):
     here = {"step": 0}
     kept = []
     patched = [
-        (loop, "learn"), (loop, "deliver"), (loop, "score"), (training, "backward"),
+        (loop, "learn"), (loop, "dispatch"), (loop, "score"), (training, "backward"),
         (scoring.OutputHeads, "loss"), (Student, "step"), (loop, "select"), (guard, "ENOUGH"),
     ]  # fmt: skip
     originals = [getattr(owner, name) for owner, name in patched]
@@ -52,7 +52,7 @@ def faulty_train(overrides, spoilt, after=0):
             kept.append(digest(run.student) == before)
             raise
 
-    def deliver_here(parts, batch, student, owner):
+    def dispatch_here(parts, batch, student, owner):
         here["step"] += 1
         held = dispatch(parts, batch, student, owner)
         if now("teacher"):
@@ -84,7 +84,7 @@ def faulty_train(overrides, spoilt, after=0):
         return select(*args) & (not now("selection"))
 
     replacements = [
-        learn_here, deliver_here, score_here, backward_here, loss_here, step_here, select_here, 3,
+        learn_here, dispatch_here, score_here, backward_here, loss_here, step_here, select_here, 3,
     ]  # fmt: skip
     printed = io.StringIO()
     try:
@@ -307,6 +307,7 @@ def test_a_resumed_guard_goes_on_as_the_other_would():
         first, second = Guard(3, 10), Guard(3, 10)
         answers = refused(first, losses[:moment])
         second.load(first.state())
+        assert {**second.state(), "losses": 0} == {**first.state(), "losses": 0}
         assert answers + refused(second, losses[moment:]) == expected
         assert (second.losses, second.jumped) == (whole.losses, whole.jumped)
         assert {**second.state(), "losses": 0} == {**whole.state(), "losses": 0}
