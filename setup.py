@@ -16,6 +16,7 @@ REQUIRED = [
     "einops>=0.7",  # megatron-core needs these two and does not say so
     "psutil>=5.9",
     "httpx>=0.27",
+    "jinja2>=3.1",  # both reports; torch brings it, too
 ]
 EXTRAS = {
     "sglang": ["sglang==0.5.20"],  # with CUDA; without: requirements/sglang-cpu.txt
@@ -23,12 +24,12 @@ EXTRAS = {
     # In an environment of its own: docs/evaluation.md
     "eval": ["evalscope>=1.14", "langdetect"],
     "math": ["math-verify[antlr4_13_2]>=0.9"],  # eval.grader: math
-    "plots": ["matplotlib>=3.9"],  # tools/compare_runs.py, tools/diagnose.py analyze
+    "plots": ["matplotlib>=3.9"],  # taopd compare runs, taopd diagnose analyze
     "wandb": ["wandb>=0.19"],
     "prometheus": ["prometheus-client>=0.20"],
     "smollm2": ["gguf>=0.17", "accelerate>=1"],  # tools/prepare_smollm2.py
     "docs": ["mkdocs-material>=9.7"],
-    # Rivals in tools/bench_vocab_parallel.py. With constraints.txt, so that torch stays what it is.
+    # Rivals in benchmarks/vocab_parallel. With constraints.txt, so that torch stays what it is.
     "bench": ["trl==1.16.0", "liger-kernel==0.8.5"],
     # Triton comes with torch for CUDA; on a machine without one its kernels are tested interpreted.
     "dev": [
@@ -52,7 +53,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
-    package_data={"megatron_taopd": ["py.typed"], "megatron_taopd.serving": ["cpu_stubs/*.py"]},
+    package_data={
+        "megatron_taopd": ["py.typed"],
+        "megatron_taopd.serving": ["cpu_stubs/*.py"],
+        "megatron_taopd.monitoring": ["templates/*"],
+        "megatron_taopd.diagnostics": ["templates/*"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["taopd = megatron_taopd.cli:main"]},
 )

@@ -1,6 +1,6 @@
 """torchrun that ends as its workers did, and lets them end in their own time.
 
-    python -m megatron_taopd.launch [torchrun's options] -m megatron_taopd.train CONFIG.yaml …
+    taopd launch [torchrun's options] -m megatron_taopd.train CONFIG.yaml …
 
 torchrun itself exits with 1 whatever its workers' status was, gives them 30 s after a SIGTERM, and
 dies of a SIGUSR1. Here SIGTERM, SIGINT and SIGUSR1 are passed on to the workers, which finish the
@@ -16,14 +16,17 @@ phase at hand, save and exit with 3, however long that takes; and the exit statu
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 
 import psutil
 
+from megatron_taopd.monitoring import logs
 from megatron_taopd.parallel import nccl
 
+logger = logging.getLogger("megatron_taopd.launch")  # its __name__ is __main__
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 3
 
@@ -33,6 +36,11 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    try:
+        logs.set_up()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     asked = []
 
     def pass_on(number: int, _frame) -> None:
@@ -57,7 +65,7 @@ def main(arguments: list[str]) -> int:
         if asked and status in (INTERRUPTED, *(128 + number for number in SIGNALS)):
             return INTERRUPTED
         if status != INTERRUPTED:
-            print(f"rank {rank} ended first, with status {status}", file=sys.stderr)
+            logger.error("rank %s ended first, with status %s", rank, status)
         return status
     return 0
 

@@ -7,35 +7,50 @@ the run between two phases of a step, with a checkpoint; the exit status is then
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-from megatron_taopd import config as configuration
-from megatron_taopd.build import build, say
+from megatron_taopd.config.load import load, to_yaml
+from megatron_taopd.config.schema import Config
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
+from megatron_taopd.monitoring import logs
+from megatron_taopd.monitoring.summary import summary_table
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.torch_internals import default_store
+from megatron_taopd.parallel.watchdog import Watchdog
 from megatron_taopd.preflight import storage
 from megatron_taopd.preflight.check_config import check
 from megatron_taopd.preflight.examine import before_run
 
+logger = logging.getLogger("megatron_taopd.train")  # also where this is __main__
+
 
 def main(arguments: list[str]) -> int:
-    """Run a training; the exit status of the process."""
+    """Run a training; return the exit status of the process."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
     try:
-        config = configuration.load(arguments[0], arguments[1:])
+        logs.set_up()
+        config = load(arguments[0], arguments[1:])
         check(config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
-        # Every rank has come to the same one line, which needs no traceback: one of them says it.
+        # Every rank has come to the same line, which needs no traceback: one of them says it.
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    # Megatron takes seconds to import, which nobody should wait for to read that line.
+    from megatron.core import parallel_state
+
+    from megatron_taopd.build import build
+
     joined = platform.initialize()
     watchdog = watch(config, joined)
     try:
@@ -48,32 +63,30 @@ def main(arguments: list[str]) -> int:
     except ValueError:
         # A damaged file, say, which the rank that reads it is alone to know of, and has told.
         return 2
-    from megatron.core import parallel_state
 
     try:
         with watchdog:
             status = run_to_its_end(run)
         watchdog.stop()
     finally:
-        run.engine.close()
-        run.teacher.close()
-        run.monitor.close()
-        run.checkpoints.close()
+        run.close()
         parallel_state.destroy_model_parallel()
     if joined:
         dist.destroy_process_group()
     return status
 
 
-def watch(config: configuration.Config, joined: bool):
-    """A watchdog over the ranks of a group that this process has joined."""
-    from megatron_taopd.parallel.watchdog import Watchdog
-
+def watch(config: Config, joined: bool) -> Watchdog:
+    """Watch over the ranks of a group that this process has joined."""
     section, world_size = config.watchdog, dist.get_world_size()
-    watched = joined and world_size > 1 and section.silent_s > 0
-    store = dist.distributed_c10d._get_default_store() if watched else None
+    watched = joined and world_size > 1 and section.heartbeat_timeout_s > 0
     return Watchdog(
-        store, dist.get_rank(), world_size, section.silent_s, section.stuck_s, config.run.dir
+        default_store() if watched else None,
+        dist.get_rank(),
+        world_size,
+        section.heartbeat_timeout_s,
+        section.stall_timeout_s,
+        config.run.dir,
     )
 
 
@@ -82,16 +95,16 @@ def keep_config(run) -> None:
     if dist.get_rank() != 0:
         return
     try:
-        storage.save_config(run.monitor.run_dir, configuration.to_yaml(run.config))
+        storage.save_config(run.monitor.run_dir, to_yaml(run.config))
     except ValueError as error:
-        say(f"not kept: {error}")
+        logger.info(f"not kept: {error}")
 
 
 def run_to_its_end(run) -> int:
-    """Distil; the exit status of the process, the same on every rank."""
-    from megatron_taopd.checkpoints.saving import NotSaved
+    """Distil; return the exit status of the process, the same on every rank."""
+    from megatron_taopd.checkpoints.saving import NotSaved  # as above: Megatron is imported by now
     from megatron_taopd.loop import distill
-    from megatron_taopd.monitoring.guard import Broken
+    from megatron_taopd.step.guard import Broken
 
     steps = run.config.train.steps
     try:
@@ -100,25 +113,16 @@ def run_to_its_end(run) -> int:
         if dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return 1
-    summarize(run.monitor)
+    if dist.get_rank() == 0:
+        run.monitor.close()
+        Console().print(summary_table(run.monitor.records, run.monitor.report_path))
     if done < steps:
-        say(f"stopped after step {done} of {steps}; the same command resumes")
+        logger.info(f"stopped after step {done} of {steps}; the same command resumes")
         return INTERRUPTED
     return 0
 
 
-def summarize(monitor) -> None:
-    """The run in a few lines, from rank 0."""
-    from rich.console import Console
-
-    from megatron_taopd.monitoring.monitor import summary_table
-
-    if dist.get_rank() == 0:
-        monitor.close()
-        Console().print(summary_table(monitor.records, monitor.report_path))
-
-
-def catch_signals():
+def catch_signals() -> Callable[[], bool]:
     """Let SIGINT, SIGTERM and SIGUSR1 end the run after its phase; a second SIGINT does at once.
 
     Returns:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from support.ranks import close_pools
 
+from megatron_taopd.monitoring import logs
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Whether Triton interprets kernels is settled at its first import, which may be another library's.
 if find_spec("triton") and not torch.cuda.is_available():
@@ -18,6 +20,7 @@ if find_spec("triton") and not torch.cuda.is_available():
 # The same examples on every run, and no verdict by the clock of a busy machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+logs.set_up()  # tests call what entry points do, without these
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from megatron_taopd.monitoring.accounting import ModelCost, step_operations
+from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
 
 SIZES = dict(
     vocab_size=192,
@@ -54,10 +54,9 @@ TEACHER = ModelCost(per_token=40, per_pair=0, per_row=20)
 
 def operations(trained, kept_rows, replayed=False, recompute="none"):
     scored = torch.tensor([50, 50])
-    return step_operations(
-        STUDENT, TEACHER, scored, scored + 10, torch.tensor(trained), 60, kept_rows,
-        replayed, recompute,
-    )  # fmt: skip
+    trained = torch.tensor(trained)
+    work = Work(scored, scored + 10, trained, 60, kept_rows, replayed, recompute)
+    return step_operations(STUDENT, TEACHER, work)
 
 
 def test_a_step_is_the_sum_of_its_passes():

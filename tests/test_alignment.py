@@ -12,6 +12,7 @@ from support import dense
 from support.step import row_logits
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.alignment import align, take_steps
@@ -56,7 +57,7 @@ def bank(tmp_path_factory):
     engine = partial(local_engine, student=STUDENT, seed=0)
     with pytest.MonkeyPatch.context() as patch:  # its third sequence is in another shard
         patch.setattr(bank_module, "SEQUENCES_PER_SHARD", 2)
-        add_rollouts(out, STUDENT, prompts, sampling, 0, engine, limit=3)
+        add_rollouts(out, STUDENT, prompts, sampling, 0, engine, DataSection(limit=3))
     assert len(Bank(out).shards) == 2
     return Bank(out)
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.vocab_parallel import ways as compared
+from benchmarks.vocab_parallel.problem import Setup
+
 pytestmark = pytest.mark.slow
 
 TOOL = Path(__file__).parents[1] / "tools" / "bench_vocab_parallel.py"
-sys.path.append(str(TOOL.parent))  # as Python does for a script
 SMALL = "--vocab 512 --hidden 32 --teacher-hidden 48 --rows 32 --chunk-rows 8 --repeats 1"
 PEERS = {"TRL, full logits": "trl", "TRL, chunked": "trl", "Liger, chunked": "liger_kernel"}
 CHUNKS = 4
@@ -86,12 +88,9 @@ def test_tables_and_targets_are_printed(measured):
 
 def test_what_does_not_fit_is_skipped(measured):
     figures, _ = measured
-    from vocab_bench.problem import Setup
-    from vocab_bench.ways import ways
-
     # 170 kB of inputs, 16 kB the logits of a chunk, 66 kB those of all rows.
     setup = Setup(**figures["setup"] | {"memory_limit": 0.4e6, "only": ["scores"]})
-    skipped = {way.name: way.reason_to_skip(setup) for way in ways(setup)}
+    skipped = {way.name: way.reason_to_skip(setup) for way in compared.ways(setup)}
     assert skipped["ours"] is None
     assert skipped["full logits, gathered"].startswith("needs")
 

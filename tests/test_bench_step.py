@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.step.results import against_full, extrapolated_arms
+
 pytestmark = pytest.mark.slow
 
 TOOL = Path(__file__).parents[1] / "tools" / "bench_step.py"
-sys.path.append(str(TOOL.parent))  # as Python does for a script
 PROMPTS = 6
 
 
@@ -86,8 +87,6 @@ def test_tables_and_targets_are_printed(measured):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # Megatron's
 def test_extrapolation_adds_up():
     """Layers that cost their operations, 0.86 of the tokens trained: the sums made by hand."""
-    from step_bench.results import against_full, extrapolated_arms
-
     costs = {"teacher": 26.4, "forward": 7.3, "backward": 14.6, "score": 2.34, "loss": 3.9}
     rows = extrapolated_arms(costs, cut=0.86, rows_per_token=1.0)
     ratios = {(row["name"], row["recompute"]): against_full(rows, row)["÷ same"] for row in rows}

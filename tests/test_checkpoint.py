@@ -118,12 +118,13 @@ def latest(directory, **options):
 
 def save_then_change(student_dir, directory, parallel, asynchronous):
     from megatron_taopd.checkpoints import saving as checkpoint
+    from megatron_taopd.checkpoints import writing
 
     student = make_student(student_dir, *parallel)
     train_step(student, seed=1)
     saved = contents(student)
     checkpoints, broadcast_object = open_checkpoints(directory, asynchronous)
-    write, changed = checkpoint._write, threading.Event()
+    write, changed = writing.write, threading.Event()
     if not asynchronous:
         changed.set()
 
@@ -131,11 +132,11 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
         changed.wait()
         return write(*arguments)
 
-    checkpoint._write = write_late
+    writing.write = write_late
     try:
         checkpoints.save(1, student, STATE)
     finally:
-        checkpoint._write = write
+        writing.write = write
     assert files.steps(directory) == ([] if asynchronous else [1])
     train_step(student, seed=2)
     for parameter in student.trunk.parameters():

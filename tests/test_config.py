@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from megatron_taopd.config import Config, load, to_yaml
+from megatron_taopd.config.load import RENAMED
 from megatron_taopd.preflight.check_config import check
 
 WORDS = ["<eos>", *(f"w{i}" for i in range(99))]
@@ -130,6 +133,76 @@ def test_a_file_with_overrides(user):
     assert config.selection.selector == "teachability" and config.selection.k == 16
     with pytest.raises(FrozenInstanceError):
         config.train.steps = 5
+
+
+RENAMED_VALUES = {  # a key's old name, a value there, and what it is under the new name
+    "checkpoint.keep": (2, 2),
+    "rollout.servers.attempts": (4, 3),
+    "rollout.sync.way": ("disk", "disk"),
+    "teacher.servers.attempts": (1, 0),
+    "watchdog.silent_s": (30, 30),
+    "watchdog.stuck_s": (0, 0),
+}
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_accepted_with_a_line_that_gives_the_new_one(
+    user, caplog, monkeypatch, old, where
+):
+    new, (before, after) = RENAMED[old], RENAMED_VALUES[old]
+    monkeypatch.setenv("RANK", "0")
+    if where == "file":
+        user.write(OmegaConf.to_yaml(OmegaConf.merge(yaml.safe_load(YAML), nested(old, before))))
+        config = load("conf/run.yaml")
+    else:
+        config = load("conf/run.yaml", [f"{old}={before}"])
+    assert OmegaConf.select(OmegaConf.structured(config), new) == after
+    line = f"{old}: {before} is accepted until version 0.2 only; write {new}: {after}"
+    assert [record.getMessage() for record in caplog.records] == [line]
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    load("conf/run.yaml", [f"{old}={before}"])
+    load("conf/run.yaml", [f"{new}={after}"])
+    assert not caplog.records
+
+
+def nested(key: str, value) -> dict:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]))
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_the_command_line_wins_over_the_file_under_either_name(user, old):
+    new, (before, after) = RENAMED[old], RENAMED_VALUES[old]
+    other = {"disk": "tensor"}.get(after, 5)
+    user.write(OmegaConf.to_yaml(OmegaConf.merge(yaml.safe_load(YAML), nested(new, other))))
+    found = OmegaConf.structured(load("conf/run.yaml", [f"{old}={before}"]))
+    assert OmegaConf.select(found, new) == after
+    user.write(OmegaConf.to_yaml(OmegaConf.merge(yaml.safe_load(YAML), nested(old, before))))
+    found = OmegaConf.structured(load("conf/run.yaml", [f"{new}={other}"]))
+    assert OmegaConf.select(found, new) == other
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_key_under_both_names_is_refused(user, old):
+    new, (before, after) = RENAMED[old], RENAMED_VALUES[old]
+    given = [f"{old}={before}", f"{new}={after}"]
+    words = (f"{old}: {before} is given, and {new}: {after} too", f"remove {old}")
+    refused(lambda: load("conf/run.yaml", given), *words)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "true", "1.5", "null", "'${run.seed}'"])
+def test_attempts_that_cannot_be_counted_are_refused_under_the_name_that_was_given(user, value):
+    key, shown = "rollout.servers.attempts", str(yaml.safe_load(value))
+    words = (f"{key}: {shown}; it has to be a whole number of at least 1", "servers.max_retries")
+    refused(lambda: load("conf/run.yaml", [f"{key}={value}"]), *words)
+
+
+def test_attempts_that_a_file_leaves_open_have_to_be_given(user):
+    user.write(YAML.replace("{path: ../models/teacher,", "{path: t, servers: {attempts: '???'},"))
+    words = (r"teacher.servers.max_retries: ??? is left open", "command line")
+    refused(lambda: load("conf/run.yaml"), *words)
+    assert load("conf/run.yaml", ["teacher.servers.attempts=3"]).teacher.servers.max_retries == 2
 
 
 SERVERS = "rollout.engine=sglang rollout.servers."
@@ -413,13 +486,16 @@ def test_overrides_that_are_refused(user, override, parts):
         ("optimizer.lr=.inf", ("optimizer.lr: inf", "more than 0")),
         ("optimizer.beta2=1", ("optimizer.beta2: 1.0", "in [0, 1)")),
         ("optimizer.clip=-1", ("optimizer.clip: -1.0", "0 or more")),
-        ("checkpoint.keep=0", ("checkpoint.keep: 0", "at least 1")),
+        ("checkpoint.keep_last=0", ("checkpoint.keep_last: 0", "at least 1")),
         ("eval.limit=0", ("eval.limit: 0", "at least 1")),
         ("eval.samples=4", ("eval.samples: 4 with eval.temperature 0", "temperature above 0")),
         ("eval.pass_at=[1,2]", ("eval.pass_at: 2", "between 1 and eval.samples 1")),
         ("guard.max_skipped=0", ("guard.max_skipped: 0", "at least 1")),
         ("guard.loss_spike=0.5", ("guard.loss_spike: 0.5", "0 or more than 1")),
-        ("watchdog.silent_s=0.1", ("watchdog.silent_s: 0.1", "0 or at least 1")),
+        (
+            "watchdog.heartbeat_timeout_s=0.1",
+            ("watchdog.heartbeat_timeout_s: 0.1", "0 or at least 1"),
+        ),
         # Combinations
         ("optimizer.decay=cosine", ("optimizer.min_lr: None with optimizer.decay cosine",)),
         ("optimizer.min_lr=0", ("optimizer.min_lr: 0.0 with optimizer.decay constant", "null")),

@@ -24,6 +24,7 @@ from support.ranks import run_ranks
 from support.sglang_server import prompt_logprobs, serve
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_taopd.cli import convert as command
 from megatron_taopd.formats.convert import to_hf, to_megatron
 from megatron_taopd.formats.hf import HFCheckpoint
 from megatron_taopd.formats.megatron import MegatronCheckpoint, MegatronWriter
@@ -864,16 +865,10 @@ def test_the_command_line(hf_dirs, tmp_path):
     assert found["largest"] == pytest.approx(0.5, abs=1e-6)
 
 
-def as_a_command(monkeypatch, capsys, *arguments):
-    """The tool in this process: (exit status, what it said)."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("convert_tool", ROOT / "tools/convert.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+def as_a_command(capsys, *arguments):
+    """The command in this process: (exit status, what it said)."""
     try:
-        status = tool.main()
+        status = command.main([*map(str, arguments)])
     except SystemExit as refusal:  # argparse's
         status = refusal.code
     return status, capsys.readouterr().err
@@ -940,7 +935,7 @@ def test_a_wrong_command_is_told_in_one_line(
     monkeypatch.chdir(tmp_path)
     arguments, message = WRONG[case]
     wrong = arguments(hf_dirs["qwen3"], megatron_dirs["qwen3"])
-    status, said = as_a_command(monkeypatch, capsys, *wrong)
+    status, said = as_a_command(capsys, *wrong)
     last = said.rstrip("\n").splitlines()[-1]
     assert status == 2
     assert re.search(message, last), said
@@ -954,9 +949,9 @@ def test_a_file_in_the_place_of_the_result_is_replaced(
     (tmp_path / "out").write_text("something")
     (tmp_path / "out.replaced").mkdir()  # of a conversion that was killed
     wanted = ["to-hf", "--megatron", megatron_dirs["qwen3"], "--out", tmp_path / "out", "--quiet"]
-    status, said = as_a_command(monkeypatch, capsys, *wanted)
+    status, said = as_a_command(capsys, *wanted)
     assert (status, said.count("exists; give another, or --overwrite")) == (2, 1)
-    assert as_a_command(monkeypatch, capsys, *wanted, "--overwrite")[0] == 0
+    assert as_a_command(capsys, *wanted, "--overwrite")[0] == 0
     assert_same(hf_dirs["qwen3"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -124,13 +124,14 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     )
     run = SimpleNamespace(
         config=SimpleNamespace(rollout=SimpleNamespace(stream=True)),
-        teacher=teacher,
+        distiller=SimpleNamespace(teacher=teacher),
         read=lambda part: (part, {}),
+        phase=lambda _: nullcontext(),
         monitor=SimpleNamespace(span=lambda _: nullcontext()),
     )
     held = []
     for _ in range(2):
-        read = loop.read_parts(run, pending, lambda _: nullcontext())
+        read = loop.read_parts(run, pending)
         held.append([len(part.held.ids) for _, part in read])
     everything = torch.ones(batch.num_rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)

@@ -9,13 +9,17 @@ import pytest
 import torch
 from support.planted_bank import planted_bank, planted_columns, write_table
 
-from megatron_taopd.diagnostics import analysis
+from megatron_taopd.diagnostics import shapes
+from megatron_taopd.diagnostics.analysis import analyze
 from megatron_taopd.diagnostics.bootstrap import (
     draw_counts,
     group_sums,
     interval,
     t_interval,
 )
+from megatron_taopd.diagnostics.gains import read_gains, shape_variables
+from megatron_taopd.diagnostics.q3 import high_half, in_q3, support_gaps
+from megatron_taopd.diagnostics.regressions import regressions
 from megatron_taopd.step.selection import SELECTORS, budget, select
 from megatron_taopd.step.teachability import incompatible_disagreement, learnable_disagreement
 
@@ -102,7 +106,7 @@ def test_resampled_regressions_equal_those_on_replicated_rows():
     """Which terms each model has, their coefficients, and what Table 9 makes of them."""
     bank, gain = planted_bank(0, 12, 40, learnable=2.0)
     counts = draw_counts(bank.num_prompts, 20, seed=1)
-    coefficients, differences = analysis.regressions(bank, gain, 16, counts)
+    coefficients, differences = regressions(bank, gain, 16, counts)
     assert {row["model"] for row in coefficients} == {*MODELS}
     beta, r2 = {}, {}
     for model, terms in MODELS.items():
@@ -132,8 +136,8 @@ def test_residuals_are_those_behind_their_terms(residual):
     x = design(bank, np.arange(bank.num_rows), terms)
     x = np.concatenate([np.ones((bank.num_rows, 1)), x], axis=1)
     left = gain - x @ np.linalg.lstsq(x, gain, rcond=None)[0]
-    rows = analysis.residual_bins(bank, gain, 16, draw_counts(bank.num_prompts, 3, seed=1))
-    bins = analysis.quantile_buckets(bank.columns["C_16"])
+    rows = shapes.residual_bins(bank, gain, 16, draw_counts(bank.num_prompts, 3, seed=1))
+    bins = shapes.quantile_buckets(bank.columns["C_16"])
     for bucket in range(10):
         found, _, _ = value(rows, residual=residual, variable="C", bucket=bucket)
         np.testing.assert_allclose(found, left[bins == bucket].mean(), rtol=1e-8)
@@ -142,13 +146,13 @@ def test_residuals_are_those_behind_their_terms(residual):
 def test_resampled_gaps_equal_those_on_replicated_rows():
     bank, gain = planted_bank(0, 12, 40, learnable=2.0)
     counts = draw_counts(bank.num_prompts, 50, seed=1)
-    rows_of_table = analysis.support_gaps(bank, gain, 16, counts)
-    q3 = analysis.in_q3(bank, 16)
+    rows_of_table = support_gaps(bank, gain, 16, counts)
+    q3 = in_q3(bank, 16)
     assert {row["proxy"] for row in rows_of_table} == {*PROXIES.values()}
     for proxy, name in PROXIES.items():
         values = bank.columns[f"{proxy}_16"]
         high = np.zeros(bank.num_rows, dtype=bool)
-        high[q3] = analysis.high_half(values[q3])
+        high[q3] = high_half(values[q3])
         pooled, matched = [], []
         for drawn in counts:
             rows, replicated = replicate(bank, gain, drawn)
@@ -175,7 +179,7 @@ def test_intervals_cover_planted_coefficients_at_the_nominal_rate():
     wide, gain = planted_bank(10_000, 4000, 40, learnable=2.0, incompatible=1.0)
     truth = {
         row["quantity"]: row["estimate"]
-        for row in analysis.regressions(wide, gain, 16, np.ones((2, wide.num_prompts)))[1]
+        for row in regressions(wide, gain, 16, np.ones((2, wide.num_prompts)))[1]
     }
     assert truth["β(D^L)"] > 1.5 * truth["β(D^I)"] > 0
     hits = {name: 0 for name in ("β(D^L)", "β(D^I)", "gap")}
@@ -183,7 +187,7 @@ def test_intervals_cover_planted_coefficients_at_the_nominal_rate():
     for seed in range(BANKS):
         bank, gain = planted_bank(seed, 60, 40, learnable=2.0, incompatible=1.0)
         counts = draw_counts(bank.num_prompts, 300, seed)
-        rows = analysis.regressions(bank, gain, 16, counts)[1]
+        rows = regressions(bank, gain, 16, counts)[1]
         for name in hits:
             _, low, high = value(rows, quantity=name)
             hits[name] += covered(low, truth[name], high)
@@ -203,9 +207,9 @@ def test_a_bank_without_an_effect_shows_none():
     for seed in range(BANKS):
         bank, gain = planted_bank(1000 + seed, 60, 40)
         counts = draw_counts(bank.num_prompts, 300, seed)
-        _, low, high = value(analysis.regressions(bank, gain, 16, counts)[1], quantity="gap")
+        _, low, high = value(regressions(bank, gain, 16, counts)[1], quantity="gap")
         false["regression"] += not covered(low, 0, high)
-        gaps = analysis.support_gaps(bank, gain, 16, counts)
+        gaps = support_gaps(bank, gain, 16, counts)
         _, low, high = value(gaps, proxy=PROXIES["C"], estimator="pooled")
         false["Q3"] += not covered(low, 0, high)
     for name, count in false.items():
@@ -215,7 +219,7 @@ def test_a_bank_without_an_effect_shows_none():
 def test_q3_gap_finds_what_was_planted():
     bank, gain = planted_bank(0, 200, 100, learnable=2.0)
     counts = draw_counts(bank.num_prompts, 300, 0)
-    for row in analysis.support_gaps(bank, gain, 16, counts):
+    for row in support_gaps(bank, gain, 16, counts):
         # d is uniform in (1/2, 1) there, c in two halves whose means differ by 1/2: 2 · 3/4 · 1/2.
         if row["proxy"] == PROXIES["C"]:
             assert row["low"] < 0.75 < row["high"]
@@ -225,7 +229,7 @@ def test_q3_gap_finds_what_was_planted():
 @pytest.fixture(scope="module")
 def analyzed():
     bank, gain = planted_bank(3, 10, 37 * 2)
-    return bank, gain, analysis.analyze(bank, {"a": gain}, resamples=10, seed=5)
+    return bank, gain, analyze(bank, {"a": gain}, resamples=10, seed=5)
 
 
 def test_every_selector_and_budget_has_its_rows(analyzed):
@@ -241,7 +245,7 @@ def test_every_selector_and_budget_has_its_rows(analyzed):
 @pytest.mark.parametrize("name", SELECTORS)
 def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(name, analyzed):
     bank, gain, tables = analyzed
-    q3 = int(analysis.in_q3(bank, 16).sum())
+    q3 = int(in_q3(bank, 16).sum())
     for ratio in RATIOS:
         mask = select(name, bank.scores(16), ratio, 5).numpy()
         n = bank.num_rows if name == "full" else budget(ratio, bank.num_rows)
@@ -262,7 +266,7 @@ def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(n
 def test_buckets_hold_the_rows_and_their_mean_gain():
     bank, gain = planted_bank(4, 20, 50, learnable=2.0)
     counts = draw_counts(bank.num_prompts, 50, 0)
-    rows = analysis.buckets(bank, gain, 16, counts)
+    rows = shapes.buckets(bank, gain, 16, counts)
     for name in ("D", "C", "D^L", "D^I"):
         of_variable = [row for row in rows if row["variable"] == name]
         assert sum(row["rows"] for row in of_variable) == bank.num_rows
@@ -276,7 +280,7 @@ def test_buckets_hold_the_rows_and_their_mean_gain():
 
 def test_equal_values_share_a_bucket():
     values = np.array([0.0] * 50 + [1.0] * 30 + [2.0] * 20)
-    groups = analysis.quantile_buckets(values)
+    groups = shapes.quantile_buckets(values)
     assert len({(g, v) for g, v in zip(groups, values, strict=True)}) == 3
 
 
@@ -290,19 +294,19 @@ def test_equal_values_share_a_bucket():
     ],
 )
 def test_halves_by_the_median_are_as_even_as_ties_allow(values, expected):
-    assert analysis.high_half(np.array(values)).tolist() == [bool(e) for e in expected]
+    assert high_half(np.array(values)).tolist() == [bool(e) for e in expected]
 
 
 def test_residuals_show_a_shape_that_lines_miss():
     bank, gain = planted_bank(5, 100, 60, learnable=3.0)
     counts = draw_counts(bank.num_prompts, 200, 0)
-    rows = analysis.residual_bins(bank, gain, 16, counts)
+    rows = shapes.residual_bins(bank, gain, 16, counts)
     behind_controls = [r for r in rows if r["residual"] == "controls" and r["variable"] == "D^L"]
     assert behind_controls[-1]["low"] > 0 > behind_controls[0]["high"]
     behind_all = [r for r in rows if r["residual"] == "decomposed" and r["variable"] == "D^L"]
     assert sum(row["low"] <= 0 <= row["high"] for row in behind_all) >= 8
-    curved = gain + 20 * (analysis.shape_variables(bank, 16)["D^L"] - 0.5) ** 2
-    rows = analysis.residual_bins(bank, curved, 16, counts)
+    curved = gain + 20 * (shape_variables(bank, 16)["D^L"] - 0.5) ** 2
+    rows = shapes.residual_bins(bank, curved, 16, counts)
     behind_all = [r for r in rows if r["residual"] == "decomposed" and r["variable"] == "D^L"]
     assert sum(row["low"] <= 0 <= row["high"] for row in behind_all) <= 5
 
@@ -337,9 +341,9 @@ def test_several_seeds_each_and_their_mean(tmp_path):
         columns = planted_columns(0, 8, 60, learnable=2.0)
         columns["gain"] = columns["gain"] + seed
         paths.append(write_table(tmp_path / f"seed{seed}.parquet", columns))
-    bank, gains = analysis.read_gains(paths)
+    bank, gains = read_gains(paths)
     assert list(gains) == ["seed0", "seed1", "seed2"]
-    tables = analysis.analyze(bank, gains, resamples=20)
+    tables = analyze(bank, gains, resamples=20)
     rows = [r for r in tables["table5_bank"] if r["quantity"] == "mean gain"]
     each = [value(rows, seed=name)[0] for name in gains]
     np.testing.assert_allclose(np.diff(each), 1)
@@ -352,7 +356,7 @@ def test_several_seeds_each_and_their_mean(tmp_path):
 def test_an_infinite_disagreement_counts_as_the_largest_finite_one(tmp_path):
     columns = planted_columns(0, 8, 60)
     columns["D_16"][5] = np.inf
-    bank, _ = analysis.read_gains([write_table(tmp_path / "gain.parquet", columns)])
+    bank, _ = read_gains([write_table(tmp_path / "gain.parquet", columns)])
     finite = columns["D_16"][np.isfinite(columns["D_16"])]
     assert bank.columns["D_16"][5] == finite.max()
 
@@ -381,11 +385,11 @@ def test_mistakes_are_told_in_one_line(tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=message) as error:
-            analysis.read_gains(paths)
+            read_gains(paths)
         assert "\n" not in str(error.value)
-    bank, gains = analysis.read_gains([good])
+    bank, gains = read_gains([good])
     with pytest.raises(ValueError, match="--k: 5 is not in the table; one of 8, 16, 32"):
-        analysis.analyze(bank, gains, k=5)
+        analyze(bank, gains, k=5)
     bank.columns["teacher_entropy"][:] = 1.0
     with pytest.raises(ValueError, match="teacher entropy at K = 8: the same on every row"):
-        analysis.analyze(bank, gains, resamples=5)
+        analyze(bank, gains, resamples=5)

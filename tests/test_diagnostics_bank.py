@@ -17,7 +17,9 @@ from support.ranks import run_ranks
 from support.step import row_logits
 from transformers import AutoTokenizer
 
+from megatron_taopd.cli import diagnose
 from megatron_taopd.config import ServersSection
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics import bank as bank_module
 from megatron_taopd.diagnostics.bank import Bank, add_rollouts
@@ -28,13 +30,12 @@ from megatron_taopd.rollout.engine import Sampling
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"
-TOOLS = Path(__file__).parent.parent / "tools"
 SAMPLING = Sampling(max_new_tokens=12, samples=2)
 
 
 def add(out, seed=0, prompts=TINY / "test.jsonl", limit=6, student=STUDENT, engine=None, **data):
     engine = engine or partial(local_engine, student=student, seed=seed)
-    add_rollouts(out, student, prompts, SAMPLING, seed, engine, limit=limit, **data)
+    add_rollouts(out, student, prompts, SAMPLING, seed, engine, DataSection(limit=limit, **data))
     return Bank(out)
 
 
@@ -169,7 +170,15 @@ def test_a_bank_is_of_one_tokenizer_and_one_student(own_bank, tmp_path):
 def test_what_cannot_be_sampled_is_refused_before_anything_is_made(tmp_path, sampling, message):
     engine = partial(local_engine, student=STUDENT, seed=0)
     with pytest.raises(ValueError, match=message):
-        add_rollouts(tmp_path / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=2)
+        add_rollouts(
+            tmp_path / "bank",
+            STUDENT,
+            TINY / "test.jsonl",
+            sampling,
+            0,
+            engine,
+            DataSection(limit=2),
+        )
     assert not (tmp_path / "bank").exists()
 
 
@@ -254,14 +263,11 @@ def test_sglang_answers_with_the_students_probabilities(tmp_path):
         (["--engine", "sglang", "--url", "http://a:1", "--server-tp", "2"], "--server-tp: 2 with"),
     ],
 )
-def test_options_of_another_engine_are_refused(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.syspath_prepend(TOOLS)
-    import diagnose
-
+def test_options_of_another_engine_are_refused(tmp_path, arguments, message):
     paths = ["--student", STUDENT, "--prompts", TINY / "test.jsonl", "--out", tmp_path / "bank"]
-    monkeypatch.setattr("sys.argv", ["diagnose", "bank", *map(str, paths), *arguments])
+    parsed = diagnose.parse(["bank", *map(str, paths), *arguments])
     with pytest.raises(ValueError, match=message):
-        diagnose.engine_of(diagnose.parse())
+        diagnose.engine_of(parsed)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -302,25 +308,19 @@ def oracle(z_s, z_t, tokens) -> dict[str, torch.Tensor]:
     return found
 
 
-def score_on_rank(*args, **kwargs):
-    from megatron_taopd.diagnostics.score import score_bank
+def score_with(*args):
+    """Run `score_bank` on a rank; the last two arguments are options and further keywords."""
+    from megatron_taopd.diagnostics.score import PairOptions, score_bank
     from megatron_taopd.parallel import platform
 
     platform.emulate_cuda()
-    return score_bank(*args, **kwargs)
+    *positional, options, keywords = args
+    return score_bank(*positional, PairOptions(**options), **keywords)
 
 
-def score(bank, out, ranks=1, parallel=(1, 1), teacher_parallel=(1, 1, 1), **kwargs):
-    checkpoint, teacher = kwargs.pop("checkpoint", STUDENT), kwargs.pop("teacher", TEACHER)
-    run_ranks(
-        ranks, score_with, bank.dir, checkpoint, teacher, out, parallel, teacher_parallel, kwargs
-    )
+def score(bank, out, ranks=1, checkpoint=STUDENT, teacher=TEACHER, options=(), **kwargs):
+    run_ranks(ranks, score_with, bank.dir, checkpoint, teacher, out, dict(options), kwargs)
     return read_table(out)
-
-
-def score_with(*args):
-    *positional, keywords = args
-    return score_on_rank(*positional, **keywords)
 
 
 def assert_oracle(table, batch, z_s, z_t):
@@ -341,8 +341,10 @@ def assert_oracle(table, batch, z_s, z_t):
 )
 def test_a_table_is_the_oracles_on_every_layout(bank, tmp_path, ranks, parallel, teacher_parallel):
     table, about = score(
-        bank, tmp_path / "t.parquet", ranks, parallel, teacher_parallel, head_memory_mib=1
-    )
+        bank, tmp_path / "t.parquet", ranks, options={
+            "parallel": parallel, "teacher_parallel": teacher_parallel, "head_memory_mib": 1
+        }
+    )  # fmt: skip
     assert table.column_names == [*PLACE, *MEASURES]
     assert about["bank"] == bank.fingerprint and json.loads(about["ks"]) == [8, 16, 32]
     assert (about["checkpoint"], about["teacher"]) == (str(STUDENT), str(TEACHER))
@@ -398,8 +400,9 @@ def test_a_megatron_checkpoint_gives_the_table_of_its_model(bank, tmp_path):
     to_megatron(STUDENT, tmp_path / "megatron")
     of_hf, _ = score(bank, tmp_path / "hf.parquet")
     of_megatron, about = score(
-        bank, tmp_path / "m.parquet", 2, (1, 2), (1, 2, 1), checkpoint=tmp_path / "megatron"
-    )
+        bank, tmp_path / "m.parquet", 2, checkpoint=tmp_path / "megatron",
+        options={"parallel": (1, 2), "teacher_parallel": (1, 2, 1)},
+    )  # fmt: skip
     assert about["checkpoint"] == str(tmp_path / "megatron")
     for name in MEASURES:
         torch.testing.assert_close(
@@ -419,7 +422,8 @@ def test_a_bank_of_several_shards_is_one_table(own_bank, bank, tmp_path):
 
 
 def test_a_view_shows_the_likeliest_tokens_of_both_models(bank, tmp_path):
-    score(bank, tmp_path / "t.parquet", 2, (2, 1), (2, 1, 1), view=2)
+    options = {"parallel": (2, 1), "teacher_parallel": (2, 1, 1)}
+    score(bank, tmp_path / "t.parquet", 2, options=options, view=2)
     shown = json.loads((tmp_path / "t.view.json").read_text())["sequences"]
     batch, tokenizer = bank.first(2).batch, AutoTokenizer.from_pretrained(STUDENT)
     assert [view["sequence"] for view in shown] == [0, 1]
@@ -447,13 +451,13 @@ def refused(*args):
 def test_what_does_not_belong_together_is_refused(bank, tmp_path):
     other = with_other_tokens(STUDENT, tmp_path / "other")
 
-    def error(checkpoint, **kwargs):
-        args = bank.dir, checkpoint, TEACHER, tmp_path / "t.parquet", (1, 1), (1, 1, 1)
+    def error(checkpoint, options=(), **kwargs):
+        args = bank.dir, checkpoint, TEACHER, tmp_path / "t.parquet", dict(options)
         return run_ranks(1, refused, *args, kwargs)[0]
 
     assert "another one" in error(other)
     assert "give the directory of one Megatron" in error(tmp_path)
-    assert "micro_batch_tokens: 8 is too small" in error(STUDENT, micro_batch_tokens=8)
+    assert "micro_batch_tokens: 8 is too small" in error(STUDENT, {"micro_batch_tokens": 8})
     assert "has 12 sequences; 13 are asked for" in error(STUDENT, view=13)
     assert not list(tmp_path.glob("t.parquet*"))
 

@@ -13,7 +13,8 @@ from support.patience import patience
 from support.planted_bank import planted_columns, write_table
 
 from megatron_taopd.diagnostics import figures
-from megatron_taopd.diagnostics.analysis import analyze, read_gains, shape_variables
+from megatron_taopd.diagnostics.analysis import analyze
+from megatron_taopd.diagnostics.gains import read_gains, shape_variables
 from megatron_taopd.diagnostics.page import pivot, read_views
 from megatron_taopd.diagnostics.write import FIGURES, write_analysis
 
@@ -159,7 +160,7 @@ def test_pivot_marks_what_excludes_zero():
     ]
     table = pivot(rows, "name", "K", "K = {}")
     assert "<b>+1</b> <small>[+0.5, +1.5]</small>" in table
-    assert "<td class=num>−1 <small>[−2, +0.5]</small>" in table
+    assert '<td class="num">−1 <small>[−2, +0.5]</small>' in table
 
 
 @pytest.mark.parametrize("name", ["ΔR² (+ C), 10⁻³", "ΔR² (decomposed), 10⁻³", "R² (baseline)"])

@@ -14,7 +14,8 @@ from support.ranks import run_ranks
 from test_train import LAYOUTS, curve, train
 
 from megatron_taopd.checkpoints.files import steps
-from megatron_taopd.monitoring.guard import Fault, Guard, Jump, listed
+from megatron_taopd.parallel.faults import Fault, listed
+from megatron_taopd.step.guard import Guard, Jump
 from megatron_taopd.step.scoring import TopkOutputHeads, culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
@@ -27,16 +28,16 @@ NAN = torch.nan
 def faulty_train(overrides, spoilt, after=0):
     """`train` with something spoilt in some steps {step: what}, counted from its first: (status,
     records, whether the skipped steps left the student as it was, what was printed)."""
-    from megatron_taopd import loop
     from megatron_taopd.models.student import Student
-    from megatron_taopd.monitoring import guard
-    from megatron_taopd.step import scoring, training
+    from megatron_taopd.parallel.faults import Fault
+    from megatron_taopd.step import distiller, guard, training
 
     here = {"step": 0}
     kept = []
     patched = [
-        (loop, "learn"), (loop, "dispatch"), (loop, "score"), (training, "backward"),
-        (scoring.OutputHeads, "loss"), (Student, "step"), (loop, "select"), (guard, "ENOUGH"),
+        (distiller.Distiller, "learn"), (distiller, "dispatch"), (distiller, "score"),
+        (training, "backward"), (training, "kept_row_loss"), (Student, "step"),
+        (distiller, "select"), (guard, "ENOUGH"),
     ]  # fmt: skip
     originals = [getattr(owner, name) for owner, name in patched]
     learn, dispatch, score, backward, loss, take, select, _ = originals
@@ -44,12 +45,12 @@ def faulty_train(overrides, spoilt, after=0):
     def now(wanted):
         return spoilt.get(here["step"]) == wanted
 
-    def learn_here(run, step, batch, *rest):
-        before = digest(run.student)
+    def learn_here(self, *args):
+        before = digest(self.student)
         try:
-            return learn(run, step, batch, *rest)
-        except guard.Fault:
-            kept.append(digest(run.student) == before)
+            return learn(self, *args)
+        except Fault:
+            kept.append(digest(self.student) == before)
             raise
 
     def dispatch_here(parts, batch, student, owner):
@@ -59,15 +60,15 @@ def faulty_train(overrides, spoilt, after=0):
             held.rows[batch.row_sequences()[held.ids] == 5] = NAN
         return held
 
-    def score_here(batch, assigned, student, *rest):
+    def score_here(batch, assigned, teacher_rows, student, *rest):
         if now("weight") and dist.get_rank() == 0:
             next(student.trunk.parameters()).data[:] = NAN
-        return score(batch, assigned, student, *rest)
+        return score(batch, assigned, teacher_rows, student, *rest)
 
-    def loss_here(self, *args, **kwargs):
-        total, metrics = loss(self, *args, **kwargs)
+    def loss_here(section, heads, *args):
+        total, metrics = loss(section, heads, *args)
         # A tensor-parallel group has one loss.
-        spoil = now("loss") and (dist.get_rank() == 1 or self.shard.group is not None)
+        spoil = now("loss") and (dist.get_rank() == 1 or heads.shard.group is not None)
         return total + (NAN if spoil else 0), metrics
 
     def backward_here(*args):
@@ -150,7 +151,7 @@ def test_losses_that_stay_high_end_a_run_once(tmp_path):
     """From step 6 on: the guard knows five losses, refuses two, and says how to go on. The same
     command then does, from there; the checkpoint from before is still there."""
     options = [f"run.dir={tmp_path}/run", "train.steps=10", "guard.max_skipped=2", *DP2[1]]
-    options += ["checkpoint={every: 5, keep: 1}", "rollout.prompts=8"]
+    options += ["checkpoint={every: 5, keep_last: 1}", "rollout.prompts=8"]
     spoilt = dict.fromkeys(range(6, 11), "spike")
     status, records, unchanged, printed = run_ranks(2, faulty_train, options, spoilt)[0]
     assert status == 1 and unchanged == [True, True]
@@ -174,7 +175,7 @@ def test_losses_that_stay_high_end_a_run_once(tmp_path):
 def test_a_broken_student_ends_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     """One weight matrix is lost in step 2: from then on nothing is finite."""
     options = [f"run.dir={tmp_path}/run", "train.steps=9", "checkpoint.every=1", *TP2[1]]
-    options += ["guard.max_skipped=1", "checkpoint.keep=1"]
+    options += ["guard.max_skipped=1", "checkpoint.keep_last=1"]
     status, records, _, printed = run_ranks(2, faulty_train, options, {2: "weight"})[0]
     assert status == 1
     assert [r["guard/skipped"] for r in curve(records)] == [0, 1]

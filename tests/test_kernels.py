@@ -10,9 +10,9 @@ import torch
 from support import dense
 from support.shards import tops_in_k_blocks
 
-from megatron_taopd.parallel.vocab import reductions
+from megatron_taopd.parallel.vocab import reference
 from megatron_taopd.parallel.vocab.divergences import DIVERGENCES, Divergence
-from megatron_taopd.parallel.vocab.reductions import Normalizers
+from megatron_taopd.parallel.vocab.normalizers import Normalizers
 from megatron_taopd.parallel.vocab.shard import VocabShard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,12 +48,6 @@ def make_logits(width: int, kind: str = "plain", rows: int = 3) -> tuple[torch.T
     return student, teacher
 
 
-def reference_gradient(*arguments) -> torch.Tensor:
-    """`reductions.logits_gradient` without the kernels, on CUDA too."""
-    with mock.patch.object(reductions, "_fused", return_value=False):
-        return reductions.logits_gradient(*arguments)
-
-
 def normalizers_of(student, teacher) -> Normalizers:
     _, saved = Divergence(VocabShard(0, student.shape[1], None, student.shape[1])).forward(
         student, teacher
@@ -66,8 +60,8 @@ def normalizers_of(student, teacher) -> Normalizers:
 def test_entropy_sums_and_block_tops(width, kind):
     logits, _ = make_logits(width, kind)
     sums, tops = kernels.entropy_sums_and_block_tops(logits)
-    assert torch.equal(tops, reductions._block_tops(logits))
-    want = reductions._entropy_sums(logits.double())
+    assert torch.equal(tops, reference.block_tops(logits))
+    want = reference.entropy_sums(logits.double())
     torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-30)
 
 
@@ -76,7 +70,7 @@ def test_entropy_sums_and_block_tops(width, kind):
 def test_the_top_k_may_lie_in_k_blocks(k, tied):
     logits = tops_in_k_blocks(k, tied).to(DEVICE)
     _, tops = kernels.entropy_sums_and_block_tops(logits)
-    columns = reductions._top_columns(logits, tops, k)
+    columns = reference.top_columns(logits, tops, k)
     want = dense.topk_ids(logits, k)
     assert [sorted(row) for row in columns.tolist()] == [sorted(row) for row in want]
 
@@ -85,14 +79,14 @@ def test_a_row_without_any_probability_has_a_finite_max_and_no_rest():
     logits = torch.full((1, 5000), -torch.inf, device=DEVICE)
     sums, _ = kernels.entropy_sums_and_block_tops(logits)
     assert sums.tolist() == [[torch.finfo(torch.float32).min, 0, 0]]
-    assert torch.equal(kernels.log_normalizer(logits), reductions._log_normalizer(logits))
+    assert torch.equal(kernels.log_normalizer(logits), reference._log_normalizer(logits))
 
 
 @pytest.mark.parametrize("kind", ["plain", "peaked", "huge"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_log_normalizer(width, kind):
     logits, _ = make_logits(width, kind)
-    want = reductions._log_normalizer(logits)
+    want = reference._log_normalizer(logits)
     torch.testing.assert_close(kernels.log_normalizer(logits), want, rtol=0, atol=2e-7)
 
 
@@ -101,7 +95,7 @@ def test_log_normalizer(width, kind):
 def test_kl_within(width, kind):
     student, teacher = make_logits(width)
     normalizers = normalizers_of(student, teacher)
-    want = reductions._kl_within(kind, student, teacher, *normalizers)
+    want = reference._kl_within(kind, student, teacher, *normalizers)
     got = kernels.kl_within(kind, student, teacher, normalizers)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
@@ -111,7 +105,7 @@ def test_kl_within(width, kind):
 def test_mixture_sums(width, kind):
     student, teacher = make_logits(width)
     normalizers = normalizers_of(student, teacher)
-    want = reductions._mixture_sums(kind, 0.3, student, teacher, *normalizers)
+    want = reference._mixture_sums(kind, 0.3, student, teacher, *normalizers)
     got = kernels.mixture_sums(kind, 0.3, student, teacher, normalizers)
     torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
@@ -126,7 +120,7 @@ def test_logits_gradient(width, kind, dtype):
     _, saved = divergence.forward(student, teacher)
     grad = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
     *normalizers, mean = saved.split(1, dim=1)
-    want = reference_gradient(
+    want = reference.logits_gradient(
         kind, divergence.teacher_share, student, teacher, Normalizers(*normalizers), mean, grad,
         torch.empty_like(student),
     )  # fmt: skip
@@ -167,9 +161,9 @@ def test_sums_and_normalizers_of_what_is_not_a_number(others, spoilt):
     logits = spoil(clean if others == "plain" else torch.full_like(clean, -INF), spoilt)
     sums, tops = kernels.entropy_sums_and_block_tops(logits)
     normalizer = kernels.log_normalizer(logits)
-    assert_same(tops, reductions._block_tops(logits), 0, 0)
-    assert_same(sums, reductions._entropy_sums(logits))
-    assert_same(normalizer, reductions._log_normalizer(logits))
+    assert_same(tops, reference.block_tops(logits), 0, 0)
+    assert_same(sums, reference.entropy_sums(logits))
+    assert_same(normalizer, reference._log_normalizer(logits))
     if NAN in spoilt.values():
         assert sums[::2].isnan().all() and normalizer[::2].isnan().all()
 
@@ -190,13 +184,13 @@ def test_divergences_of_what_is_not_a_number(kind, whose, spoilt):
         normalizers = Normalizers(*normalizers)
         if kind in ("reverse_kl", "forward_kl"):
             value = kernels.kl_within(kind, *models, normalizers)
-            want = reductions._kl_within(kind, *models, *normalizers)
+            want = reference._kl_within(kind, *models, *normalizers)
         else:
             value = kernels.mixture_sums(kind, divergence.teacher_share, *models, normalizers)
-            want = reductions._mixture_sums(kind, divergence.teacher_share, *models, *normalizers)
+            want = reference._mixture_sums(kind, divergence.teacher_share, *models, *normalizers)
         assert_same(value, want)
         given = kind, divergence.teacher_share, *models, normalizers, mean, grad
-        want = reference_gradient(*given, torch.empty_like(models[0]))
+        want = reference.logits_gradient(*given, torch.empty_like(models[0]))
         for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
             got = kernels.logits_gradient(*given, torch.empty_like(models[0], dtype=dtype))
             assert_same(got, want, rtol)

@@ -41,7 +41,7 @@ from transformers import AutoTokenizer
 def shapes(run):
     """Of each model on this rank: its layers, columns of a query matrix, and experts."""
     found = {}
-    for name, model in (("student", run.student), ("teacher", run.teacher)):
+    for name, model in (("student", run.student), ("teacher", run.distiller.teacher)):
         layers = model.trunk.decoder.layers
         experts = getattr(layers[0].mlp, "experts", None)
         found[name] = (
@@ -108,7 +108,7 @@ def test_checkpoints_come_and_go(tmp_path, held_out):
     every = value(keys["checkpoint.every"])
     assert written_in == [*range(every, 5, every), 5]
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    newest = sorted(written_in)[-value(keys["checkpoint.keep"]) :]
+    newest = sorted(written_in)[-value(keys["checkpoint.keep_last"]) :]
     assert names == [f"step_{step:08d}" for step in newest]  # and no best.json
     assert not (tmp_path / "student").exists()
 
@@ -218,7 +218,7 @@ def watched(overrides, watching, port):
     )
     config = configuration.load(TINY, overrides)
     with (
-        mock.patch.object(dist.distributed_c10d, "_get_default_store", lambda: store),
+        mock.patch.object(train, "default_store", lambda: store),
         mock.patch.object(Watchdog, "_end", lambda self, verdict: verdicts.append(verdict)),
     ):
         started = time.monotonic()
@@ -236,8 +236,8 @@ def watched(overrides, watching, port):
 @pytest.mark.parametrize(
     ("key", "watching", "line"),
     [
-        ("watchdog.stuck_s", 2, "no rank has got any further for "),
-        ("watchdog.silent_s", 1, "rank 1 ("),
+        ("watchdog.stall_timeout_s", 2, "no rank has got any further for "),
+        ("watchdog.heartbeat_timeout_s", 1, "rank 1 ("),
     ],
 )
 def test_silence_and_a_standstill_end_the_job_in_time(tmp_path, key, watching, line):

@@ -146,10 +146,10 @@ def dtypes(run):
     models = {
         "engine": run.engine.model,
         "student": run.student.trunk,
-        "teacher": run.teacher.trunk,
+        "teacher": run.distiller.teacher.trunk,
     }
     found = {name: next(model.parameters()).dtype for name, model in models.items()}
-    return found | {"teacher's head": run.heads.teacher.dtype}
+    return found | {"teacher's head": run.distiller.heads.teacher.dtype}
 
 
 def test_everything_is_in_the_precision_of_the_run(tmp_path):

@@ -1,17 +1,17 @@
-"""Keys of what builds its own pieces of a run: the doctor, and tools that read a configuration."""
+"""Keys of what builds its own pieces of a run: the doctor, and commands that read one."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from support.fake_sglang import serving
-from support.observed import ROOT, SMALL, STUDENT, TINY, observed
+from support.observed import SMALL, STUDENT, TINY, observed
 from support.ranks import run_ranks
 
+from megatron_taopd.cli.compare import teachers
 from megatron_taopd.config import load
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.rollout.engine import Sampling
@@ -65,16 +65,13 @@ def test_the_doctor_asks_servers_for_the_longest_sequence_of_the_run(tmp_path, e
 
 
 def test_answers_are_compared_that_the_run_would_give(tmp_path):
-    """tools/compare_teachers.py draws as the rollouts do, one response to a prompt."""
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_teachers.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    """`taopd compare teachers` draws as the rollouts do, one response to a prompt."""
     sampling = {"max_new_tokens": 9, "temperature": 1.6, "top_p": 0.8, "top_k": 6}
     keys = ", ".join(f"{name}: {value}" for name, value in sampling.items())
     overrides = [f"rollout={{{keys}, samples: 3, batch_size: 2, stop_token_ids: [7]}}"]
     config = load(TINY, [*overrides, "run={dir: unused, seed: 7}", "data.limit=5"])
     vocabularies = [Vocabulary.from_pretrained(m.path) for m in (config.student, config.teacher)]
-    batch, _ = tool.contexts(config, 64, vocabularies, 1152)
+    batch, _ = teachers.contexts(config, 64, vocabularies, 1152)
     lines = (Path(STUDENT).parent / "train.jsonl").read_text().splitlines()[:5]
     prompts = [vocabularies[0].tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
     engine = LocalEngine.from_hf(STUDENT, torch.float32, "cpu", seed=7, vocab_size=1152)

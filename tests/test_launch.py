@@ -23,7 +23,9 @@ from support.patience import finish, known_patience, patience, wait_for
 from support.ranks import run_ranks
 
 from megatron_taopd.rollout.weight_sync.distributed import in_background
-from megatron_taopd.serving.replicas import Replicas, ServedModel
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.replica import Limits
 
 pytestmark = pytest.mark.slow
 
@@ -243,8 +245,8 @@ def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):
     )  # fmt: skip
     late = in_background(
         lambda: Replicas(
-            [f"http://127.0.0.1:{port}"], ServedModel.of(TINY_STUDENT, 64), api_key=key,
-            start_timeout_s=patience(600),
+            [f"http://127.0.0.1:{port}"], ServedModel.of(TINY_STUDENT, 64),
+            Limits(start_timeout_s=patience(600)), api_key=key,
         )
     )  # fmt: skip
 

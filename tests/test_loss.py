@@ -9,8 +9,10 @@ from support import dense
 from support.ranks import run_ranks
 from support.rounding import assert_rounded
 
+from megatron_taopd.config.schema import LossSection
 from megatron_taopd.parallel.vocab import DIVERGENCES, VocabShard, token_log_probs
 from megatron_taopd.step.loss import LOSSES, kept_row_loss
+from megatron_taopd.step.output_heads import OutputHeads
 
 SIZE = 12
 WHOLE = VocabShard(0, SIZE, None, SIZE)
@@ -23,12 +25,17 @@ def make_heads(rows: int):
     return student_hidden, student_weight, teacher_hidden, teacher_weight
 
 
-def loss_and_gradients(kind, heads, shard=WHOLE, **options):
+def loss_and_gradients(kind, heads, shard=WHOLE, tokens=None, rollout_log_probs=None, **parameters):
     hidden, weight, teacher_hidden, teacher_weight = heads
     here = slice(shard.start, shard.stop)
     hidden, weight = hidden.clone().requires_grad_(), weight[here].clone().requires_grad_()
     loss, metrics = kept_row_loss(
-        kind, hidden, weight, teacher_hidden, teacher_weight[here], shard, chunk_rows=4, **options
+        LossSection(kind, **parameters),
+        OutputHeads(weight, teacher_weight[here], shard, chunk_rows=4),
+        hidden,
+        teacher_hidden,
+        tokens,
+        rollout_log_probs,
     )
     loss.backward()
     return loss.detach(), hidden.grad, weight.grad, metrics
@@ -194,4 +201,4 @@ def test_shards_agree_with_the_whole(kind):
 
 def test_unknown_losses_are_refused():
     with pytest.raises(ValueError, match="loss kind is 'kl': must be one of reverse_kl, "):
-        kept_row_loss("kl", *make_heads(1), WHOLE)
+        loss_and_gradients("kl", make_heads(1))

@@ -16,23 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.evaluation.in_loop import Example
-from megatron_taopd.monitoring.monitor import PLAIN_LINES, Monitor, summary_table, truncate_records
-from megatron_taopd.monitoring.report import (
-    HEIGHT,
-    MOST_POINTS,
-    PHASES,
-    WIDTH,
-    Sample,
-    column,
-    number,
-    percent,
-    render_report,
-    sample_rollouts,
-    seconds,
-    summarize,
-    ticks,
-)
+from megatron_taopd.monitoring.charts import HEIGHT, MOST_POINTS, WIDTH, ticks
+from megatron_taopd.monitoring.monitor import Monitor
+from megatron_taopd.monitoring.numbers import number, percent, seconds
+from megatron_taopd.monitoring.progress import PLAIN_LINES
+from megatron_taopd.monitoring.report import Sample, render_report, sample_rollouts
+from megatron_taopd.monitoring.sinks import truncate_records
+from megatron_taopd.monitoring.summary import PHASES, column, summarize, summary_table
 from megatron_taopd.rollout.engine import make_rollout_batch
 
 CONFIG = """\
@@ -74,15 +66,18 @@ def fake_records(steps=30):
     return [{"step": step} | fake_metrics(step) for step in range(steps + 1)]
 
 
+QUIETLY = LogSection(tensorboard=False)
+
+
 def quiet():
     return Console(file=io.StringIO(), width=120)
 
 
 @pytest.fixture
 def make_monitor(tmp_path):
-    def make(steps=30, tensorboard=False, console=None, **options):
-        console = console or quiet()
-        return Monitor(tmp_path / "run", steps, tensorboard=tensorboard, console=console, **options)
+    def make(steps=30, console=None, log=QUIETLY, **options):
+        run = RunSection(dir=str(tmp_path / "run"))
+        return Monitor(run, log, steps, console=console or quiet(), **options)
 
     return make
 
@@ -100,8 +95,9 @@ def test_prometheus_serves_the_newest_numbers(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = {"tensorboard": False, "prometheus": ("127.0.0.1", port), "name": "tiny"}
-    monitor = Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options)
+    run = RunSection(dir=str(tmp_path), name="tiny")
+    log = LogSection(tensorboard=False, prometheus_port=port)
+    monitor = Monitor(run, log, 3, console=quiet())
     for step in (1, 2):
         monitor.log(step, {"loss": 2.0 / step, "time/step": 0.5, "broken": float("nan")})
     page = httpx.get(f"http://127.0.0.1:{port}/metrics").text
@@ -109,13 +105,13 @@ def test_prometheus_serves_the_newest_numbers(tmp_path):
     assert 'taopd_loss{run="tiny"} 1.0' in page and 'taopd_time_step{run="tiny"} 0.5' in page
     assert "broken" not in page
     monitor.close()
-    Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options).close()  # the port is free
+    Monitor(run, log, 3, console=quiet()).close()  # the port is free
     with socket.socket() as user:
         user.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         user.bind(("127.0.0.1", port))
         user.listen()
         with pytest.raises(ValueError, match=f"log.prometheus_port: {port} of 127.0.0.1: "):
-            Monitor(tmp_path, 3, console=Console(file=io.StringIO()), **options)
+            Monitor(run, log, 3, console=quiet())
 
 
 def test_each_step_is_one_json_object(make_monitor):
@@ -189,7 +185,7 @@ def test_only_the_torn_line_is_lost_when_nothing_is_taken_back(tmp_path):
 
 
 def test_other_ranks_time_their_spans_and_write_nothing(make_monitor, tmp_path):
-    monitor = make_monitor(rank=1, tensorboard=True)
+    monitor = make_monitor(rank=1, log=LogSection())
     with monitor.span("rollout"):
         pass
     assert "time/rollout" in monitor.log(0, {"eval/accuracy": 0.5})
@@ -201,7 +197,7 @@ def test_other_ranks_time_their_spans_and_write_nothing(make_monitor, tmp_path):
 def test_tensorboard_gets_every_finite_scalar(make_monitor):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor = make_monitor(tensorboard=True)
+    monitor = make_monitor(log=LogSection())
     for step in range(3):
         monitor.log(step, {"loss": 3.0 - step, "lr": float("nan")})
     monitor.close()
@@ -221,8 +217,9 @@ def test_wandb_resumes_the_run_of_the_directory(make_monitor, monkeypatch):
     wandb.init = lambda **options: runs.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
 
+    log = LogSection(tensorboard=False, wandb_project="p")
     for first_step in (0, 1):
-        monitor = make_monitor(wandb_project="p", config_yaml=CONFIG, first_step=first_step)
+        monitor = make_monitor(log=log, config_yaml=CONFIG, first_step=first_step)
         monitor.log(first_step, {"loss": 1.0})
         monitor.close()
     assert [(r["project"], r["id"], r["name"]) for r in runs] == [("p", "id0", "run")] * 2
@@ -232,18 +229,21 @@ def test_wandb_resumes_the_run_of_the_directory(make_monitor, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    "options, message",
+    "log, message",
     [
-        ({"tensorboard": True}, "log.tensorboard: true: tensorboard is not installed; pip install"),
-        ({"wandb_project": "p"}, "log.wandb_project: p: wandb is not installed; pip install wandb"),
+        (LogSection(), "log.tensorboard: true: tensorboard is not installed; pip install"),
+        (
+            LogSection(tensorboard=False, wandb_project="p"),
+            "log.wandb_project: p: wandb is not installed; pip install wandb",
+        ),
     ],
 )
 def test_a_missing_logger_is_refused_on_every_rank(
-    make_monitor, monkeypatch, tmp_path, options, message, rank
+    make_monitor, monkeypatch, tmp_path, log, message, rank
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        make_monitor(rank=rank, **options)
+        make_monitor(rank=rank, log=log)
     assert not (tmp_path / "run").exists()
 
 
@@ -303,7 +303,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
+        indentation = data.isspace() and "\n" in data
+        if self.open and self.open[-1] not in ("style", "script") and not indentation:
             self.text += data
         if self.open and self.open[-1] == "h2":
             self.titles.append(data)
@@ -372,7 +373,7 @@ def test_every_curve_stays_inside_its_frame(steps):
 def test_hovering_a_chart_has_its_values_to_show():
     html = render_report(fake_records(), "tiny")
     chart = html[html.index("Disagreement D") :]
-    data = json.loads(re.search(r"<script type=application/json>(.*?)</script>", chart)[1])
+    data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', chart)[1])
     assert data["labels"] == ["D"]
     step, x, values = data["at"][0]
     assert (step, values) == (1, {"0": "0.3 (0 – 0.9)"})
@@ -388,7 +389,7 @@ def test_samples_highlight_the_kept_tokens_and_escape_their_text():
         correct=True,
     )
     html = render_report(fake_records(), "tiny", samples=[sample])
-    assert "<mark title='score 0.750'>yes</mark>" in html
+    assert '<mark title="score 0.750">yes</mark>' in html
     page = Page(html)
     assert "is 1 < 2?" in page.text and "<b>yes⏎\n</script>" in page.text
     assert "2 of 4 tokens keptright" in page.text

@@ -3,7 +3,6 @@ saved tensors, and the package's own functions."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from support.ranks import run_ranks
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd import config as configuration
+from megatron_taopd.cli import plan as command
 from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.plan import links, memory, shapes, time
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
@@ -239,13 +239,15 @@ def peak_of_training(path, setup, dtype):
     teacher's rows; all rows are kept."""
     from support.step import OPTIMIZER
 
+    from megatron_taopd.config.schema import LossSection
     from megatron_taopd.data import batching
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.exchange import RowShard
     from megatron_taopd.parallel.layout import student_layout
     from megatron_taopd.parallel.memory import peak_memory
-    from megatron_taopd.step.scoring import OutputHeads, score
+    from megatron_taopd.step.output_heads import OutputHeads
+    from megatron_taopd.step.scoring import ScoredBatch, score
     from megatron_taopd.step.training import backward
     from megatron_taopd.types import RolloutBatch
 
@@ -268,14 +270,12 @@ def peak_of_training(path, setup, dtype):
     held = RowShard(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
     everything = torch.ones(rows, dtype=torch.bool)
     assigned = batching.assign(batch, everything, layout, setup.micro_batch_tokens)
-    kept = None
+    scored = ScoredBatch(batch, assigned, held, None, None, None)
     if setup.replay:
-        *_, kept = score(batch, assigned, student, heads, held, 8, keep_outputs=True)
+        scored = score(batch, assigned, held, student, heads, 8, keep_outputs=True)
+    loss, tokens = LossSection("reverse_kl"), setup.micro_batch_tokens
     with peak_memory() as measured:
-        backward(
-            batch, everything, assigned, student, heads, held, setup.micro_batch_tokens,
-            {"kind": "reverse_kl"}, kept_outputs=kept,
-        )  # fmt: skip
+        backward(scored, everything, student, heads, loss, tokens)
     return measured.temporaries
 
 
@@ -624,12 +624,10 @@ def test_exit_status_1_names_rank_phase_item_and_key(models, tmp_path):
         (["--response-tokens", "9999"], "--response-tokens: 9999; the configuration allows"),
     ],
 )
-def test_a_mistake_is_one_line(setup_of, models, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_mistake_is_one_line(setup_of, models, tmp_path, capsys, arguments, message):
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(models=models))
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
-    monkeypatch.setattr(sys, "argv", ["plan.py", str(file), "--gpus", "64", *arguments])
-    assert importlib.import_module("plan").main() == 2
+    assert command.main([str(file), "--gpus", "64", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -22,6 +22,7 @@ from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.prompts import Prompts, load_prompts
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import nccl
@@ -229,7 +230,7 @@ def test_servers_that_are_there_have_the_trainers_variables_of_nccl(
     [
         (["rollout.engine=sglang"], ["check_own_nccl"]),
         (["rollout.engine=sglang", "rollout.servers.urls=[http://h:1]"], ["check_nccl_of_urls"]),
-        (["rollout.engine=sglang", "rollout.sync.way=disk"], []),
+        (["rollout.engine=sglang", "rollout.sync.transport=disk"], []),
         (["teacher.engine=sglang"], []),
     ],
 )
@@ -333,7 +334,7 @@ def test_space(tmp_path, monkeypatch):
     found("ok", check(), "44.0 GB free", "take 44.00 GB")
     found("warning", check(sync_copy=True), "take 46.00 GB")
     free = 20 * 10**9
-    found("warning", check(), "checkpoint.keep")
+    found("warning", check(), "checkpoint.keep_last")
     free = 13 * 10**9
     found("error", check(), "13.0 GB free", "checkpoints of 14.00 GB")
     found("warning", storage.check_shared_memory(tmp_path / "none"), "not there", "tmpfs")
@@ -444,7 +445,7 @@ def test_prompts(tiny, tmp_path):
     records = ["Sam has 8 eggs . ?", "Sam has 8 eggs . ?", "   ", "Sam has 8 eggs . " * 9]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": r, "answer": 4}) + "\n" for r in records))
-    prompts = load_prompts(file, tiny.tokenizer, max_prompt_tokens=10**6)
+    prompts = load_prompts(file, tiny.tokenizer, DataSection(max_prompt_tokens=10**6))
 
     findings = list(texts.check_prompts("data.prompts", prompts, tiny, tiny, 20))
     assert levels(findings)["warning"] == 3
@@ -605,15 +606,16 @@ def start_with(overrides, prompts):
     from contextlib import redirect_stderr
     from io import StringIO
 
+    from megatron_taopd import build as building
     from megatron_taopd import train
 
     built = []
-    build, train.build = train.build, lambda *_: built.append(1)
+    build, building.build = building.build, lambda *_: built.append(1)
     try:
         with redirect_stderr(StringIO()) as said:
             status = train.main([str(TINY), *overrides, *prompts])
     finally:
-        train.build = build
+        building.build = build
     return status, said.getvalue(), built
 
 

@@ -266,12 +266,14 @@ def run(run_dir, overrides, *steps):
     return statuses, resumed, read_metrics(run_dir)
 
 
-def stand_in(config, _dtype):
+def stand_in(config):
     """The teacher's servers, within this process."""
     from support.served_teacher import ServedTeacher
 
-    from megatron_taopd.serving.replicas import ServedModel
+    from megatron_taopd.serving.model import ServedModel
 
+    if config.teacher.engine != "sglang":
+        return None
     served = None if dist.get_rank() else ServedTeacher(config.teacher.path)
     begun: Future = Future()
     begun.set_result((ServedModel.of(config.teacher.path, 128), served))
@@ -329,6 +331,7 @@ def test_the_doctor_compares_the_models(on_cuda, tmp_path):
 def fill_and_score(directory):
     from megatron.core import parallel_state
 
+    from megatron_taopd.config.schema import DataSection
     from megatron_taopd.diagnostics.bank import add_rollouts
     from megatron_taopd.diagnostics.engines import local_engine
     from megatron_taopd.diagnostics.score import score_bank
@@ -338,7 +341,15 @@ def fill_and_score(directory):
     platform.initialize()
     engine, sampling = partial(local_engine, student=STUDENT, seed=0), Sampling(8, samples=2)
     try:
-        add_rollouts(directory / "bank", STUDENT, TINY / "test.jsonl", sampling, 0, engine, limit=4)
+        add_rollouts(
+            directory / "bank",
+            STUDENT,
+            TINY / "test.jsonl",
+            sampling,
+            0,
+            engine,
+            DataSection(limit=4),
+        )
         table = directory / "table.parquet"
         means = score_bank(directory / "bank", STUDENT, TEACHER, table, view=1)
         return {name: mean for name, mean in means.items() if name != "out"}

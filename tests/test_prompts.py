@@ -11,14 +11,24 @@ from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_taopd.config.schema import DataSection
+from megatron_taopd.data import prompts as module
 from megatron_taopd.data.prompts import (
     PromptStream,
     check_prompts,
-    load_prompts,
     prompt_order,
     read_texts,
     render,
 )
+
+
+def load_prompts(
+    path, tokenizer, *, answer_column="answer", limit=None, teacher_tokenizer=None, **section
+):
+    """`prompts.load_prompts`, with what a section says of it as keywords."""
+    data = DataSection(**section)
+    return module.load_prompts(path, tokenizer, data, answer_column, limit, teacher_tokenizer)
+
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -314,7 +324,7 @@ def test_another_rendering_names_the_prompt_that_it_refuses(tokenizer):
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not JSON (invalid start"),
         ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 10**5, "line 2: not JSON ("),
         ("p.jsonl", b'{"prompt": "a"}\n{"n": ' + b"1" * 5000 + b"}", "line 2: not JSON ("),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9)[:-9], "cannot be read after line "),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9], "cannot be read after line "),
         ("p.jsonl.gz", b'{"prompt": "a"}\n', "cannot be read after line 0: Not a gzipped file"),
         ("p.parquet", b"PAR1 no such thing PAR1", "cannot be read after row 0: "),
     ],

@@ -11,16 +11,13 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_taopd.serving import replicas as module
-from megatron_taopd.serving.replicas import (
-    Replica,
-    Replicas,
-    ServedModel,
-    agreed,
-    all_of,
-    probe_tokens,
-    remarks,
-)
+from megatron_taopd.serving import identity
+from megatron_taopd.serving import replica as module
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.identity import agreed, probe_tokens, remarks
+from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.protocol import all_of
+from megatron_taopd.serving.replica import Replica
 from megatron_taopd.serving.server import Server
 
 MODEL = ServedModel("model", {"vocab_size": 100}, 40)
@@ -95,33 +92,36 @@ def test_remarks():
         assert remarks(plain | {key: value}, "bfloat16") == [said]
 
 
-def checked(info, **kwargs):
-    """What `_check` says of a server that gives this /model_info."""
+def checked(monkeypatch, info, **kwargs):
+    """What `check` says of a server that gives this /model_info."""
     replicas = Replicas([], MODEL, **kwargs)
     answers = {"/model_info": {"model_path": "/far/model", **info}, "/server_info": {}}
 
-    async def get(_replica, path):
+    async def get(path):
         return answers[path]
 
     async def nothing(*_):
         return None
 
-    replicas._get, replicas._vocab, replicas._reports_raw = get, nothing, nothing
+    monkeypatch.setattr(identity, "vocab_size", nothing)
+    monkeypatch.setattr(identity, "reports_raw", nothing)
+    replica = Replica("http://a", replicas.shared)
+    replica.get = get
     try:
-        replicas.run(replicas._check(Replica("http://a")))
+        replicas.run(replica.check())
     finally:
         replicas.close()
 
 
-def test_servers_that_cannot_be_used():
-    checked({})
-    checked({"load_format": "dummy"})  # it will be given weights
+def test_servers_that_cannot_be_used(monkeypatch):
+    checked(monkeypatch, {})
+    checked(monkeypatch, {"load_format": "dummy"})  # it will be given weights
     with pytest.raises(ValueError, match=r"^http://a has random weights \(--load-format dummy\)$"):
-        checked({"load_format": "dummy"}, fixed_weights=True)
+        checked(monkeypatch, {"load_format": "dummy"}, fixed_weights=True)
     with pytest.raises(ValueError, match=r"^http://a embeds, it does not generate"):
-        checked({"is_generation": False})
+        checked(monkeypatch, {"is_generation": False})
     with pytest.raises(ValueError, match=r"^http://a serves another .* found path /far/other"):
-        checked({"model_path": "/far/other"})
+        checked(monkeypatch, {"model_path": "/far/other"})
 
 
 # Several at a time
@@ -189,9 +189,9 @@ def posted(monkeypatch, sign, own=None):
     async def never(*_, **__):
         await asyncio.sleep(1000)
 
-    replica, replicas._client.post = Replica("http://a"), never
+    replica, replicas.shared.http.post = Replica("http://a", replicas.shared), never
     replica.server = own
-    replicas._fetch = sign
+    replica.fetch = sign
     try:
         with pytest.raises(RuntimeError) as caught:
             replicas.run(replicas.post(replica, "/pause", {}, timeout=60 if own else 3))

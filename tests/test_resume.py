@@ -10,6 +10,7 @@ import shutil
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from fnmatch import fnmatch
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_taopd import config as configuration
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.checkpoints import resume
+from megatron_taopd.config.load import RENAMED
 from megatron_taopd.formats.hf import HFCheckpoint
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +32,7 @@ PAIR = ROOT / "examples" / "tiny_pair"
 OPTIONS = [
     "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}", "log.tensorboard=false",
     "rollout={prompts: 8, max_new_tokens: 16, horizon: auto, horizon_floor: 4}",
-    "train={steps: 3, mini_batches: 2}", "checkpoint={every: 1, asynchronous: false, keep: 9}",
+    "train={steps: 3, mini_batches: 2}", "checkpoint={every: 1, asynchronous: false, keep_last: 9}",
     "optimizer={lr: 1e-3, min_lr: 1e-4, decay: linear, warmup_steps: 2}",
     "eval={every: 1, limit: 8}", "selection.selector=random",
 ]  # fmt: skip
@@ -39,23 +41,24 @@ RATES = [5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4]  # of the six updates of th
 
 def start(overrides, only_build=False):
     """`main`: (status, what was printed, what the run was once it was built, or None)."""
+    from megatron_taopd import build as building
     from megatron_taopd import train
 
-    built, printed, originals = [], io.StringIO(), (train.build, train.run_to_its_end)
+    built, printed, originals = [], io.StringIO(), (building.build, train.run_to_its_end)
 
     def build(*arguments):
         run = originals[0](*arguments)
         built.append(facts(run))
         return run
 
-    train.build = build
+    building.build = build
     if only_build:
         train.run_to_its_end = lambda run: 0
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             status = train.main([str(TINY), *overrides])
     finally:
-        train.build, train.run_to_its_end = originals
+        building.build, train.run_to_its_end = originals
     return status, printed.getvalue(), built[0] if built else None
 
 
@@ -66,7 +69,7 @@ def facts(run):
         "version": run.student.version,
         "updates": run.student.scheduler.num_steps,
         "consumed": run.rollouts.consumed,
-        "horizon": deepcopy(run.horizon.state()),
+        "horizon": deepcopy(run.observer.horizon.state()),
         "guard": deepcopy(run.guard.state()),
         "best": run.checkpoints.best,
         "noted": run.start,
@@ -173,6 +176,23 @@ def test_a_checkpoint_from_before_such_things_were_noted_is_resumed(begun, input
     status, printed, built = on_one_rank(begun, *given(inputs), "run.seed=3")
     assert status == 0 and "intended?" in printed
     assert (built["first_step"], built["updates"], built["consumed"]) == (2, 4, 16)
+    assert [r["lr"] for r in records(begun)] == pytest.approx(RATES[1::2])
+
+
+def test_a_checkpoint_under_old_names_of_keys_is_resumed_under_the_new_ones(begun, inputs):
+    """Nothing is told as changed but what has changed, and that by its new name."""
+    with changed_run(begun) as run:
+        config = run["start"]["config"]
+        for old, new in RENAMED.items():
+            *sections, old_name = old.split(".")
+            section = reduce(dict.__getitem__, sections, config)
+            value = section.pop(new.rpartition(".")[2])
+            section[old_name] = value + 1 if old_name == "attempts" else value
+    command = [*given(inputs), "watchdog.silent_s=60", "checkpoint.keep_last=8"]
+    status, printed, built = on_one_rank(begun, *command)
+    assert (status, built["first_step"], built["updates"]) == (0, 2, 4), printed
+    assert "resuming after step 2" in printed
+    assert "it was started with: checkpoint.keep_last 9 → 8; intended?" in printed
     assert [r["lr"] for r in records(begun)] == pytest.approx(RATES[1::2])
 
 

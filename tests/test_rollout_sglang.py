@@ -23,8 +23,10 @@ from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
 from megatron_taopd.rollout.weight_sync import DistributedSync
-from megatron_taopd.serving import replicas as module
-from megatron_taopd.serving.replicas import Replicas, ServedModel, State
+from megatron_taopd.serving import health
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.replica import Limits, State
 from megatron_taopd.serving.server import Server
 
 STUDENT = "examples/tiny_pair/student"
@@ -93,7 +95,7 @@ def pair(tmp_path_factory):
     options = {"device": "cpu", "dtype": "float32", "max_running_requests": 16}
     options |= {"max_total_tokens": 4096, "start_timeout": patience(300)}
     starts = [partial(Server, STUDENT, logs / f"{i}", **options) for i in range(2)]
-    with Replicas(starts, MODEL, concurrency=8, health_every_s=0.5) as replicas:
+    with Replicas(starts, MODEL, Limits(concurrency=8, health_every_s=0.5)) as replicas:
         yield replicas
 
 
@@ -101,7 +103,7 @@ def pair(tmp_path_factory):
 def engine(pair):
     pair.counts.clear()
     # A restart keeps the cores busy, and a healthy server waiting.
-    pair.health_timeout_s = patience(10)
+    pair.limits.health_timeout_s = patience(10)
     return engine_on(pair, DiskSync(STUDENT))
 
 
@@ -364,7 +366,7 @@ def test_failing_and_slow_answers_are_repeated(pair):
 
     with (
         proxy(pair.all[0].url, disturb) as url,
-        Replicas([url], MODEL, timeout_s=patience(4), attempts=8) as replicas,
+        Replicas([url], MODEL, Limits(timeout_s=patience(4), attempts=8)) as replicas,
     ):
         engine = engine_on(replicas, DiskSync(STUDENT))
         batch = engine.generate(PROMPTS, range(6), 1, GREEDY)
@@ -382,7 +384,7 @@ def test_attempts_come_to_an_end(pair):
 
     with (
         proxy(pair.all[0].url, disturb) as url,
-        Replicas([url], MODEL, attempts=2) as replicas,
+        Replicas([url], MODEL, Limits(attempts=2)) as replicas,
     ):
         engine = engine_on(replicas, DiskSync(STUDENT))
         with pytest.raises(RuntimeError, match=f"failed 2 times, .*{url}/generate: 503 oh"):
@@ -414,8 +416,11 @@ def test_server_that_comes_back(pair, endless):
 
     sync = DiskSync(endless)
     sync.fault = break_off
-    limits = {"api_key": "key", "concurrency": 8, "attempts": 50, "health_every_s": 0.1}
-    with proxy(pair.all[0].url, disturb) as url, Replicas([url], MODEL, **limits) as replicas:
+    limits = Limits(concurrency=8, attempts=50, health_every_s=0.1)
+    with (
+        proxy(pair.all[0].url, disturb) as url,
+        Replicas([url], MODEL, limits, api_key="key") as replicas,
+    ):
         engine = engine_on(replicas, sync, version=lambda: 30)
         expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
         assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
@@ -473,10 +478,10 @@ def test_a_server_that_comes_back_with_other_weights_is_left_out(pair, other):
     """Somebody restarts a teacher's server with another model while the run is on."""
     gone = threading.Event()
     first = pair.all[0]
-    limits = {"health_every_s": 0.1, "health_timeout_s": 30, "fixed_weights": True}
+    limits = Limits(health_every_s=0.1, health_timeout_s=30)
     with (
         proxy(first.url, lambda *_: 500 if gone.is_set() else None) as url,
-        Replicas([url], MODEL, **limits) as replicas,
+        Replicas([url], MODEL, limits, fixed_weights=True) as replicas,
     ):
         [replica] = replicas.all
         gone.set()
@@ -600,7 +605,7 @@ def test_no_server_is_left(engine, monkeypatch):
     def start():
         raise RuntimeError("the SGLang server died: out of memory")
 
-    monkeypatch.setattr(module, "RESTARTS", 1)
+    monkeypatch.setattr(health, "RESTARTS", 1)
     for replica in engine.replicas.all:
         replica.start = start
         os.kill(replica.server.pid, signal.SIGKILL)

@@ -4,7 +4,6 @@ fake process group, in one process. Nothing here is timed."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from megatron_taopd.plan import links
 
 pytestmark = pytest.mark.slow
 
-TOOLS = Path(__file__).parents[1] / "tools"
+ROOT = Path(__file__).parents[1]
+MODULE = [sys.executable, "-W", "ignore", "-m"]
 WORLD_SIZE, HEADS_K, VOCABULARY, ROWS = 64, 5, 512, 640  # 64 responses of 10 tokens
 SERVED_WIDTH = 128 * 4  # bytes of a teacher's row
 
@@ -39,9 +39,7 @@ CASES = {
 def measured() -> dict[str, list[dict]]:
     """What was called, by case, a result for each of its ranks."""
     done = run(
-        [sys.executable, "-W", "ignore", "-m", "scaling_bench.fake", json.dumps([*CASES.values()])],
-        seconds=300,
-        env={**os.environ, "PYTHONPATH": f"{TOOLS.parent}:{TOOLS}"},
+        [*MODULE, "benchmarks.scaling.fake", json.dumps([*CASES.values()])], seconds=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = iter(json.loads(done.stdout.splitlines()[-1]))
@@ -125,8 +123,8 @@ def run_tool(tmp_path, *arguments) -> subprocess.CompletedProcess:
         rollout: {{prompts: 512, max_new_tokens: 7168}}
         train: {{micro_batch_tokens: 8192, precision: bf16, recompute: full}}
     """)
-    command = [sys.executable, str(TOOLS / "scaling.py"), arguments[0], str(tmp_path / "run.yaml")]
-    return run([*command, *arguments[1:]], seconds=120)
+    command = [*MODULE, "benchmarks.scaling", arguments[0], str(tmp_path / "run.yaml")]
+    return run([*command, *arguments[1:]], seconds=120, cwd=ROOT)
 
 
 def test_what_stops_scaling_is_told(tmp_path):

@@ -28,7 +28,8 @@ from megatron_taopd.parallel.vocab import (
     divergence,
     score_rows,
 )
-from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS, top_columns_and_entropy_sums
+from megatron_taopd.parallel.vocab.normalizers import BLOCK_COLUMNS
+from megatron_taopd.parallel.vocab.reductions import top_columns_and_entropy_sums
 from megatron_taopd.parallel.vocab.scores import local_candidates, merge_candidates
 
 

@@ -19,6 +19,7 @@ from support.step import (
     step_on_ranks,
 )
 
+from megatron_taopd.config.schema import LossSection
 from megatron_taopd.parallel.memory import peak_memory
 
 SIZE = 200  # the student's vocabulary; the teacher has 216 tokens, of which these are common
@@ -135,7 +136,8 @@ def memory_of_training(student_dir, parallel, batch, dtype):
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import OutputHeads
+    from megatron_taopd.step.loss import kept_row_loss
+    from megatron_taopd.step.output_heads import OutputHeads
 
     platform.emulate_cuda()
     try:
@@ -150,7 +152,8 @@ def memory_of_training(student_dir, parallel, batch, dtype):
 
         def loss(micro_batch, hidden_states):
             hidden = pick_rows(hidden_states, micro_batch.rows, layout)
-            total, _ = heads.loss(hidden, torch.randn(len(hidden), 16).to(dtype), kind="jsd")
+            taught = torch.randn(len(hidden), 16).to(dtype)
+            total, _ = kept_row_loss(LossSection("jsd"), heads, hidden, taught, None, None)
             return total, torch.tensor(len(hidden), dtype=torch.int), {}
 
         # gloo copies all gradients that it reduces.

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.vocab import score_topk
+from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, pack, unpack
-from megatron_taopd.serving.replicas import Replicas, ServedModel
+from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.teacher import sglang as module
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.teacher.topk import TopkRows
@@ -453,12 +454,14 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     """One step with a teacher of this form: scores, mask, metrics and gradients."""
     from megatron.core import parallel_state
 
-    from megatron_taopd.data import batching
+    from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSection
+    from megatron_taopd.data.vocab_map import VocabMap
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score
-    from megatron_taopd.step.selection import select
+    from megatron_taopd.step.distiller import Distiller
+    from megatron_taopd.step.guard import Guard
+    from megatron_taopd.step.output_heads import open_heads
     from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
@@ -467,7 +470,6 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     try:
         layout = layouts.student_layout(*student_parallel)
         student = Student(STUDENT, layout, torch.float32, "none", OPTIMIZER, 100, VOCABULARY)
-        shard = student.shard
         if form == "megatron":
             teacher = MegatronTeacher(TEACHER, layouts.forward_layout(1, 1), torch.float32, 60)
         else:
@@ -478,19 +480,18 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
                 if form == "topk"
                 else SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
             )
-        if form == "topk":
-            heads = TopkOutputHeads(student.head_weight, shard, 7)
-        else:
-            ids = torch.arange(shard.start, shard.stop)
-            head = weights.load_head(TEACHER, ids, torch.float32)
-            heads = OutputHeads(student.head_weight, head, shard, 7)
-        everything = torch.ones(BATCH.num_rows, dtype=torch.bool)
-        assigned = batching.assign(BATCH, everything, layout, 60)
-        rows = teacher.hidden_states(BATCH, layout, assigned.owner)
-        scores, _, _ = score(BATCH, assigned, student, heads, rows, K)
-        kept = select("teachability", scores, 0.3, 0) if mask is None else mask
-        metrics = backward(BATCH, kept, assigned, student, heads, rows, 60, loss)
-        return scores, kept, metrics, gather_gradients(student), teacher.fingerprint()
+        vocab_map, directory = VocabMap(torch.arange(VOCABULARY)), str(TEACHER)
+        heads = open_heads(student, None if form == "topk" else directory, vocab_map, 7)
+        distiller = Distiller(
+            student, teacher, heads, Guard(3, 0), SelectionSection(ratio=0.3, k=K),
+            LossSection(**loss), TrainSection(micro_batch_tokens=60),
+        )  # fmt: skip
+        assigned = distiller.assign(BATCH)
+        rows = distiller.dispatch(distiller.read(BATCH), BATCH, assigned)
+        scored = distiller.score(BATCH, assigned, rows)
+        kept = distiller.select(scored, 0) if mask is None else mask
+        metrics = backward(scored, kept, student, heads, distiller.loss, 60)
+        return scored.scores, kept, metrics, gather_gradients(student), teacher.fingerprint()
     finally:
         if getattr(teacher, "leads", False):
             teacher.close()

@@ -28,11 +28,12 @@ def train(overrides, die_in=None, after=0):
     Returns (exit status, records of metrics.jsonl)."""
     from contextlib import contextmanager
 
+    from megatron_taopd import build as building
     from megatron_taopd import train as module
     from megatron_taopd.monitoring import monitor
     from megatron_taopd.parallel import watchdog
 
-    span, at_step, build = monitor.Monitor.span, watchdog.at_step, module.build
+    span, at_step, build = monitor.Monitor.span, watchdog.at_step, building.build
     here, begun_after = {"step": 0}, []
 
     def count(step):
@@ -51,13 +52,13 @@ def train(overrides, die_in=None, after=0):
         begun_after.append(run.first_step)
         return run
 
-    monitor.Monitor.span, watchdog.at_step, module.build = dying, count, noted
+    monitor.Monitor.span, watchdog.at_step, building.build = dying, count, noted
     try:
         status = module.main([TINY, *SHORT, *overrides])
     except KeyboardInterrupt:
         status = "died"
     finally:
-        monitor.Monitor.span, watchdog.at_step, module.build = span, at_step, build
+        monitor.Monitor.span, watchdog.at_step, building.build = span, at_step, build
     assert begun_after in ([after], [] if status == 2 else [after]), begun_after
     directory = next(o for o in overrides if o.startswith("run.dir=")).removeprefix("run.dir=")
     return status, read_metrics(directory)
@@ -155,7 +156,7 @@ def test_the_report_shows_held_out_answers_marked(tmp_path):
     run_ranks(2, train, [f"run.dir={tmp_path}/run", "train.steps=1"])
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Held-out prompts, as the student answers them" in page
-    marks = page.count("<em class=good>right") + page.count("<em class=bad>wrong")
+    marks = page.count('<em class="good">right') + page.count('<em class="bad">wrong')
     assert marks == 4 and page.count("; the reference is ") == 4
 
 
@@ -327,7 +328,7 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
     """In step 3, before and after its training, and in step 4."""
     options = [
         "student.parallel={tp: 1, pp: 1}", "teacher.parallel={tp: 1, pp: 1}",
-        "train.steps=5", "checkpoint={every: 0, keep: 1}", "optimizer.warmup_steps=0",
+        "train.steps=5", "checkpoint={every: 0, keep_last: 1}", "optimizer.warmup_steps=0",
         "eval={every: 2, limit: 48, samples: 2, temperature: 1.0, pass_at: [2]}",
     ]  # fmt: skip
     run_ranks(1, train, [f"run.dir={tmp_path}/whole", *options])
@@ -361,23 +362,24 @@ def test_resume_on_another_layout(tmp_path):
 
 def drawn(overrides):
     """What each step draws, with weights that stay: (prompts, tokens, seed of the selection)."""
-    from megatron_taopd import loop
+    from megatron_taopd.step import distiller
+    from megatron_taopd.step.distiller import Distiller
 
-    learn, select, draws = loop.learn, loop.select, []
+    learn, select, draws = Distiller.learn, distiller.select, []
 
-    def seen_learn(run, step, batch, *rest):
+    def seen_learn(self, batch, *rest):
         draws.append((batch.prompts.tolist(), batch.tokens.tolist()))
-        return learn(run, step, batch, *rest)
+        return learn(self, batch, *rest)
 
     def seen_select(selector, scores, ratio, seed, *rest):
         draws[-1] += (seed,)
         return select(selector, scores, ratio, seed, *rest)
 
-    loop.learn, loop.select = seen_learn, seen_select
+    Distiller.learn, distiller.select = seen_learn, seen_select
     try:
         train(["optimizer.lr=1e-12", "selection={selector: random, ratio: 0.5}", *overrides])
     finally:
-        loop.learn, loop.select = learn, select
+        Distiller.learn, distiller.select = learn, select
     return draws
 
 

@@ -22,6 +22,7 @@ from support.patience import finish, patience, wait_for
 from support.ranks import PRELOAD, run_ranks
 from test_train import kill_all, start, wait_for_step
 
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.watchdog import ENDED, Watchdog, at_step, heartbeat, phase
 
@@ -45,8 +46,11 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "Sam has 8 eggs . ?", "answer": 8}\n' * 50)
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "student")
-    assert beats_of(lambda: load_prompts(file, tokenizer)) == 50
-    assert beats_of(lambda: load_prompts(file, tokenizer, max_prompt_tokens=9, limit=20)) >= 20
+    assert beats_of(lambda: load_prompts(file, tokenizer, DataSection())) == 50
+    assert (
+        beats_of(lambda: load_prompts(file, tokenizer, DataSection(max_prompt_tokens=9), limit=20))
+        >= 20
+    )
     check = partial(check_prompts, file, [tokenizer], "prompt", "answer", "auto", None, None)
     assert beats_of(check) == 50
 
@@ -246,7 +250,11 @@ def test_a_run_ends_when_one_of_its_processes_is_stopped(tmp_path):
     """The whole thing: torchrun, the tiny pair, and rank 1 stopped in the middle of a step."""
     import psutil
 
-    options = ["train.steps=2000", "eval.at_start=false", f"watchdog.silent_s={patience(15)}"]
+    options = [
+        "train.steps=2000",
+        "eval.at_start=false",
+        f"watchdog.heartbeat_timeout_s={patience(15)}",
+    ]
     process = start(f"run.dir={tmp_path}/run", *options)
     try:
         wait_for_step(process, tmp_path / "run", 20)  # rank 1 has said since that it is in a step

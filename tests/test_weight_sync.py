@@ -28,6 +28,7 @@ from torch.multiprocessing import reductions
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.rollout.weight_sync import (
     DiskSync,
     DistributedSync,
@@ -393,8 +394,8 @@ def test_buckets():
 def test_device_handles(monkeypatch):
     """The arguments that rebuild a CUDA tensor, with the device as SGLang wants it."""
     names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
-    assert names[tensor._REDUCED_DEVICE] == "storage_device"
-    monkeypatch.setattr(tensor, "reduce_tensor", lambda tensor: (list, tuple(range(9))))
+    assert names[torch_internals._REDUCED_DEVICE] == "storage_device"
+    monkeypatch.setattr(torch_internals, "reduce_tensor", lambda tensor: (list, tuple(range(9))))
     properties = SimpleNamespace(uuid="GPU-1")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     handle = tensor.DeviceHandle(torch.zeros(2))

@@ -55,7 +55,7 @@ def load(folder: Path):
 
 
 def plain(config, **changes) -> LlamaConfig:
-    """The same architecture without the traces of where it was read from."""
+    """Return the same architecture without the traces of where it was read from."""
     public = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     return LlamaConfig(**{**public, "architectures": ["LlamaForCausalLM"], **changes})
 

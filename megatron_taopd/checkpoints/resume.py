@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_taopd.checkpoints import files as checkpoint_files
+from megatron_taopd.config.load import with_new_names
 from megatron_taopd.formats.hf import HFCheckpoint
 from megatron_taopd.formats.megatron import SIDE_FILES
 from megatron_taopd.parallel import watchdog
@@ -96,12 +97,18 @@ def _file(path: str | Path) -> dict[str, Any]:
 
 
 def kept_run(folder: Path) -> dict[str, Any]:
-    """The state of the run that a checkpoint holds (`checkpoint.Checkpoints.save`); {} if that
-    cannot be read, which is for the one who loads it to say. Nothing in it is executed."""
+    """Return the state of the run that a checkpoint holds (`checkpoints.saving.Checkpoints.save`).
+
+    The configuration of its start is under the new names of keys (`config.load.RENAMED`). {} if
+    the file cannot be read, which is for the one who loads it to say. Nothing in it is executed.
+    """
     try:
-        return torch.load(folder / "common.pt", weights_only=True)["run"]
+        run = torch.load(folder / "common.pt", weights_only=True)["run"]
+        if "start" in run:
+            run["start"]["config"], _ = with_new_names(run["start"]["config"])
     except Exception:  # whatever torch trips over in a file that may be damaged, or not ours
         return {}
+    return run
 
 
 def last_start(checkpoints: Path) -> dict[str, Any]:

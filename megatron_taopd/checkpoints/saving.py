@@ -1,59 +1,47 @@
 """Everything that moves a run, saved while the run goes on and resumed on any layout.
 
 A checkpoint is a directory `step_00000050/` in Megatron's distributed format: the model, the
-distributed optimizer's state, the learning-rate schedule and the run's counters, and beside them
+distributed optimizer's state, the learning-rate schedule and the run's counters, and next to them
 the model's config and tokenizer, so that it converts to Hugging Face by itself. A save copies all
-of it to host memory; a thread writes the copies while the next step runs; `checkpoint_files` has
-what then makes the files a checkpoint.
+of it to host memory; a thread writes the copies while the next step runs
+(`writing`); `files` has what then makes the files a checkpoint.
 """
 
 from __future__ import annotations
 
-import io
-import queue
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch import Tensor
-from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_taopd.checkpoints import optimizer
 from megatron_taopd.checkpoints.files import (
     Best,
-    Sum,
-    SummedFile,
     first,
     keep_newest,
     latest_valid,
     name_best,
     path,
-    publish,
     remove_remains,
     steps,
-    sum_of,
-    sync,
 )
-from megatron_taopd.formats.files import os_errors_of_torch, reason_of
-from megatron_taopd.formats.hf import copy_side_files
-from megatron_taopd.formats.megatron import SIDE_FILES, check_pickles
+from megatron_taopd.checkpoints.writing import (
+    Writing,
+    Written,
+    complete,
+    plan_writing,
+    reason_why_not,
+)
+from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
@@ -100,7 +88,7 @@ class Checkpoints:
         self.tell = tell
         self.failure: str | None = None
         self._step = step  # of the last one that is there or under way
-        self._writing: _Writing | None = None
+        self._writing: Writing | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._metrics: dict[str, float] = defaultdict(float)
         there = best is not None and path(self.directory, best[0]).is_dir()
@@ -145,7 +133,10 @@ class Checkpoints:
             run = {**state, "step": step, "rng": gather(torch.get_rng_state())}
             if best:
                 run["best"] = [best.step, best.accuracy]
-            write, self._writing = _plan(student, run, step, aside)
+            optimizer.allocate(student)
+            sharded = _sharded_state(student, loading=False)
+            sharded |= {"run": run, "content_metadata": _OPTIMIZER}
+            write, self._writing = plan_writing(sharded, student, step, aside)
             self._writing.best = best
             self._writing.written = self._writer.submit(write)
             self._step = step
@@ -221,13 +212,13 @@ class Checkpoints:
         error = None
         if dist.get_rank() == 0:
             remove_remains(self.directory)
-            error = _reason(partial(aside.mkdir, parents=True))
-        return first(gather(error)) or first(gather(_reason(aside.stat)))
+            error = reason_why_not(partial(aside.mkdir, parents=True))
+        return first(gather(error)) or first(gather(reason_why_not(aside.stat)))
 
-    def _publish(self, writing: _Writing, ranks: list[_Written]) -> str | None:
+    def _publish(self, writing: Writing, ranks: list[Written]) -> str | None:
         """On rank 0; the reason why not."""
-        error = first([w.error for w in ranks]) or _reason(
-            partial(_complete, writing, ranks, path(self.directory, writing.step))
+        error = first([w.error for w in ranks]) or reason_why_not(
+            partial(complete, writing, ranks, path(self.directory, writing.step))
         )
         if error:
             shutil.rmtree(writing.aside, ignore_errors=True)
@@ -241,129 +232,6 @@ class Checkpoints:
         self._metrics["checkpoint/failed"] = 1
         self.failure = f"{path(self.directory, step)}: not saved, {error}"
         self.tell(self.failure)
-
-
-@dataclass
-class _Written:
-    """What one rank has written of a checkpoint."""
-
-    files: dict[str, Sum] = field(default_factory=dict)
-    results: list[WriteResult] = field(default_factory=list)  # which tensor lies where
-    seconds: float = 0.0
-    error: str | None = None
-
-
-@dataclass
-class _Writing:
-    """A save under way."""
-
-    step: int
-    aside: Path
-    writer: filesystem_async.FileSystemWriterAsync
-    metadata: Metadata | None  # on rank 0
-    written: Future[_Written] | None = None
-    best: Best | None = None  # once it is there
-
-
-class _Plan(TorchDistSaveShardedStrategy):
-    """Megatron's plan of which rank writes what, without the writing: that is done in a thread,
-    where Megatron would fork processes from one that has threads of its own."""
-
-    def _get_save_and_finalize_callbacks(self, writer, planned):
-        return writer, planned[1]
-
-
-def _plan(
-    student: Student, run: dict, step: int, aside: Path
-) -> tuple[Callable[[], _Written], _Writing]:
-    """What this rank is to write, copied, as a function that writes it; touches no file."""
-    _allocate_optimizer_state(student)
-    sharded = _sharded_state(student, loading=False)
-    sharded |= {"run": run, "content_metadata": _OPTIMIZER}
-    tensors, common = save_preprocess(sharded)
-    filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process to have one
-    writer, metadata = _Plan("torch_dist", 1).async_save(tensors, aside)
-    sources = {
-        t.data.untyped_storage().data_ptr()
-        for t in nested_values(tensors)
-        if isinstance(t, ShardedTensor)
-    }
-    buckets = []
-    for _, name, (objects, items) in writer.write_buckets:
-        copies = [(item, _host_copy(tensor, sources)) for item, tensor in items]
-        buckets.append((name, objects + copies))
-    writer.write_buckets = None
-    platform.synchronize()
-    whole = None
-    if dist.get_rank() == 0:
-        whole = io.BytesIO()
-        torch.save(common, whole)
-    write = partial(_write, aside, buckets, writer.transforms, whole, student.hf_dir, student.dtype)
-    return write, _Writing(step, aside, writer, metadata)
-
-
-def _host_copy(tensor: Tensor, sources: set[int]) -> Tensor:
-    """Of a tensor that may be the student's own; Megatron has copied some, in host memory."""
-    if tensor.is_cpu and tensor.untyped_storage().data_ptr() not in sources:
-        return tensor
-    return tensor.to("cpu", non_blocking=True, copy=True)
-
-
-def _write(
-    aside: Path,
-    buckets: list,
-    transforms,
-    whole: io.BytesIO | None,
-    hf_dir: str | Path,
-    dtype: torch.dtype,
-) -> _Written:
-    """Write and sync this rank's files; on rank 0 also what there is once. In a thread."""
-    start, written = time.perf_counter(), _Written()
-
-    def write() -> None:
-        for name, items in buckets:
-            with SummedFile(aside / name) as stream, os_errors_of_torch():
-                for item, data in items:
-                    how = SerializationFormat.TORCH_SAVE
-                    result = _write_item(transforms, stream, data, item, name, how)
-                    written.results.append(result)
-            written.files[name] = stream.sum
-        if whole is not None:
-            with SummedFile(aside / "common.pt") as stream:
-                stream.write(whole.getbuffer())
-            written.files["common.pt"] = stream.sum
-            (aside / SIDE_FILES).mkdir()
-            copy_side_files(hf_dir, aside / SIDE_FILES, [dtype])
-            for file in (aside / SIDE_FILES).iterdir():
-                written.files[f"{SIDE_FILES}/{file.name}"] = _synced_sum(file)
-
-    written.error = _reason(write)
-    written.seconds = time.perf_counter() - start
-    return written
-
-
-def _complete(writing: _Writing, ranks: list[_Written], final: Path) -> None:
-    """Write what describes the files of all ranks, and give the directory its name."""
-    writing.writer.finish(writing.metadata, [w.results for w in ranks])
-    save_config(CheckpointingConfig("torch_dist", 1), str(writing.aside))
-    files = {name: summed for w in ranks for name, summed in w.files.items()}
-    for name in (".metadata", "metadata.json"):
-        files[name] = _synced_sum(writing.aside / name)
-    publish(writing.aside, final, writing.step, files)
-
-
-def _synced_sum(file: Path) -> Sum:
-    sync(file)
-    return sum_of(file)
-
-
-def _reason(attempt: Callable[[], object]) -> str | None:
-    """Why something could not be done on this rank's file system; None if it is done."""
-    try:
-        attempt()
-    except OSError as error:
-        return f"rank {dist.get_rank()}: {reason_of(error)}"
-    return None
 
 
 def load(directory: str | Path, step: int, student: Student, trust: bool = False) -> dict:
@@ -384,11 +252,11 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
     folder = str(path(directory, step))
     if not trust:
         _check_pickles(folder)
-    _allocate_optimizer_state(student)
+    optimizer.allocate(student)
     sharded = _sharded_state(student, loading=True)
     loaded = dist_checkpointing.load(sharded, folder, get_default_load_sharded_strategy(folder))
     weights.fill(student.trunk, loaded["model"])
-    _load_optimizer(student, loaded["optimizer"])
+    optimizer.load(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]
     if len(run["rng"]) == dist.get_world_size():
@@ -415,42 +283,3 @@ def _check_pickles(folder: str) -> None:
         error = str(refused)
     if error := first(gather(error)):
         raise ValueError(f"{error}; not loaded unless checkpoint.trust is true")
-
-
-# Megatron's distributed optimizer saves the state of torch's Adam but does not load it: it looks
-# for Adam's `step` among the sharded tensors, where it is not, and then gives all parameters one
-# shared `step` tensor, which every one of them increments. The three functions below repair that.
-# (Apex's and TransformerEngine's Adam keep `step` elsewhere and need none of it.)
-
-
-def _allocate_optimizer_state(student: Student) -> None:
-    """Zero moments before the first update, so that there is something to load into, or save."""
-    (distributed,) = student.optimizer.chained_optimizers
-    distributed.init_state_fn(distributed.optimizer, distributed.config)
-    if isinstance(distributed.optimizer, torch.optim.AdamW):
-        for parameter_state in distributed.optimizer.state.values():
-            parameter_state.setdefault("step", torch.zeros((), dtype=torch.float32))
-
-
-def _load_optimizer(student: Student, state: dict) -> None:
-    (distributed,) = student.optimizer.chained_optimizers
-    # The updates so far: a float where torch's Adam has saved them. The others' kernels want an
-    # integer, and they have none before the first update.
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = int(group.get("step", 0))
-    if not isinstance(distributed.optimizer, torch.optim.AdamW):
-        student.optimizer.load_state_dict(state)
-        return
-    distributed._set_main_param_and_optimizer_states = partial(_set_state, distributed)
-    student.optimizer.load_state_dict(state)
-    for parameter_state in distributed.optimizer.state.values():
-        parameter_state["step"] = parameter_state["step"].clone()
-
-
-@torch.no_grad()
-def _set_state(distributed, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-    group, order = distributed.model_param_group_index_map[parameter]
-    main = distributed.optimizer.param_groups[group]["params"][order]
-    targets = {"param": main, **distributed.optimizer.state[main]}
-    for name, tensor in tensors.items():
-        targets[name].copy_(tensor)

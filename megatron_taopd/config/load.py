@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +17,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_taopd.config.schema import Config, leaf_keys
 
+logger = logging.getLogger(__name__)
+
+# Old names of keys, which are accepted until version 0.2, and their new ones.
+RENAMED = {
+    "checkpoint.keep": "checkpoint.keep_last",
+    "rollout.servers.attempts": "rollout.servers.max_retries",
+    "rollout.sync.way": "rollout.sync.transport",
+    "teacher.servers.attempts": "teacher.servers.max_retries",
+    "watchdog.silent_s": "watchdog.heartbeat_timeout_s",
+    "watchdog.stuck_s": "watchdog.stall_timeout_s",
+}
 _INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
 
 
@@ -24,13 +37,14 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     A relative path is relative to where it is written: an input in the file to the file's
     directory, one on the command line to the working directory. `run.dir` is an output and always
     relative to the working directory. `~` is the home directory, `${oc.env:NAME}` an environment
-    variable, `${section.key}` another key.
+    variable, `${section.key}` another key. A key under its old name (`RENAMED`) is accepted, with
+    a warning from rank 0.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
-            key without a value.
+            key without a value, a key under both its old and its new name.
     """
-    written, given = _read_yaml(Path(path)), _read_overrides(overrides)
+    written, given = map(_under_new_names, (_read_yaml(Path(path)), _read_overrides(overrides)))
     tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
@@ -59,6 +73,59 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
             f"{tokens - prompt} tokens"
         )
     return config
+
+
+def with_new_names(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rename the keys of a configuration that are under an old name (`RENAMED`).
+
+    Args:
+        tree: nested plain dicts, as much of a configuration as was given; it stays as it is.
+
+    Returns:
+        A copy under the new names, and one line for each key that was renamed.
+
+    Raises:
+        ValueError: a key is given under both names; a value that cannot be converted.
+    """
+    renamed, lines = deepcopy(dict(tree)), []
+    for old, new in RENAMED.items():
+        *sections, old_name = old.split(".")
+        section: Any = renamed
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or old_name not in section:
+            continue
+        new_name, value = new.rpartition(".")[2], section.pop(old_name)
+        if new_name in section:
+            raise ValueError(
+                f"{old}: {value} is given, and {new}: {section[new_name]} too, which is its new "
+                f"name; remove {old}"
+            )
+        section[new_name] = _retries(old, value) if old_name == "attempts" else value
+        lines.append(
+            f"{old}: {value} is accepted until version 0.2 only; write {new}: {section[new_name]}"
+        )
+    return renamed, lines
+
+
+def _retries(key: str, attempts: Any) -> Any:
+    """The retries after a first attempt; an open value stays one."""
+    if attempts == MISSING:
+        return attempts
+    if isinstance(attempts, int) and not isinstance(attempts, bool) and attempts >= 1:
+        return attempts - 1
+    raise ValueError(
+        f"{key}: {attempts}; it has to be a whole number of at least 1, and is now called "
+        f"{RENAMED[key]}, which is one less"
+    )
+
+
+def _under_new_names(given: Any) -> Any:
+    tree, lines = with_new_names(OmegaConf.to_container(given))
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in lines:
+            logger.warning(line)
+    return OmegaConf.create(tree)
 
 
 def to_yaml(config: Config) -> str:

@@ -138,7 +138,12 @@ class ServersSection:
     )
     concurrency: int = key(64, "Requests at a time, per server.", COUNT)
     timeout_s: float = key(1800.0, "Seconds that one request may take.", POSITIVE)
-    attempts: int = key(4, "Attempts per request, on whichever server; then the step fails.", COUNT)
+    max_retries: int = key(
+        3,
+        "A request that fails is sent again so many times, to whichever server; then the step "
+        "fails.",
+        NOT_NEGATIVE,
+    )
     start_timeout_s: float = key(
         900.0, "Seconds until they listen, whoever has started them.", POSITIVE
     )
@@ -210,7 +215,7 @@ class DataSection:
 class SyncSection:
     """How the student's weights reach the rollout servers."""
 
-    way: Literal["distributed", "tensor", "disk"] = key(
+    transport: Literal["distributed", "tensor", "disk"] = key(
         "distributed",
         "`distributed`: broadcast in a process group with the servers (NCCL, gloo on the CPU). "
         "`tensor`: in the request, as handles to shared device memory where both are on one "
@@ -351,7 +356,7 @@ class CheckpointSection:
     """What a run saves of itself."""
 
     every: int = key(50, "Steps between checkpoints; 0: at the end only.", NOT_NEGATIVE)
-    keep: int = key(3, "How many of the newest stay.", COUNT)
+    keep_last: int = key(3, "How many of the newest checkpoints are kept.", COUNT)
     keep_best: bool = key(
         True,
         "And the one with the best held-out accuracy stays: a step that beats all before it is "
@@ -411,14 +416,14 @@ class GuardSection:
 class WatchdogSection:
     """Ranks that die or hang end the job, in so many seconds."""
 
-    silent_s: float = key(
+    heartbeat_timeout_s: float = key(
         60.0,
-        "Seconds without a sign of life of a process; 0: no watchdog.",
+        "Seconds without a heartbeat of a rank; 0: no watchdog.",
         Bounds(at_least=1, or_zero=True),
     )
-    stuck_s: float = key(
+    stall_timeout_s: float = key(
         900.0,
-        "Seconds in which no rank gets any further; 0: as long as the backend waits.",
+        "Seconds in which no rank makes progress; 0: as long as the backend waits.",
         NOT_NEGATIVE,
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.parallel import watchdog
 
@@ -48,11 +49,8 @@ class Prompts:
 def load_prompts(
     path: str | Path,
     tokenizer,
-    prompt_column: str = "prompt",
-    answer_column: str | None = "answer",
-    template: str = "auto",
-    system: str | None = None,
-    max_prompt_tokens: int = 1024,
+    data: DataSection,
+    answer_column: str | None = None,
     limit: int | None = None,
     teacher_tokenizer=None,
 ) -> Prompts:
@@ -65,11 +63,9 @@ def load_prompts(
 
     Args:
         tokenizer: a transformers tokenizer.
+        data: says where a prompt stands in a record and how it is rendered. Prompts over its
+            `max_prompt_tokens` are dropped; with a teacher's tokenizer, those that are for either.
         answer_column: of the reference answers, text or numbers; None reads none.
-        template: `auto`, `chat` or `plain`, as for `Renderer`.
-        system: put before the messages that have no system message of their own.
-        max_prompt_tokens: longer prompts are dropped; with a teacher's tokenizer, those that are
-            longer for either model.
         limit: stop after this many prompts that fit.
         teacher_tokenizer: renders the same messages, with its own chat template, for a teacher.
 
@@ -78,13 +74,17 @@ def load_prompts(
             an unknown type; a column is missing; a prompt is neither text nor messages, or one
             that `Renderer` refuses; an answer is missing or blank; no prompt is left.
     """
-    renderers = [Renderer(t, template) for t in (tokenizer, teacher_tokenizer) if t is not None]
+    renderers = [
+        Renderer(t, data.template) for t in (tokenizer, teacher_tokenizer) if t is not None
+    ]
 
     prompts, texts, answers, said, dropped = [], [], [], [], 0
-    for where, messages, answer in _read(Path(path), prompt_column, answer_column, system):
+    for where, messages, answer in _read(
+        Path(path), data.prompt_column, answer_column, data.system
+    ):
         with _told(where):
             renderings = [render(messages) for render in renderers]
-        if max(map(len, renderings)) > max_prompt_tokens:
+        if max(map(len, renderings)) > data.max_prompt_tokens:
             dropped += 1
             continue
         prompts.append(renderings)
@@ -96,7 +96,7 @@ def load_prompts(
     if not prompts:
         raise ValueError(
             f"{path}: no prompt is left: {dropped} have more than "
-            f"max_prompt_tokens = {max_prompt_tokens} tokens"
+            f"max_prompt_tokens = {data.max_prompt_tokens} tokens"
         )
     ours, *others = map(list, zip(*prompts, strict=True))
     theirs = next((other for other in others if other != ours), None)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.checkpoints.files import sum_of, sync
+from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.prompts import load_prompts, render
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.formats.files import file_written_aside, reason_of
@@ -182,6 +183,7 @@ def _contexts(table: pa.Table, first: int, template: str) -> Contexts:
     return Contexts(batch, first, {prompt: json.loads(text) for prompt, text in said}, template)
 
 
+FIRST_TO_LAST = DataSection()  # prompts of the column `prompt`, all of them
 OpenEngine = Callable[[Vocabulary, int], AbstractContextManager[RolloutEngine]]
 
 
@@ -192,7 +194,7 @@ def add_rollouts(
     sampling: Sampling,
     seed: int,
     open_engine: OpenEngine,
-    **data,
+    data: DataSection = FIRST_TO_LAST,
 ) -> None:
     """Let a student answer prompts, and add that to the bank `out`, which is made if need be.
 
@@ -207,7 +209,7 @@ def add_rollouts(
         seed: recorded; what samples with it is the engine.
         open_engine: makes the engine of the student (`engines.py`), from its vocabulary and the
             longest sequence to come; called once nothing is left that can be refused.
-        data: `load_prompts` takes these.
+        data: how the prompts are read; of these the first `limit`.
 
     Raises:
         ValueError: what is wrong with the prompts or the place to write to; a prompt was answered
@@ -218,7 +220,7 @@ def add_rollouts(
     """
     hf, path = load_config(student), Path(out) / RECORD
     vocabulary = Vocabulary.from_pretrained(student)
-    loaded = load_prompts(prompts, vocabulary.tokenizer, answer_column=None, **data)
+    loaded = load_prompts(prompts, vocabulary.tokenizer, data, limit=data.limit)
     asked = {tuple(ids): said for ids, said in zip(loaded.token_ids, loaded.messages, strict=True)}
     for name, value in (("samples", sampling.samples), ("max_new_tokens", sampling.max_new_tokens)):
         if value < 1:
@@ -252,8 +254,8 @@ def add_rollouts(
         )
 
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    made_by = {"prompts": str(prompts), "seed": seed, "system": data.get("system")}
-    made_by |= {"template": data.get("template", "auto"), "sampling": asdict(sampling)}
+    made_by = {"prompts": str(prompts), "seed": seed, "system": data.system}
+    made_by |= {"template": data.template, "sampling": asdict(sampling)}
     added = []
     with open_engine(vocabulary, longest) as engine:
         made_by["engine"] = engine.name

@@ -20,7 +20,7 @@ from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
 from megatron_taopd.serving.begin import open_replicas
-from megatron_taopd.serving.replicas import ServedModel
+from megatron_taopd.serving.model import ServedModel
 
 if TYPE_CHECKING:
     from megatron_taopd.config import ServersSection

@@ -12,7 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from megatron_taopd.diagnostics.analysis import CELLS, PLACES, PROXIES, SELECTOR_NAMES, Row, Tables
+from megatron_taopd.diagnostics.gains import Row, Tables
+from megatron_taopd.diagnostics.q3 import PROXIES
+from megatron_taopd.diagnostics.selectors import PLACES, SELECTOR_NAMES
+from megatron_taopd.diagnostics.shapes import CELLS
 from megatron_taopd.formats.files import file_written_aside
 
 # The light palette of report.html; in a page these become its variables.

@@ -1,10 +1,11 @@
-"""A checkpoint beside a teacher at every position of a bank: the table of `table.py`."""
+"""A checkpoint next to a teacher at every position of a bank: the table of `table.py`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,12 +23,12 @@ from megatron_taopd.formats.convert import read_config, side_directory
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.megatron import MegatronCheckpoint
-from megatron_taopd.models import gpt, weights
-from megatron_taopd.models.pipeline import forward
-from megatron_taopd.parallel import platform
+from megatron_taopd.models import gpt
+from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel.layout import forward_layout, student_layout
-from megatron_taopd.parallel.vocab import Compared, compare_hidden, rows_within
-from megatron_taopd.step.scoring import OutputHeads
+from megatron_taopd.parallel.vocab import Compared, compare_hidden
+from megatron_taopd.step.output_heads import open_heads
+from megatron_taopd.step.scoring import gather_rows
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.types import RolloutBatch, Sequences
 
@@ -87,6 +88,28 @@ def likeliest(compared: Compared) -> Tensor:
 # ------------------------------------------------------------------------------------------ models
 
 
+@dataclass(frozen=True)
+class PairOptions:
+    """How a pair of models is computed.
+
+    Attributes:
+        parallel: (tp, pp) of the student.
+        teacher_parallel: (tp, pp, ep) of the teacher.
+        dtype: of both models' weights.
+        micro_batch_tokens: the most tokens in a packed micro-batch.
+        head_memory_mib: the most that logits may take.
+    """
+
+    parallel: tuple[int, int] = (1, 1)
+    teacher_parallel: tuple[int, int, int] = (1, 1, 1)
+    dtype: torch.dtype = torch.float32
+    micro_batch_tokens: int = 4096
+    head_memory_mib: int = 512
+
+
+IN_ONE_PROCESS = PairOptions()
+
+
 class Pair:
     """A checkpoint and a teacher on the ranks of this job, each in a layout of its own.
 
@@ -94,10 +117,7 @@ class Pair:
         checkpoint: of the student, a Hugging Face directory or a Megatron distributed checkpoint.
         hf_dir: its config and tokenizer.
         teacher: Hugging Face directory.
-        parallel: (tp, pp) of the student, and teacher_parallel: (tp, pp, ep) of the teacher.
         vocab_map: between both.
-        micro_batch_tokens: the most tokens in a packed micro-batch.
-        head_memory_mib: the most that logits may take.
 
     Raises:
         ValueError: a model does not divide by its layout, or a checkpoint is not what it should be.
@@ -108,36 +128,26 @@ class Pair:
         checkpoint: Path,
         hf_dir: Path,
         teacher: Path,
-        parallel: tuple[int, int],
-        teacher_parallel: tuple[int, int, int],
         vocab_map: VocabMap,
-        dtype: torch.dtype,
-        micro_batch_tokens: int,
-        head_memory_mib: int,
+        options: PairOptions,
     ):
-        hf = load_config(hf_dir)
-        hf_map.check_layout(hf, hf_dir, *parallel)
-        hf_map.check_layout(load_config(teacher), teacher, *teacher_parallel)
-        self.micro_batch_tokens = micro_batch_tokens
-        self.layout = student_layout(*parallel)
-        tp, pp, ep = teacher_parallel
+        hf_map.check_layout(load_config(hf_dir), hf_dir, *options.parallel)
+        hf_map.check_layout(load_config(teacher), teacher, *options.teacher_parallel)
+        self.micro_batch_tokens = options.micro_batch_tokens
+        tp, pp, ep = options.teacher_parallel
         self.teacher = MegatronTeacher(
-            teacher, forward_layout(tp, pp, ep=ep), dtype, micro_batch_tokens
+            teacher, forward_layout(tp, pp, ep=ep), options.dtype, options.micro_batch_tokens
         )
-        config = gpt.transformer_config(hf, self.layout, dtype)
-        self.trunk = gpt.Trunk(hf, config, self.layout).requires_grad_(False).eval()
-        load = weights.load_weights if is_hf(checkpoint) else weights.load_megatron
-        load(self.trunk, checkpoint)
-        self.heads = None
-        if self.layout.is_last_stage:
-            shard = self.trunk.vocab_shard(vocab_map.size, vocab_map.absent)
-            columns = vocab_map.columns(shard.start, shard.stop)
-            self.heads = OutputHeads(
-                self.trunk.head_weight,
-                weights.load_head(teacher, columns, dtype),
-                shard,
-                rows_within(head_memory_mib << 20, len(columns)),
-            )
+        self.student = FrozenStudent(
+            hf_dir if not is_hf(checkpoint) else checkpoint,
+            student_layout(*options.parallel),
+            options.dtype,
+            vocab_map.size,
+            vocab_map.absent,
+            None if is_hf(checkpoint) else checkpoint,
+        )
+        rows = self.student.rows_within(options.head_memory_mib)
+        self.heads = open_heads(self.student, teacher, vocab_map, rows)
 
     def compare(
         self,
@@ -146,22 +156,23 @@ class Pair:
         describe: Callable[[Compared], Tensor],
         height: int,
     ) -> Tensor:
-        """[height, R] on the CPU of every rank: what `describe` says of each row.
+        """Collect what `describe` says of each row, [height, R] on the CPU of every rank.
 
         Args:
-            reading: the batch as the teacher reads it.
-            describe: of some rows, [height, r].
+            teacher_inputs: the batch as the teacher reads it.
+            describe: takes some rows and returns [height, r].
 
         Collectives: both trunks' forward; the teacher's rows to the student's last stage; those of
             `compare_hidden`; an all-reduce of 4·height bytes a row over all ranks.
         """
+        layout = self.student.layout
         everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        assigned = batching.assign(batch, everything, self.layout, self.micro_batch_tokens)
-        teacher_rows = self.teacher.hidden_states(teacher_inputs, self.layout, assigned.owner)
+        assigned = batching.assign(batch, everything, layout, self.micro_batch_tokens)
+        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned.owner)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
             chunks = compare_hidden(
-                gpt.pick_rows(hidden_states, micro_batch.rows, self.layout),
+                gpt.pick_rows(hidden_states, micro_batch.rows, layout),
                 self.heads.student,
                 teacher_rows.at(micro_batch.row_ids),
                 self.heads.teacher,
@@ -172,14 +183,8 @@ class Pair:
             )
             return torch.cat([describe(chunk) for chunk in chunks], dim=1)
 
-        found = forward(self.trunk, self.layout, assigned.micro_batches, columns)
-        # Each row is written by one rank, so the sum over all ranks is a gather.
-        table = torch.zeros(height, batch.num_rows, device=platform.device())
-        if found and self.layout.tp_rank == 0:
-            ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
-            table[:, ids] = torch.cat(found, dim=1)
-        dist.all_reduce(table)
-        return table.cpu()
+        found = self.student.forward(assigned.micro_batches, columns)
+        return gather_rows(found, assigned, batch.num_rows, height, layout)
 
 
 def is_hf(checkpoint: Path) -> bool:
@@ -206,13 +211,9 @@ def score_bank(
     checkpoint: Path,
     teacher: Path,
     out: Path,
-    parallel: tuple[int, int] = (1, 1),
-    teacher_parallel: tuple[int, int, int] = (1, 1, 1),
+    options: PairOptions = IN_ONE_PROCESS,
     hf_dir: Path | None = None,
     teacher_prompt: str = "own",
-    dtype: torch.dtype = torch.float32,
-    micro_batch_tokens: int = 4096,
-    head_memory_mib: int = 512,
     view: int = 0,
 ) -> dict:
     """Write the table of a checkpoint and a teacher on a bank, shard by shard; its means.
@@ -220,10 +221,9 @@ def score_bank(
     Every rank calls this, in a process group (`platform.initialize`).
 
     Args:
-        checkpoint, teacher, parallel, teacher_parallel, dtype, micro_batch_tokens, head_memory_mib:
-            as for `Pair`.
+        checkpoint, teacher, options: as for `Pair`.
         out: parquet; replaced if it is there.
-        hf_dir: config and tokenizer of a Megatron checkpoint; None: kept beside it.
+        hf_dir: config and tokenizer of a Megatron checkpoint; None: kept next to it.
         teacher_prompt: own or student, whose rendering of the prompts the teacher reads.
         view: so many of the first sequences go to `out` with the suffix .view.json, with the TOP
             likeliest tokens of both models.
@@ -238,17 +238,14 @@ def score_bank(
         read_config(directory)
     vocabulary, teacher_vocabulary = (Vocabulary.from_pretrained(d) for d in (hf_dir, teacher))
     bank.check_tokenizer(vocabulary, checkpoint)
-    if (longest := max(shard["longest"] for shard in bank.shards)) > micro_batch_tokens:
+    if (longest := max(shard["longest"] for shard in bank.shards)) > options.micro_batch_tokens:
         raise ValueError(
-            f"micro_batch_tokens: {micro_batch_tokens} is too small for the {longest} tokens of "
-            f"the longest sequence of {bank_dir}"
+            f"micro_batch_tokens: {options.micro_batch_tokens} is too small for the {longest} "
+            f"tokens of the longest sequence of {bank_dir}"
         )
     viewed = bank.first(view) if view else None
     vocab_map = VocabMap.between(vocabulary, teacher_vocabulary)
-    pair = Pair(
-        checkpoint, hf_dir, teacher, parallel, teacher_parallel, vocab_map, dtype,
-        micro_batch_tokens, head_memory_mib,
-    )  # fmt: skip
+    pair = Pair(checkpoint, hf_dir, teacher, vocab_map, options)
     tokenizer = teacher_vocabulary.tokenizer if teacher_prompt == "own" else None
     about = {
         "bank": bank.fingerprint,

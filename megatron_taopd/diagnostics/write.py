@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_taopd.diagnostics.analysis import Tables, analyze, read_gains
+from megatron_taopd.diagnostics.analysis import analyze
+from megatron_taopd.diagnostics.gains import Tables, read_gains
 from megatron_taopd.diagnostics.page import read_views, render
 from megatron_taopd.formats.files import file_written_aside
 

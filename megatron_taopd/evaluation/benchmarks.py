@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from megatron_taopd.data.prompts import as_answer, read_records
 from megatron_taopd.evaluation.tables import mean_and_std
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.serving.supervise import supervised
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
 # Not as a script, which every process that HumanEval starts to run a program would import again.
@@ -244,7 +247,6 @@ def evaluate(
     seeds: Sequence[int],
     out: Path,
     python: str,
-    tell: Callable[[str], None],
 ) -> Scores:
     """All benchmarks and seeds of one checkpoint; what fails with any seed has no score.
 
@@ -252,7 +254,6 @@ def evaluate(
         prepared: of each benchmark what `prepare` has written, and how many rows.
         missing: the others, and why.
         out: gets BENCHMARK/seed_N/.
-        tell: prints a line.
     """
     scores = Scores(checkpoint, missing=dict(missing))
     for name, (data, rows) in prepared.items():
@@ -261,10 +262,10 @@ def evaluate(
             for seed in seeds:
                 folder = out / name / f"seed_{seed}"
                 values.append(score(name, data, rows, endpoint, seed, folder, python))
-                tell(f"{checkpoint}  {name}  seed {seed}  {values[-1]:.1%}")
+                logger.info("%s  %s  seed %d  %.1f%%", checkpoint, name, seed, 100 * values[-1])
         except Missing as reason:
             scores.missing[name] = str(reason)
-            tell(f"{checkpoint}  {name}  missing: {reason}")
+            logger.info("%s  %s  missing: %s", checkpoint, name, reason)
         else:
             scores.by_benchmark[name], scores.rows[name] = values, rows
     return scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from megatron_taopd.evaluation.answers import (
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
+
+logger = logging.getLogger(__name__)
 
 DECODED = 64  # responses at a time
 PLAIN_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")  # as `normalize_answer` writes one
@@ -98,6 +101,14 @@ def grader(name: str) -> Grader:
     if name == "auto":
         name = "exact" if find_spec("math_verify") is None else "math"
     return {"exact": grade_exactly, "math": grade_as_mathematics}[name]
+
+
+def open_grader(name: str) -> Grader:
+    """Return the `grader` of this name, and log what `auto` has come to."""
+    grade = grader(name)
+    if name == "auto" and grade is grade_exactly:
+        logger.info("eval.grader: exact, as Math-Verify is not installed")
+    return grade
 
 
 def _is_plain_number(answer: str) -> bool:

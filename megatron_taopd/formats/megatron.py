@@ -8,7 +8,6 @@ read, whatever layout wrote the file or will read it.
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import re
@@ -23,7 +22,6 @@ from typing import IO
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -37,17 +35,20 @@ from transformers import PretrainedConfig
 from megatron_taopd.formats.files import os_errors_of_torch
 from megatron_taopd.formats.hf import DTYPE_NAMES, whole_shapes
 from megatron_taopd.formats.hf_map import Parameter, Vocabulary
+from megatron_taopd.formats.unpickle import (
+    BACKEND,
+    COMMON,
+    CONFIG,
+    METADATA,
+    MetadataUnpickler,
+    Section,
+    describe,
+)
+from megatron_taopd.parallel.compat.torch_internals import StorageInfo
 
 # Where a checkpoint keeps config, tokenizer and chat template of the model it came from.
 SIDE_FILES = "hf"
 EXTRA_STATE = "_extra_state"  # ends the key of what a module keeps next to its parameters
-_BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-_METADATA, _CONFIG, _COMMON = ".metadata", "metadata.json", "common.pt"
 
 Key = tuple[str, tuple[int, ...] | None]  # of a tensor and the corner of a region, or of an object
 
@@ -133,13 +134,13 @@ class MegatronWriter:
                 tensors[key].chunks.extend(tensor.chunks)
             for (key, offsets), place in stored.items():
                 corner = None if offsets is None else torch.Size(offsets)
-                storage[MetadataIndex(key, corner)] = _StorageInfo(*place)
+                storage[MetadataIndex(key, corner)] = StorageInfo(*place)
                 if offsets is None:
                     tensors[key] = BytesStorageMetadata()
-        torch.save(common, self.dir / _COMMON)
+        torch.save(common, self.dir / COMMON)
         metadata = Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=storage)
-        (self.dir / _METADATA).write_bytes(pickle.dumps(metadata))
-        (self.dir / _CONFIG).write_text(json.dumps(_BACKEND) + "\n")
+        (self.dir / METADATA).write_bytes(pickle.dumps(metadata))
+        (self.dir / CONFIG).write_text(json.dumps(BACKEND) + "\n")
 
 
 class MegatronCheckpoint:
@@ -154,26 +155,24 @@ class MegatronCheckpoint:
 
     def __init__(self, directory: str | Path):
         self.dir = Path(directory)
-        path = self.dir / _CONFIG
+        path = self.dir / CONFIG
         if not path.is_file():
-            raise ValueError(f"{directory}: no {_CONFIG}; {self._suggestion()}")
+            raise ValueError(f"{directory}: no {CONFIG}; {self._suggestion()}")
         try:
             backend = json.loads(path.read_text())["sharded_backend"]
-            with (self.dir / _METADATA).open("rb") as stream:
-                metadata = _MetadataUnpickler(stream).load()
-            self.tensors, self.places = _describe(metadata)
+            with (self.dir / METADATA).open("rb") as stream:
+                metadata = MetadataUnpickler(stream).load()
+            self.tensors, self.places = describe(metadata)
         except FileNotFoundError as error:
-            raise ValueError(
-                f"{directory}: no {_METADATA}; the checkpoint is incomplete"
-            ) from error
+            raise ValueError(f"{directory}: no {METADATA}; the checkpoint is incomplete") from error
         except Exception as error:  # whatever a damaged file trips over
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{directory}: damaged metadata ({reason})") from error
-        if backend != _BACKEND["sharded_backend"]:
+        if backend != BACKEND["sharded_backend"]:
             raise ValueError(f"{directory}: format {backend!r}; only 'torch_dist' can be read")
 
     def _suggestion(self) -> str:
-        inside = sorted(path.parent.name for path in self.dir.glob(f"*/{_CONFIG}"))
+        inside = sorted(path.parent.name for path in self.dir.glob(f"*/{CONFIG}"))
         if inside:
             return f"give one of the checkpoints in it, {', '.join(inside[-3:])}"
         return "give the directory of one Megatron distributed checkpoint"
@@ -215,11 +214,11 @@ class MegatronCheckpoint:
             whole[tuple(slice(start, start + size) for start, size in ranges)] = piece
         return whole
 
-    def _load(self, key: str, sizes: Sequence[int], info: _StorageInfo) -> Tensor:
+    def _load(self, key: str, sizes: Sequence[int], info: StorageInfo) -> Tensor:
         path = self.dir / info.relative_path
         try:
             with path.open("rb") as stream:
-                view = _Section(stream, info.offset, info.length)
+                view = Section(stream, info.offset, info.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
                 _check_sums(view, tensor)
         except FileNotFoundError as error:
@@ -291,74 +290,6 @@ def layers_are_apart(keys: Iterable[tuple[str, tuple[int, ...]]], where: str | P
     return True in apart
 
 
-def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
-    """Look into everything that Megatron's loader unpickles, without executing any of it.
-
-    Args:
-        part, parts: look into one of so many equal shares of the objects beside the metadata.
-
-    Raises:
-        ValueError: one line: something is no tensor, plain container or description of a tensor, or
-            cannot be read.
-    """
-    directory = Path(directory)
-    path = directory / _CONFIG
-    try:
-        if json.loads(path.read_text()) != _BACKEND:
-            raise ValueError("it names another format than torch_dist")
-        path = directory / _METADATA
-        with path.open("rb") as stream:
-            metadata = _StrictUnpickler(stream).load()
-        tensors = _describe(metadata)[0]
-        objects = [i for w, i in metadata.storage_data.items() if w.fqn not in tensors]
-        objects = [(info.relative_path, info.offset, info.length) for info in objects]
-        objects.append((_COMMON, 0, (directory / _COMMON).stat().st_size))
-        for name, offset, length in objects[part::parts]:
-            path = directory / name
-            with path.open("rb") as stream:
-                torch.load(_Section(stream, offset, length), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file trips over
-        raise ValueError(f"{path}: {_told(error)}") from error
-
-
-def _told(error: Exception) -> str:
-    """The first sentence that says something; torch adds advice to disable the check."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if asked := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"it asks for {asked[1].rstrip('.')}, which is no tensor or plain value"
-    if text.startswith("Weights only load failed"):
-        return "it is damaged, or holds more than tensors and plain values"
-    return text
-
-
-# Where a chunk starts in its tensor, its shape, and where it lies.
-_Place = tuple[torch.Size, torch.Size, _StorageInfo]
-
-
-def _describe(metadata: Metadata) -> tuple[dict[str, TensorStorageMetadata], dict]:
-    """Every tensor, and the places of its chunks, by key. Raises whatever a damaged file causes."""
-    described = metadata.state_dict_metadata
-    tensors = {k: v for k, v in described.items() if isinstance(v, TensorStorageMetadata)}
-    for key, tensor in tensors.items():
-        if not isinstance(tensor.properties.dtype, torch.dtype):
-            raise ValueError(f"{key} has no dtype")
-    sizes = {(k, c.offsets): c.sizes for k, tensor in tensors.items() for c in tensor.chunks}
-    places: dict[str, list[_Place]] = {key: [] for key in tensors}
-    ends: dict[str, int] = {}
-    for where, info in sorted(metadata.storage_data.items(), key=lambda item: item[1].offset):
-        if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{where.fqn} lies outside, {info.relative_path}")
-        if info.offset < ends.get(info.relative_path, 0):
-            raise ValueError(f"{where.fqn} lies where another tensor does")
-        ends[info.relative_path] = info.offset + info.length
-        if where.fqn in tensors:
-            size = sizes[where.fqn, where.offset]
-            if not len(size) == len(where.offset) == len(tensors[where.fqn].size):
-                raise ValueError(f"{where.fqn} has a chunk of another number of dimensions")
-            places[where.fqn].append((where.offset, size, info))
-    return tensors, places
-
-
 def _tile(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
     """Whether boxes (corner, size) lie in a tensor, apart from one another, and fill it."""
     ranges = [
@@ -385,90 +316,3 @@ def _check_sums(stream: IO[bytes], tensor: Tensor) -> None:
             storage = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
             if zlib.crc32(storage.numpy()) != record.CRC:
                 raise ValueError("its checksum is another")
-
-
-class _Section(io.RawIOBase):
-    """Bytes [start, start + length) of a file, as a file."""
-
-    def __init__(self, stream: IO[bytes], start: int, length: int):
-        self.stream, self.start, self.length, self.position = stream, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        self.position = base + offset
-        return self.position
-
-    def readinto(self, buffer) -> int:
-        self.stream.seek(self.start + self.position)
-        wanted = memoryview(buffer)[: max(0, self.length - self.position)]
-        read = self.stream.readinto(wanted)
-        self.position += read
-        return read
-
-
-_DESCRIBING = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict", "defaultdict"},
-    "builtins": {"dict", "list", "set", "tuple"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes the classes that describe tensors, and nothing else."""
-
-    def find_class(self, module: str, name: str):
-        if name in _DESCRIBING.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if module.startswith("megatron.core.dist_checkpointing.strategies."):
-            return _Ignored  # what Megatron keeps beside the plans to save again faster
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
-
-
-class _StrictUnpickler(_MetadataUnpickler):
-    """For what another unpickler will read, which ignores nothing."""
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("megatron."):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
-        return super().find_class(module, name)
-
-
-class _Ignored:
-    """Takes whatever state it is given, and has none."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __setstate__(self, state) -> None:
-        pass

@@ -11,7 +11,6 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -25,7 +24,6 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -34,12 +32,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_taopd.formats import hf_map
 from megatron_taopd.models.attention import PackedAttention, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.megatron_internals import (
+    HiddenStatesModel,
+    define_missing_names,
+    keep_norm_before_router,
+)
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import VocabShard
 
-# Megatron asks whether it is None, and without TransformerEngine does not define it.
-if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None
+define_missing_names()
 
 RECOMPUTE = {
     "none": {},
@@ -155,7 +156,7 @@ class Embedding(VocabParallelEmbedding):
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
 
 
-class Trunk(GPTModel):
+class Trunk(HiddenStatesModel):
     """A GPTModel that ends in hidden states, [T, 1, D] or [T / tp, 1, D] under sequence
     parallelism, on every pipeline stage.
 
@@ -184,9 +185,6 @@ class Trunk(GPTModel):
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel takes no spec for it
         if not head and self.post_process:
             del self.output_layer
-
-    def _postprocess(self, hidden_states: Tensor, *_, **__) -> Tensor:
-        return hidden_states
 
     @property
     def head_weight(self) -> Tensor:
@@ -267,8 +265,7 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = norm
         if config.num_moe_experts:
-            # TransformerEngine fuses no norm into a router; checkpoints have its names.
-            del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+            keep_norm_before_router(layer)
     layer.submodules.self_attention.module = SelfAttention
     layers = [layer] * (config.num_layers // layout.pp)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import (
@@ -18,17 +17,80 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_taopd.config.schema import OptimizerSection
 from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, pipeline, replay, weights
-from megatron_taopd.monitoring.guard import Fault, by_rank, listed
+from megatron_taopd.parallel.faults import Fault, by_rank, listed
 from megatron_taopd.parallel.layout import Layout
-
-if TYPE_CHECKING:
-    from megatron_taopd.config import OptimizerSection
+from megatron_taopd.parallel.vocab import rows_within
 
 
-class Student:
+class FrozenStudent:
+    """A student that scores: trunk and head, without gradients and optimizer.
+
+    Args:
+        hf_dir: Hugging Face directory of its config, and of its weights.
+        layout: from `student_layout`.
+        dtype: of the parameters.
+        common_vocabulary: ids from here on never take part (the teacher does not have them).
+        absent: [n] int64, ids below that do not either.
+        megatron: a Megatron distributed checkpoint, to take the weights from.
+
+    Attributes:
+        shard: the columns of the vocabulary that this rank's part of the head has.
+    """
+
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        common_vocabulary: int,
+        absent: Tensor | None = None,
+        megatron: str | Path | None = None,
+    ):
+        self._open(hf_dir, layout, dtype, "none", megatron)
+        self.trunk.requires_grad_(False).eval()
+        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
+
+    def _open(
+        self,
+        hf_dir: str | Path,
+        layout: Layout,
+        dtype: torch.dtype,
+        recompute: str,
+        megatron: str | Path | None = None,
+    ) -> None:
+        """Build the trunk and read its weights."""
+        hf = load_config(hf_dir)
+        self.hf_dir, self.layout, self.dtype = hf_dir, layout, dtype
+        self.config = gpt.transformer_config(hf, layout, dtype, recompute)
+        self.trunk = gpt.Trunk(hf, self.config, layout)
+        if megatron is None:
+            weights.load_weights(self.trunk, hf_dir)
+        else:
+            weights.load_megatron(self.trunk, megatron)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Return [V, D], this rank's columns of the vocabulary; on the last stage."""
+        return self.trunk.head_weight
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under Hugging Face names, on every rank (`weights.export_weights`)."""
+        return weights.export_weights(self.trunk)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], collect: Callable) -> list:
+        """`pipeline.forward` of the trunk."""
+        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
+
+    def rows_within(self, head_memory_mib: int) -> int:
+        """Return how many rows of logits of both models fit this much memory."""
+        return rows_within(head_memory_mib << 20, self.shard.stop - self.shard.start)
+
+
+class Student(FrozenStudent):
     """Megatron model, DDP and distributed optimizer under one roof.
 
     Args:
@@ -53,19 +115,11 @@ class Student:
         common_vocabulary: int,
         absent: Tensor | None = None,
     ):
-        hf = load_config(hf_dir)
-        min_lr = optimizer.lr if optimizer.min_lr is None else optimizer.min_lr
-        self.hf_dir = hf_dir
+        self._open(hf_dir, layout, dtype, recompute)
+        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
         self.version = 0  # the run's step whose weights these are; the loop counts
         self.last_step = steps
-        self.layout = layout
-        self.dtype = dtype
-        self.config = gpt.transformer_config(hf, layout, dtype, recompute)
-        self.trunk = gpt.Trunk(hf, self.config, layout)
-        weights.load_weights(self.trunk, hf_dir)
-
-        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
-
+        min_lr = optimizer.lr if optimizer.min_lr is None else optimizer.min_lr
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
@@ -120,19 +174,6 @@ class Student:
             group.update(settings)
         self.scheduler.num_steps = updates
         self.scheduler.step(increment=0)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D], this rank's columns of the vocabulary; on the last stage."""
-        return self.trunk.head_weight
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under Hugging Face names, on every rank (`weights.export_weights`)."""
-        return weights.export_weights(self.trunk)
-
-    def forward(self, micro_batches: Sequence[MicroBatch], collect: Callable) -> list:
-        """`pipeline.forward` of the trunk."""
-        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Callable) -> list:
         """`pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones."""

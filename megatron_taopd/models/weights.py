@@ -24,11 +24,11 @@ from megatron_taopd.formats.hf import (
 from megatron_taopd.formats.megatron import (
     EXTRA_STATE,
     MegatronCheckpoint,
-    check_pickles,
     find_keys,
     layers_are_apart,
 )
 from megatron_taopd.formats.output_head import OutputHead, find_head
+from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models.gpt import Trunk
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.layout import Layout

@@ -55,25 +55,29 @@ class ModelCost:
         return self.per_token * int(lengths.sum()) + self.per_pair * pairs
 
 
-def step_operations(
-    student: ModelCost,
-    teacher: ModelCost,
-    scored: Tensor,
-    read: Tensor,
-    trained: Tensor,
-    num_rows: int,
-    kept_rows: int,
-    replayed: bool,
-    recompute: str,
-) -> dict[str, float]:
-    """Operations of one step, over all ranks.
+@dataclass(frozen=True)
+class Work:
+    """What is run in one step, over all ranks.
 
-    Args:
+    Attributes:
         scored, read, trained: [N] tokens of each sequence that the student runs for the scores, the
             teacher reads, and the student runs for training (0: not run).
         num_rows, kept_rows: response rows of the batch, and those trained on.
         replayed: the training pass found the layers' outputs (`models.replay`).
         recompute: none, selective (core attention) or full.
+    """
+
+    scored: Tensor
+    read: Tensor
+    trained: Tensor
+    num_rows: int
+    kept_rows: int
+    replayed: bool
+    recompute: str
+
+
+def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[str, float]:
+    """Count the operations of one step, over all ranks.
 
     Returns:
         flops/{rollout,teacher,scoring,training}: rollout as one forward pass over all tokens and a
@@ -85,25 +89,25 @@ def step_operations(
 
     def again(lengths: Tensor) -> int:
         """What recomputation adds to a forward and a backward pass."""
-        if recompute == "full":
+        if work.recompute == "full":
             return student.trunk(lengths)
         pairs = student.trunk(lengths) - student.per_token * int(lengths.sum())
-        return pairs if recompute == "selective" else 0
+        return pairs if work.recompute == "selective" else 0
 
     heads = 3 * student.per_row + teacher.per_row  # the student's two gradients are a matmul each
-    teacher_inputs = teacher.trunk(read)
-    scoring = student.trunk(scored) + num_rows * (student.per_row + teacher.per_row)
-    training = 3 * student.trunk(trained) + kept_rows * heads
-    # A replayed layer runs once forward and once backward; nothing is left to recompute but what
-    # the layer itself does not keep.
-    if not replayed or recompute == "selective":
-        training += again(trained)
-    full = teacher_inputs + 3 * student.trunk(scored) + again(scored) + num_rows * heads
+    reading = teacher.trunk(work.read)
+    scoring = student.trunk(work.scored) + work.num_rows * (student.per_row + teacher.per_row)
+    training = 3 * student.trunk(work.trained) + work.kept_rows * heads
+    # A replayed layer runs once forward and once backward; nothing is left to recompute but what it
+    # does not keep itself.
+    if not work.replayed or work.recompute == "selective":
+        training += again(work.trained)
+    full = reading + 3 * student.trunk(work.scored) + again(work.scored) + work.num_rows * heads
     return {
-        "flops/rollout": float(student.trunk(scored) + num_rows * student.per_row),
-        "flops/teacher": float(teacher_inputs),
+        "flops/rollout": float(student.trunk(work.scored) + work.num_rows * student.per_row),
+        "flops/teacher": float(reading),
         "flops/scoring": float(scoring),
         "flops/training": float(training),
         "flops/full_opd": float(full),
-        "flops/of_full_opd": (teacher_inputs + scoring + training) / full,
+        "flops/of_full_opd": (reading + scoring + training) / full,
     }

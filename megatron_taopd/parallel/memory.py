@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.autograd.profiler import profile
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.torch_internals import allocations
 
 
 @dataclass
@@ -48,7 +49,7 @@ def peak_memory(device: str = "cpu") -> Iterator[PeakMemory]:
     memory = PeakMemory()
     with profile(profile_memory=True) as profiler:
         yield memory
-    changes = _changes(profiler, device)
+    changes = allocations(profiler, device)
     alive: dict[int, int] = {}  # address → its last change, which is its allocation if it survives
     for i, (address, size) in enumerate(changes):
         if size > 0:
@@ -58,18 +59,6 @@ def peak_memory(device: str = "cpu") -> Iterator[PeakMemory]:
     kept = set(alive.values())
     memory.peak = _highest(size for _, size in changes)
     memory.temporaries = _highest(size for i, (_, size) in enumerate(changes) if i not in kept)
-
-
-def _changes(profiler: profile, device: str) -> list[tuple[int, int]]:
-    """(address, bytes) of each allocation, and (address, −bytes) of each free, in time order."""
-    pending, found = list(profiler.kineto_results.experimental_event_tree()), []
-    while pending:
-        event = pending.pop()
-        pending.extend(event.children)
-        if event.name == "[memory]" and event.extra_fields.device.type == device:
-            found.append((event.start_time_ns, event.extra_fields))
-    found.sort(key=lambda pair: pair[0])
-    return [(fields.ptr, fields.alloc_size) for _, fields in found]
 
 
 def _highest(sizes: Iterator[int]) -> int:

@@ -1,8 +1,8 @@
 """Variables of NCCL that all processes of a group need alike, or it fails or hangs.
 
 Ranks of a run have groups among each other, and the first one has some with the workers of SGLang's
-servers (`rollout.sync.way: distributed`). SGLang sets two of the variables to 0 where they are not
-set, NCCL itself does not.
+servers (`rollout.sync.transport: distributed`). SGLang sets two of the variables to 0 where they
+are not set, NCCL itself does not.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Tensors do not go this way: parallel/exchange.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Waiting  # another class than the built-in in 3.10
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.compat.torch_internals import default_store
 
 SIGN_OF_LIFE_S = 30.0  # the longest that the ranks hear nothing from one that works for all
 
@@ -50,16 +52,12 @@ def comes_first(where: str) -> bool:
     """
     if not dist.is_initialized():
         return True
-    return _store().add(where, 1) == 1
+    return default_store().add(where, 1) == 1
 
 
 def anyone_was(where: str) -> bool:
     """Whether a rank has called `comes_first` here. No collective."""
-    return dist.is_initialized() and _store().add(where, 0) > 0
-
-
-def _store() -> dist.Store:
-    return dist.distributed_c10d._get_default_store()
+    return dist.is_initialized() and default_store().add(where, 0) > 0
 
 
 def on_rank_0(
@@ -112,3 +110,17 @@ def on_rank_0(
         if state != "wait":
             raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
         watchdog.heartbeat()
+
+
+def in_background(function: Callable[[], Any]) -> Future:
+    """Run a function in a thread that nobody has to wait for, not even the end of the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

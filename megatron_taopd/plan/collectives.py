@@ -1,7 +1,7 @@
 """Every collective of a step: which ranks, how often, how many bytes.
 
 Exact where sequences are of one length and divide evenly over the data-parallel ranks, as
-`Workload` has them; tools/scaling.py compares it with what a rank of 64 really calls.
+`Workload` has them; benchmarks/scaling compares it with what a rank of 64 really calls.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class Setup:
             batch_size=rollout.batch_size,
             rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
             teacher_servers=_servers(teacher.servers) if served else None,
-            sync_way=rollout.sync.way,
+            sync_way=rollout.sync.transport,
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
             ahead=rollout.ahead,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_taopd.monitoring.accounting import step_operations
+from megatron_taopd.monitoring.accounting import Work, step_operations
 from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.memory import replay_bytes
@@ -44,17 +44,16 @@ def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
     work = setup.workload
     lengths = torch.full((work.sequences,), work.length)
     kept = max(1, round(work.kept * work.sequences * work.response))
-    operations = step_operations(
-        setup.student.cost,
-        setup.teacher.cost,
-        lengths - 1,
-        lengths - 1,
-        (lengths.double() * work.trained).ceil().long(),
-        work.sequences * work.response,
-        kept,
+    run = Work(
+        scored=lengths - 1,
+        read=lengths - 1,
+        trained=(lengths.double() * work.trained).ceil().long(),
+        num_rows=work.sequences * work.response,
+        kept_rows=kept,
         replayed=is_replayed(setup),
         recompute=setup.recompute,
     )
+    operations = step_operations(setup.student.cost, setup.teacher.cost, run)
     return {
         "rollout": rollout(setup, cluster),
         "teacher": teacher(setup, cluster, operations["flops/teacher"]),

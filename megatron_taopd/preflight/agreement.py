@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-from megatron_taopd.data import batching
-from megatron_taopd.formats import hf_map
-from megatron_taopd.formats.hf import load_config, tensor_shapes
-from megatron_taopd.models import gpt, pipeline, weights
-from megatron_taopd.monitoring.guard import Fault
-from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.config.schema import Config, ParallelSection
+from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.formats.hf import DTYPES, load_config, tensor_shapes
+from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.faults import Fault
+from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import gather
-from megatron_taopd.parallel.vocab import VocabShard
-from megatron_taopd.preflight.findings import Finding, error, ok
+from megatron_taopd.preflight.findings import Finding, error, ok, warning
+from megatron_taopd.preflight.prompts import read_prompts, vocabularies
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
-from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads, score, sequence_log_probs
-from megatron_taopd.teacher.dispatch import dispatch
+from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.opening import begin_rollout_servers
+from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.serving.begin import wait_for_servers
+from megatron_taopd.step.distiller import Distiller
+from megatron_taopd.step.guard import Guard
+from megatron_taopd.step.output_heads import open_heads
+from megatron_taopd.step.scoring import sequence_log_probs
+from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teacher
 from megatron_taopd.types import RolloutBatch, Sequences
 
 NEW_TOKENS = 8
 # Mean |Δ log p| of two correct implementations, by dtype.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ROUNDING = 1e-4  # below zero, that a divergence may come out
-
-
-class ReadOnlyStudent:
-    """As much of `Student` as scoring asks for: no gradients, no optimizer."""
-
-    def __init__(
-        self,
-        hf_dir: str | Path,
-        layout: Layout,
-        dtype: torch.dtype,
-        common_vocabulary: int,
-        absent: Tensor | None = None,
-    ):
-        hf = load_config(hf_dir)
-        self.layout, self.dtype = layout, dtype
-        config = gpt.transformer_config(hf, layout, dtype)
-        self.trunk = gpt.Trunk(hf, config, layout).requires_grad_(False).eval()
-        weights.load_weights(self.trunk, hf_dir)
-        columns = hf_map.padded_vocab_size(hf.vocab_size) // layout.tp
-        start = layout.tp_rank * columns
-        group = layout.groups.tp if layout.tp > 1 else None
-        self.shard = VocabShard(start, start + columns, group, common_vocabulary, absent)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.trunk.head_weight
-
-    def forward(self, micro_batches: Sequence[batching.MicroBatch], collect) -> list:
-        return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
 
 def answer(
@@ -70,7 +53,7 @@ def answer(
 
 def check_engine(
     batch: RolloutBatch,
-    student: ReadOnlyStudent,
+    student: FrozenStudent,
     micro_batch_tokens: int,
     chunk_rows: int,
     engine: str,
@@ -96,30 +79,20 @@ def check_engine(
 
 
 def check_teacher(
-    batch: RolloutBatch,
-    teacher_inputs: Sequences,
-    student: ReadOnlyStudent,
-    teacher,
-    heads: OutputHeads | TopkOutputHeads | None,
-    micro_batch_tokens: int,
-    k: int,
+    batch: RolloutBatch, teacher_inputs: Sequences, distiller: Distiller
 ) -> list[Finding]:
-    """The teacher reads the same tokens: scores are numbers, no divergence is negative.
+    """Have the teacher read the same tokens: scores are numbers, no divergence is negative.
 
     Args:
-        reading: the batch as the teacher reads it.
-        teacher: any that the loop takes.
-        heads: None except on the student's last stage.
+        teacher_inputs: the batch as the teacher reads it.
+        distiller: of a student that only scores.
     """
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
-    assigned = batching.assign(batch, everything, student.layout, micro_batch_tokens)
-    with torch.no_grad(), teacher.resident():
-        parts = [(torch.arange(batch.num_sequences), teacher.read(teacher_inputs))]
-    rows = dispatch(parts, batch, student.layout, assigned.owner)
-    what = f"teacher ({getattr(teacher, 'layout', 'served')})"
-    remedy = "tools/convert.py verify compares its weights with transformers; bf16 may overflow"
+    what = f"teacher ({getattr(distiller.teacher, 'layout', 'served')})"
+    remedy = "taopd verify compares its weights with transformers; bf16 may overflow"
+    parts, assigned = distiller.read(teacher_inputs), distiller.assign(batch)
+    teacher_rows = distiller.dispatch(parts, batch, assigned)
     try:
-        scores, _, _ = score(batch, assigned, student, heads, rows, k)
+        scores = distiller.score(batch, assigned, teacher_rows).scores
     except Fault as fault:
         return [error(f"{what}: {fault.what}", remedy)]
     least, most = scores.disagreement.aminmax()
@@ -144,3 +117,108 @@ def available_bytes(local_ranks: int) -> int:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
     return min(gather(free))
+
+
+def alone(config: Config) -> Config:
+    """The same for one rank."""
+    return replace(
+        config,
+        student=replace(config.student, parallel=ParallelSection()),
+        teacher=replace(config.teacher, parallel=ParallelSection()),
+    )
+
+
+def check_models(config: Config) -> Iterator[Finding]:
+    """Engine, trainer and teacher on the first prompt. Collective."""
+    with tempfile.TemporaryDirectory(prefix="doctor-") as directory:
+        try:
+            yield from _compare(_with_one_server(config, directory))
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _with_one_server(config: Config, directory: str) -> Config:
+    """One server of each model, with its log in another directory; and all of a teacher that are
+    there already, for they have to agree. (Rollout servers will be given weights.)"""
+
+    def one(servers, urls=None):
+        gpus = None if servers.gpus is None else servers.gpus[: servers.tp]
+        return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:urls])
+
+    return replace(
+        config,
+        run=replace(config.run, dir=directory),
+        rollout=replace(config.rollout, servers=one(config.rollout.servers, urls=1)),
+        teacher=replace(config.teacher, servers=one(config.teacher.servers)),
+    )
+
+
+def _compare(config: Config) -> Iterator[Finding]:
+
+    dtype, rollout = DTYPES[config.train.precision], config.rollout
+    micro_batch_tokens = config.train.micro_batch_tokens
+    student_vocabulary, teacher_vocabulary = vocabularies(config)
+    vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
+    first = replace(config, data=replace(config.data, limit=1))
+    most = config.data.max_prompt_tokens
+    prompts = read_prompts(first, student_vocabulary, teacher_vocabulary, most)
+
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = available_bytes(local_ranks)
+    share = config.student.parallel.tp * config.student.parallel.pp
+    whole = weight_bytes(config.student.path, dtype)
+    needed = whole // share + (whole if rollout.engine == "local" else 0)
+    more_ranks = "start the doctor by torchrun with the run's ranks, or --quick"
+    if needed > free:
+        what = f"engine and trainer not compared: they need {needed / 1e9:.1f} GB a rank"
+        yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
+        return
+    layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
+    student = FrozenStudent(config.student.path, layout, dtype, vocab_map.size, vocab_map.absent)
+    engine = _engine(config, student_vocabulary)
+    try:
+        prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
+        batch = answer(engine, prompt, rollout.max_new_tokens, stops)
+    finally:
+        engine.close()
+    rows = student.rows_within(config.train.head_memory_mib)
+    yield from check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
+
+    if config.teacher.engine == "megatron":
+        parallel = config.teacher.parallel
+        needed = weight_bytes(config.teacher.path, dtype) // (parallel.tp * parallel.pp)
+        if needed > (free := available_bytes(local_ranks)):
+            what = f"teacher not run: it needs {needed / 1e9:.1f} GB a rank"
+            yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
+            return
+    teacher = open_teacher(config, begin_teacher_servers(config), vocab_map)
+    try:
+        directory = head_directory(config.teacher)
+        heads = open_heads(student, directory, vocab_map, rows)
+        theirs = prompts.teacher_token_ids
+        teacher_inputs, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
+        guard = Guard(config.guard.max_skipped, 0)
+        scoring_only = replace(config.train, schedule="two_pass")  # nothing is trained on
+        distiller = Distiller(
+            student, teacher, heads, guard, config.selection, config.loss, scoring_only
+        )
+        yield from check_teacher(batch, teacher_inputs, distiller)
+    finally:
+        teacher.close()
+
+
+def _engine(config: Config, vocabulary: Vocabulary):
+    """The run's engine; its log-probabilities are over all tokens, as the trainer's are."""
+    dtype = DTYPES[config.train.precision]
+    if config.rollout.engine == "local":
+        return LocalEngine.from_hf(
+            config.student.path,
+            dtype,
+            platform.device(),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            eos_token_ids=vocabulary.eos_token_ids,
+        )
+    servers = begin_rollout_servers(config, fixed_weights=True)
+    model, replicas = wait_for_servers(servers, "rollout.servers")
+    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids, None, tuple)

@@ -6,25 +6,21 @@ configuration. A check that raises is an error of its own, and the others still 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_taopd import build
 from megatron_taopd import config as configuration
-from megatron_taopd.config import Config, ParallelSection
-from megatron_taopd.data.prompts import Prompts, check_prompts, load_prompts
-from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.config import Config
+from megatron_taopd.data.prompts import check_prompts
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
+from megatron_taopd.monitoring.logs import OF_THE_RUN
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.preflight import machine, network, storage, texts
@@ -37,8 +33,9 @@ from megatron_taopd.preflight.findings import (
     ok,
     warning,
 )
+from megatron_taopd.preflight.prompts import read_prompts, vocabularies
 
-ANY_LENGTH = sys.maxsize
+logger = logging.getLogger(__name__)
 
 
 def fewest_ranks(config: Config) -> int:
@@ -97,20 +94,22 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
         yield "memory", first((_check_memory, config, ranks, local_ranks))
     if quick:
         return
+    from megatron_taopd.preflight import agreement  # it takes Megatron, for which no start waits
+
     if _failed(all_found):
         why = "not compared: there is an error in the configuration, run.dir or the texts"
         yield "models", [warning(why, "put that right first")]
     elif together:
         # A rank that fails alone cannot be waited for: it ends the others by torchrun.
-        yield "models", list(_check_models(config))
+        yield "models", list(agreement.check_models(config))
     else:
         platform.initialize()
-        yield "models", examined(_check_models, _alone(config))
+        yield "models", examined(agreement.check_models, agreement.alone(config))
 
 
 def before_run(config: Config) -> bool:
-    """The cheap ones, on rank 0, when a run starts: a line on stderr for each warning, up to the
-    first error.
+    """Make the cheap checks, on rank 0, when a run starts: a line is logged for each warning, up to
+    the first error.
 
     Returns:
         Whether the run can start; the same on every rank. Collective: a broadcast of some bytes.
@@ -128,7 +127,8 @@ def before_run(config: Config) -> bool:
     def work() -> list[Finding]:
         for finding in (f for each in checks for f in examined(*each)):
             if finding.level != "ok":
-                print(f"{finding.level}: {finding.what}; {finding.remedy}", file=sys.stderr)
+                say = logger.error if finding.level == "error" else logger.warning
+                say("%s; %s", finding.what, finding.remedy, extra=OF_THE_RUN)
             if finding.level == "error":
                 return [finding]
         return []
@@ -163,7 +163,7 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
             yield network.check_own_servers, f"{key}.servers", section.host
         elif urls:
             yield network.check_urls, f"{key}.servers", section.urls
-    if config.rollout.engine == "sglang" and config.rollout.sync.way == "distributed":
+    if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
             yield network.check_own_nccl, "rollout.servers", section.args
@@ -181,12 +181,13 @@ def _write(config: Config) -> list[tuple]:
 
 def _check_space(config: Config) -> Iterator[Finding]:
     sync = config.rollout.sync
-    by_disk = config.rollout.engine == "sglang" and sync.way == "disk" and sync.dir is None
+    by_disk = config.rollout.engine == "sglang" and sync.transport == "disk" and sync.dir is None
     return storage.check_space(
         Path(config.run.dir),
         parameters(config.student.path),
         DTYPES[config.train.precision].itemsize,
-        config.checkpoint.keep + (config.checkpoint.keep_best and config.eval.prompts is not None),
+        config.checkpoint.keep_last
+        + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
     )
@@ -215,7 +216,7 @@ def _check_resume(config: Config) -> Iterator[Finding]:
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:
     """Ids that end responses, and both files of prompts, without tokenising them."""
-    student, teacher = _vocabularies(config)
+    student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
     data, readers = config.data, [student.tokenizer]
     if config.teacher.prompt == "own":
@@ -241,156 +242,12 @@ def _check_start_of_texts(config: Config) -> Iterator[Finding]:
 
 
 def _check_texts(config: Config) -> Iterator[Finding]:
-    student, teacher = _vocabularies(config)
+    student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
-    prompts = _read_prompts(config, student, teacher)
+    prompts = read_prompts(config, student, teacher)
     most = config.data.max_prompt_tokens
     yield from texts.check_prompts("data.prompts", prompts, student, teacher, most)
     if config.eval.prompts is not None:
-        held_out = _read_prompts(config, student, None)
+        held_out = read_prompts(config, student, None)
         yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)
         yield from texts.check_held_out(prompts, held_out)
-
-
-def _vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
-    student, teacher = map(Vocabulary.from_pretrained, (config.student.path, config.teacher.path))
-    return student.ending_at(config.rollout.stop_token_ids), teacher
-
-
-def _read_prompts(
-    config: Config, student: Vocabulary, teacher: Vocabulary | None, most: int = ANY_LENGTH
-) -> Prompts:
-    """As the run reads them, up to so many tokens; without a teacher, those of the evaluation."""
-    data, both = config.data, teacher is not None and config.teacher.prompt == "own"
-    return load_prompts(
-        data.prompts if teacher else config.eval.prompts,
-        student.tokenizer,
-        data.prompt_column,
-        None if teacher else data.answer_column,
-        data.template,
-        data.system,
-        most,
-        data.limit if teacher else config.eval.limit,
-        teacher.tokenizer if both else None,
-    )
-
-
-def _alone(config: Config) -> Config:
-    """The same for one rank."""
-    return replace(
-        config,
-        student=replace(config.student, parallel=ParallelSection()),
-        teacher=replace(config.teacher, parallel=ParallelSection()),
-    )
-
-
-def _check_models(config: Config) -> Iterator[Finding]:
-    """Engine, trainer and teacher on the first prompt. Collective."""
-    from megatron.core import parallel_state
-
-    with tempfile.TemporaryDirectory(prefix="doctor-") as directory:
-        try:
-            yield from _compare(_with_one_server(config, directory))
-        finally:
-            parallel_state.destroy_model_parallel()
-
-
-def _with_one_server(config: Config, directory: str) -> Config:
-    """One server of each model, with its log in another directory; and all of a teacher that are
-    there already, for they have to agree. (Rollout servers will be given weights.)"""
-
-    def one(servers, urls=None):
-        gpus = None if servers.gpus is None else servers.gpus[: servers.tp]
-        return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:urls])
-
-    return replace(
-        config,
-        run=replace(config.run, dir=directory),
-        rollout=replace(config.rollout, servers=one(config.rollout.servers, urls=1)),
-        teacher=replace(config.teacher, servers=one(config.teacher.servers)),
-    )
-
-
-def _compare(config: Config) -> Iterator[Finding]:
-    from megatron_taopd.parallel.layout import forward_layout, student_layout
-    from megatron_taopd.parallel.vocab import rows_within
-    from megatron_taopd.preflight import agreement
-    from megatron_taopd.teacher.megatron import MegatronTeacher
-
-    dtype, rollout = DTYPES[config.train.precision], config.rollout
-    micro_batch_tokens = config.train.micro_batch_tokens
-    student_vocabulary, teacher_vocabulary = _vocabularies(config)
-    vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
-    first = replace(config, data=replace(config.data, limit=1))
-    most = config.data.max_prompt_tokens
-    prompts = _read_prompts(first, student_vocabulary, teacher_vocabulary, most)
-
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    free = agreement.available_bytes(local_ranks)
-    share = config.student.parallel.tp * config.student.parallel.pp
-    whole = agreement.weight_bytes(config.student.path, dtype)
-    needed = whole // share + (whole if rollout.engine == "local" else 0)
-    more_ranks = "start the doctor by torchrun with the run's ranks, or --quick"
-    if needed > free:
-        what = f"engine and trainer not compared: they need {needed / 1e9:.1f} GB a rank"
-        yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
-        return
-    layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
-    student = agreement.ReadOnlyStudent(
-        config.student.path, layout, dtype, vocab_map.size, vocab_map.absent
-    )
-    engine = _engine(config, student_vocabulary)
-    try:
-        prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
-        batch = agreement.answer(engine, prompt, rollout.max_new_tokens, stops)
-    finally:
-        engine.close()
-    rows = rows_within(config.train.head_memory_mib << 20, student.shard.stop - student.shard.start)
-    yield from agreement.check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
-
-    if config.teacher.engine == "sglang":
-        servers = build.begin_teacher_servers(config, dtype)
-        teacher = build.sglang_teacher(config, servers, dtype, vocab_map)
-    else:
-        parallel = config.teacher.parallel
-        needed = agreement.weight_bytes(config.teacher.path, dtype) // (parallel.tp * parallel.pp)
-        if needed > (free := agreement.available_bytes(local_ranks)):
-            what = f"teacher not run: it needs {needed / 1e9:.1f} GB a rank"
-            yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
-            return
-        teacher = MegatronTeacher(
-            config.teacher.path,
-            forward_layout(**vars(parallel)),
-            dtype,
-            micro_batch_tokens,
-            config.teacher.offload,
-        )
-    try:
-        heads = build.read_heads(config, student, vocab_map, rows) if layout.is_last_stage else None
-        theirs = prompts.teacher_token_ids
-        teacher_inputs, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
-        yield from agreement.check_teacher(
-            batch, teacher_inputs, student, teacher, heads, micro_batch_tokens, config.selection.k
-        )
-    finally:
-        teacher.close()
-
-
-def _engine(config: Config, vocabulary: Vocabulary):
-    """The run's engine; its log-probabilities are over all tokens, as the trainer's are."""
-    from megatron_taopd.rollout.local import LocalEngine
-    from megatron_taopd.rollout.sglang import SGLangEngine
-
-    dtype = DTYPES[config.train.precision]
-    if config.rollout.engine == "local":
-        return LocalEngine.from_hf(
-            config.student.path,
-            dtype,
-            platform.device(),
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            eos_token_ids=vocabulary.eos_token_ids,
-        )
-    servers = build.begin_rollout_servers(config, dtype, fixed_weights=True)
-    model, replicas = build.ready(servers, "rollout.servers")
-    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids, None, tuple)

@@ -16,6 +16,7 @@ import yaml
 
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.checkpoints import resume
+from megatron_taopd.config.load import with_new_names
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.parallel.objects import broadcast_object, gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
@@ -129,7 +130,7 @@ def check_space(
         f"disk of run.dir: {free / 1e9:.1f} GB free; checkpoints of {checkpoint / 1e9:.2f} GB, "
         f"up to {keep + 1} at a time, and the rest take {needed / 1e9:.2f} GB"
     )
-    remedy = "free some, give another run.dir, or lower checkpoint.keep"
+    remedy = "free some, give another run.dir, or lower checkpoint.keep_last"
     if free < checkpoint:
         yield error(seen, remedy)
     elif free < needed:
@@ -194,7 +195,7 @@ def check_resume(directory: Path, steps: int, config: Mapping[str, Any]) -> Iter
         if not (directory / CONFIG).is_file():
             yield ok(f"run.dir: no {CONFIG} there to compare the configuration with")
             return
-        known = yaml.safe_load((directory / CONFIG).read_text()) or {}
+        known, _ = with_new_names(yaml.safe_load((directory / CONFIG).read_text()) or {})
     if changed := differences(known, config):
         yield warning(
             f"run.dir: resumes with other values than it was started with: {', '.join(changed)}",

@@ -1,20 +1,25 @@
-"""A configuration's servers, started or found."""
+"""A configuration's servers, started or found, while a run does other things."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
-from megatron_taopd.serving.replicas import CONTEXT_MARGIN, Replicas, ServedModel
+from megatron_taopd.config.schema import ServersSection
+from megatron_taopd.parallel.objects import in_background, on_rank_0
+from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.model import CONTEXT_MARGIN, ServedModel
+from megatron_taopd.serving.replica import Limits
 from megatron_taopd.serving.server import Server
 
-if TYPE_CHECKING:
-    from megatron_taopd.config import ServersSection
+logger = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -60,14 +65,64 @@ def open_replicas(
         start_timeout=section.start_timeout_s,
     )
     own = [partial(start, log=logs / f"{i}.log", gpus=gpus[i]) for i in range(section.replicas)]
+    limits = Limits(
+        concurrency=section.concurrency,
+        timeout_s=section.timeout_s,
+        attempts=section.max_retries + 1,
+        start_timeout_s=section.start_timeout_s,
+    )
     return Replicas(
         section.urls or own,
         model,
+        limits,
         api_key=key,
-        concurrency=section.concurrency,
-        timeout_s=section.timeout_s,
-        attempts=section.attempts,
-        start_timeout_s=section.start_timeout_s,
         fixed_weights=fixed_weights,
         dtype=_DTYPES[dtype],
     )
+
+
+def begin_servers(
+    section: ServersSection,
+    path: str,
+    longest: int,
+    dtype: torch.dtype,
+    logs: Path,
+    fixed_weights: bool = False,
+    args: Sequence[str] = (),
+) -> Future:
+    """Start or find servers on rank 0, in the background.
+
+    Args:
+        path: Hugging Face directory of the model that they have to serve.
+        longest: tokens of the longest sequence that they will be asked for.
+        The others are those of `open_replicas`.
+
+    Returns:
+        A future of the model and, on rank 0, its replicas (elsewhere None).
+    """
+    model = ServedModel.of(path, longest)
+    if dist.get_rank() != 0:
+        return in_background(lambda: (model, None))
+    replicas = partial(open_replicas, section, model, dtype, logs, fixed_weights, args)
+    return in_background(lambda: (model, replicas()))
+
+
+def wait_for_servers(servers: Future, key: str) -> tuple[ServedModel, Replicas | None]:
+    """Wait for servers that were begun; every rank calls this.
+
+    Args:
+        key: of the configuration, for what goes wrong.
+
+    Raises:
+        ValueError: they do not serve, on every rank.
+
+    Collectives: see `on_rank_0`.
+    """
+    try:
+        on_rank_0(lambda: servers, tell=False)  # `start_timeout_s` ends that
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+    model, replicas = servers.result()
+    for remark in replicas.remarks if replicas else ():
+        logger.info(f"{key}: {remark}")
+    return model, replicas

@@ -6,129 +6,60 @@ whole batch (Eq. 7), so that nothing depends on how the rows were dealt to micro
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.vocab import (
-    DIVERGENCES,
-    VocabShard,
-    linear_divergence,
-    linear_topk_divergence,
-    token_log_probs,
-)
+from megatron_taopd.config.schema import LossSection
+from megatron_taopd.parallel.vocab import DIVERGENCES
+
+if TYPE_CHECKING:  # whoever checks a configuration looks at LOSSES, and needs no Megatron for it
+    from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 
 LOSSES = (*DIVERGENCES, "sampled_token")
 
 
 def kept_row_loss(
-    kind: str,
+    loss: LossSection,
+    heads: OutputHeads | TopkOutputHeads,
     student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    shard: VocabShard,
-    chunk_rows: int = 1024,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    tokens: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
+    teacher_rows: Tensor,
+    tokens: Tensor,
+    rollout_log_probs: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over rows of the loss, and sums for the log.
+    """Sum the loss over rows, and what the log wants to know of it.
 
     Args:
-        kind: one of LOSSES.
-        student_hidden: [R, D_s], and teacher_hidden: [R, D_t], the kept rows, the same on every
-            rank of shard.group; possibly none.
-        student_weight: [V, D_s], and teacher_weight: [V, D_t], this rank's rows of the heads.
-        beta, alpha: of jsd and of skewed_reverse_kl.
+        loss: its kind, one of LOSSES, and the parameters of that.
+        student_hidden: [R, D_s] the kept rows, the same on every rank of the heads' group; possibly
+            none.
+        teacher_rows: what the teacher says of them, as the heads take it.
         tokens: [R] int64 the sampled tokens, for sampled_token only.
         rollout_log_probs: [R] fp32 their log-probabilities when they were sampled, likewise.
 
     Returns:
         The scalar loss, differentiable in student_hidden (this shard's part: see
-        `linear_divergence`) and student_weight; and detached fp32 scalars. For a divergence there
-        are none. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the one-sample
-        estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y).
+        `linear_divergence`) and the student's head; and detached fp32 scalars. For a divergence
+        there are none. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the
+        one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y). A teacher that
+        reports its top-K only has a log p_T that is not renormalised over the common vocabulary.
 
-    Collectives: for every chunk those of `linear_divergence`, or for sampled_token two all-gathers
-    of 12 bytes a row and rank.
-
-    Raises:
-        ValueError: an unknown kind; beta or alpha outside (0, 1).
-    """
-    _check(kind)
-    if kind == "sampled_token":
-        log_p_s = token_log_probs(student_hidden, student_weight, tokens, shard, chunk_rows)
-        with torch.no_grad():
-            log_p_t = token_log_probs(teacher_hidden, teacher_weight, tokens, shard, chunk_rows)
-        return sampled_token_loss(log_p_s, log_p_t, rollout_log_probs)
-    loss = linear_divergence(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        shard,
-        kind,
-        chunk_rows,
-        row_weight=torch.ones(len(student_hidden), device=student_hidden.device),
-        beta=beta,
-        alpha=alpha,
-    )
-    return loss, {}
-
-
-def kept_row_topk_loss(
-    kind: str,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_ids: Tensor,
-    teacher_log_probs: Tensor,
-    teacher_token_log_probs: Tensor,
-    shard: VocabShard,
-    chunk_rows: int = 1024,
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    tokens: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`kept_row_loss` from a teacher that reports its top-K and the sampled token only.
-
-    A divergence is that of K+1 events, all other tokens being one: a lower bound of the whole one
-    (`topk_divergence`). sampled_token loses nothing, but that the teacher's log-probability is not
-    renormalised over the common vocabulary.
-
-    Args:
-        teacher_ids, teacher_log_probs: [R, K] as for `topk_divergence`.
-        teacher_token_log_probs: [R] of the sampled tokens, over the teacher's whole vocabulary.
-
-    Collectives: for every chunk those of `linear_topk_divergence`, or for sampled_token one
-    all-gather of 12 bytes a row and rank.
+    Collectives: for every chunk those of the heads' divergence, or for sampled_token one all-gather
+    of 12 bytes a row and rank for each model that has a head here.
 
     Raises:
         ValueError: an unknown kind; beta or alpha outside (0, 1).
     """
-    _check(kind)
-    if kind == "sampled_token":
-        log_p_s = token_log_probs(student_hidden, student_weight, tokens, shard, chunk_rows)
-        return sampled_token_loss(log_p_s, teacher_token_log_probs, rollout_log_probs)
-    loss = linear_topk_divergence(
-        student_hidden,
-        student_weight,
-        teacher_ids,
-        teacher_log_probs,
-        shard,
-        kind,
-        chunk_rows,
-        row_weight=torch.ones(len(student_hidden), device=student_hidden.device),
-        beta=beta,
-        alpha=alpha,
+    if loss.kind not in LOSSES:
+        raise ValueError(f"loss kind is {loss.kind!r}: must be one of {', '.join(LOSSES)}")
+    if loss.kind != "sampled_token":
+        return heads.divergence(student_hidden, teacher_rows, loss), {}
+    return sampled_token_loss(
+        heads.student_log_probs(student_hidden, tokens),
+        heads.teacher_log_probs(teacher_rows, tokens),
+        rollout_log_probs,
     )
-    return loss, {}
-
-
-def _check(kind: str) -> None:
-    if kind not in LOSSES:
-        raise ValueError(f"loss kind is {kind!r}: must be one of {', '.join(LOSSES)}")
 
 
 def sampled_token_loss(

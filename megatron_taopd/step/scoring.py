@@ -1,4 +1,4 @@
-"""Both heads over all response rows, chunk by chunk: the scores that the selection ranks."""
+"""Scores of all response rows, which the selection ranks; and log-probabilities of sequences."""
 
 from __future__ import annotations
 
@@ -12,130 +12,57 @@ from torch import Tensor
 
 from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
-from megatron_taopd.models.student import Student
-from megatron_taopd.monitoring.guard import Fault
+from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import RowShard
-from megatron_taopd.parallel.vocab import VocabShard, score_hidden, score_topk, token_log_probs
-from megatron_taopd.step.loss import kept_row_loss, kept_row_topk_loss
-from megatron_taopd.teacher.topk import TopkRows
+from megatron_taopd.parallel.faults import Fault
+from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.vocab import token_log_probs
+from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.types import RolloutBatch, TokenScores
 
 
 @dataclass(frozen=True)
-class OutputHeads:
-    """Both output projections, cut at the same vocabulary boundaries; on the student's last stage.
+class ScoredBatch:
+    """A batch whose rows have been scored, and what training on it needs.
 
     Attributes:
-        student: [V, D_s], the live parameter.
-        teacher: [V, D_t].
-        shard: the columns both hold.
-        chunk_rows: the most rows whose logits exist at a time.
+        assigned: who scored each sequence, and so has its teacher rows.
+        teacher_rows: on the student's last stage, what the teacher says of this rank's sequences.
+        scores: [R] each, on the CPU, the same on every rank.
+        gap: |log p_trainer − log p_engine| of some sampled tokens, likewise.
+        kept_outputs: what this rank's layers returned, for a replay (`models.replay`), or None.
     """
 
-    student: Tensor
-    teacher: Tensor
-    shard: VocabShard
-    chunk_rows: int
-
-    @staticmethod
-    def sound(teacher_rows: Tensor) -> Tensor:
-        """[R] bool, the rows of the teacher whose numbers mean something."""
-        return teacher_rows.isfinite().all(1)
-
-    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
-        """`score_hidden`; teacher_rows are its hidden states."""
-        return score_hidden(
-            student_hidden, self.student, teacher_rows, self.teacher, k, self.shard, self.chunk_rows
-        )
-
-    def loss(
-        self, student_hidden: Tensor, teacher_rows: Tensor, **kwargs
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`kept_row_loss` with these `kwargs`."""
-        return kept_row_loss(
-            student_hidden=student_hidden,
-            student_weight=self.student,
-            teacher_hidden=teacher_rows,
-            teacher_weight=self.teacher,
-            shard=self.shard,
-            chunk_rows=self.chunk_rows,
-            **kwargs,
-        )
-
-
-@dataclass(frozen=True)
-class TopkOutputHeads:
-    """The same of a teacher that has no head here, but has said what its top-K are.
-
-    Its rows are `TopkRows`, packed; the attributes are those of `OutputHeads`.
-    """
-
-    student: Tensor
-    shard: VocabShard
-    chunk_rows: int
-
-    @staticmethod
-    def sound(teacher_rows: Tensor) -> Tensor:
-        """[R] bool, likewise; a log-probability may be −inf."""
-        teacher = TopkRows.unpack(teacher_rows)
-        return (teacher.log_probs < torch.inf).all(1) & (teacher.token_log_probs < torch.inf)
-
-    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
-        """`score_topk`: bounds."""
-        teacher = TopkRows.unpack(teacher_rows)
-        return score_topk(
-            student_hidden,
-            self.student,
-            teacher.ids,
-            teacher.log_probs,
-            k,
-            self.shard,
-            self.chunk_rows,
-        )
-
-    def loss(
-        self, student_hidden: Tensor, teacher_rows: Tensor, **kwargs
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`kept_row_topk_loss` with these `kwargs`."""
-        teacher = TopkRows.unpack(teacher_rows)
-        return kept_row_topk_loss(
-            student_hidden=student_hidden,
-            student_weight=self.student,
-            teacher_ids=teacher.ids,
-            teacher_log_probs=teacher.log_probs,
-            teacher_token_log_probs=teacher.token_log_probs,
-            shard=self.shard,
-            chunk_rows=self.chunk_rows,
-            **kwargs,
-        )
+    batch: RolloutBatch
+    assigned: batching.Assignment
+    teacher_rows: RowShard
+    scores: TokenScores
+    gap: Tensor
+    kept_outputs: list[list[Tensor]] | None
 
 
 def score(
     batch: RolloutBatch,
     assigned: batching.Assignment,
-    student: Student,
-    heads: OutputHeads | TopkOutputHeads | None,
     teacher_rows: RowShard,
+    student: FrozenStudent,
+    heads: OutputHeads | TopkOutputHeads | None,
     k: int,
     keep_outputs: bool = False,
     probe_rows: int = 1024,
-) -> tuple[TokenScores, Tensor, list[list[Tensor]] | None]:
-    """Score every response row of the batch with the current student.
+) -> ScoredBatch:
+    """Score every response row of the batch with the current student (Eq. 3–5).
 
     Args:
         assigned: of all rows, over the student's layout.
-        heads: None except on the last stage.
         teacher_rows: on the last stage, what the teacher says of this rank's sequences: hidden
             states, or what `TopkOutputHeads` take.
+        heads: None except on the last stage.
         k: size of the top-K sets.
         keep_outputs: keep the layers' outputs for a replay (`models.replay`).
         probe_rows: on about so many rows the trainer's log-probability of the sampled token is
             compared with the engine's.
-
-    Returns:
-        The scores [R], and |log p_trainer − log p_engine| at the probed rows; on the CPU, the same
-        on every rank. And the kept outputs of this rank, or None.
 
     Raises:
         Fault: hidden states or scores that are not finite, on every rank alike: which of them, the
@@ -172,17 +99,12 @@ def score(
     with student.keep_outputs() if keep_outputs else nullcontext() as kept:
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
-    # Each row is written by one rank, so the sum over all ranks is a gather.
-    table = torch.zeros(6, batch.num_rows, device=platform.device())
-    if columns and layout.tp_rank == 0:
-        ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
-        table[:, ids] = torch.cat(columns, dim=1)
-    dist.all_reduce(table)
-    *scores, log_probs, faults = table.cpu()
+    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 6, layout)
     if faults.any():
         raise _fault(faults, batch.row_sequences(), layout.last_stage_rank(assigned.owner, 0))
     probed = torch.arange(0, batch.num_rows, stride)
-    return TokenScores(*scores), (log_probs[probed] - batch.log_probs[probed]).abs(), kept
+    gap = (log_probs[probed] - batch.log_probs[probed]).abs()
+    return ScoredBatch(batch, assigned, teacher_rows, TokenScores(*scores), gap, kept)
 
 
 _CULPRITS = {1: "teacher hidden states", 2: "student hidden states", 4: "scores"}
@@ -214,7 +136,7 @@ def _fault(faults: Tensor, sequences: Tensor, rank_of: Tensor) -> Fault:
 
 
 def sequence_log_probs(
-    student: Student,
+    student: FrozenStudent,
     sequences: Sequence[Sequence[int]],
     micro_batch_tokens: int,
     chunk_rows: int = 1024,
@@ -243,12 +165,34 @@ def sequence_log_probs(
 
     def log_probs(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
         hidden = pick_rows(hidden_states, micro_batch.rows, layout)
-        return token_log_probs(hidden, student.head_weight, micro_batch.targets, whole, chunk_rows)
+        targets = micro_batch.targets
+        return token_log_probs(hidden, student.head_weight, targets, whole, chunk_rows)[None]
 
     columns = student.forward(assigned.micro_batches, log_probs)
-    table = torch.zeros(rows, device=platform.device())
+    return gather_rows(columns, assigned, rows, 1, layout)[0]
+
+
+def gather_rows(
+    columns: list[Tensor],
+    assigned: batching.Assignment,
+    num_rows: int,
+    height: int,
+    layout: Layout,
+) -> Tensor:
+    """Put what the ranks of the last stage say of their rows together, on the CPU of every rank.
+
+    Args:
+        columns: [height, r] fp32 of each micro-batch; empty on other stages.
+
+    Returns:
+        [height, R] fp32, R being num_rows.
+
+    Collectives: an all-reduce of 4·height bytes a row over all ranks.
+    """
+    # Each row is written by one rank, so the sum over all ranks is a gather.
+    table = torch.zeros(height, num_rows, device=platform.device())
     if columns and layout.tp_rank == 0:
         ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
-        table[ids] = torch.cat(columns)
+        table[:, ids] = torch.cat(columns, dim=1)
     dist.all_reduce(table)
     return table.cpu()

@@ -12,37 +12,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.config.schema import LossSection, TrainSection
 from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import Student
-from megatron_taopd.monitoring.guard import Fault, Guard, by_rank
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import RowShard, send_rows
+from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import broadcast_object
-from megatron_taopd.step.scoring import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.guard import Guard
+from megatron_taopd.step.loss import kept_row_loss
+from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.types import RolloutBatch
 
 
 def train_on(
-    batch: RolloutBatch,
+    scored: ScoredBatch,
     mask: Tensor,
-    scored: batching.Assignment,
     student: Student,
     heads: OutputHeads | TopkOutputHeads | None,
-    teacher_rows: RowShard,
-    micro_batch_tokens: int,
-    mini_batches: int,
-    loss: dict,
+    train: TrainSection,
+    loss: LossSection,
     guard: Guard,
-    kept_outputs: list[list[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """`mini_batches` optimizer steps over the kept rows, whole sequences each.
+    """Take `train.mini_batches` optimizer steps over the kept rows, whole sequences each.
 
     Selection was over the whole batch; each step's loss is the mean over its own kept rows. A step
-    that has none is not taken.
+    that has none is not taken. A batch whose layers' outputs were kept takes one optimizer step.
 
-    Args: those of `backward`. With kept_outputs there is one optimizer step.
+    Args: those of `backward`.
         guard: knows the losses of the steps before.
 
     Returns:
@@ -54,15 +54,12 @@ def train_on(
         Fault: a loss that is not finite or has jumped, or gradients that are not finite; that
             optimizer step and those after it are not taken.
     """
-    assert kept_outputs is None or mini_batches == 1, mini_batches
+    assert scored.kept_outputs is None or train.mini_batches == 1, train.mini_batches
     kept, trained, head_rows, sums, grad_norms = 0, 0, 0, Counter(), []
-    for part in batching.split_mini_batches(batch, mask, mini_batches):
+    for part in batching.split_mini_batches(scored.batch, mask, train.mini_batches):
         if not part.any():
             continue
-        metrics = backward(
-            batch, part, scored, student, heads, teacher_rows, micro_batch_tokens, loss,
-            kept_outputs,
-        )  # fmt: skip
+        metrics = backward(scored, part, student, heads, loss, train.micro_batch_tokens)
         guard.check(metrics["loss"])
         grad_norm, lr = student.step()
         guard.taken(metrics["loss"])
@@ -80,28 +77,25 @@ def train_on(
 
 
 def backward(
-    batch: RolloutBatch,
+    scored: ScoredBatch,
     mask: Tensor,
-    scored: batching.Assignment,
     student: Student,
     heads: OutputHeads | TopkOutputHeads | None,
-    teacher_rows: RowShard,
+    loss: LossSection,
     micro_batch_tokens: int,
-    loss: dict,
-    kept_outputs: list[list[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Gradients of the mean loss over the kept rows of the **whole** batch, ready for a step.
+    """Form the gradients of the mean loss over the kept rows of the **whole** batch (Eq. 6–7).
+
+    With the layers' outputs of the scoring pass the sequences stay where they are, and only the
+    backward pass runs the layers; without, the kept tokens are balanced and packed anew and run
+    forward and backward.
 
     Args:
+        scored: what was scored, with teacher rows of (at least) the kept rows scored here.
         mask: [R] bool, the kept rows; the same on every rank.
-        scored: who scored each sequence, and so has its teacher rows.
         heads: None except on the last stage.
-        teacher_rows: on the last stage, those of (at least) the kept rows scored here.
+        loss: its kind, and the parameters of that.
         micro_batch_tokens: the most tokens in a packed micro-batch.
-        loss: keyword arguments of `kept_row_loss`: `kind` and its parameters.
-        kept_outputs: of the layers in the scoring pass. With them the sequences stay where they
-            are, and only the backward pass runs the layers; without, the kept tokens are balanced
-            and packed anew and run forward and backward.
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
@@ -113,24 +107,26 @@ def backward(
     Collectives: one all-to-all that takes the kept teacher rows (D_t elements each, per TP rank)
     to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
     """
-    layout = student.layout
-    if kept_outputs is None:
+    layout, batch, teacher_rows = student.layout, scored.batch, scored.teacher_rows
+    if scored.kept_outputs is None:
         assigned = batching.assign(batch, mask, layout, micro_batch_tokens)
-        teacher_rows = _follow(teacher_rows, batch, mask, scored.owner, assigned.owner, layout)
+        owners = scored.assigned.owner, assigned.owner
+        teacher_rows = _follow(teacher_rows, batch, mask, *owners, layout)
         outputs = nullcontext()
     else:
-        assigned, places = batching.shorten(batch, scored, mask, layout)
-        outputs = student.replay_outputs(kept_outputs, places)
+        assigned, places = batching.shorten(batch, scored.assigned, mask, layout)
+        outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
-        total, metrics = heads.loss(
+        total, metrics = kept_row_loss(
+            loss,
+            heads,
             pick_rows(hidden_states, micro_batch.rows, layout),
             teacher_rows.at(micro_batch.row_ids),
-            tokens=micro_batch.targets,
-            rollout_log_probs=batch.log_probs[micro_batch.row_ids.cpu()].to(device),
-            **loss,
+            micro_batch.targets,
+            batch.log_probs[micro_batch.row_ids.cpu()].to(device),
         )
         count = torch.tensor(len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}

@@ -39,16 +39,11 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import RowShard, no_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
-from megatron_taopd.serving.replicas import (
-    Replica,
-    Replicas,
-    ServedModel,
-    agreed,
-    probe_log_probs,
-    probe_tokens,
-    same_model,
-)
+from megatron_taopd.serving.identity import agreed, probe_log_probs, probe_tokens, same_model
+from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.replica import Replica
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import Sequences

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "examples" / "tiny_pair.yaml"
 COMMON = [
     "rollout.prompts=16", "rollout.max_new_tokens=16", "eval.limit=16", "eval.every=3",
-    "log.tensorboard=false", "checkpoint.every=1", "checkpoint.keep=2",
+    "log.tensorboard=false", "checkpoint.every=1", "checkpoint.keep_last=2",
 ]  # fmt: skip
 LAYOUTS = {  # ranks, further options
     "TP2 | PP2": (2, []),

@@ -128,6 +128,7 @@ def observed(
     """
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
+    from megatron_taopd import build as building
     from megatron_taopd import train
     from megatron_taopd.models.attention import PackedAttention
     from megatron_taopd.models.gpt import Trunk
@@ -212,7 +213,7 @@ def observed(
         return counted
 
     with ExitStack() as stack:
-        around(train, "build", build)
+        around(building, "build", build)
         around(LocalEngine, "generate", generate)
         around(LocalEngine, "_generate_batch", generate_batch)
         around(Trunk, "forward", forward)

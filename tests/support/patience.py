@@ -3,7 +3,7 @@
     wait_for(lambda: path.exists(), seconds=30)          # the condition's value
     done = run([sys.executable, "tool.py"], seconds=60)  # a CompletedProcess
     output = finish(process, seconds=60)                 # of a Popen
-    Replicas([url], model, timeout_s=patience(10))       # where others keep the time
+    Replicas([url], model, Limits(timeout_s=patience(10)))  # where others keep the time
 
 Seconds are those of a quiet machine, ten times what is usual there or more. When they are over, a
 process is started, and what that takes tells how many seconds they are on this machine as it is

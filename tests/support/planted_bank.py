@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_taopd.diagnostics.analysis import Bank
+from megatron_taopd.diagnostics.gains import ScoredBank
 from megatron_taopd.diagnostics.table import KS, SUPPORT
 
 
@@ -52,12 +52,14 @@ def planted_columns(
     return columns
 
 
-def planted_bank(*arguments, ks: tuple[int, ...] = (16,), **options) -> tuple[Bank, np.ndarray]:
+def planted_bank(
+    *arguments, ks: tuple[int, ...] = (16,), **options
+) -> tuple[ScoredBank, np.ndarray]:
     """The bank and its gain [R]."""
     columns = planted_columns(*arguments, ks=ks, **options)
     names = ["position", "length", "student_entropy", "teacher_entropy"]
     names += [f"{name}_{k}" for k in ks for name in SUPPORT]
-    bank = Bank(
+    bank = ScoredBank(
         {name: columns[name].astype(float) for name in names},
         columns["prompt"],
         columns["sequence"],

@@ -33,6 +33,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
+from megatron_taopd.monitoring import logs
 from support.patience import Deadline, known_patience, took
 
 START_S = 120
@@ -149,6 +150,7 @@ def _serve(
     sys.path[:0] = path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then kills us
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    logs.set_up()
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

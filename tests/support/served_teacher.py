@@ -20,7 +20,7 @@ from megatron_taopd.serving.hidden_states import KEY, pack
 
 
 class ServedTeacher:
-    """As much of `serving.replicas.Replicas` as a teacher asks for; its tensors are on the host."""
+    """As much of `serving.client.Replicas` as a teacher asks for; its tensors are on the host."""
 
     def __init__(self, hf_dir: str | Path):
         self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.parallel.vocab import VocabShard
-from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS
+from megatron_taopd.parallel.vocab.normalizers import BLOCK_COLUMNS
 
 SIZE, PADDED = 90, 96
 # Where the shards of a group start and stop. Columns 90 … 95 are outside the common vocabulary.

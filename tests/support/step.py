@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from megatron_taopd.config.schema import (
+    LossSection,
+    OptimizerSection,
+    SelectionSection,
+    TrainSection,
+)
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.types import RolloutBatch
 from support import dense
 from support.rounding import MULTIPLE
 
-OPTIMIZER = SimpleNamespace(
+OPTIMIZER = OptimizerSection(
     lr=1e-3, min_lr=None, decay="constant", warmup_steps=0, weight_decay=0.0,
     beta1=0.9, beta2=0.98, eps=1e-8, clip=1.0,
 )  # fmt: skip
@@ -98,63 +102,73 @@ def step_on_ranks(
     """
     from megatron.core import parallel_state
 
-    from megatron_taopd.data import batching
-    from megatron_taopd.models import weights
-    from megatron_taopd.models.student import Student
-    from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
-    from megatron_taopd.step.scoring import OutputHeads, score
-    from megatron_taopd.step.selection import select
-    from megatron_taopd.step.training import backward
-    from megatron_taopd.teacher.megatron import MegatronTeacher
 
     platform.emulate_cuda()
     vocab_map = vocab_map or VocabMap(torch.arange(size))
+    train = TrainSection(
+        micro_batch_tokens=micro_batch_tokens,
+        schedule="replay" if replay else "two_pass",
+        recompute=recompute,
+    )
     try:
-        layout = layouts.student_layout(*student_parallel)
-        teacher_layout = layouts.forward_layout(*teacher_parallel)
-        student = Student(
-            student_dir, layout, torch.float32, recompute, OPTIMIZER, 100,
-            vocab_map.size, vocab_map.absent,
+        distiller = open_distiller(
+            (student_dir, student_parallel), (teacher_dir, teacher_parallel), vocab_map, train,
+            chunk_rows, offload,
         )  # fmt: skip
-        teacher = MegatronTeacher(
-            teacher_dir, teacher_layout, torch.float32, micro_batch_tokens, offload
-        )
-        heads = None
-        if layout.is_last_stage:
-            shard = student.shard
-            columns = vocab_map.columns(shard.start, shard.stop)
-            teacher_head = weights.load_head(teacher_dir, columns, torch.float32)
-            heads = OutputHeads(student.head_weight, teacher_head, shard, chunk_rows)
+        distiller.selection = SelectionSection(ratio=ratio, k=5)
+        distiller.loss = LossSection(**(loss or {}))
+        if mask is not None:
+            distiller.select = lambda scored, seed: mask
+        student, teacher = distiller.student, distiller.teacher
+        before_update, gradients = student.step, []
 
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
+        def step():
+            gradients.append(gather_gradients(student) if not gradients else None)
+            return before_update()
+
+        student.step = step
         fingerprint = teacher.fingerprint()
         teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
-        for done in range(steps):
-            teacher_rows = teacher.hidden_states(teacher_inputs, layout, assigned.owner)
-            scores, gap, outputs = score(
-                batch, assigned, student, heads, teacher_rows, 5, keep_outputs=replay
-            )
-            kept = select("teachability", scores, ratio, 0) if mask is None else mask
-            metrics = backward(
-                batch, kept, assigned, student, heads, teacher_rows, micro_batch_tokens,
-                loss or {"kind": "reverse_kl"}, outputs,
-            )  # fmt: skip
-            if done == 0:
-                gradients = gather_gradients(student)
-                first = dict(scores=scores, mask=kept, metrics=metrics, gap=gap)
-            grad_norm, _ = student.step()
-            first.setdefault("grad_norm", grad_norm)
+        lessons = [distiller.learn(batch, distiller.read(teacher_inputs), 0) for _ in range(steps)]
+        first = lessons[0]
         return {
-            **first,
-            "gradients": gradients,
+            "scores": first.scored.scores,
+            "mask": first.mask,
+            "metrics": first.trained,
+            "gap": first.scored.gap,
+            "grad_norm": first.trained["grad_norm"],
+            "gradients": gradients[0],
             "weights": dict(student.named_tensors()),
             "fingerprints": (fingerprint, teacher.fingerprint()),
-            "layout": str(layout),
+            "layout": str(student.layout),
         }
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False):
+    """The product's step on two checkpoints in fp32, (directory, layout) each."""
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.step.distiller import Distiller
+    from megatron_taopd.step.guard import Guard
+    from megatron_taopd.step.output_heads import open_heads
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    student_dir, student_parallel = student
+    teacher_dir, teacher_parallel = teacher
+    model = Student(
+        student_dir, layouts.student_layout(*student_parallel), torch.float32, train.recompute,
+        OPTIMIZER, 100, vocab_map.size, vocab_map.absent,
+    )  # fmt: skip
+    reader = MegatronTeacher(
+        teacher_dir, layouts.forward_layout(*teacher_parallel), torch.float32,
+        train.micro_batch_tokens, offload,
+    )  # fmt: skip
+    heads = open_heads(model, teacher_dir, vocab_map, chunk_rows)
+    guard = Guard(max_skipped=3, loss_spike=0)
+    return Distiller(model, reader, heads, guard, SelectionSection(), LossSection(), train)
 
 
 def gather_gradients(student):

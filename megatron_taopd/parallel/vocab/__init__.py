@@ -6,8 +6,10 @@ crosses the group is counted in each docstring, in bytes a row and rank with fp3
 that are not a shard of something are the same, bit for bit, on every rank of the group.
 
     shard        which columns a rank holds
-    reductions   what a row comes down to within a shard: the reference, in torch
+    normalizers  what turns logits into log-probabilities; the order of candidates
+    reference    what a row comes down to within a shard, in torch
     kernels      the same in Triton, for CUDA
+    reductions   the one of the two that a device takes
     scores       D, C, entropies and top-K sets of rows
     divergences  losses of rows of logits
     projection   hidden states to logits and back, chunk by chunk

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.parallel.vocab import reductions
-from megatron_taopd.parallel.vocab.reductions import Normalizers
+from megatron_taopd.parallel.vocab.normalizers import Normalizers
+from megatron_taopd.parallel.vocab.reference import weighted_sum
 from megatron_taopd.parallel.vocab.shard import VocabShard
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl")
@@ -127,7 +128,7 @@ def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
     KL = Σ_shards p(shard)·(log p(shard) − log q(shard) + KL within), in which no term is big when
     the distributions are close, as the terms of Σ p·(z_p − z_q) − log Z_p + log Z_q would be.
     """
-    return reductions.weighted_sum(log_p.exp().t(), (log_p - log_q + within).t())
+    return weighted_sum(log_p.exp().t(), (log_p - log_q + within).t())
 
 
 class OfLogits(torch.autograd.Function):

@@ -151,8 +151,7 @@ def linear_divergence(
     kind: str = "reverse_kl",
     chunk_rows: int = 1024,
     row_weight: Tensor | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    **parameters: float,
 ) -> Tensor:
     """`divergence` of hidden states: logits exist for chunk_rows rows at a time only.
 
@@ -171,7 +170,7 @@ def linear_divergence(
             group; possibly none.
         student_weight: [V, D_s], and teacher_weight: [V, D_t], this rank's rows of the heads, each
             in the dtype of its hidden states.
-        kind, beta, alpha: as for `divergence`.
+        kind, and beta, alpha among the parameters: as for `divergence`.
         row_weight: [R], constants. With them, gradients are formed in the forward pass, nothing is
             computed twice, and one backward pass is possible.
 
@@ -185,16 +184,11 @@ def linear_divergence(
     Raises:
         ValueError: an unknown kind; beta or alpha outside (0, 1).
     """
-    value = Divergence(shard, kind, beta, alpha)
+    value = Divergence(shard, kind, **parameters)
     teacher = (teacher_hidden.detach(), teacher_weight.detach(), shard, chunk_rows)
+    targets = partial(Projection, *teacher)
     return through_head(
-        student_hidden,
-        student_weight,
-        value,
-        partial(Projection, *teacher),
-        shard,
-        chunk_rows,
-        row_weight,
+        student_hidden, student_weight, value, targets, shard, chunk_rows, row_weight
     )
 
 

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_taopd.parallel.vocab.reductions import BLOCK_COLUMNS, Normalizers
+from megatron_taopd.parallel.vocab.normalizers import BLOCK_COLUMNS, Normalizers
 
 STEP = 4096
 NUM_WARPS = 8
 
+_STEP, _BLOCK = tl.constexpr(STEP), tl.constexpr(BLOCK_COLUMNS)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # the max of nothing, as in the reference
 _KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2, "skewed_reverse_kl": 3}
 _REVERSE, _FORWARD, _JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -28,6 +29,20 @@ def _grid(*logits: Tensor) -> tuple[int]:
     for tensor in logits:
         assert tensor.stride(1) == 1, tensor.stride()
     return (len(logits[0]),)
+
+
+def _in_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with one stride of rows, as chunks of two heads have anyway."""
+    if student.stride(0) != teacher.stride(0):
+        return student.contiguous(), teacher.contiguous()
+    return student, teacher
+
+
+def _numbers(*parts: Tensor | float) -> Tensor:
+    """[R, n] fp32, the numbers that each row's program comes with."""
+    like = next(part for part in parts if isinstance(part, Tensor))
+    columns = [p if isinstance(p, Tensor) else like.new_full((len(like), 1), p) for p in parts]
+    return torch.cat(columns, dim=1)
 
 
 @triton.jit
@@ -56,19 +71,17 @@ def _weight(z, gap):
 
 
 @triton.jit
-def _entropy_sums_kernel(
-    logits, stride, num_columns, sums, tops, num_blocks, BLOCK: tl.constexpr, STEP: tl.constexpr
-):
+def _entropy_sums_kernel(logits, stride, num_columns, sums, tops, num_blocks):
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, STEP)
-    top = tl.full([STEP], _LOWEST, tl.float32)
-    rest = tl.zeros([STEP], tl.float32)
-    weighted = tl.zeros([STEP], tl.float32)
-    for start in range(0, num_columns, STEP):
+    lanes = tl.arange(0, _STEP)
+    top = tl.full([_STEP], _LOWEST, tl.float32)
+    rest = tl.zeros([_STEP], tl.float32)
+    weighted = tl.zeros([_STEP], tl.float32)
+    for start in range(0, num_columns, _STEP):
         z = _row_of(logits, stride, start + lanes, num_columns)
 
-        blocks = start // BLOCK + tl.arange(0, STEP // BLOCK)
-        block_tops = tl.reduce(tl.reshape(z, [STEP // BLOCK, BLOCK]), 1, _larger)
+        blocks = start // _BLOCK + tl.arange(0, _STEP // _BLOCK)
+        block_tops = tl.reduce(tl.reshape(z, [_STEP // _BLOCK, _BLOCK]), 1, _larger)
         tl.store(tops + row * num_blocks + blocks, block_tops, mask=blocks < num_blocks)
 
         # The lane's max counts as a 1 that is not in `rest`. A higher logit takes its place.
@@ -90,24 +103,24 @@ def _entropy_sums_kernel(
 
 
 def entropy_sums_and_block_tops(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`reductions._entropy_sums` and `reductions._block_tops` of [R, V] fp32 logits."""
+    """`reference.entropy_sums` and `reference.block_tops` of [R, V] fp32 logits."""
     num_columns = logits.shape[1]
     num_blocks = -(-num_columns // BLOCK_COLUMNS)
     sums = logits.new_empty(len(logits), 3)
     tops = logits.new_empty(len(logits), num_blocks)
     _entropy_sums_kernel[_grid(logits)](
         logits, logits.stride(0), num_columns, sums, tops, num_blocks,
-        BLOCK=BLOCK_COLUMNS, STEP=STEP, num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return sums, tops
 
 
 @triton.jit
-def _log_normalizer_kernel(logits, stride, num_columns, out, STEP: tl.constexpr):
-    lanes = tl.arange(0, STEP)
-    top = tl.full([STEP], _LOWEST, tl.float32)
-    total = tl.zeros([STEP], tl.float32)
-    for start in range(0, num_columns, STEP):
+def _log_normalizer_kernel(logits, stride, num_columns, out):
+    lanes = tl.arange(0, _STEP)
+    top = tl.full([_STEP], _LOWEST, tl.float32)
+    total = tl.zeros([_STEP], tl.float32)
+    for start in range(0, num_columns, _STEP):
         z = _row_of(logits, stride, start + lanes, num_columns)
         weight = _weight(z, _gap(z, top))
         total = tl.where(z > top, total * weight + 1, total + weight)
@@ -124,7 +137,7 @@ def log_normalizer(logits: Tensor) -> Tensor:
     """`reductions.log_normalizer` of [R, V] fp32 logits."""
     out = logits.new_empty(len(logits), 2, dtype=torch.float64)
     _log_normalizer_kernel[_grid(logits)](
-        logits, logits.stride(0), logits.shape[1], out, STEP=STEP, num_warps=NUM_WARPS
+        logits, logits.stride(0), logits.shape[1], out, num_warps=NUM_WARPS
     )
     out[:, 1].clamp_(min=1).log_()
     return out
@@ -148,7 +161,7 @@ def _log_ratio(z_s, z_t, top_s, top_t, excess):
 
 @triton.jit
 def _bounded(ratio):
-    """`reductions._bounded`."""
+    """`reference._bounded`."""
     return tl.clamp(ratio, -80.0, 80.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -174,16 +187,16 @@ def _mixture_h(to_mixture, teacher_share, KIND: tl.constexpr):
 
 @triton.jit
 def _kl_within_kernel(
-    student, stride_s, teacher, stride_t, num_columns, numbers, out,
-    KIND: tl.constexpr, STEP: tl.constexpr,
+    student, teacher, stride, num_columns, numbers, out,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     top_s, top_t = _load(numbers, 0, 4), _load(numbers, 1, 4)
     log_sum, excess = _load(numbers, 2, 4), _load(numbers, 3, 4)
-    total = tl.zeros([STEP], tl.float32)
-    for start in range(0, num_columns, STEP):
-        columns = start + tl.arange(0, STEP)
-        z_s = _row_of(student, stride_s, columns, num_columns)
-        z_t = _row_of(teacher, stride_t, columns, num_columns)
+    total = tl.zeros([_STEP], tl.float32)
+    for start in range(0, num_columns, _STEP):
+        columns = start + tl.arange(0, _STEP)
+        z_s = _row_of(student, stride, columns, num_columns)
+        z_t = _row_of(teacher, stride, columns, num_columns)
         ratio = _log_ratio(z_s, z_t, top_s, top_t, excess)
         if KIND == _REVERSE:
             p = _probs(z_s, top_s, log_sum)
@@ -195,29 +208,31 @@ def _kl_within_kernel(
 
 
 def kl_within(kind: str, student: Tensor, teacher: Tensor, normalizers: Normalizers) -> Tensor:
-    """`reductions.kl_within` of [R, V] fp32 logits."""
+    """Return `reductions.kl_within` of [R, V] fp32 logits."""
+    student, teacher = _in_step(student, teacher)
     out = student.new_empty(len(student))
     _kl_within_kernel[_grid(student, teacher)](
-        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
-        torch.cat(normalizers, dim=1), out,
-        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+        student, teacher, student.stride(0), student.shape[1],
+        _numbers(*normalizers), out,
+        KIND=_KINDS[kind], num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _mixture_sums_kernel(
-    student, stride_s, teacher, stride_t, num_columns, numbers, teacher_share, out,
-    KIND: tl.constexpr, STEP: tl.constexpr,
+    student, teacher, stride, num_columns, numbers, out,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    top_s, top_t = _load(numbers, 0, 4), _load(numbers, 1, 4)
-    log_sum, excess = _load(numbers, 2, 4), _load(numbers, 3, 4)
-    student_kl = tl.zeros([STEP], tl.float32)
-    other = tl.zeros([STEP], tl.float32)
-    for start in range(0, num_columns, STEP):
-        columns = start + tl.arange(0, STEP)
-        z_s = _row_of(student, stride_s, columns, num_columns)
-        z_t = _row_of(teacher, stride_t, columns, num_columns)
+    top_s, top_t = _load(numbers, 0, 5), _load(numbers, 1, 5)
+    log_sum, excess = _load(numbers, 2, 5), _load(numbers, 3, 5)
+    teacher_share = _load(numbers, 4, 5)
+    student_kl = tl.zeros([_STEP], tl.float32)
+    other = tl.zeros([_STEP], tl.float32)
+    for start in range(0, num_columns, _STEP):
+        columns = start + tl.arange(0, _STEP)
+        z_s = _row_of(student, stride, columns, num_columns)
+        z_t = _row_of(teacher, stride, columns, num_columns)
         p_s = _probs(z_s, top_s, log_sum)
         ratio = _bounded(_log_ratio(z_s, z_t, top_s, top_t, excess))
         to_mixture = _mixture_log_ratio(ratio, teacher_share)
@@ -235,27 +250,29 @@ def _mixture_sums_kernel(
 def mixture_sums(
     kind: str, teacher_share: float, student: Tensor, teacher: Tensor, normalizers: Normalizers
 ) -> Tensor:
-    """`reductions.mixture_sums` of [R, V] fp32 logits."""
+    """Return `reductions.mixture_sums` of [R, V] fp32 logits."""
+    student, teacher = _in_step(student, teacher)
     out = student.new_empty(len(student), 2)
     _mixture_sums_kernel[_grid(student, teacher)](
-        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
-        torch.cat(normalizers, dim=1), teacher_share, out,
-        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+        student, teacher, student.stride(0), student.shape[1],
+        _numbers(*normalizers, teacher_share), out,
+        KIND=_KINDS[kind], num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _logits_gradient_kernel(
-    student, stride_s, teacher, stride_t, num_columns, numbers, teacher_share, out, stride_out,
-    KIND: tl.constexpr, STEP: tl.constexpr,
+    student, teacher, stride, num_columns, numbers, out, stride_out,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(1) * STEP + tl.arange(0, STEP)
-    top_s, top_t = _load(numbers, 0, 6), _load(numbers, 1, 6)
-    log_sum, excess = _load(numbers, 2, 6), _load(numbers, 3, 6)
-    mean, grad = _load(numbers, 4, 6), _load(numbers, 5, 6)
-    z_s = _row_of(student, stride_s, columns, num_columns)
-    z_t = _row_of(teacher, stride_t, columns, num_columns)
+    columns = tl.program_id(1) * _STEP + tl.arange(0, _STEP)
+    top_s, top_t = _load(numbers, 0, 7), _load(numbers, 1, 7)
+    log_sum, excess = _load(numbers, 2, 7), _load(numbers, 3, 7)
+    mean, grad = _load(numbers, 4, 7), _load(numbers, 5, 7)
+    teacher_share = _load(numbers, 6, 7)
+    z_s = _row_of(student, stride, columns, num_columns)
+    z_t = _row_of(teacher, stride, columns, num_columns)
     p_s = _probs(z_s, top_s, log_sum)
     if KIND == _FORWARD:
         value = p_s - _probs(z_t, top_t, log_sum - excess)
@@ -278,12 +295,12 @@ def logits_gradient(
     grad: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """`reductions.logits_gradient` of [R, V] fp32 logits; out may be narrower."""
+    """Write `reductions.logits_gradient` of [R, V] fp32 logits to `out`, which may be narrower."""
+    student, teacher = _in_step(student, teacher)
     (rows,) = _grid(student, teacher, out)
     _logits_gradient_kernel[(rows, triton.cdiv(student.shape[1], STEP))](
-        student, student.stride(0), teacher, teacher.stride(0), student.shape[1],
-        torch.cat([*normalizers, mean, grad[:, None]], dim=1), teacher_share,
-        out, out.stride(0),
-        KIND=_KINDS[kind], STEP=STEP, num_warps=NUM_WARPS,
+        student, teacher, student.stride(0), student.shape[1],
+        _numbers(*normalizers, mean, grad[:, None], teacher_share), out, out.stride(0),
+        KIND=_KINDS[kind], num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

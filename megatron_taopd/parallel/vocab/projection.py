@@ -161,7 +161,8 @@ class Head(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad):
+    def forward(ctx, hidden, weight, value, open_targets, cut, row_weight, main_grad):
+        shard, chunk_rows = cut
         needed = ctx.needs_input_grad[:2]
         at_once = row_weight is not None and any(needed)
         grads = HeadGradients(hidden, weight, shard, needed, main_grad) if at_once else None
@@ -196,7 +197,7 @@ class Head(torch.autograd.Function):
             if ctx.main_grad is not None:  # what is there cannot be multiplied any more
                 torch._assert_async(grad == 1, "the sum must be what is differentiated")
             grads = (g if g is None or g.is_sparse else g.mul_(grad) for g in ctx.saved_tensors)
-            return *grads, None, None, None, None, None, None
+            return *grads, None, None, None, None, None
         hidden, weight, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         grads = HeadGradients(hidden, weight, ctx.shard, needed, ctx.main_grad)
@@ -207,11 +208,14 @@ class Head(torch.autograd.Function):
             logits = project(rows)
             out = grads.buffer(logits)
             grads.add(ctx.value.gradient(logits, targets(rows), chunk_saved, grad[rows], out), rows)
-        return *grads.get(), None, None, None, None, None, None
+        return *grads.get(), None, None, None, None, None
 
 
 def through_head(hidden, weight, value, open_targets, shard, chunk_rows, row_weight=None) -> Tensor:
+    """Apply `Head`; with a weight of Megatron's DDP, its gradient goes to its `main_grad`."""
     main_grad = getattr(weight, "main_grad", None)  # of a parameter under Megatron's DDP
     if not torch.is_grad_enabled():  # which needs_input_grad does not tell
         hidden, weight = hidden.detach(), weight.detach()
-    return Head.apply(hidden, weight, value, open_targets, shard, chunk_rows, row_weight, main_grad)
+    return Head.apply(
+        hidden, weight, value, open_targets, (shard, chunk_rows), row_weight, main_grad
+    )

@@ -8,11 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.vocab.reductions import (
-    NO_ID,
-    order_key,
-    top_columns_and_entropy_sums,
-)
+from megatron_taopd.parallel.vocab.normalizers import NO_ID, order_key
+from megatron_taopd.parallel.vocab.reductions import top_columns_and_entropy_sums
 from megatron_taopd.parallel.vocab.shard import VocabShard
 from megatron_taopd.types import TokenScores
 

@@ -13,12 +13,9 @@ from torch import Tensor
 
 from megatron_taopd.parallel.vocab import reductions
 from megatron_taopd.parallel.vocab.divergences import Divergence, OfLogits, merge_normalizers
+from megatron_taopd.parallel.vocab.normalizers import NO_ID, order_key
 from megatron_taopd.parallel.vocab.projection import Projection, chunks, through_head
-from megatron_taopd.parallel.vocab.reductions import (
-    NO_ID,
-    order_key,
-    top_columns_and_entropy_sums,
-)
+from megatron_taopd.parallel.vocab.reductions import top_columns_and_entropy_sums
 from megatron_taopd.parallel.vocab.scores import best_candidates, check_k, merge_entropy_sums
 from megatron_taopd.parallel.vocab.shard import VocabShard
 from megatron_taopd.types import TokenScores
@@ -202,9 +199,10 @@ class TopkDivergence:
     shard: VocabShard
 
     @classmethod
-    def of(cls, shard: VocabShard, k: int, kind: str, beta: float, alpha: float) -> TopkDivergence:
+    def of(cls, shard: VocabShard, k: int, kind: str, **parameters: float) -> TopkDivergence:
+        """Compare k ids and the tail. Raises ValueError as `Divergence` does."""
         whole = VocabShard(0, k + 1, None, k + 1)
-        return cls(Divergence(whole, kind, beta, alpha), shard)
+        return cls(Divergence(whole, kind, **parameters), shard)
 
     def forward(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Loss [R], and [R, K+3] what the gradient needs: du, and the tail's normaliser.
@@ -300,7 +298,7 @@ def topk_divergence(
     return OfLogits.apply(
         shard.columns(student_logits).to(wide),
         (teacher_ids, teacher_log_probs.detach()),
-        TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha),
+        TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta=beta, alpha=alpha),
     )
 
 
@@ -313,15 +311,15 @@ def linear_topk_divergence(
     kind: str = "reverse_kl",
     chunk_rows: int = 1024,
     row_weight: Tensor | None = None,
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    **parameters: float,
 ) -> Tensor:
     """`topk_divergence` of hidden states: logits exist for chunk_rows rows at a time only.
 
     Args:
         student_hidden, student_weight, chunk_rows, row_weight: as for `linear_divergence`, in whose
             way it is differentiable too.
-        teacher_ids, teacher_log_probs: [R, K] as for `topk_divergence`.
+        teacher_ids, teacher_log_probs: [R, K], kind, and beta, alpha among the parameters: as for
+            `topk_divergence`.
 
     Returns:
         [R] fp32 divergences in nats; with row_weight the scalar Σ row_weight·divergence.
@@ -332,7 +330,7 @@ def linear_topk_divergence(
     Raises:
         ValueError: an unknown kind; beta or alpha outside (0, 1).
     """
-    value = TopkDivergence.of(shard, teacher_ids.shape[1], kind, beta, alpha)
+    value = TopkDivergence.of(shard, teacher_ids.shape[1], kind, **parameters)
 
     def open_targets():
         return lambda rows: (teacher_ids[rows], teacher_log_probs.detach()[rows])

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -19,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.parallel.compat.torch_internals import bare_backend
+from megatron_taopd.parallel.objects import in_background, on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
 
@@ -205,23 +204,10 @@ def join_group(
 ) -> dist.Backend:
     """Rank 0's end of a group whose other ranks run SGLang's `init_custom_process_group`.
 
-    Only the prefixes of its keys are an agreement: SGLang's own one, and two that torch adds. As a
-    bare backend it is not entered in torch's table of groups, so it can be abandoned.
+    SGLang puts the group's name before its keys in the store; the rest is torch's (`bare_backend`).
     """
-    timeout = timedelta(seconds=timeout_s + SLACK_S)
-    for prefix in (name, f"{name}/", f"{device.type}/"):
-        store = dist.PrefixStore(prefix, store)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # threads do not inherit it
-        options = dist.ProcessGroupNCCL.Options()
-        options.is_high_priority_stream = False
-        options._timeout = timeout
-        options.global_ranks_in_group, options.group_name = [], name
-        return dist.ProcessGroupNCCL(store, 0, world_size, options)
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, 0, world_size, options)
+    named = dist.PrefixStore(name, store)
+    return bare_backend(named, name, world_size, address, device, timeout_s + SLACK_S)
 
 
 def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
@@ -241,20 +227,6 @@ def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
             raise RuntimeError(f"no end within {timeout_s:g} s")
         time.sleep(POLL_S)
     work.wait()  # raises what went wrong
-
-
-def in_background(function: Callable[[], Any]) -> Future:
-    """Run it in a thread that nobody has to wait for, not even the end of the process."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def local_address(url: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.sequence import Client, Post, Replica
-from megatron_taopd.serving.replicas import all_of
+from megatron_taopd.serving.protocol import all_of
 
 SEQUENCES, TOKENS = 4, 48  # of the run's prompts
 

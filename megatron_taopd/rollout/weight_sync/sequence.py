@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_taopd.formats.hf import load_config, tensor_shapes
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
-from megatron_taopd.serving.replicas import all_of
+from megatron_taopd.serving.protocol import all_of
 
 TIMEOUT_S = 600.0  # at most: a whole checkpoint to be read
 CONTROL_TIMEOUT_S = 60.0  # of a request that moves no weights
@@ -37,7 +37,7 @@ Post = Callable[[Any, str, dict, float], Awaitable[Any]]
 
 
 class Client(Protocol):
-    """Requests to servers, on an event loop in another thread (`serving.replicas.Replicas`)."""
+    """Requests to servers, on an event loop in another thread (`serving.client.Replicas`)."""
 
     async def post(self, replica: Any, path: str, payload: dict, timeout: float) -> Any:
         """Raises RuntimeError with url, path and the server's message."""

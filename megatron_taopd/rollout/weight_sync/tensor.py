@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.compat.torch_internals import ipc_handle
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import (
@@ -23,9 +23,7 @@ from megatron_taopd.rollout.weight_sync.sequence import (
     Client,
     Replica,
 )
-from megatron_taopd.serving.replicas import all_of
-
-_REDUCED_DEVICE = 6  # the device's place among the arguments that rebuild a CUDA tensor
+from megatron_taopd.serving.protocol import all_of
 
 
 class TensorSync(BucketSync):
@@ -94,13 +92,9 @@ class DeviceHandle:
     """Unpickles as the tensor itself, in another process that sees the same device."""
 
     def __init__(self, tensor: Tensor):
-        rebuild, arguments = reduce_tensor(tensor)
+        # SGLang looks the device up by its UUID.
         device = str(torch.cuda.get_device_properties(tensor.device).uuid)
-        # As SGLang expects it: the other process may count its devices differently.
-        self.reduced = (
-            rebuild,
-            (*arguments[:_REDUCED_DEVICE], device, *arguments[_REDUCED_DEVICE + 1 :]),
-        )
+        self.reduced = ipc_handle(tensor, device)
 
     def __reduce__(self):
         return self.reduced
@@ -131,7 +125,7 @@ def device_number(index: int) -> int:
 def colocated(replica: Replica, handles: Mapping[int, str]) -> list[str]:
     if strangers := [gpu for gpu in replica.gpus if gpu not in handles]:
         raise ValueError(
-            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which way: tensor needs; "
-            "take way: distributed"
+            f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which "
+            "rollout.sync.transport: tensor needs; take rollout.sync.transport: distributed"
         )
     return [handles[gpu] for gpu in replica.gpus]

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_taopd.config.schema import RolloutSection
 from megatron_taopd.types import RolloutBatch
 
 PROBE_EVERY = 8  # steps: then responses are generated in full, or what lies behind is never seen
@@ -45,6 +46,16 @@ class Horizon:
         self.reach = torch.zeros(longest, dtype=torch.float64)  # share of responses that have it
         self.prompt_tokens = 0.0
         self.observed = 0  # steps
+
+    @classmethod
+    def of(cls, rollout: RolloutSection) -> Horizon:
+        """Take the horizon that a section asks for."""
+        return cls(
+            rollout.horizon,
+            rollout.max_new_tokens,
+            rollout.horizon_floor,
+            rollout.horizon_prompt_weight,
+        )
 
     def length(self, step: int) -> int:
         """Tokens that a response of this step may have."""

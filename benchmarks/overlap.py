@@ -1,0 +1,106 @@
+"""Step time with rollouts on an SGLang server: one thing after the other, and at the same time.
+
+    python -m benchmarks.overlap                  # the tiny pair, a server on this machine
+
+    sequential   the teacher reads when all responses are there (rollout.stream: false)
+    stream       the teacher reads responses as they finish
+    ahead        the next batch is generated while this one trains (rollout.ahead: 1)
+
+Each arm is a run of its own with the same configuration; arms take turns, and the first steps of
+each run do not count. Waiting is what the trainer spends in `time/rollout`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+CONFIG = Path(__file__).parent.parent / "examples" / "tiny_pair_sglang.yaml"
+ARMS = {
+    "sequential": ["rollout.stream=false"],
+    "stream": ["rollout.stream=true"],
+    "ahead": ["rollout.stream=true", "rollout.ahead=1"],
+}
+WARM_UP = 3  # steps
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--steps", type=int, default=15, help=f"of a run; {WARM_UP} warm up")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each arm")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for all arms")
+    arguments = parser.parse_args()
+    records: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    for _ in range(arguments.repeats):
+        for arm, overrides in ARMS.items():
+            records[arm] += run(arguments, overrides)
+    rows = {arm: summary(steps) for arm, steps in records.items()}
+    Console().print(as_table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def run(arguments, overrides: list[str]) -> list[dict]:
+    """The records of one run's steps, the first ones left out."""
+    with tempfile.TemporaryDirectory() as directory:
+        settings = [
+            f"run.dir={directory}/run",
+            f"train.steps={arguments.steps}",
+            "checkpoint.every=0",
+            "checkpoint.export_hf=false",
+            "eval.prompts=null",
+            "log.tensorboard=false",
+        ]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        train = [*torchrun, str(arguments.ranks), "-m", "megatron_taopd.train", arguments.config]
+        subprocess.run(
+            [sys.executable, *train, *settings, *overrides, *arguments.overrides],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
+        lines = (Path(directory) / "run/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    return [record for record in steps if record["step"] > WARM_UP]
+
+
+def summary(steps: list[dict]) -> dict[str, float]:
+    def median(key: str) -> float:
+        return statistics.median(record.get(key, 0.0) for record in steps)
+
+    phases = ("step", "rollout", "teacher", "scoring", "training", "sync")
+    figures = {phase: median(f"time/{phase}") for phase in phases}
+    staleness = statistics.mean(record["rollout/staleness_mean"] for record in steps)
+    return {**figures, "staleness": staleness, "steps": len(steps)}
+
+
+def as_table(rows: dict[str, dict]) -> Table:
+    table = Table(title="medians, seconds", box=SIMPLE)
+    first = next(iter(rows.values()))
+    for header in ("", "step", "÷ sequential", *list(first)[1:]):
+        table.add_column(header, justify="right" if header else "left")
+    for arm, row in rows.items():
+        values = [f"{value:.2f}" for value in list(row.values())[1:-1]]
+        ratio = row["step"] / first["step"]
+        table.add_row(arm, f"{row['step']:.2f}", f"{ratio:.2f}", *values, str(row["steps"]))
+    return table
+
+
+if __name__ == "__main__":
+    main()

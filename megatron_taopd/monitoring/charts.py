@@ -1,0 +1,330 @@
+"""Line charts over the steps of a run, as the numbers that chart.html draws.
+
+A chart is inline SVG in the page's own colours, so that it is sharp at any size and follows the
+reader's light or dark theme. All coordinates are in the chart's own units, WIDTH × HEIGHT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from statistics import fmean
+from typing import Any
+
+from megatron_taopd.monitoring.numbers import number, percent, seconds
+from megatron_taopd.monitoring.summary import PHASES, Points, Record, column
+
+WIDTH, HEIGHT = 560, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 26
+LOG_DECADES = 5
+MOST_POINTS = 240  # per line; longer runs are averaged over neighbouring steps
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line, or the upper edge of a stacked area.
+
+    Attributes:
+        color: 1–8, an entry of the page's palette.
+        band: (step, low), (step, high): a range drawn behind the line.
+        smooth: draw a running mean, with the values themselves faintly behind it.
+        marks: draw a dot at each point.
+    """
+
+    label: str
+    points: Points
+    color: int = 1
+    band: tuple[Points, Points] | None = None
+    smooth: bool = False
+    marks: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A plot over steps, from zero up or, if `log`, over at most LOG_DECADES powers of ten."""
+
+    title: str
+    note: str
+    lines: list[Line]
+    format: Callable[[float], str]
+    log: bool = False
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where values of both axes lie in the chart."""
+
+    x_low: float
+    x_high: float
+    y_ticks: list[float]
+    log: bool
+
+    def x(self, value: float) -> float:
+        """Place a step."""
+        share = (value - self.x_low) / (self.x_high - self.x_low)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Place a value; on a logarithmic axis those below its end lie on it."""
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        if self.log:
+            share = math.log(max(value, low) / low) / math.log(high / low)
+        else:
+            share = (value - low) / (high - low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Points) -> str:
+        """Write the SVG path through some points."""
+        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def area(self, upper: Points, lower: Points) -> str:
+        """Write the SVG path around what lies between two lines."""
+        return f"{self.path(upper)}L{self.path(lower[::-1])[1:]}Z"
+
+
+def charts_of(
+    records: Sequence[Record], config: Mapping[str, Any], sampling: str
+) -> list[dict[str, Any]]:
+    """Prepare every chart for which there is something in the records, for chart.html.
+
+    Args:
+        config: of the run, as in its YAML file.
+        sampling: how evaluations draw their responses, in words.
+    """
+    charts = _charts(records, config, sampling)
+    return [drawn(chart) for chart in charts if any(line.points for line in chart.lines)]
+
+
+def _charts(records: Sequence[Record], config: Mapping[str, Any], sampling: str) -> list[Chart]:
+    def line(key: str, label: str, color: int = 1, **options) -> Line:
+        return Line(label, column(records, key), color, **options)
+
+    def quantiles(name: str, label: str, color: int) -> Line:
+        low, middle, high = (
+            column(records, f"scores/{name}_{quantile}") for quantile in ("q05", "q50", "q95")
+        )
+        return Line(label, middle, color, band=(low, high))
+
+    def share(part: str, whole: str, label: str, color: int) -> Line:
+        wholes = dict(column(records, whole))
+        points = [(x, y / wholes[x]) for x, y in column(records, part) if wholes.get(x)]
+        return Line(label, points, color)
+
+    loss = str((config.get("loss") or {}).get("kind", "divergence")).replace("_", " ")
+    trained = [record for record in records if "loss" in record]
+    return [
+        Chart(
+            "Held-out accuracy",
+            ", ".join(filter(None, [sampling, "checkable answers"])),
+            [line("eval/accuracy", "accuracy", marks=True)],
+            percent,
+        ),
+        Chart(
+            "Loss",
+            f"{loss}, mean over the kept rows of the batch, nats",
+            [line("loss", "loss", smooth=True)],
+            number,
+        ),
+        Chart(
+            "What is trained on",
+            "rows that carry loss; tokens that the training pass runs",
+            [
+                share("kept_rows", "valid_rows", "kept rows / response rows", 1),
+                share("tokens_trained", "tokens_rolled_out", "tokens trained / rolled out", 2),
+            ],
+            percent,
+        ),
+        Chart(
+            "Operations",
+            "of teacher, scoring and training, by formula; full OPD is 100 %",
+            [line("flops/of_full_opd", "share of full OPD's operations")],
+            percent,
+        ),
+        Chart(
+            "Gradient norm",
+            "before clipping",
+            [line("grad_norm", "gradient norm", smooth=True)],
+            number,
+        ),
+        Chart(
+            "Disagreement D",
+            "top-K union, nats, log scale · median, 5–95 % of rows",
+            [quantiles("disagreement", "D", 2)],
+            number,
+            log=True,
+        ),
+        Chart(
+            "Compatibility C",
+            "teacher mass on the student's top-K · median, 5–95 % of rows",
+            [quantiles("compatibility", "C", 3)],
+            number,
+        ),
+        Chart(
+            "Entropy H",
+            "full vocabulary, nats · medians, 5–95 % of the student's rows",
+            [
+                quantiles("student_entropy", "student", 1),
+                line("scores/teacher_entropy_q50", "teacher", 2),
+            ],
+            number,
+        ),
+        Chart(
+            "Engine–trainer gap",
+            "|Δ log p| of the sampled tokens, nats, log scale",
+            [
+                line("rollout/logprob_gap_max", "largest", 2),
+                line("rollout/logprob_gap_mean", "mean", 1),
+            ],
+            number,
+            log=True,
+        ),
+        Chart(
+            "Time per step",
+            "phases of rank 0, stacked",
+            [
+                Line(phase, column(trained, f"time/{phase}"), color)
+                for color, phase in enumerate(PHASES, 1)
+            ],
+            seconds,
+            stacked=True,
+        ),
+        Chart(
+            "Response length",
+            "mean tokens, the stop token included",
+            [
+                line("rollout/response_length_mean", "tokens", 4, smooth=True),
+                line("rollout/horizon", "horizon", 2),
+            ],
+            number,
+        ),
+        Chart(
+            "Truncated responses",
+            "share that hit the length limit",
+            [line("rollout/truncated_share", "truncated", 4, smooth=True)],
+            percent,
+        ),
+        Chart("Learning rate", "", [line("lr", "learning rate")], number),
+    ]
+
+
+def drawn(chart: Chart) -> dict[str, Any]:
+    """Prepare a chart with at least one point for chart.html.
+
+    Returns:
+        `title`, `note`; `legend`, (color, label) of the lines, empty if there is one only; `frame`,
+        its left, right, top and bottom; `rows` and `columns`, (place, text) of the ticks;
+        `paths`, (class, color, d); `dots`, (color, x, y); `hover`, what charts.js shows.
+    """
+    lines = [line for line in chart.lines if line.points]
+    shown = _stack(lines) if chart.stacked else lines
+    scale = _scale(chart, shown)
+    paths, dots = [], []
+    floor: Points = [(scale.x_low, scale.y_ticks[0]), (scale.x_high, scale.y_ticks[0])]
+    for line in shown:
+        if chart.stacked:
+            paths.append(("area", line.color, scale.area(line.points, floor)))
+            floor = line.points
+            continue
+        if line.band and all(line.band):
+            low, high = (_thin(edge) for edge in line.band)
+            paths.append(("band", line.color, scale.area(high, low)))
+        points = _thin(line.points)
+        if line.smooth and len(points) > 8:
+            paths.append(("raw", line.color, scale.path(points)))
+            points = _smooth(points)
+        paths.append(("line", line.color, scale.path(points)))
+        if line.marks:
+            dots += [(line.color, f"{scale.x(x):.1f}", f"{scale.y(y):.1f}") for x, y in points]
+    return {
+        "title": chart.title,
+        "note": chart.note,
+        "legend": [(line.color, line.label) for line in lines] if len(lines) > 1 else [],
+        "rows": [(f"{scale.y(y):.1f}", chart.format(y)) for y in scale.y_ticks],
+        "columns": [
+            (f"{scale.x(x):.1f}", f"{x:g}")
+            for x in ticks(scale.x_low, scale.x_high, 6)
+            if scale.x_low <= x <= scale.x_high and x == int(x)
+        ],
+        "paths": paths,
+        "dots": dots,
+        "hover": _hover(chart, scale),
+    }
+
+
+def _scale(chart: Chart, lines: list[Line]) -> Scale:
+    """Choose the range of both axes so that all lines and bands fit."""
+    xs = [x for line in lines for x, _ in line.points]
+    edges = chain.from_iterable(line.band or () for line in lines)
+    ys = [y for points in chain((line.points for line in lines), edges) for _, y in points]
+    if chart.log:
+        positive = [y for y in ys if y > 1e-30] or [1.0]
+        top = math.ceil(math.log10(max(positive)))
+        bottom = max(math.floor(math.log10(min(positive))), top - LOG_DECADES)
+        y_ticks = [10.0**power for power in range(min(bottom, top - 1), top + 1)]
+    else:
+        y_ticks = ticks(min(0.0, *ys), max(ys))
+    return Scale(min(xs), max(max(xs), min(xs) + 1), y_ticks, chart.log)
+
+
+def _hover(chart: Chart, scale: Scale) -> dict[str, Any]:
+    """Format the values by step, so that the script needs to know nothing of formats."""
+    lines = [line for line in chart.lines if line.points]
+    by_step: dict[float, dict[int, str]] = {}
+    for i, line in enumerate(lines):
+        edges = [dict(edge) for edge in line.band] if line.band else []
+        for x, y in line.points[:: math.ceil(len(line.points) / MOST_POINTS)]:
+            text = chart.format(y)
+            if edges and all(x in edge for edge in edges):
+                text += f" ({' – '.join(chart.format(edge[x]) for edge in edges)})"
+            by_step.setdefault(x, {})[i] = text
+    return {
+        "labels": [line.label for line in lines],
+        "colors": [line.color for line in lines],
+        "at": [[x, round(scale.x(x), 1), by_step[x]] for x in sorted(by_step)],
+    }
+
+
+def _stack(lines: list[Line]) -> list[Line]:
+    """Add the lines up, at every step that any of them has."""
+    steps = sorted({x for line in lines for x, _ in line.points})
+    total = dict.fromkeys(steps, 0.0)
+    stacked = []
+    for line in lines:
+        for x, y in line.points:
+            total[x] += y
+        stacked.append(Line(line.label, _thin(sorted(total.items())), line.color))
+    return stacked
+
+
+def _thin(points: Points) -> Points:
+    """Average neighbouring steps until there are at most MOST_POINTS points."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    if size <= 1:
+        return points
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
+
+
+def _smooth(points: Points) -> Points:
+    """Replace each value by the mean over about a tenth of the points around it."""
+    reach = max(2, len(points) // 20)
+    return [
+        (x, fmean(y for _, y in points[max(0, i - reach) : i + reach + 1]))
+        for i, (x, _) in enumerate(points)
+    ]
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Choose about `count` + 1 round values that enclose [low, high]."""
+    size = max(abs(low), abs(high))
+    if size < 1e-300:
+        return [0.0, 1.0]
+    span = high - low if high - low > 1e-9 * size else size
+    magnitude = 10.0 ** math.floor(math.log10(span / count))
+    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude * count >= span * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]

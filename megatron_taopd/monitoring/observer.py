@@ -1,0 +1,186 @@
+"""What the log says of a step: its metrics, and warnings of what looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_taopd.config.schema import Config
+from megatron_taopd.data import batching
+from megatron_taopd.evaluation.in_loop import Evaluation
+from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
+from megatron_taopd.monitoring.monitor import Monitor
+from megatron_taopd.monitoring.report import Sample, sample_rollouts
+from megatron_taopd.parallel.vocab import logits_bytes
+from megatron_taopd.step.distiller import Lesson, replay_mib
+from megatron_taopd.step.extensions.horizon import Horizon
+from megatron_taopd.step.scoring import ScoredBatch
+from megatron_taopd.step.selection import budget, selection_metrics
+from megatron_taopd.step.teachability import learnable_disagreement
+from megatron_taopd.types import RolloutBatch, Sequences
+
+ENDLESS = 0.95  # the share of responses without an end above which a run says so
+
+Samples = Callable[[], list[Sample] | None]  # picks a step's samples for the report
+
+
+class Observer:
+    """Looks at steps and evaluations of a run.
+
+    Args:
+        horizon: learns from each batch how long the next may be.
+        costs: of student and teacher.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        student: FrozenStudent,
+        costs: tuple[ModelCost, ModelCost],
+        horizon: Horizon,
+        tokenizer: PreTrainedTokenizerBase,
+        monitor: Monitor,
+    ):
+        self.config, self.student, self.costs = config, student, costs
+        self.horizon, self.tokenizer, self.monitor = horizon, tokenizer, monitor
+
+    def observe(
+        self, step: int, length: int, lesson: Lesson, teacher_inputs: Sequences
+    ) -> tuple[dict[str, float], Samples]:
+        """Return a step's metrics and what picks its samples; warn of what looks wrong.
+
+        Args:
+            length: the longest response that was allowed.
+            teacher_inputs: the batch as the teacher read it.
+        """
+        scored, mask, config = lesson.scored, lesson.mask, self.config
+        batch, scores = scored.batch, scored.scores
+        seed = config.run.seed * 1_000_003 + step
+        teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
+        metrics = dict(lesson.trained)
+        head_rows = metrics.pop("head_rows")
+        metrics |= self.horizon.observe(batch, teachability, length)
+        metrics |= selection_metrics(config.selection.selector, scores, mask, batch.cu_rows, seed)
+        metrics |= rollout_metrics(batch, scored.gap, step)
+        metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
+        metrics |= self._head_memory(scored.assigned, head_rows)
+        metrics |= step_operations(
+            *self.costs, _work(lesson, teacher_inputs, config.train.recompute)
+        )
+        self._warn_of_replay(scored)
+        self._warn_of_small_q3(mask, step)
+        self._warn_of_gap(scored.gap, step)
+        if length == config.rollout.max_new_tokens:  # a shorter horizon cuts them on purpose
+            truncated = metrics["rollout/truncated_share"]
+            self._warn_of_endless("rollout.max_new_tokens", truncated, f"step {step}")
+        return metrics, lambda: sample_rollouts(batch, mask, self.tokenizer, scores=teachability)
+
+    def observe_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
+        """Return an evaluation's metrics, and warn if responses hardly ever end."""
+        truncated = evaluation.truncated / evaluation.total
+        longest = "rollout" if self.config.eval.max_new_tokens is None else "eval"
+        self._warn_of_endless(f"{longest}.max_new_tokens", truncated, f"evaluation {step}")
+        return {
+            "eval/accuracy": evaluation.accuracy,
+            "eval/truncated_share": truncated,
+            "eval/response_length_mean": evaluation.mean_length,
+            **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},
+        }
+
+    def _head_memory(self, scored: batching.Assignment, trained_rows: int) -> dict[str, int]:
+        """Return the bytes of logits that exist at a time in both passes, on rank 0's rows."""
+        columns = self.student.shard.stop - self.student.shard.start
+        chunk_rows = self.student.rows_within(self.config.train.head_memory_mib)
+        scored_rows = max(len(m.rows) for m in scored.micro_batches)
+        return {
+            "memory/head_scoring": logits_bytes(scored_rows, chunk_rows, columns),
+            "memory/head_training": logits_bytes(trained_rows, chunk_rows, columns),
+        }
+
+    def _warn_of_replay(self, scored: ScoredBatch) -> None:
+        """Warn of steps that were to be replayed and did not fit."""
+        train = self.config.train
+        if train.schedule == "replay" and scored.kept_outputs is None:
+            needed = replay_mib(self.student, scored.assigned)
+            self.monitor.note(
+                "train.replay_memory_mib",
+                f"{train.replay_memory_mib} is less than the {needed:.0f} MiB of a step's layer "
+                "outputs; such steps are done in two passes",
+            )
+
+    def _warn_of_gap(self, gap: Tensor, step: int) -> None:
+        """Warn of an engine that samples from another policy; ahead, it is an older one."""
+        mean, most = gap.mean().item(), self.config.rollout.gap_warning
+        if mean > most and not self.config.rollout.ahead:
+            self.monitor.note(
+                "rollout.gap_warning",
+                f"step {step}: engine and trainer differ by {mean:.3g} in log-probability on "
+                f"average, more than {most:g}",
+            )
+
+    def _warn_of_endless(self, key: str, truncated_share: float, when: str) -> None:
+        """Warn of responses that hardly ever end by themselves."""
+        if truncated_share > ENDLESS:
+            self.monitor.note(
+                key,
+                f"{when}: {truncated_share:.0%} of the responses were cut off at this length; give "
+                "more, or name in rollout.stop_token_ids what ends an answer",
+            )
+
+    def _warn_of_small_q3(self, mask: Tensor, step: int) -> None:
+        """Warn of masks inside Q3 that are all of it, and so equal one another."""
+        selection = self.config.selection
+        if not selection.selector.startswith("q3_"):
+            return
+        most, kept = budget(selection.ratio, len(mask)), int(mask.sum())
+        if kept < most:
+            self.monitor.note(
+                "selection.ratio",
+                f"step {step}: {selection.selector} could keep {most} rows, but Q3 has {kept}: all "
+                "of them are kept, as by every q3 selector; a lower ratio or more prompts tell "
+                "them apart",
+            )
+
+
+def _work(lesson: Lesson, teacher_inputs: Sequences, recompute: str) -> Work:
+    """Return what was run in a step."""
+    batch, mask = lesson.scored.batch, lesson.mask
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    return Work(
+        scored=lesson.scored.assigned.lengths,
+        read=batching.cut_lengths(teacher_inputs, everything),
+        trained=batching.cut_lengths(batch, mask),
+        num_rows=batch.num_rows,
+        kept_rows=int(mask.sum()),
+        replayed=lesson.scored.kept_outputs is not None,
+        recompute=recompute,
+    )
+
+
+def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, float]:
+    """Say what the log says of the responses and of the engine that made them.
+
+    Args:
+        gap: |log p_trainer − log p_engine| of some sampled tokens.
+    """
+    lengths = batch.response_lengths.double()
+    middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
+    staleness = (step - 1 - batch.weight_versions).double()
+    return {
+        "valid_rows": batch.num_rows,
+        "tokens_rolled_out": int(batch.lengths.sum()),
+        "rollout/response_length_mean": lengths.mean().item(),
+        "rollout/response_length_p50": middle,
+        "rollout/response_length_p90": long,
+        "rollout/response_length_max": lengths.max().item(),
+        "rollout/truncated_share": batch.truncated.double().mean().item(),
+        "rollout/weight_version": int(batch.weight_versions.min()),
+        "rollout/staleness_mean": staleness.mean().item(),
+        "rollout/staleness_max": staleness.max().item(),
+        "rollout/logprob_gap_mean": gap.mean().item(),
+        "rollout/logprob_gap_max": gap.max().item(),
+    }

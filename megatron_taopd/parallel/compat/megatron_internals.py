@@ -1,0 +1,154 @@
+"""Private parts of Megatron-core, written for version 0.16."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+BACKEND, VERSION = "torch_dist", 1  # of the distributed checkpoint format
+Bucket = tuple[str, list[tuple[WriteItem, Any]]]  # a file's name, and what goes into it
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """Megatron's plan of which rank writes what, without the writing."""
+
+    def _get_save_and_finalize_callbacks(self, writer, planned):
+        return writer, planned[1]
+
+
+@dataclass
+class SavePlan:
+    """What this rank is to write of a checkpoint.
+
+    Attributes:
+        transforms: see `torch_internals.write_item`.
+    """
+
+    transforms: Any
+    _writer: filesystem_async.FileSystemWriterAsync
+    _metadata: Metadata | None  # on rank 0
+    _directory: Path
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """Write, on rank 0, what describes the files of all ranks.
+
+        Args:
+            results: by rank, what `torch_internals.write_item` returned.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        self._writer.finish(self._metadata, results)
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(self._directory))
+
+
+def plan_save(
+    sharded: dict, directory: Path, copy: Callable[[Tensor, bool], Tensor]
+) -> tuple[SavePlan, list[Bucket], dict]:
+    """Plan a distributed checkpoint and copy this rank's part of it; no file is touched.
+
+    Megatron's own asynchronous save forks processes from one that has threads of its own, and takes
+    no checksums. So only its plan is taken, which it returns nowhere.
+
+    Args:
+        sharded: the state, with Megatron's sharded tensors.
+        copy: returns what is to be written of a tensor; told whether the memory is the state's own,
+            or has been copied by Megatron.
+
+    Returns:
+        The plan, the files with their contents, and the state that is no tensor, which rank 0
+        writes.
+
+    Collectives: a gather of the plan (some 300 bytes a tensor and rank) to rank 0, and its scatter.
+    """
+    tensors, common = save_preprocess(sharded)
+    filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process to have one
+    writer, metadata = _Plan(BACKEND, VERSION).async_save(tensors, directory)
+    own = {
+        t.data.untyped_storage().data_ptr()
+        for t in nested_values(tensors)
+        if isinstance(t, ShardedTensor)
+    }
+    buckets = []
+    for _path, name, (objects, items) in writer.write_buckets:
+        copies = [(i, copy(t, t.untyped_storage().data_ptr() in own)) for i, t in items]
+        buckets.append((name, objects + copies))
+    writer.write_buckets = None  # it would keep the state's tensors alive
+    return SavePlan(writer.transforms, writer, metadata, directory), buckets, common
+
+
+def allocate_moments(distributed: Any) -> None:
+    """Give a distributed optimizer zero moments, which it has only after its first update.
+
+    Megatron does so itself, by this function, but only where it loads its own checkpoints.
+    """
+    distributed.init_state_fn(distributed.optimizer, distributed.config)
+
+
+def load_with(
+    distributed: Any, set_state: Callable[[dict[str, Tensor], dict[str, Tensor]], None]
+) -> None:
+    """Let a distributed optimizer load the state of a parameter with a function of our own.
+
+    Megatron's own asks for every key of the state among the loaded tensors; torch's Adam has one,
+    `step`, that is saved elsewhere.
+
+    Args:
+        set_state: `set_state(targets, loaded)`, both by key: "param", the parameter's fp32 master,
+            and the optimizer's moments.
+    """
+
+    @torch.no_grad()
+    def set_parameter(parameter: Tensor, loaded: dict[str, Tensor]) -> None:
+        group, order = distributed.model_param_group_index_map[parameter]
+        main = distributed.optimizer.param_groups[group]["params"][order]
+        set_state({"param": main, **distributed.optimizer.state[main]}, loaded)
+
+    distributed._set_main_param_and_optimizer_states = set_parameter
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns the normed hidden states instead of logits or a loss.
+
+    No option of Megatron's does that while the output projection, with its place in checkpoints and
+    in tied gradients, stays. Everything after the last layer is in this method.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_, **__) -> Tensor:
+        return hidden_states
+
+
+def define_missing_names() -> None:
+    """Define a name that routers ask for, and that there is only with TransformerEngine.
+
+    `moe_utils` compares te_general_gemm with None without having imported it. (As of 0.16.)
+    """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def keep_norm_before_router(layer: ModuleSpec) -> None:
+    """Let a layer without TransformerEngine save the norm before its router under its own name.
+
+    Megatron renames it as if it were fused into the dense MLP. TransformerEngine fuses no norm into
+    a router, and checkpoints have its names.
+    """
+    del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

@@ -1,0 +1,261 @@
+"""A batch of responses that SGLang servers are generating, on every rank."""
+
+from __future__ import annotations
+
+import queue
+import time
+from asyncio import create_task, gather
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_taopd.parallel import watchdog
+from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
+from megatron_taopd.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from megatron_taopd.rollout.sglang import SGLangEngine
+
+POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
+SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while nothing happens; gloo gives up after minutes
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response of n tokens, with k recorded ones of each.
+
+    Attributes:
+        tokens: [n] int32 ids.
+        log_probs: [n] float32.
+        versions: [n] int32, of the weights.
+        top_ids, top_log_probs: [n k] int32 and float32.
+        truncated: it was cut off at the longest length.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    versions: np.ndarray
+    top_ids: np.ndarray
+    top_log_probs: np.ndarray
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What rank 0 has seen of a batch.
+
+    Attributes:
+        responses: those that have come, by their place in the batch.
+        resync: servers have come back without weights.
+    """
+
+    responses: dict[int, Response] = field(default_factory=dict)
+    resync: bool = False
+
+
+class Generating:
+    """A `Pending` batch of an `SGLangEngine`. Rank 0 asks the servers; the others hear of it."""
+
+    def __init__(
+        self,
+        engine: SGLangEngine,
+        prompts: Sequence[Sequence[int]],
+        prompt_indices: Sequence[int],
+        sampling: Sampling,
+    ):
+        self.engine, self.sampling = engine, sampling
+        self.prompts = [prompt for prompt in prompts for _ in range(sampling.samples)]
+        self.indices = [index for index in prompt_indices for _ in range(sampling.samples)]
+        self.responses: list[Response | None] = [None] * len(self.prompts)
+        self.missing = len(self.prompts)
+        self.unread: list[int] = []  # places that `parts` has not handed out
+        if engine.leads:
+            self.finished: queue.SimpleQueue = queue.SimpleQueue()
+            self.future = engine.replicas.spawn(self._generate())
+
+    def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
+        """See `Pending.parts`.
+
+        Collective: for each part, and every SIGN_OF_LIFE_S without any, a broadcast: 200 to 500
+        bytes a response, and 12 + 8 k a response token with k recorded tokens.
+
+        Raises:
+            RuntimeError: of rank 0, on every rank.
+        """
+        while self.missing or self.unread:
+            if not self.unread:
+                self._advance()
+            if self.unread:
+                places, self.unread = self.unread, []
+                yield torch.tensor(places), self._batch(places)
+
+    def result(self) -> RolloutBatch:
+        """See `Pending.result`. Before `parts` or after; collective and errors likewise."""
+        while self.missing:
+            self._advance()
+        return self._batch(range(len(self.prompts)))
+
+    def _advance(self) -> None:
+        """Wait for what rank 0 sees next, and act on it. Collective."""
+        try:
+            progress = self.engine.on_rank_0(self._next)
+        except RuntimeError:
+            self.engine.pending -= 1
+            raise
+        if progress.resync:
+            self.engine.resync()
+        if progress.responses:
+            self._take(progress.responses)
+
+    def _next(self) -> Progress:
+        """Return what happens next, on rank 0; nothing, if that is more than SIGN_OF_LIFE_S away.
+
+        Raises:
+            RuntimeError: a response failed.
+        """
+        deadline = time.monotonic() + SIGN_OF_LIFE_S
+        while time.monotonic() < deadline:
+            if self.engine.replicas.stale:
+                return Progress(resync=True)
+            try:
+                finished = [self.finished.get(timeout=POLL_S)]
+            except queue.Empty:
+                continue
+            while not self.finished.empty():
+                finished.append(self.finished.get())
+            for item in finished:
+                if isinstance(item, Exception):
+                    raise RuntimeError(str(item)) from item
+            return Progress(dict(finished))
+        return Progress()
+
+    def _take(self, responses: dict[int, Response]) -> None:
+        for place, response in responses.items():
+            assert self.responses[place] is None, f"response {place} came twice"
+            self.responses[place] = response
+        self.missing -= len(responses)
+        self.engine.pending -= not self.missing
+        self.unread = sorted([*self.unread, *responses])
+
+    def _batch(self, places: Iterable[int]) -> RolloutBatch:
+        places = list(places)
+        responses = [self.responses[place] for place in places]
+        tops = None
+        if k := self.sampling.top_logprobs:
+            tops = [
+                (
+                    torch.from_numpy(r.top_ids).view(-1, k),
+                    torch.from_numpy(r.top_log_probs).view(-1, k),
+                )
+                for r in responses
+            ]
+        return make_rollout_batch(
+            [self.prompts[place] for place in places],
+            [self.indices[place] for place in places],
+            [torch.from_numpy(r.tokens) for r in responses],
+            [torch.from_numpy(r.log_probs) for r in responses],
+            [r.truncated for r in responses],
+            [torch.from_numpy(r.versions) for r in responses],
+            tops,
+        )
+
+    # On rank 0's event loop
+
+    async def _generate(self) -> None:
+        engine = self.engine
+        started = time.monotonic()
+        tasks = [create_task(self._respond(place)) for place in range(len(self.prompts))]
+        try:
+            if self.sampling.temperature not in (0, 1):
+                for replica in engine.replicas.all:
+                    if not replica.raw_logprobs:
+                        raise ValueError(
+                            f"rollout.temperature {self.sampling.temperature}: {replica.url} "
+                            "reports log-probabilities at that temperature, not at 1; start it "
+                            "with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
+                        )
+            await gather(*tasks)
+        except Exception as error:
+            self.finished.put(error)
+        finally:
+            for task in tasks:
+                task.cancel()
+            engine.counts["seconds"] += time.monotonic() - started
+
+    async def _respond(self, place: int) -> None:
+        """Ask for one response.
+
+        Each is a request of its own, so that it is finished and repeated alone. The prompt that
+        samples share comes from SGLang's prefix cache.
+        """
+        engine = self.engine
+        request = engine.request(self.prompts[place], self.sampling)
+        answer = await engine.replicas.complete(request)
+        watchdog.heartbeat()
+        meta = answer["meta_info"]
+        response = read(answer, self.sampling, engine.vocab_size, engine.stop_ids(self.sampling))
+        engine.counts["tokens"] += len(response.tokens)
+        engine.counts["prompt"] += meta.get("prompt_tokens", 0)
+        engine.counts["cached"] += meta.get("cached_tokens", 0)
+        engine.counts["retractions"] += meta.get("num_retractions", 0)
+        self.finished.put((place, response))
+
+
+def read(answer: dict, sampling: Sampling, vocab_size: int, stop_ids: frozenset[int]) -> Response:
+    """Read a server's answer to one request.
+
+    Raises:
+        RuntimeError: it is not what was asked for.
+    """
+    meta, reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
+    log_probs, tokens = _columns(meta["output_token_logprobs"])
+    top_log_probs, top_ids = np.zeros(0, np.float32), np.zeros(0, np.int32)
+    if k := sampling.top_logprobs:
+        top_log_probs, top_ids = _columns(
+            [triple for position in meta["output_top_logprobs"] for triple in position[:k]]
+        )
+    stopped = len(tokens) > 0 and int(tokens[-1]) in stop_ids
+    whole = reason == "stop" or len(tokens) == sampling.max_new_tokens
+    values = np.isfinite(log_probs).all() and (tokens < vocab_size).all()
+    if not len(tokens) or not whole or not values or len(top_ids) != k * len(tokens):
+        raise RuntimeError(
+            f"a server's answer is not what was asked for: {len(tokens)} tokens of "
+            f"{sampling.max_new_tokens} (finish reason {reason}), the highest id "
+            f"{max(tokens, default=None)} of {vocab_size}, {np.isfinite(log_probs).sum()} finite "
+            f"log-probabilities, {len(top_ids)} tops of {k} a token"
+        )
+    return Response(
+        tokens,
+        log_probs,
+        _versions(meta, len(tokens), answer["replica_version"]),
+        top_ids,
+        top_log_probs,
+        truncated=reason != "stop" and not stopped,
+    )
+
+
+def _columns(triples: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Return log-probabilities and ids of [log-probability, id, text] triples."""
+    return (
+        np.array([triple[0] for triple in triples], np.float32),
+        np.array([triple[1] for triple in triples], np.int32),
+    )
+
+
+def _versions(meta: dict, tokens: int, replica_version: int) -> np.ndarray:
+    """Return the version of each token's weights, [n] int32.
+
+    A server whose weights came from its disk calls them "default": they are `replica_version`.
+    """
+    spans = meta.get("weight_versions") or [
+        {"version": meta.get("weight_version"), "start": 0, "end": tokens}
+    ]
+    versions = np.full(tokens, replica_version, np.int32)
+    for span in spans:
+        if str(span["version"]).isdecimal():
+            versions[span["start"] : span["end"]] = int(span["version"])
+    return versions

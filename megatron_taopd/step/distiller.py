@@ -1,0 +1,160 @@
+"""One batch of the method, in the paper's order, as loop, tests, benchmarks and doctor run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSection
+from megatron_taopd.data import batching
+from megatron_taopd.models.replay import kept_bytes
+from megatron_taopd.models.student import Student
+from megatron_taopd.parallel.exchange import RowShard
+from megatron_taopd.parallel.faults import Fault
+from megatron_taopd.step.guard import Guard
+from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.scoring import ScoredBatch, score
+from megatron_taopd.step.selection import select
+from megatron_taopd.step.training import train_on
+from megatron_taopd.teacher.dispatch import ReadRows, dispatch
+from megatron_taopd.types import RolloutBatch, Sequences
+
+Parts = list[tuple[Tensor, ReadRows]]  # of a batch: places in it, and what the teacher made of them
+Span = Callable[[str], AbstractContextManager]
+
+
+class Teacher(Protocol):
+    """A model that reads: `teacher.megatron` and `teacher.sglang`."""
+
+    @property
+    def longest_sequence(self) -> int: ...
+
+    def resident(self) -> AbstractContextManager: ...
+
+    def read(self, sequences: Sequences) -> ReadRows: ...
+
+    def fingerprint(self) -> int: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the student was taught by one batch.
+
+    Attributes:
+        mask: [R] bool, the rows that were kept.
+        trained: what `train_on` says of them.
+    """
+
+    scored: ScoredBatch
+    mask: Tensor
+    trained: dict[str, float]
+
+
+@dataclass
+class Distiller:
+    """A student, a teacher, and how the one learns from the other.
+
+    Attributes:
+        heads: of both; None except on the student's last stage.
+        guard: knows the losses of the steps before.
+    """
+
+    student: Student
+    teacher: Teacher
+    heads: OutputHeads | TopkOutputHeads | None
+    guard: Guard
+    selection: SelectionSection
+    loss: LossSection
+    train: TrainSection
+
+    def learn(
+        self, batch: RolloutBatch, parts: Parts, seed: int, span: Span = lambda _: nullcontext()
+    ) -> Lesson:
+        """Teach the student one batch that the teacher has read.
+
+        Args:
+            batch: the same on every rank.
+            parts: what the teacher has read, every sequence once; emptied.
+            seed: of the `random` selector; give each step its own.
+            span: names the parts of the work.
+
+        Raises:
+            Fault: its numbers mean nothing, on every rank alike. What it has taken of
+                `train.mini_batches` stays.
+
+        Collectives: those of `dispatch`, `score` and `train_on`.
+        """
+        with span("teacher"):
+            assigned = self.assign(batch)
+            teacher_rows = self.dispatch(parts, batch, assigned)
+        if not batch.num_rows:
+            raise Fault("no response has a token", key="rollout")
+
+        # Each response row gets its D, C and H (Eq. 3–5) …
+        with span("scoring"):
+            scored = self.score(batch, assigned, teacher_rows)
+
+        # … of which the ⌈ρ|I|⌉ most teachable of the whole batch are kept (Eq. 12–13) …
+        with span("selection"):
+            mask = self.select(scored, seed)
+
+        # … and the loss falls on these alone (Eq. 6–7).
+        with span("training"):
+            trained = self.train_on(scored, mask)
+        return Lesson(scored, mask, trained)
+
+    def read(self, teacher_inputs: Sequences) -> Parts:
+        """Have the teacher read a batch as a whole. Collectives: the teacher's."""
+        with torch.no_grad(), self.teacher.resident():
+            places = torch.arange(teacher_inputs.num_sequences)
+            return [(places, self.teacher.read(teacher_inputs))]
+
+    def assign(self, batch: RolloutBatch) -> batching.Assignment:
+        """Deal all rows of a batch to the student's ranks."""
+        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        return batching.assign(
+            batch, everything, self.student.layout, self.train.micro_batch_tokens
+        )
+
+    def dispatch(
+        self, parts: Parts, batch: RolloutBatch, assigned: batching.Assignment
+    ) -> RowShard:
+        """Send the teacher's rows to the ranks that score them (`teacher.dispatch`)."""
+        return dispatch(parts, batch, self.student.layout, assigned.owner)
+
+    def score(
+        self, batch: RolloutBatch, assigned: batching.Assignment, teacher_rows: RowShard
+    ) -> ScoredBatch:
+        """Score all rows (`scoring.score`), and keep the layers' outputs for a replay that fits."""
+        budget = self.train.replay_memory_mib
+        keep = self.train.schedule == "replay" and replay_mib(self.student, assigned) <= budget
+        return score(
+            batch, assigned, teacher_rows, self.student, self.heads, self.selection.k, keep
+        )
+
+    def select(self, scored: ScoredBatch, seed: int) -> Tensor:
+        """Pick the rows to train on, [R] bool (`selection.select`)."""
+        section, cu_rows = self.selection, scored.batch.cu_rows
+        return select(
+            section.selector, scored.scores, section.ratio, seed, section.concentrate, cu_rows
+        )
+
+    def train_on(self, scored: ScoredBatch, mask: Tensor) -> dict[str, float]:
+        """Take the optimizer steps of a batch (`training.train_on`)."""
+        return train_on(scored, mask, self.student, self.heads, self.train, self.loss, self.guard)
+
+
+def replay_mib(student: Student, assigned: batching.Assignment) -> float:
+    """Return the MiB that the layers' outputs of a batch take on the rank that has the most."""
+    tokens = torch.zeros(student.layout.dp, dtype=torch.int64)
+    most = int(tokens.index_add(0, assigned.owner, assigned.lengths).max())
+    return kept_bytes(student.trunk, most) / 2**20

@@ -1,0 +1,150 @@
+"""Both output projections over rows of hidden states: all that scoring and loss ask of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_taopd.config.schema import LossSection
+from megatron_taopd.data.vocab_map import VocabMap
+from megatron_taopd.models import weights
+from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.parallel.vocab import (
+    VocabShard,
+    linear_divergence,
+    linear_topk_divergence,
+    score_hidden,
+    score_topk,
+    token_log_probs,
+)
+from megatron_taopd.teacher.topk import TopkRows
+from megatron_taopd.types import TokenScores
+
+
+@dataclass(frozen=True)
+class OutputHeads:
+    """Both heads, cut at the same vocabulary boundaries; on the student's last stage.
+
+    Attributes:
+        student: [V, D_s], the live parameter.
+        teacher: [V, D_t].
+        shard: the columns both hold.
+        chunk_rows: the most rows whose logits exist at a time.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    shard: VocabShard
+    chunk_rows: int
+
+    @staticmethod
+    def sound(teacher_rows: Tensor) -> Tensor:
+        """Tell which of the teacher's rows are finite, [R] bool."""
+        return teacher_rows.isfinite().all(1)
+
+    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
+        """Score rows (`score_hidden`); teacher_rows are its hidden states."""
+        return score_hidden(
+            student_hidden, self.student, teacher_rows, self.teacher, k, self.shard, self.chunk_rows
+        )
+
+    def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
+        """Sum the divergence over rows (`linear_divergence`)."""
+        return linear_divergence(
+            student_hidden,
+            self.student,
+            teacher_rows,
+            self.teacher,
+            self.shard,
+            loss.kind,
+            self.chunk_rows,
+            torch.ones(len(student_hidden), device=student_hidden.device),
+            beta=loss.beta,
+            alpha=loss.alpha,
+        )
+
+    def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
+        return token_log_probs(student_hidden, self.student, tokens, self.shard, self.chunk_rows)
+
+    @torch.no_grad()
+    def teacher_log_probs(self, teacher_rows: Tensor, tokens: Tensor) -> Tensor:
+        """Return the teacher's, likewise."""
+        return token_log_probs(teacher_rows, self.teacher, tokens, self.shard, self.chunk_rows)
+
+
+@dataclass(frozen=True)
+class TopkOutputHeads:
+    """The student's head, and a teacher that has none here but has said what its top-K are.
+
+    Its rows are `TopkRows`, packed; attributes and methods are those of `OutputHeads`. Scores and
+    divergences are bounds (`score_topk`, `topk_divergence`).
+    """
+
+    student: Tensor
+    shard: VocabShard
+    chunk_rows: int
+
+    @staticmethod
+    def sound(teacher_rows: Tensor) -> Tensor:
+        """Tell which rows mean something, [R] bool; a log-probability may be −inf."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return (teacher.log_probs < torch.inf).all(1) & (teacher.token_log_probs < torch.inf)
+
+    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
+        """Score rows (`score_topk`)."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return score_topk(
+            student_hidden,
+            self.student,
+            teacher.ids,
+            teacher.log_probs,
+            k,
+            self.shard,
+            self.chunk_rows,
+        )
+
+    def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
+        """Sum the divergence over rows (`linear_topk_divergence`)."""
+        teacher = TopkRows.unpack(teacher_rows)
+        return linear_topk_divergence(
+            student_hidden,
+            self.student,
+            teacher.ids,
+            teacher.log_probs,
+            self.shard,
+            loss.kind,
+            self.chunk_rows,
+            torch.ones(len(student_hidden), device=student_hidden.device),
+            beta=loss.beta,
+            alpha=loss.alpha,
+        )
+
+    def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
+        return token_log_probs(student_hidden, self.student, tokens, self.shard, self.chunk_rows)
+
+    def teacher_log_probs(self, teacher_rows: Tensor, _tokens: Tensor) -> Tensor:
+        """Return the teacher's, as reported: over its own whole vocabulary."""
+        return TopkRows.unpack(teacher_rows).token_log_probs
+
+
+def open_heads(
+    student: FrozenStudent, teacher_dir: str | None, vocab_map: VocabMap, chunk_rows: int
+) -> OutputHeads | TopkOutputHeads | None:
+    """Read what the student's last stage scores and trains with; None on its other stages.
+
+    Args:
+        teacher_dir: Hugging Face directory of the teacher; None for one that reports its top-K.
+        vocab_map: which row of the teacher's head is which id of the student's.
+    """
+    if not student.layout.is_last_stage:
+        return None
+    shard = student.shard
+    if teacher_dir is None:
+        return TopkOutputHeads(student.head_weight, shard, chunk_rows)
+    columns = vocab_map.columns(shard.start, shard.stop)
+    teacher = weights.load_head(teacher_dir, columns, student.dtype)
+    return OutputHeads(student.head_weight, teacher, shard, chunk_rows)
