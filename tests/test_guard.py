@@ -308,6 +308,7 @@ def test_a_resumed_guard_goes_on_as_the_other_would():
         first, second = Guard(3, 10), Guard(3, 10)
         answers = refused(first, losses[:moment])
         second.load(first.state())
+        assert {**second.state(), "losses": 0} == {**first.state(), "losses": 0}
         assert answers + refused(second, losses[moment:]) == expected
         assert (second.losses, second.jumped) == (whole.losses, whole.jumped)
         assert {**second.state(), "losses": 0} == {**whole.state(), "losses": 0}

@@ -154,6 +154,15 @@ def test_the_name_that_a_checkpoint_has_for_it(tmp_path, model_type, tied, name)
     assert torch.equal(rows[[0, 1, 3]], tensors[name][[5, 0, 63]]) and not rows[2].any()
 
 
+def test_a_tied_head_that_is_stored_as_the_head(tmp_path):
+    """As by whoever saves one of the two names of the same tensor, and not the embedding's."""
+    directory, tensors = checkpoint(tmp_path, "llama", tie_word_embeddings=True)
+    weight = tensors.pop("model.embed_tokens.weight")
+    rewrite(directory, tensors | {"lm_head.weight": weight})
+    assert find_head(directory) == ("lm_head.weight", (64, 32), 1.0)
+    assert torch.equal(load_head(directory, torch.arange(64), torch.float32), weight)
+
+
 def test_names_of_older_checkpoints(tmp_path):
     directory, tensors = checkpoint(tmp_path, "gpt2", tie_word_embeddings=True)
     rewrite(directory, {n.removeprefix("transformer."): t.clone() for n, t in tensors.items()})

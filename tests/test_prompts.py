@@ -318,13 +318,16 @@ def test_another_rendering_names_the_prompt_that_it_refuses(tokenizer):
         render(said, tokenizer, "chat")
 
 
+CUT_OFF = gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9]  # without the time of day
+
+
 @pytest.mark.parametrize(
     "name, content, why",
     [
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}', "line 2: not JSON (invalid start"),
         ("p.jsonl", b'{"prompt": "a"}\n' + b"[" * 10**5, "line 2: not JSON ("),
         ("p.jsonl", b'{"prompt": "a"}\n{"n": ' + b"1" * 5000 + b"}", "line 2: not JSON ("),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 9, mtime=0)[:-9], "cannot be read after line "),
+        ("p.jsonl.gz", CUT_OFF, "cannot be read after line "),
         ("p.jsonl.gz", b'{"prompt": "a"}\n', "cannot be read after line 0: Not a gzipped file"),
         ("p.parquet", b"PAR1 no such thing PAR1", "cannot be read after row 0: "),
     ],

@@ -66,19 +66,22 @@ def main() -> int:
     generator = random.Random(arguments.seed)
     outcomes = {}
     for place, layout in enumerate(arguments.layouts):
-        share = len(range(place, arguments.kills, len(arguments.layouts)))
+        turns = range(place, arguments.kills, len(arguments.layouts))
         with tempfile.TemporaryDirectory() as directory:
-            outcomes[layout] = try_layout(layout, share, generator, Path(directory))
+            outcomes[layout] = try_layout(layout, turns, generator, Path(directory))
         print(f"{layout}: {json.dumps(outcomes[layout])}", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(outcomes, indent=2) + "\n")
     return 0 if all(outcome["lost"] == 0 for outcome in outcomes.values()) else 1
 
 
-def try_layout(layout: str, kills: int, generator: random.Random, directory: Path) -> dict:
-    """Kill a run so often; how often it went on as if nothing had happened."""
+def try_layout(layout: str, turns: range, generator: random.Random, directory: Path) -> dict:
+    """Kill a run once a turn, in that turn's phase; how often it went on as if nothing had been.
+
+    The phases go on from one layout to the next: a few kills are then not all before a checkpoint.
+    """
     started = time.monotonic()
-    steps = 2 * kills + 4  # a life makes up to three
+    steps = 2 * len(turns) + 4  # a life makes up to three
     whole, broken = directory / "whole", directory / "broken"
     life = Life(layout, whole, steps)
     if (status := life.wait()) != 0:
@@ -86,7 +89,7 @@ def try_layout(layout: str, kills: int, generator: random.Random, directory: Pat
 
     phases, failures, unfinished, slowest, resumed = Counter(), [], 0, 0.0, Counter()
     newest = 0
-    for kill in range(kills):
+    for kill in turns:
         life = Life(layout, broken, steps)
         wanted = PHASES[kill % len(PHASES)]
         struck = life.reach(wanted, generator)

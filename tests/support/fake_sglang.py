@@ -107,6 +107,7 @@ class Backend:
     def __post_init__(self):
         self.model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
         self.version, self.lock, self.now = "default", threading.Lock(), {}
+        self.computing, self.closed = threading.Lock(), False
 
     def asked(self, path: str) -> list[Request]:
         return [request for request in self.requests if request.path.partition("?")[0] == path]
@@ -129,7 +130,8 @@ class Backend:
                 self.now[server] = self.now.get(server, 0) + 1
                 self.most = max(self.most, self.now[server])
             time.sleep(self.seconds)
-        answer = self.answer(path.partition("?")[0], payload)
+        with self.computing:  # not while the interpreter ends, which aborts in torch
+            answer = {} if self.closed else self.answer(path.partition("?")[0], payload)
         if "rid" in payload and path == "/generate":
             with self.lock:
                 self.now[server] -= 1
@@ -234,6 +236,8 @@ def serving(path: str, **options) -> Iterator[Backend]:
         backend.url = f"http://127.0.0.1:{server.server_port}"
         yield backend
         server.shutdown()
+        with backend.computing:
+            backend.closed = True
 
 
 @contextmanager
