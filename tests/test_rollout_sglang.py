@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import httpx
@@ -21,7 +22,7 @@ from support.ranks import run_ranks
 
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.rollout.weight_sync import DistributedSync
 from megatron_taopd.serving import health
 from megatron_taopd.serving.client import Replicas
@@ -58,12 +59,12 @@ class DiskSync:
 
 def engine_on(replicas, sync, **kwargs):
     weights = partial(iter, [("weight", torch.zeros(1))])
-    return SGLangEngine(replicas, MODEL, VOCABULARY, [EOS], sync, weights, **kwargs)
+    return SGLangEngine(replicas, MODEL, VOCABULARY, [EOS], Updates(sync, weights, **kwargs))
 
 
 def update(engine, path, version):
-    engine.sync.path = path
-    engine.update_weights(engine.weights(), version)
+    engine.updates.sync.path = path
+    engine.update_weights(engine.updates.weights(), version)
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +536,8 @@ def test_a_server_that_hangs_in_a_push_is_replaced_and_the_other_one_is_not(
     """The one that is well is waited for no longer than it needs, and looked at, but not blamed."""
     tensors = list(load_file(f"{STUDENT}/model.safetensors").items())
     sync = DistributedSync(STUDENT, 150_000, timeout_s=3000)
-    engine = SGLangEngine(pair, MODEL, VOCABULARY, [EOS], sync, lambda: tensors, lambda: 40)
+    updates = Updates(sync, lambda: tensors, lambda: 40)
+    engine = SGLangEngine(pair, MODEL, VOCABULARY, [EOS], updates)
     engine.update_weights(iter(tensors), 39)
     first, second = pair.all
     pids, post, asked, troubles = [r.server.pid for r in pair.all], pair.post, [], []
@@ -574,7 +576,7 @@ def test_dead_and_hung_servers(engine, endless):
     expected = local(endless).generate(PROMPTS, range(6), 1, LONG)
     first, second = engine.replicas.all
     pids = [first.server.pid, second.server.pid]
-    engine.current_version = lambda: 21  # the trainer has gone on
+    engine.updates = replace(engine.updates, version=lambda: 21)  # the trainer has gone on
 
     pending = engine.submit(PROMPTS, range(6), 1, LONG)
     next(pending.parts())
@@ -594,7 +596,7 @@ def test_dead_and_hung_servers(engine, endless):
     assert_same(engine.generate(PROMPTS, range(6), 1, LONG), expected)
     assert [replica.state for replica in engine.replicas.all] == [State.READY] * 2
     assert [replica.version for replica in engine.replicas.all] == [21, 21]
-    assert [version for _, version in engine.sync.pushes] == [20, 21, 21]
+    assert [version for _, version in engine.updates.sync.pushes] == [20, 21, 21]
     assert pids[0] != first.server.pid and pids[1] != second.server.pid
     metrics = engine.metrics()
     assert metrics["rollout/restarts"] == 2 and metrics["rollout/resyncs"] == 2

@@ -221,4 +221,4 @@ def _engine(config: Config, vocabulary: Vocabulary):
         )
     servers = begin_rollout_servers(config, fixed_weights=True)
     model, replicas = wait_for_servers(servers, "rollout.servers")
-    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids, None, tuple)
+    return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids)

@@ -16,7 +16,7 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.rollout import weight_sync
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.rollout.sglang import SGLangEngine
+from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving.begin import begin_servers, wait_for_servers
 from megatron_taopd.step.scoring import sequence_log_probs
 
@@ -77,17 +77,14 @@ def open_engine(
         micro_batch_tokens=config.train.micro_batch_tokens,
         chunk_rows=student.rows_within(config.train.head_memory_mib),
     )
-    return SGLangEngine(
-        replicas,
-        model,
-        texts.vocab_map.size,
-        texts.student.eos_token_ids,
+    updates = Updates(
         transport_of(config),
         weights=partial(weight_sync.Repeatable, student.named_tensors),
         version=lambda: student.version,
         probe=weight_sync.Probe(log_probs, sync.max_gap, texts.prompts.token_ids),
         release_memory=sync.release_memory,
     )
+    return SGLangEngine(replicas, model, texts.vocab_map.size, texts.student.eos_token_ids, updates)
 
 
 def transport_of(config: Config) -> weight_sync.WeightSync:

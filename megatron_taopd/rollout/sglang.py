@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -30,6 +31,26 @@ BANNED = -1e9  # bias of a token that must not be drawn; JSON has no infinity
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Updates:
+    """How the servers of an engine get the student's weights.
+
+    Attributes:
+        sync: carries them.
+        weights: the student's named tensors as they are now, from the first; collective. For
+            servers that come back without them.
+        version: of these weights; None: the last update's.
+        probe: looks after each sync whether it took effect; None: nothing does.
+        release_memory: `offload` has the servers give back their device memory.
+    """
+
+    sync: WeightSync
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]
+    version: Callable[[], int] | None = None
+    probe: Probe | None = None
+    release_memory: bool = False
+
+
 class SGLangEngine:
     """A `RolloutEngine` over SGLang servers of the student.
 
@@ -38,12 +59,7 @@ class SGLangEngine:
         model: that they serve; its `longest` is the longest sequence.
         vocab_size: tokens with this id or above are never drawn and take no probability.
         eos_token_ids: end a response.
-        sync: how weights get to the servers; None: the replicas have `fixed_weights`.
-        weights: the student's named tensors as they are now, from the first; collective. For
-            servers that come back without them, so None with fixed weights.
-        version: of these weights; None: the last update's.
-        probe: looks after each sync whether it took effect; None: nothing does.
-        release_memory: `offload` has the servers give back their device memory.
+        updates: how weights get to the servers; None: the replicas have `fixed_weights`.
 
     Collective: makes a gloo group.
     """
@@ -56,11 +72,7 @@ class SGLangEngine:
         model: ServedModel,
         vocab_size: int,
         eos_token_ids: Iterable[int],
-        sync: WeightSync | None = None,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
-        version: Callable[[], int] | None = None,
-        probe: Probe | None = None,
-        release_memory: bool = False,
+        updates: Updates | None = None,
     ):
         banned = range(vocab_size, model.vocab_size)
         if len(banned) > MOST_BANNED:
@@ -70,11 +82,9 @@ class SGLangEngine:
             )
         self.replicas, self.model, self.vocab_size = replicas, model, vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.sync, self.weights = sync, weights
+        self.updates = updates
         self.logit_bias = {str(token): BANNED for token in banned} or None
-        self.probe, self.release_memory = probe, release_memory
-        self.version = 0
-        self.current_version = version or (lambda: self.version)
+        self.version = 0  # of the last update
         self.pending = 0  # batches
         self.failed_syncs = 0
         self.counts: Counter[str] = Counter()
@@ -132,8 +142,9 @@ class SGLangEngine:
     def resync(self) -> None:
         """Give the trainer's weights to the servers that came back without. Collective."""
         self.counts["resyncs"] += 1
-        version = self.current_version()
-        self._push(self.replicas.stale if self.leads else None, self.weights, version)
+        updates = self.updates
+        version = self.version if updates.version is None else updates.version()
+        self._push(self.replicas.stale if self.leads else None, updates.weights, version)
 
     def _push(
         self,
@@ -148,9 +159,9 @@ class SGLangEngine:
             return
         trouble = None
         try:
-            self.sync.push(self.replicas, targets, weights(), version)
-            if self.probe is not None:
-                self.probe.check(self.replicas, targets)
+            self.updates.sync.push(self.replicas, targets, weights(), version)
+            if self.updates.probe is not None:
+                self.updates.probe.check(self.replicas, targets)
         except RuntimeError as error:
             trouble = str(error)
         if self.leads and trouble is None:
@@ -244,11 +255,11 @@ class SGLangEngine:
 
         A server that is lost on the way does without; the others wait for weights.
         """
-        if not self.release_memory:
+        if self.updates is None or not self.updates.release_memory:
             return
         targets, trouble = self.replicas.live if self.leads else None, None
         try:
-            self.sync.release(self.replicas, targets)
+            self.updates.sync.release(self.replicas, targets)
         except RuntimeError as error:
             trouble = str(error)
         self._settle(trouble, targets, "release of memory")

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,56 @@ RANK_VARIABLE = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Options:
+    """How SGLang is to serve a model.
+
+    Attributes:
+        tp: tensor parallelism.
+        dtype: of weights and activations, as SGLang names them ("bfloat16", "float32", "auto").
+        context_length: longest sequence; None takes the model's.
+        max_running_requests: at a time; None lets SGLang choose.
+        max_total_tokens: of the KV cache; None takes what `mem_fraction` leaves.
+        mem_fraction: share of the device's memory for weights and KV cache.
+        api_key: asked of every request; it can be read off the machine's process list.
+        token_ids_only: no tokenizer is loaded, requests and answers are token ids.
+        raw_logprobs: log-probabilities of generated tokens are the model's, at temperature 1, as
+            those of the prompt always are; False: those of the distribution that was sampled from.
+        args: further arguments of `sglang.launch_server`, after all others.
+    """
+
+    tp: int = 1
+    dtype: str = "auto"
+    context_length: int | None = None
+    max_running_requests: int | None = None
+    max_total_tokens: int | None = None
+    mem_fraction: float | None = None
+    api_key: str | None = None
+    token_ids_only: bool = True
+    raw_logprobs: bool = True
+    args: Sequence[str] = ()
+
+    def command(self, model_path: str | Path, host: str, device: str) -> list[str]:
+        """Return the command line that starts such a server, but for its port."""
+        named = {
+            "model-path": model_path,
+            "host": host,
+            "device": device,
+            "tp-size": self.tp,
+            "dtype": self.dtype,
+            "context-length": self.context_length,
+            "max-running-requests": self.max_running_requests,
+            "max-total-tokens": self.max_total_tokens,
+            "mem-fraction-static": self.mem_fraction,
+            "api-key": self.api_key,
+        }
+        command = [sys.executable, "-m", "sglang.launch_server"]
+        for name, value in named.items():
+            command += [] if value is None else [f"--{name}", str(value)]
+        command += ["--skip-tokenizer-init"] if self.token_ids_only else []
+        return [*command, *(CPU_ARGS if device == "cpu" else ()), *self.args]
+
+
 class Server:
     """Starts an SGLang server; `wait_until_ready` says when, `stop` ends it.
 
@@ -66,20 +117,10 @@ class Server:
         model_path: Hugging Face checkpoint directory or name.
         log: file that the server's output is appended to.
         host, port: to listen on; port None takes a free one.
-        tp: tensor parallelism.
         device: "cuda" or "cpu"; None takes CUDA where there is some.
         gpus: the devices that it sees, as for CUDA_VISIBLE_DEVICES; None leaves all that we see.
-        dtype: of weights and activations, as SGLang names them ("bfloat16", "float32", "auto").
-        context_length: longest sequence; None takes the model's.
-        max_running_requests: at a time; None lets SGLang choose.
-        max_total_tokens: of the KV cache; None takes what `mem_fraction` leaves.
-        mem_fraction: share of the device's memory for weights and KV cache.
-        api_key: asked of every request; it can be read off the machine's process list.
-        token_ids_only: no tokenizer is loaded, requests and answers are token ids.
-        raw_logprobs: log-probabilities of generated tokens are the model's, at temperature 1, as
-            those of the prompt always are; False: those of the distribution that was sampled from.
-        args: further arguments of `sglang.launch_server`, after all others.
         start_timeout: seconds that `wait_until_ready` allows.
+        options: the fields of `Options`.
 
     Raises:
         ValueError: SGLang is not installed, or the port that was asked for is in use.
@@ -92,19 +133,10 @@ class Server:
         *,
         host: str = "127.0.0.1",
         port: int | None = None,
-        tp: int = 1,
         device: str | None = None,
         gpus: Sequence[int] | None = None,
-        dtype: str = "auto",
-        context_length: int | None = None,
-        max_running_requests: int | None = None,
-        max_total_tokens: int | None = None,
-        mem_fraction: float | None = None,
-        api_key: str | None = None,
-        token_ids_only: bool = True,
-        raw_logprobs: bool = True,
-        args: Sequence[str] = (),
         start_timeout: float = 600,
+        **options,
     ):
         if find_spec("sglang") is None:
             raise ValueError(
@@ -114,25 +146,10 @@ class Server:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.log = Path(log)
         self.host, self.port, self.start_timeout = host, port, start_timeout
-        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        options = {
-            "model-path": model_path,
-            "host": host,
-            "device": self.device,
-            "tp-size": tp,
-            "dtype": dtype,
-            "context-length": context_length,
-            "max-running-requests": max_running_requests,
-            "max-total-tokens": max_total_tokens,
-            "mem-fraction-static": mem_fraction,
-            "api-key": api_key,
-        }
-        self.command = [sys.executable, "-m", "sglang.launch_server"]
-        for name, value in options.items():
-            self.command += [] if value is None else [f"--{name}", str(value)]
-        self.command += ["--skip-tokenizer-init"] if token_ids_only else []
-        self.command += [*(CPU_ARGS if self.device == "cpu" else ()), *args]
-        self.environment = server_environment(self.device, gpus, raw_logprobs)
+        asked = Options(**options)
+        self.headers = {"Authorization": f"Bearer {asked.api_key}"} if asked.api_key else {}
+        self.command = asked.command(model_path, host, self.device)
+        self.environment = server_environment(self.device, gpus, asked.raw_logprobs)
         self._choose_port = port is None
         self._start()
 
@@ -203,8 +220,10 @@ class Server:
         return self
 
     def trouble(self) -> str | None:
-        """What the table of processes says of a server that was ready: None, or that it has ended,
-        or that its scheduler or detokenizer has, or was stopped. A server need not notice that.
+        """Return what the table of processes says is wrong with a server that was ready, or None.
+
+        It has ended, or its scheduler or detokenizer has, or was stopped. A server need not notice
+        that.
         """
         if not self.alive:
             return f"died: {cause(self._output())} (log: {self.log})"
@@ -223,8 +242,10 @@ class Server:
         return False
 
     def _listens(self) -> bool:
-        """Whether it is one of this server's processes that listens on the port: while this one
-        was loading, another server may have come first."""
+        """Tell whether it is one of this server's processes that listens on the port.
+
+        While this one was loading, another server may have come first.
+        """
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.pid).children(recursive=True):
                 for socket_ in process.net_connections("tcp"):
@@ -236,7 +257,7 @@ class Server:
         raise RuntimeError(f"the SGLang server {what}: {cause(self._output())} (log: {self.log})")
 
     def _output(self) -> str:
-        """The log since this start, or its last MiB."""
+        """Return the log since this start, or its last MiB."""
         with open(self.log, "rb") as log:
             log.seek(max(self._log_start, os.path.getsize(self.log) - (1 << 20)))
             return log.read().decode(errors="replace")
@@ -278,6 +299,7 @@ class Server:
 
 
 def server_environment(device: str, gpus: Sequence[int] | None, raw_logprobs: bool) -> dict:
+    """Return the environment variables of a server; arguments as for `Server` and `Options`."""
     environment = {k: v for k, v in os.environ.items() if not RANK_VARIABLE.fullmatch(k)}
     environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = str(int(raw_logprobs))
     nccl.set_defaults(environment)
@@ -290,6 +312,7 @@ def server_environment(device: str, gpus: Sequence[int] | None, raw_logprobs: bo
 
 
 def free_port(host: str) -> int:
+    """Return one of PORTS that nobody listens on now."""
     # Not the kernel's choice, which it may repeat for somebody else before the server binds, and
     # not `random`'s generator, which ranks seed alike.
     ports = random.SystemRandom().sample(PORTS, 100)
@@ -297,6 +320,7 @@ def free_port(host: str) -> int:
 
 
 def is_free(host: str, port: int) -> bool:
+    """Tell whether a server could listen there now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
         try:
@@ -307,7 +331,7 @@ def is_free(host: str, port: int) -> bool:
 
 
 def cause(output: str) -> str:
-    """What a server's output says of its death: its last error, else its last lines."""
+    """Return what a server's output says of its death: its last error, else its last lines."""
     if errors := ERROR.findall(output):
         return errors[-1].strip()
     return " | ".join([line.strip() for line in output.splitlines() if line.strip()][-3:])

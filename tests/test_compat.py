@@ -1,0 +1,309 @@
+"""Private parts of torch, Megatron and SGLang: an upgrade fails here first."""
+
+import asyncio
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.patience import patience
+from support.ranks import run_ranks
+from torch.autograd.profiler import profile
+from torch.multiprocessing import reductions
+
+from megatron_taopd.formats.megatron import MegatronCheckpoint
+from megatron_taopd.formats.unpickle import ALLOWED, check_pickles
+from megatron_taopd.parallel.compat import torch_internals
+from megatron_taopd.serving import identity
+from megatron_taopd.serving.server import server_environment
+
+STUDENT = "examples/tiny_pair/student"
+
+
+# torch
+
+
+def count_in_the_store():
+    torch_internals.default_store().add("compat", 1)
+    dist.barrier()
+    return torch_internals.default_store().add("compat", 0)
+
+
+def test_the_store_of_the_default_group_is_shared():
+    assert run_ranks(2, count_in_the_store) == [2, 2]
+
+
+def test_allocations_have_addresses():
+    with profile(profile_memory=True) as profiler:
+        kept = torch.empty(1000, dtype=torch.uint8)
+        del kept
+    changes = torch_internals.allocations(profiler, "cpu")
+    [taken] = [(address, size) for address, size in changes if size >= 1000]
+    assert (taken[0], -taken[1]) in changes[changes.index(taken) :]
+
+
+def test_the_device_has_its_place_in_a_handle(monkeypatch):
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    monkeypatch.setattr(torch_internals, "reduce_tensor", lambda _: (list, tuple(names)))
+    rebuild, arguments = torch_internals.ipc_handle(torch.zeros(2), "GPU-1")
+    assert rebuild is list and arguments[names.index("storage_device")] == "GPU-1"
+    assert sorted([*arguments, "storage_device"]) == sorted([*names, "GPU-1"])
+
+
+def broadcast_alone():
+    backend = torch_internals.bare_backend(
+        dist.HashStore(), "compat", 1, "127.0.0.1", torch.device("cpu"), 60.0
+    )
+    options = dist.BroadcastOptions()
+    options.rootRank, options.timeout = 0, timedelta(seconds=60)
+    work = backend.broadcast([torch.ones(3)], options)
+    work.wait()
+    return work.is_completed(), backend.size(), len(dist.distributed_c10d._world.pg_map)
+
+
+def test_a_bare_backend_is_in_no_table():
+    """That SGLang joins it as a group of torch is in test_weight_sync.py."""
+    completed, size, groups = run_ranks(1, broadcast_alone)[0]
+    assert completed and size == 1 and groups == run_ranks(1, number_of_groups)[0]
+
+
+def number_of_groups():
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_what_a_checkpoint_may_name_is_there(module):
+    names = vars(importlib.import_module(module))
+    assert not [name for name in ALLOWED[module] if name not in names]
+
+
+# Megatron
+
+
+def save_as_planned(directory):
+    """A tensor of which each rank has a half, and a value, as `checkpoints.writing` saves them."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.compat.megatron_internals import plan_save
+
+    platform.emulate_cuda()
+    rank, copied = dist.get_rank(), []
+
+    def copy(tensor, own):
+        copied.append(own)
+        return tensor.clone()
+
+    half = torch.arange(6.0).view(2, 3) + 10 * rank
+    sharded = {"w": ShardedTensor.from_rank_offsets("w", half, (0, rank, 2)), "step": 7}
+    plan, buckets, common = plan_save(sharded, Path(directory), copy)
+    half.fill_(-1)  # what was copied is saved
+    written = []
+    for name, items in buckets:
+        with open(Path(directory) / name, "wb") as stream:
+            for item, data in items:
+                written.append(
+                    torch_internals.write_item(plan.transforms, stream, data, item, name)
+                )
+    results = [None, None]
+    dist.all_gather_object(results, written)
+    if rank == 0:
+        torch.save(common, Path(directory) / "common.pt")
+        plan.finish(results)
+    dist.barrier()
+    return copied, common
+
+
+def test_a_planned_checkpoint_is_one(tmp_path):
+    answers = run_ranks(2, save_as_planned, tmp_path)
+    assert answers == [([True], {"step": 7})] * 2
+    checkpoint = MegatronCheckpoint(tmp_path)
+    expected = torch.arange(6.0).view(2, 3)
+    assert torch.equal(checkpoint.read("w"), torch.cat([expected, expected + 10]))
+    for _offsets, _sizes, info in checkpoint.places["w"]:
+        assert isinstance(info, torch_internals.StorageInfo)
+        again = torch_internals.StorageInfo(info.relative_path, info.offset, info.length)
+        assert again.length == info.length
+    check_pickles(tmp_path)
+
+
+def load_into_an_optimizer():
+    from megatron.core import parallel_state
+
+    from megatron_taopd.config import OptimizerSection
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.compat.megatron_internals import allocate_moments, load_with
+    from megatron_taopd.parallel.layout import student_layout
+
+    platform.emulate_cuda()
+    try:
+        layout = student_layout(1, 1)
+        student = Student(STUDENT, layout, torch.float32, "none", OptimizerSection(), 1, 1000)
+        (distributed,) = student.optimizer.chained_optimizers
+        before = len(distributed.optimizer.state)
+        allocate_moments(distributed)
+        moments = [sorted(state) for state in distributed.optimizer.state.values()]
+        seen = []
+        load_with(distributed, lambda targets, loaded: seen.append((targets, loaded)))
+        parameter = next(iter(distributed.model_param_group_index_map))
+        distributed._set_main_param_and_optimizer_states(parameter, {"exp_avg": torch.ones(1)})
+        [(targets, loaded)] = seen
+        return before, moments, sorted(targets), sorted(loaded), targets["param"].requires_grad
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_an_optimizers_state_is_made_and_set():
+    [(before, moments, targets, loaded, is_parameter)] = run_ranks(1, load_into_an_optimizer)
+    assert before == 0 and moments and all(names == ["exp_avg", "exp_avg_sq"] for names in moments)
+    assert targets == ["exp_avg", "exp_avg_sq", "param"] and loaded == ["exp_avg"] and is_parameter
+
+
+def test_megatron_sets_states_where_we_replace_it():
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    loader = inspect.getsource(DistributedOptimizer.load_parameter_state_from_fully_reshardable)
+    assert "self._set_main_param_and_optimizer_states(model_param, src_tensors)" in loader
+
+
+def test_the_trunk_ends_in_hidden_states():
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_taopd.parallel.compat.megatron_internals import HiddenStatesModel
+
+    assert [*inspect.signature(GPTModel._postprocess).parameters][:2] == ["self", "hidden_states"]
+    assert "return self._postprocess(" in inspect.getsource(GPTModel.forward)
+    hidden = torch.ones(2, 1, 3)
+    assert HiddenStatesModel._postprocess(None, hidden, labels=None) is hidden
+
+
+def test_routers_find_the_name_that_they_ask_for():
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_taopd.parallel.compat.megatron_internals import define_missing_names
+
+    define_missing_names()
+    assert hasattr(moe_utils, "te_general_gemm")
+
+
+def test_the_norm_before_a_router_keeps_its_name():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_taopd.parallel.compat.megatron_internals import keep_norm_before_router
+
+    layer = get_gpt_layer_local_spec(num_experts=2)
+    names = layer.submodules.sharded_state_dict_keys_map
+    assert names["pre_mlp_layernorm."] == "mlp.linear_fc1.layer_norm_"
+    keep_norm_before_router(layer)
+    assert "pre_mlp_layernorm." not in layer.submodules.sharded_state_dict_keys_map
+
+
+def emulate():
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_taopd.parallel import platform
+
+    platform.emulate_cuda()
+    states = torch.equal(random._get_cuda_rng_state(), torch.get_rng_state())
+    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True)
+    return states, counts.tolist(), torch.zeros(1, device="cuda").device.type
+
+
+def test_what_stands_in_for_cuda_replaces_names_that_megatron_has():
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+        assert callable(getattr(random, name))
+    parameters = inspect.signature(token_dispatcher.maybe_move_tensor_to_cpu).parameters
+    assert {"tensor", "as_numpy"} <= set(parameters)
+    if not torch.cuda.is_available():
+        assert run_ranks(1, emulate) == [(True, [1.0, 1.0], "cpu")]
+
+
+# SGLang
+
+ASKED = """
+import inspect, json, torch
+from sglang.srt.layers.logits_processor import (
+    LogitsMetadata, LogitsProcessor, LogitsProcessorOutput
+)
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.common import init_custom_process_group
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorMetadata
+
+try:
+    SamplingParams(max_new_tokens=0, logit_bias={"-1": 0.0}).verify(1152)
+except ValueError as error:
+    refusal = str(error)
+print(json.dumps({
+    "refusal": refusal,
+    "bucket": sorted(FlattenedTensorMetadata.__dataclass_fields__),
+    "hook": [*inspect.signature(LogitsProcessor.forward).parameters],
+    "metadata": [*LogitsMetadata.__dataclass_fields__],
+    "output": [*LogitsProcessorOutput.__dataclass_fields__],
+    "parallel": hasattr(type(get_parallel()), "attn_tp_rank"),
+    "group": inspect.getsource(init_custom_process_group),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def sglang():
+    """What SGLang says of itself, in a process with the stand-ins for its CUDA packages."""
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed")
+    process = subprocess.run(
+        [sys.executable, "-c", ASKED],
+        env=server_environment("cpu", None, True),
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_refusal_tells_the_size_of_the_vocabulary(sglang):
+    async def ask(request):
+        assert request["sampling_params"]["logit_bias"] == {"-1": 0.0}
+        raise RuntimeError(f"http://a/generate: 400 {sglang['refusal']}")
+
+    assert asyncio.run(identity.vocab_size(ask)) == 1152
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_raw_log_probabilities_do_not_shrink_with_the_temperature(raw):
+    async def ask(request):
+        temperature = 1.0 if raw else request["sampling_params"]["temperature"]
+        top = [[-place / temperature, place, None] for place in range(request["top_logprobs_num"])]
+        return {"meta_info": {"output_top_logprobs": [top]}}
+
+    assert asyncio.run(identity.reports_raw(ask)) is raw
+
+
+@pytest.mark.slow
+def test_the_hook_finds_hidden_states_and_lengths(sglang):
+    """What `serving.hidden_states.make_hook` takes from SGLang."""
+    names = ["self", "input_ids", "hidden_states", "lm_head", "logits_metadata"]
+    assert sglang["hook"][:5] == names and sglang["parallel"]
+    assert {"forward_mode", "extend_seq_lens_cpu"} <= set(sglang["metadata"])
+    assert "customized_info" in sglang["output"]
+
+
+@pytest.mark.slow
+def test_weights_come_as_sglang_reads_them(sglang):
+    """A bucket's entries, and the prefix under which a group meets."""
+    assert sglang["bucket"] == ["dtype", "end_idx", "name", "numel", "shape", "start_idx"]
+    assert "store = PrefixStore(group_name, store)" in sglang["group"]
