@@ -83,8 +83,6 @@ class RolloutBatch(Sequences):
         truncated: [N] bool, the response hit the length limit before a stop token.
         prompts: [N] int64, which prompt of the data each sequence answers.
         weight_versions: [R] int64, the optimizer step whose weights generated each response token.
-        top_ids: [R, k] int64, the tokens that the engine found most likely there, on request.
-        top_log_probs: [R, k] float32, their log-probabilities, as in log_probs.
     """
 
     tokens: Tensor
@@ -94,8 +92,6 @@ class RolloutBatch(Sequences):
     truncated: Tensor
     prompts: Tensor
     weight_versions: Tensor
-    top_ids: Tensor | None = None
-    top_log_probs: Tensor | None = None
 
     @property
     def response_lengths(self) -> Tensor:

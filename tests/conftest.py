@@ -3,11 +3,14 @@ import os
 # Before torch: ranks and test workers share the cores. What is started from here inherits it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 from importlib.util import find_spec
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import settings
+from support.patience import patience
 from support.ranks import close_pools
 
 from megatron_taopd.monitoring import logs
@@ -35,3 +38,19 @@ def pytest_collection_modifyitems(items):
 
 def pytest_sessionfinish():
     close_pools()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start headless Chromium for the tests of pages, which skip where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip("no Chromium or Chrome on the path")
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(
+            executable_path=executable, args=["--no-sandbox"], timeout=1e3 * patience(60)
+        )
+        yield running
+        running.close()

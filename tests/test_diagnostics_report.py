@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -171,22 +170,6 @@ def test_an_in_sample_r2_is_never_marked(report, name):
     assert row["low"] > 0 or "decomposed" in name
     assert "<b>" not in pivot([row | {"low": 0.1}], "quantity", "K", "K = {}")
     assert "<b>" in pivot([row | {"low": 0.1, "quantity": "gap"}], "quantity", "K", "K = {}")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip("no Chromium or Chrome on the path")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(
-            executable_path=executable, args=["--no-sandbox"], timeout=1e3 * patience(60)
-        )
-        yield running
-        running.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

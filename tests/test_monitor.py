@@ -5,6 +5,8 @@ import json
 import re
 import resource
 import socket
+import struct
+import subprocess
 import sys
 import time
 import types
@@ -15,6 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.patience import patience
 
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.evaluation.in_loop import Example
@@ -378,6 +381,49 @@ def test_hovering_a_chart_has_its_values_to_show():
     step, x, values = data["at"][0]
     assert (step, values) == (1, {"0": "0.3 (0 – 0.9)"})
     assert 0 < x < WIDTH
+
+
+def test_pointing_at_a_chart_shows_its_values(browser, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(render_report(fake_records(), "tiny", CONFIG), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(1e3 * patience(60))
+    failures, requests = [], []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    figure = page.locator("figure", has_text="What is trained on")
+    tip, cursor = figure.locator(".tip"), figure.locator(".cursor")
+    assert tip.is_hidden()
+    figure.locator("svg").hover()
+    assert tip.inner_text().split("\n")[1:] == [
+        "kept rows / response rows 10 %",
+        "tokens trained / rolled out 50 %",
+    ]
+    assert tip.inner_text().startswith("step 1")  # 15 or 16, in the middle
+    assert re.fullmatch(r"M[\d.]+ 10V204", cursor.get_attribute("d"))
+    page.mouse.move(0, 0)
+    assert tip.is_hidden() and cursor.get_attribute("d") == ""
+    page.set_viewport_size({"width": 420, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    assert (failures, requests) == ([], [path.as_uri()])
+    page.close()
+
+
+def test_the_readmes_picture_is_of_the_reports_upper_part(browser, tmp_path):
+    tool = [sys.executable, "tools/report_picture.py", str(tmp_path)]
+    options = ["--out", str(tmp_path / "docs" / "report.png")]
+    refused = subprocess.run([*tool, *options], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert (
+        refused.stderr
+        == f"error: {tmp_path}/report.html: no such file; a run writes it at its end\n"
+    )
+    (tmp_path / "report.html").write_text(render_report(fake_records(), "tiny", CONFIG))
+    subprocess.run([*tool, *options, "--height", "600"], check=True)
+    picture = (tmp_path / "docs" / "report.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">II", picture[16:24]) == (1800, 900)
 
 
 def test_samples_highlight_the_kept_tokens_and_escape_their_text():

@@ -134,13 +134,14 @@ class Pair:
         hf_map.check_layout(load_config(hf_dir), hf_dir, *options.parallel)
         hf_map.check_layout(load_config(teacher), teacher, *options.teacher_parallel)
         self.micro_batch_tokens = options.micro_batch_tokens
+        layout = student_layout(*options.parallel)  # seeds what the teacher's layers draw from, too
         tp, pp, ep = options.teacher_parallel
         self.teacher = MegatronTeacher(
             teacher, forward_layout(tp, pp, ep=ep), options.dtype, options.micro_batch_tokens
         )
         self.student = FrozenStudent(
             hf_dir if not is_hf(checkpoint) else checkpoint,
-            student_layout(*options.parallel),
+            layout,
             options.dtype,
             vocab_map.size,
             vocab_map.absent,

@@ -23,7 +23,6 @@ class Sampling:
         top_p, top_k: keep the smallest set of tokens with at least this mass, and this many tokens;
             1.0 and 0 keep all. Applied in the order temperature, top-k, top-p.
         stop_token_ids: end a response, besides the ids that the engine was given as ends.
-        top_logprobs: how many of the most likely tokens are recorded with every response token.
     """
 
     max_new_tokens: int
@@ -32,7 +31,6 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
-    top_logprobs: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -128,7 +126,6 @@ def make_rollout_batch(
     log_probs: Sequence[Tensor],
     truncated: Sequence[bool],
     weight_versions: Sequence[Tensor],
-    tops: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> RolloutBatch:
     """Lay N sequences end to end.
 
@@ -137,7 +134,6 @@ def make_rollout_batch(
         responses: N tensors [n] of token ids.
         log_probs: N tensors [n], the log-probability of each of these tokens.
         weight_versions: N tensors [n], the weights that generated it.
-        tops: N pairs of tensors [n, k], ids and log-probabilities of the most likely tokens.
     """
     pieces = [
         piece
@@ -153,6 +149,4 @@ def make_rollout_batch(
         truncated=torch.tensor(truncated, dtype=torch.bool),
         prompts=torch.tensor(prompt_indices, dtype=torch.int64),
         weight_versions=torch.cat([versions.long() for versions in weight_versions]),
-        top_ids=None if tops is None else torch.cat([ids.long() for ids, _ in tops]),
-        top_log_probs=None if tops is None else torch.cat([values for _, values in tops]),
     )

@@ -107,13 +107,9 @@ class SGLangEngine:
         Raises:
             ValueError: a prompt that does not fit, on every rank.
         """
-        if sampling.top_logprobs > self.vocab_size:
-            raise ValueError(
-                f"top_logprobs {sampling.top_logprobs} is over the vocabulary of {self.vocab_size}"
-            )
         for prompt, index in zip(prompts, prompt_indices, strict=True):
             name = f"prompt {index}"
-            self.model.check(name, prompt, sampling.max_new_tokens, sampling.top_logprobs)
+            self.model.check(name, prompt, sampling.max_new_tokens)
         if self.on_rank_0(lambda: bool(self.replicas.stale)):
             self.resync()
         self.pending += 1
@@ -227,7 +223,6 @@ class SGLangEngine:
                 "logit_bias": self.logit_bias,
             },
             "return_logprob": True,
-            "top_logprobs_num": sampling.top_logprobs,
             "stream": False,
         }
 

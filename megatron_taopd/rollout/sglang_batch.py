@@ -26,21 +26,18 @@ SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while nothing happens; gloo give
 
 @dataclass(frozen=True)
 class Response:
-    """A response of n tokens, with k recorded ones of each.
+    """A response of n tokens.
 
     Attributes:
         tokens: [n] int32 ids.
         log_probs: [n] float32.
         versions: [n] int32, of the weights.
-        top_ids, top_log_probs: [n k] int32 and float32.
         truncated: it was cut off at the longest length.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
     versions: np.ndarray
-    top_ids: np.ndarray
-    top_log_probs: np.ndarray
     truncated: bool
 
 
@@ -144,15 +141,6 @@ class Generating:
     def _batch(self, places: Iterable[int]) -> RolloutBatch:
         places = list(places)
         responses = [self.responses[place] for place in places]
-        tops = None
-        if k := self.sampling.top_logprobs:
-            tops = [
-                (
-                    torch.from_numpy(r.top_ids).view(-1, k),
-                    torch.from_numpy(r.top_log_probs).view(-1, k),
-                )
-                for r in responses
-            ]
         return make_rollout_batch(
             [self.prompts[place] for place in places],
             [self.indices[place] for place in places],
@@ -160,7 +148,6 @@ class Generating:
             [torch.from_numpy(r.log_probs) for r in responses],
             [r.truncated for r in responses],
             [torch.from_numpy(r.versions) for r in responses],
-            tops,
         )
 
     # On rank 0's event loop
@@ -212,37 +199,24 @@ def read(answer: dict, sampling: Sampling, vocab_size: int, stop_ids: frozenset[
         RuntimeError: it is not what was asked for.
     """
     meta, reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
-    log_probs, tokens = _columns(meta["output_token_logprobs"])
-    top_log_probs, top_ids = np.zeros(0, np.float32), np.zeros(0, np.int32)
-    if k := sampling.top_logprobs:
-        top_log_probs, top_ids = _columns(
-            [triple for position in meta["output_top_logprobs"] for triple in position[:k]]
-        )
+    triples = meta["output_token_logprobs"]  # of log-probability, id and text
+    log_probs = np.array([triple[0] for triple in triples], np.float32)
+    tokens = np.array([triple[1] for triple in triples], np.int32)
     stopped = len(tokens) > 0 and int(tokens[-1]) in stop_ids
     whole = reason == "stop" or len(tokens) == sampling.max_new_tokens
     values = np.isfinite(log_probs).all() and (tokens < vocab_size).all()
-    if not len(tokens) or not whole or not values or len(top_ids) != k * len(tokens):
+    if not len(tokens) or not whole or not values:
         raise RuntimeError(
             f"a server's answer is not what was asked for: {len(tokens)} tokens of "
             f"{sampling.max_new_tokens} (finish reason {reason}), the highest id "
             f"{max(tokens, default=None)} of {vocab_size}, {np.isfinite(log_probs).sum()} finite "
-            f"log-probabilities, {len(top_ids)} tops of {k} a token"
+            "log-probabilities"
         )
     return Response(
         tokens,
         log_probs,
         _versions(meta, len(tokens), answer["replica_version"]),
-        top_ids,
-        top_log_probs,
         truncated=reason != "stop" and not stopped,
-    )
-
-
-def _columns(triples: Sequence[Sequence]) -> tuple[np.ndarray, np.ndarray]:
-    """Return log-probabilities and ids of [log-probability, id, text] triples."""
-    return (
-        np.array([triple[0] for triple in triples], np.float32),
-        np.array([triple[1] for triple in triples], np.int32),
     )
 
 

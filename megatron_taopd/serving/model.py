@@ -37,7 +37,9 @@ class ServedModel(NamedTuple):
     def vocab_size(self) -> int:
         return self.sizes["vocab_size"]
 
-    def check(self, name: str, ids: Sequence[int], max_new_tokens: int, top_logprobs: int) -> None:
+    def check(
+        self, name: str, ids: Sequence[int], max_new_tokens: int, top_logprobs: int = 0
+    ) -> None:
         """Refuse what a server would die of, or answer with something else than was asked for.
 
         Args:

@@ -96,7 +96,7 @@ class _Teacher(ABC):
             RuntimeError: of rank 0, on every rank.
         """
         for i in range(sequences.num_sequences):
-            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0, 0)
+            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0)
         started = time.monotonic()
         rows = self._ask(lambda: self._ask_all(sequences), tell=False)
         self.counts["tokens"] += len(sequences.tokens)

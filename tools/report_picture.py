@@ -1,0 +1,64 @@
+"""Take the picture of the README: the upper part of a run's report.html in headless Chromium.
+
+    bash examples/quickstart.sh train.steps=40 eval.every=10 run.dir=runs/picture
+    python tools/report_picture.py runs/picture --out docs/images/report.png
+
+Needs playwright (`pip install -e '.[dev]'`) and a Chromium or Chrome on the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Take the picture that the arguments ask for; 2 and one line if that cannot be done."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="directory of a run, which has a report.html")
+    parser.add_argument("--out", type=Path, required=True, help="a .png file")
+    parser.add_argument("--height", type=int, default=980, help="of the page's part, in pixels")
+    parser.add_argument("--scheme", choices=("light", "dark"), default="light")
+    options = parser.parse_args(arguments)
+    try:
+        take(options.run / "report.html", options.out, options.height, options.scheme)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def take(report: Path, out: Path, height: int, scheme: str) -> None:
+    """Write a picture of a page's first `height` pixels, 1200 wide.
+
+    Raises:
+        ValueError: there is no such page, playwright or browser.
+    """
+    if not report.is_file():
+        raise ValueError(f"{report}: no such file; a run writes it at its end")
+    try:
+        from playwright.sync_api import sync_playwright  # optional
+    except ImportError as error:
+        raise ValueError("playwright: not installed; pip install playwright") from error
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise ValueError(f"browser: none of {', '.join(BROWSERS)} is on the path; install one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = running.new_page(
+            viewport={"width": 1200, "height": height}, color_scheme=scheme, device_scale_factor=1.5
+        )
+        page.goto(report.resolve().as_uri())
+        page.screenshot(path=out)
+        running.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
