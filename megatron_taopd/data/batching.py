@@ -334,7 +334,7 @@ def rows_by_rank(batch: Sequences, owner: Tensor, world_size: int) -> Tensor:
 def shorten(
     batch: Sequences, assigned: Assignment, mask: Tensor, layout: Layout
 ) -> tuple[Assignment, list[Tensor]]:
-    """The same assignment with its sequences cut after their last wanted row; nothing is re-packed.
+    """Cut an assignment's sequences after their last wanted row; nothing is re-packed.
 
     Args:
         assigned: of a pass over these sequences at no shorter lengths.

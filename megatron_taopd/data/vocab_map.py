@@ -55,7 +55,7 @@ class Vocabulary:
         return cls(tokenizer, config.vocab_size, end_ids(generation, config))
 
     def ending_at(self, stop_token_ids: Sequence[int]) -> Vocabulary:
-        """The same with further ids that end a response."""
+        """Add further ids that end a response."""
         return replace(
             self, eos_token_ids=tuple(dict.fromkeys([*self.eos_token_ids, *stop_token_ids]))
         )

@@ -98,7 +98,7 @@ class Bank:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that is in it."""
+        """Return a digest of everything that is in the bank."""
         sums = [shard["sum"] for shard in self.shards]
         return digest([self.record["tokenizer"]["fingerprint"], sums])
 
@@ -321,11 +321,11 @@ def digest(value) -> str:
 
 
 def tokenizer_fingerprint(vocabulary: Vocabulary) -> str:
-    """Of its tokens and their ids."""
+    """Return a digest of a tokenizer's tokens and their ids."""
     return digest(vocabulary.tokenizer.get_vocab())
 
 
 def weights_fingerprint(hf_dir: str | Path) -> str:
-    """Of the weights' files, every byte of which is read."""
+    """Return a digest of a model's files of weights, every byte of which is read."""
     files = sorted(set(HFCheckpoint(hf_dir).files.values()))
     return digest({file: sum_of(Path(hf_dir) / file) for file in files})

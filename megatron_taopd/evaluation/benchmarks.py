@@ -100,7 +100,7 @@ class Endpoint:
 
 @dataclass
 class Scores:
-    """Of one checkpoint."""
+    """Holds the scores of one checkpoint."""
 
     checkpoint: str
     by_benchmark: dict[str, list[float]] = field(default_factory=dict)  # of each seed, in [0, 1]

@@ -31,8 +31,11 @@ class ModelCost:
 
     @classmethod
     def of(cls, hf: PretrainedConfig) -> ModelCost:
-        """Of a family without a table of weights (a served teacher's), as if it were Llama's or,
-        with experts, Qwen3-MoE's: roughly."""
+        """Read a model's cost off its configuration.
+
+        A family without a table of weights (a served teacher's) counts as Llama's or, with experts,
+        as Qwen3-MoE's: roughly.
+        """
         hf = hf.get_text_config()
         heads = getattr(hf, "num_attention_heads", 0)  # some have none
         queries = heads and heads * head_dim(hf)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def gather(value: Any) -> list:
-    """Of every rank, on every rank.
+    """Return what every rank says, by rank, on every rank.
 
     Collectives: an all-gather of the sizes, one of the pickled values.
     """

@@ -41,7 +41,7 @@ class Collective:
 def step_collectives(
     setup: Setup, rank: int, overlap: bool = True, moved: float = 0.0
 ) -> list[Collective]:
-    """Those of a rank in one step, in the order of the step; groups of one are left out.
+    """List a rank's collectives in one step, in their order; groups of one are left out.
 
     Args:
         overlap: gradients are reduced while the backward pass runs, as on CUDA: more buckets.
@@ -154,7 +154,7 @@ class _Pass:
         return [self.over_tp(phase, "all_gather", 1, self.activations, who)] if gathers else []
 
     def backward(self, phase: str) -> list[Collective]:
-        """Of the layers as many as forward; their inputs are gathered once more."""
+        """List those of the backward pass: the layers' as forward; inputs are gathered once more."""
         found = self.through_layers(phase)
         if self.grid.sequence:
             found.append(self.over_tp(phase, "all_gather", 2 * self.layers, self.activations))

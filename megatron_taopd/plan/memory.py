@@ -186,7 +186,7 @@ def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:
 
 
 def peak_bytes(setup: Setup, memory_gib: float) -> int:
-    """Of the worst rank."""
+    """Return the peak of the worst rank."""
     return max(peak(phases(setup, place, memory_gib))[1] for place in places(setup))
 
 
@@ -249,7 +249,7 @@ def stage_activation_bytes(
     model: Architecture, grid: Grid, stage: int, tokens: int, longest: int, itemsize: int,
     recompute: str, cuda: bool = True,
 ) -> int:  # fmt: skip
-    """The same of a whole stage and one micro-batch, whose longest sequence is given, too."""
+    """Return what a whole stage keeps of one micro-batch, whose longest sequence is given."""
     layer = activation_bytes(model, grid, tokens, itemsize, recompute, cuda)
     total = model.layers // grid.pp * layer
     hidden = model.hidden // grid.shards

@@ -48,14 +48,14 @@ class Workload:
         return self.prompt + self.response
 
     def sequences_of(self, dp: int) -> int:
-        """Of the data-parallel rank that has most."""
+        """Count the sequences of the data-parallel rank that has most."""
         return -(-self.sequences // dp)
 
     def rows_of(self, dp: int) -> int:
         return self.sequences_of(dp) * self.response
 
     def micro_batches(self, dp: int, capacity: int) -> int:
-        """Of a data-parallel rank, sequences being packed whole."""
+        """Count a data-parallel rank's micro-batches, sequences being packed whole."""
         return -(-self.sequences_of(dp) // max(1, capacity // self.length))
 
     def rows_at_a_time(self, dp: int, capacity: int) -> int:

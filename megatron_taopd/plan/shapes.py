@@ -107,7 +107,7 @@ class Architecture:
 
     @property
     def elements(self) -> int:
-        """Of the whole model; a tied head counts once."""
+        """Count the whole model's elements; a tied head counts once."""
         inside = sum(n * (self.experts if expert else 1) for _, n, _, expert in self.layer)
         heads = self.embedding if self.tied else 2 * self.embedding
         return self.layers * inside + heads + self.hidden
@@ -237,7 +237,7 @@ def student_buckets(
 
 
 def buffer_elements(buckets: tuple[Bucket, ...]) -> int:
-    """Of the weights' and of the gradients' buffer, padding included."""
+    """Count the elements of the weights' and of the gradients' buffer, padding included."""
     return sum(bucket.size for bucket in buckets)
 
 

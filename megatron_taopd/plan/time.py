@@ -67,8 +67,11 @@ def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
 
 
 def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
-    """Of a step, without checkpoints. Args: ahead: steps that the rollout runs ahead of training,
-    at the same time as it."""
+    """Add a step's phases up, without checkpoints.
+
+    Args:
+        ahead: steps that the rollout runs ahead of training, at the same time as it.
+    """
     generated = phases["rollout"].seconds
     rest = sum(p.seconds for name, p in phases.items() if name not in ("rollout", "checkpoint"))
     return max(generated, rest) if ahead else generated + rest
@@ -90,7 +93,7 @@ def _compute_rate(setup: Setup, cluster: Cluster, fraction: float) -> float:
 
 
 def _link_rate(setup: Setup, cluster: Cluster, span: int) -> float:
-    """Of a collective over `span` ranks in a row: NVLink inside a node, else the network."""
+    """Return the rate over `span` ranks in a row: NVLink inside a node, else the network."""
     inside = span <= setup.gpus_per_node
     rate = cluster.nvlink_gb_s / 2 if inside else cluster.network_gb_s
     return rate * 1e9 * cluster.link_fraction

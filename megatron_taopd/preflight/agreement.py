@@ -103,7 +103,7 @@ def check_teacher(
 
 
 def weight_bytes(hf_dir: str | Path, dtype: torch.dtype) -> int:
-    """Of a whole model."""
+    """Count the bytes of a whole model's weights."""
     shapes = tensor_shapes(load_config(hf_dir))
     return sum(map(prod, shapes.values())) * dtype.itemsize
 
@@ -120,7 +120,7 @@ def available_bytes(local_ranks: int) -> int:
 
 
 def alone(config: Config) -> Config:
-    """The same for one rank."""
+    """Return the configuration for one rank."""
     return replace(
         config,
         student=replace(config.student, parallel=ParallelSection()),

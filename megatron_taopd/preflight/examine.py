@@ -194,7 +194,7 @@ def _check_space(config: Config) -> Iterator[Finding]:
 
 
 def parameters(hf_dir: str) -> int:
-    """Of a dense model, by its config.json; norms and biases left out."""
+    """Count a dense model's parameters by its config.json; norms and biases are left out."""
     hf = load_config(hf_dir)
     cost = ModelCost.of(hf)  # two operations for each weight that a token meets
     return (cost.per_token + cost.per_row * (1 if hf.tie_word_embeddings else 2)) // 2

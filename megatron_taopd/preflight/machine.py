@@ -38,7 +38,7 @@ _LISTED = re.compile(
 
 
 def versions() -> dict[str, str]:
-    """Of what has to be the same on every host of a run."""
+    """Return the versions that have to be the same on every host of a run."""
     found = {"python": host_platform.python_version()}
     for name in (DISTRIBUTION, "torch", "megatron-core", "transformers", "sglang"):
         found[name] = installed(name) or "none"
@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def driver() -> str:
-    """Of the GPUs, as nvidia-smi says; a call of it takes up to seconds."""
+    """Return the GPUs' driver as nvidia-smi names it; a call of it takes up to seconds."""
     return ", ".join(sorted({gpu["driver_version"] for gpu in gpus()})) or "none"
 
 

@@ -68,7 +68,7 @@ def check_write(key: str, directory: Path) -> list[Finding]:
 
 
 def check_shared(directory: Path, host: str) -> list[Finding]:
-    """The same from global rank 0, and whether every other rank sees the file. Every rank calls
+    """Write from global rank 0, and see whether every other rank sees the file. Every rank calls
     this and gets the same.
 
     Collectives: a broadcast and an all-gather of some 100 bytes.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import time
 from asyncio import create_task, gather
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,6 @@ from torch import Tensor
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
-
-if TYPE_CHECKING:
-    from megatron_taopd.rollout.sglang import SGLangEngine
 
 POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
 SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while nothing happens; gloo gives up after minutes
@@ -54,12 +52,30 @@ class Progress:
     resync: bool = False
 
 
+class Engine(Protocol):
+    """What a batch asks of its `SGLangEngine`; `leads` on rank 0, which alone has the replicas."""
+
+    leads: bool
+    replicas: Any
+    vocab_size: int
+    pending: int
+    counts: Counter[str]
+
+    def request(self, prompt: Sequence[int], sampling: Sampling) -> dict: ...
+
+    def stop_ids(self, sampling: Sampling) -> frozenset[int]: ...
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any: ...
+
+    def resync(self) -> None: ...
+
+
 class Generating:
     """A `Pending` batch of an `SGLangEngine`. Rank 0 asks the servers; the others hear of it."""
 
     def __init__(
         self,
-        engine: SGLangEngine,
+        engine: Engine,
         prompts: Sequence[Sequence[int]],
         prompt_indices: Sequence[int],
         sampling: Sampling,

@@ -125,7 +125,7 @@ class TopSets:
     teacher_sum: Tensor
 
     def first(self, k: int) -> TopSets:
-        """The same for a smaller K."""
+        """Take the first of both sets, for a smaller K."""
         return replace(self, student=self.student.first(k), teacher=self.teacher.first(k))
 
     def student_probs(self, logits: Tensor) -> Tensor:

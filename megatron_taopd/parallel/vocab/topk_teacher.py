@@ -245,7 +245,7 @@ class TopkDivergence:
         return logits if out is student else out.copy_(logits)
 
     def _without_ids(self, logits: Tensor, columns: Tensor, here: Tensor) -> Tensor:
-        """Their columns become −inf, in place."""
+        """Set the columns of these ids to −inf, in place."""
         if logits.shape[1] == 0:
             return logits
         bound = logits.new_full(columns.shape, torch.inf).masked_fill_(here, -torch.inf)

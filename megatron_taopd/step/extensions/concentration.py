@@ -1,4 +1,4 @@
-"""The same number of kept rows in fewer trained tokens: where each sequence's training ends.
+"""As many kept rows in fewer trained tokens: where each sequence's training ends.
 
 An extension of the paper, off by default. Training runs a sequence up to its last kept row, so a
 row late in a sequence costs all tokens before it. Kept rows are therefore looked for in prefixes of
