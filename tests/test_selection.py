@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import dense
 
-from megatron_taopd.loop import warn_of_small_q3
+from megatron_taopd.monitoring.observer import Observer
 from megatron_taopd.step.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
@@ -293,6 +293,7 @@ def test_a_mask_that_is_all_of_q3_is_told_of():
     run = SimpleNamespace(
         config=SimpleNamespace(selection=selection), monitor=SimpleNamespace(note=notes.__setitem__)
     )
+    warn_of_small_q3 = Observer._warn_of_small_q3
     mask = torch.zeros(100, dtype=torch.bool)
     mask[:10] = True
     warn_of_small_q3(run, mask, step=1)

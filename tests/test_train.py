@@ -280,7 +280,7 @@ def test_every_layout_takes_the_same_steps(tmp_path, reference_curve, name):
 
 
 def interrupted_train(overrides, at_call):
-    """`train`, asked to end when the loop looks for the n-th time (five times a step)."""
+    """`train`, asked to end when the loop looks for the n-th time (six times a step)."""
     from itertools import count
 
     from megatron_taopd import train as module
