@@ -211,7 +211,8 @@ class Renderer:
 
     def _knows(self, role: str) -> bool:
         """Whether it is one of ROLES or a string in the template's source: many a template writes
-        any role as it stands, which its model has never seen."""
+        any role as it stands, which its model has never seen.
+        """
         if role in ROLES or self.source is None:
             return role in ROLES
         return bool(re.search(rf"""['"]{re.escape(role)}['"]""", self.source))

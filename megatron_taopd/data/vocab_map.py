@@ -74,7 +74,8 @@ class Vocabulary:
 
     def after_an_answer(self) -> int | None:
         """The id that the chat template puts after an answer; None if there is no template, or
-        none that takes a question and an answer."""
+        none that takes a question and an answer.
+        """
         if not self.tokenizer.chat_template:
             return None
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "42"}
@@ -166,13 +167,15 @@ class VocabMap:
 
     def to_teacher(self, ids: Tensor) -> Tensor:
         """The teacher's ids of student ids, int64 of any shape; −1 for those without a
-        counterpart."""
+        counterpart.
+        """
         known = ids < self.size
         return self.teacher_ids[ids.where(known, 0)].where(known, -1)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """[stop − start] int64, the row of the teacher's head that belongs in each of the student's
-        columns [start, stop); −1 where none does."""
+        columns [start, stop); −1 where none does.
+        """
         return self.to_teacher(torch.arange(start, stop))
 
     def read(

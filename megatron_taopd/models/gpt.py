@@ -143,7 +143,8 @@ def _leave(weight: Tensor) -> Tensor:
 
 class Embedding(VocabParallelEmbedding):
     """Megatron's, with a sparse gradient: the rows of the tokens looked up, which DDP adds to its
-    buffer as they are. A dense one would be as large as the head."""
+    buffer as they are. A dense one would be as large as the head.
+    """
 
     def forward(self, input_: Tensor) -> Tensor:
         columns = input_ - self.vocab_start_index

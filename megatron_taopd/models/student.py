@@ -169,7 +169,8 @@ class Student(FrozenStudent):
 
     def go_on_after(self, updates: int) -> None:
         """Put the configured settings back into the optimizer, whose state was loaded, and go on
-        with the schedule after so many updates."""
+        with the schedule after so many updates.
+        """
         for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
             group.update(settings)
         self.scheduler.num_steps = updates

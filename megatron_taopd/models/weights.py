@@ -173,6 +173,7 @@ def export_weights(
 
 
 def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """Return the dtype of a model's parameters, which all have the same."""
     return next(model.parameters()).dtype
 
 

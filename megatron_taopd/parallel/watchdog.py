@@ -66,7 +66,8 @@ def heartbeat() -> None:
 @contextmanager
 def file_io() -> Iterator[None]:
     """A call inside reads or writes files and does not say how far it is: that the kernel counts
-    more bytes for this process shows that work goes on (Linux; elsewhere nothing does)."""
+    more bytes for this process shows that work goes on (Linux; elsewhere nothing does).
+    """
     ended = threading.Event()
 
     def look() -> None:
@@ -182,7 +183,8 @@ class Watchdog:
 
     def report(self, error: Exception) -> None:
         """Say on this rank and to the others that it failed; returns when they have had the time to
-        read it. Does not return if the error only tells of another rank's end."""
+        read it. Does not return if the error only tells of another rank's end.
+        """
         place = str(_here)
         if self._threads and _tells_of_another(error):
             self.lost = True

@@ -220,7 +220,8 @@ def _teacher_row(setup: Setup) -> int:
 
 def _rows_sent(setup: Setup, rank: int) -> int:
     """Rows that a rank sends to others (`teacher.dispatch`): sequences of one length are dealt
-    round, and every rank of the scoring TP group takes its copy from itself or from a holder."""
+    round, and every rank of the scoring TP group takes its copy from itself or from a holder.
+    """
     grid, own, sent = setup.student_grid, setup.teacher_grid, 0
     for sequence in range(setup.workload.sequences):
         holders = [0]
@@ -312,7 +313,8 @@ def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Co
 
 def _sync(setup: Setup, rank: int) -> list[Collective]:
     """`models.weights.export_weights`: cut parameters of this rank's stage over TP, and every
-    parameter down the pipeline."""
+    parameter down the pipeline.
+    """
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     stage = grid.stage(rank)
     layers = model.layers // grid.pp

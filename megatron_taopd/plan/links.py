@@ -8,17 +8,19 @@ from __future__ import annotations
 
 
 def gather_bytes(total: float, ranks: int) -> float:
-    """An all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
+    """Count an all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
     return total * (ranks - 1) / ranks
 
 
 def all_reduce_bytes(total: float, ranks: int) -> float:
+    """Count an all-reduce of `total` bytes: a reduce-scatter and an all-gather."""
     return 2 * gather_bytes(total, ranks)
 
 
 def trunk_forward_bytes(tokens: int, hidden: int, layers: int, itemsize: int, tp: int) -> float:
     """Tensor parallelism in a stage's forward pass: two all-reduces a layer, or, under sequence
-    parallelism, two all-gathers and two reduce-scatters, which is as much."""
+    parallelism, two all-gathers and two reduce-scatters, which is as much.
+    """
     return layers * 2 * all_reduce_bytes(tokens * hidden * itemsize, tp)
 
 

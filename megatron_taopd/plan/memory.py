@@ -287,7 +287,8 @@ def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -
 
 def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
     """Gradients that a layer has alive beside what autograd kept: in the MLP, the output's, the
-    residual's, and those of gate and up."""
+    residual's, and those of gate and up.
+    """
     gathered = model.hidden if grid.sequence else 0
     mlp = 2 * model.ffn // grid.tp
     return tokens * (2 * model.hidden // grid.shards + gathered + mlp) * itemsize

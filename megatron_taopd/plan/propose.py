@@ -47,7 +47,8 @@ class Proposal:
 
 def grids(hf: PretrainedConfig, gpus: int, gpus_per_node: int, stages: int = 8) -> Iterator[Grid]:
     """Layouts that divide a model and the GPUs: TP inside a node, a few stages, and, of a mixture
-    of experts, every EP. With TP, with and without sequence parallelism."""
+    of experts, every EP. With TP, with and without sequence parallelism.
+    """
     for tp, pp in product(divisors(gpus_per_node), range(1, stages + 1)):
         if gpus % (tp * pp):
             continue

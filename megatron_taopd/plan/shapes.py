@@ -168,6 +168,7 @@ def parameter_sizes(
 
 
 def parameter_elements(model: Architecture, grid: Grid, stage: int, head: bool = True) -> int:
+    """Count the parameters' elements on a rank of a stage; head: as in `parameter_sizes`."""
     return sum(elements for elements, _ in parameter_sizes(model, grid, stage, head))
 
 
@@ -243,13 +244,13 @@ def buffer_elements(buckets: tuple[Bucket, ...]) -> int:
 
 @cache
 def optimizer_elements(buckets: tuple[Bucket, ...], dp: int, dp_rank: int | None = None) -> int:
-    """Parameter elements that a data-parallel rank updates; None: of the rank that has most."""
+    """Count the parameter elements that a data-parallel rank updates; None: the most of any."""
     ranks = range(dp) if dp_rank is None else (dp_rank,)
     return max(sum(bucket.share(dp, rank) for bucket in buckets) for rank in ranks)
 
 
 def optimizer_bytes(elements: int, itemsize: int) -> int:
-    """Two fp32 moments and, of bf16 weights, an fp32 copy. (Adam's counters are not counted.)"""
+    """Count two fp32 moments and, of bf16 weights, an fp32 copy; Adam's counters are left out."""
     return elements * (8 if itemsize == 4 else 12)
 
 

@@ -40,7 +40,8 @@ class Phase:
 
 def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
     """The phases of a step in their order; they follow one another. `checkpoint` is not of every
-    step."""
+    step.
+    """
     work = setup.workload
     lengths = torch.full((work.sequences,), work.length)
     kept = max(1, round(work.kept * work.sequences * work.response))
@@ -78,6 +79,7 @@ def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
 
 
 def is_replayed(setup: Setup) -> bool:
+    """Tell whether training replays the layers' outputs: asked for, and within their memory."""
     work, grid = setup.workload, setup.student_grid
     tokens = work.sequences_of(grid.dp) * work.length
     outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)

@@ -42,7 +42,8 @@ class Pending(Protocol):
 
     def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
         """Sequences as they finish, each of them once: (their places in the batch, ascending; they
-        themselves). The same on every rank. To be run to its end, once."""
+        themselves). The same on every rank. To be run to its end, once.
+        """
         ...
 
     def result(self) -> RolloutBatch:
@@ -107,7 +108,8 @@ class RolloutEngine(Protocol):
 
     def offload(self) -> None:
         """Nothing is asked for until the next weights are there: an engine that shares the
-        trainer's device may give its memory back."""
+        trainer's device may give its memory back.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -156,7 +156,8 @@ class LocalEngine:
         self, prompts: list, keys: list[tuple[int, int]], stops: Tensor, sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
         """[B, W] int64 tokens and [B, W] float32 log-probabilities on the CPU; what comes after a
-        sequence's stop token means nothing."""
+        sequence's stop token means nothing.
+        """
         device = self.model.device
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(p)) + list(p) for p in prompts]

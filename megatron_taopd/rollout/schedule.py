@@ -50,7 +50,8 @@ class RolloutSchedule:
     @property
     def consumed(self) -> int:
         """Prompts of the batches that were taken: a batch that is only begun is begun again by a
-        run that resumes."""
+        run that resumes.
+        """
         return self.stream.consumed - (self.prompts if self.next else 0)
 
     def take(self, step: int) -> Begun:

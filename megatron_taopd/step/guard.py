@@ -80,7 +80,8 @@ class Guard:
 
     def forget(self) -> None:
         """Compare the next losses with each other alone: those before them were of another kind, or
-        a run was ended by those that followed."""
+        a run was ended by those that followed.
+        """
         self.losses.clear()
         self.in_a_row = self.jumps = 0
 

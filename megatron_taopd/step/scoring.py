@@ -124,7 +124,8 @@ def culprits(student: Tensor, teacher: Tensor, scores: TokenScores) -> Tensor:
 
 
 def _fault(faults: Tensor, sequences: Tensor, rank_of: Tensor) -> Fault:
-    """
+    """Say whose numbers are not finite, on which ranks and in which sequences.
+
     Args:
         faults: [R] of `culprits`, and sequences: [R] the sequence of each row.
         rank_of: [N] the rank that scored each sequence.

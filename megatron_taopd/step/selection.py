@@ -85,7 +85,7 @@ CONCENTRATES = tuple(name for name in SELECTORS if name not in ("full", "random"
 
 
 def budget(ratio: float, num_rows: int) -> int:
-    """n = ⌈ρ|I|⌉ with ρ as the decimal a person writes: 7 for .07 × 100, where floats give 8.
+    """Return n = ⌈ρ|I|⌉, ρ being the decimal a person writes: 7 for .07 × 100; floats give 8.
 
     Raises:
         ValueError: ratio outside (0, 1].

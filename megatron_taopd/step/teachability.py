@@ -76,7 +76,7 @@ def normalize_entropy(student_entropy: Tensor) -> Tensor:
 
 
 def either(a: Tensor, b: Tensor) -> Tensor:
-    """a + b − ab, TIP's union of two scores in [0, 1] (Eq. 15, 16)."""
+    """Return a + b − ab, TIP's union of two scores in [0, 1] (Eq. 15, 16)."""
     # In this order the result is exactly 1 where a or b is, so that saturated rows tie instead of
     # being ordered by rounding.
     return a + b * (1 - a)

@@ -115,7 +115,7 @@ def _normalizers(of_models: Sequence[Tensor], dtype: torch.dtype) -> Normalizers
 
 
 def merge_normalizers(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[tp, R] float64 of the shards → those of the whole rows [R], and log p(shard) [tp, R]."""
+    """Merge the shards' [tp, R] float64 into the whole rows', [R], and log p(shard), [tp, R]."""
     top = tops.amax(0)
     log_totals = tops - top + log_sums
     log_sum = log_totals.logsumexp(0)
@@ -132,6 +132,8 @@ def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
 
 
 class OfLogits(torch.autograd.Function):
+    """Makes a divergence differentiable in the student's logits; the teacher is a constant."""
+
     @staticmethod
     def forward(ctx, student, targets, divergence):
         loss, saved = divergence.forward(student, targets)
@@ -155,7 +157,7 @@ def divergence(
     beta: float = 0.5,
     alpha: float = 0.1,
 ) -> Tensor:
-    """[R] the divergence of each row over the common vocabulary, in nats (Eq. 6).
+    """Return [R]: the divergence of each row over the common vocabulary, in nats (Eq. 6).
 
     reverse_kl is KL(p_S ‖ p_T), forward_kl is KL(p_T ‖ p_S), jsd is β·KL(p_T ‖ m) +
     (1−β)·KL(p_S ‖ m) with m = β·p_T + (1−β)·p_S, and skewed_reverse_kl is KL(p_S ‖ m) with

@@ -47,7 +47,7 @@ def _numbers(*parts: Tensor | float) -> Tensor:
 
 @triton.jit
 def _larger(a, b):
-    """torch's maximum; nan if either is."""
+    """Return the maximum as torch does: nan if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 

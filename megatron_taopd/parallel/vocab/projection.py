@@ -20,7 +20,7 @@ _WEIGHT_BLOCK = 8192  # rows of a head that are widened, or whose gradient is fo
 
 
 def rows_within(budget_bytes: int, num_columns: int) -> int:
-    """How many rows' logits of both models fit the budget, at least one.
+    """Count the rows whose logits of both models fit the budget, at least one.
 
     All ranks of a group must come to the same number, as every chunk is a collective: num_columns
     is that of the widest shard.
@@ -30,17 +30,19 @@ def rows_within(budget_bytes: int, num_columns: int) -> int:
 
 
 def logits_bytes(num_rows: int, chunk_rows: int, num_columns: int) -> int:
-    """Bytes that the logits of both models take at a time, of num_rows rows in chunks."""
+    """Count the bytes that the logits of both models take at a time, of num_rows rows in chunks."""
     return _BYTES_PER_LOGIT * min(num_rows, chunk_rows) * num_columns
 
 
 def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Cut num_rows rows into slices of chunk_rows, in order; the last one may be shorter."""
     assert chunk_rows > 0, chunk_rows
     for start in range(0, num_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
+    """Tell a dtype whose logits have to be computed in a wider one, fp32."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
@@ -104,7 +106,8 @@ class HeadGradients:
 
     def buffer(self, logits: Tensor) -> Tensor:
         """Where the gradient of these logits is to be written: in their place, unless it is to be
-        an operand of another dtype."""
+        an operand of another dtype.
+        """
         if self.narrow and logits.is_cuda:
             return torch.empty_like(logits, dtype=self.head.dtype)
         return logits

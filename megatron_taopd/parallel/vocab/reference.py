@@ -154,7 +154,7 @@ def _mixture_log_ratio(log_ratio: Tensor, weight: float) -> Tensor:
 
 
 def _mixture_h(kind: str, to_mixture: Tensor, teacher_share: float) -> Tensor:
-    """h of `divergences`, elementwise, from log(p_S/m)."""
+    """Return h of `divergences`, elementwise, from log(p_S/m)."""
     student_share = 1 - teacher_share
     if kind == "jsd":
         return to_mixture * student_share

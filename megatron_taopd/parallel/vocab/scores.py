@@ -49,12 +49,13 @@ def score_rows(
 
 
 def check_k(k: int, shard: VocabShard) -> None:
+    """Refuse a k for which there is no top-K set: ValueError outside 1 … shard.size."""
     if not 1 <= k <= shard.size:
         raise ValueError(f"k is {k}: must be within 1 … {shard.size}, the common vocabulary")
 
 
 def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Tensor:
-    """[R, 6K+6] int32, what a rank sends: floats and ids by their bits.
+    """Return [R, 6K+6] int32: what a rank sends, floats and ids by their bits.
 
     Fields: the student's top ids, its logits there, the teacher's logits there (K each); the same
     with the models exchanged; then (max, Σe, Σe·z) of the student and of the teacher.
@@ -77,7 +78,7 @@ def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Te
 
 
 def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
-    """[tp, R, 6K+6] candidates of every rank → scores. A pure function."""
+    """Merge every rank's candidates, [tp, R, 6K+6], into scores. A pure function."""
     tops = merge_top_sets(gathered, k)
     return TokenScores(
         disagreement=tops.disagreement().float(),

@@ -72,7 +72,8 @@ def inside(cuts: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
 
 def _best_prefixes(values: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
     """[N] int64, the length of the shortest prefix of each sequence with the largest sum; 0 where
-    no sum is positive."""
+    no sum is positive.
+    """
     starts, lengths = cu_rows[:-1], np.diff(cu_rows)
     sums = values.cumsum()
     sums -= np.repeat(sums[starts] - values[starts], lengths)

@@ -58,7 +58,7 @@ class Horizon:
         )
 
     def length(self, step: int) -> int:
-        """Tokens that a response of this step may have."""
+        """Return how many tokens a response of this step may have."""
         if self.setting == "none":
             return self.longest
         if self.setting != "auto":
@@ -68,7 +68,7 @@ class Horizon:
         return self._best()
 
     def _cost(self) -> Tensor:
-        """[longest] w·P + N(h), of the lengths 1, 2, …"""
+        """Return [longest]: w·P + N(h) of the lengths h = 1, 2, … up to the longest."""
         return self.prompt_weight * self.prompt_tokens + self.reach.cumsum(0)
 
     def _best(self) -> int:
