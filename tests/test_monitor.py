@@ -410,7 +410,7 @@ def test_pointing_at_a_chart_shows_its_values(browser, tmp_path):
     page.close()
 
 
-def test_the_readmes_picture_is_of_the_reports_upper_part(browser, tmp_path):
+def test_the_readmes_picture_is_an_abridged_report(browser, tmp_path):
     tool = [sys.executable, "tools/report_picture.py", str(tmp_path)]
     options = ["--out", str(tmp_path / "docs" / "report.png")]
     refused = subprocess.run([*tool, *options], capture_output=True, text=True)
@@ -420,10 +420,15 @@ def test_the_readmes_picture_is_of_the_reports_upper_part(browser, tmp_path):
         == f"error: {tmp_path}/report.html: no such file; a run writes it at its end\n"
     )
     (tmp_path / "report.html").write_text(render_report(fake_records(), "tiny", CONFIG))
-    subprocess.run([*tool, *options, "--height", "600"], check=True)
-    picture = (tmp_path / "docs" / "report.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert struct.unpack(">II", picture[16:24]) == (1800, 900)
+    heights = []
+    for charts in ("2", "4"):
+        subprocess.run([*tool, *options, "--charts", charts], check=True)
+        picture = (tmp_path / "docs" / "report.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", picture[16:24])
+        assert width == 1200
+        heights.append(height)
+    assert heights[0] < heights[1] < 2400  # of twelve charts it would be more
 
 
 def test_samples_highlight_the_kept_tokens_and_escape_their_text():

@@ -268,7 +268,9 @@ def test_what_a_prompt_cannot_be_is_told_with_file_line_and_column(tokenizer, wr
     for why, message in endings.items():
         path = write({"asks": {"chat": good}}, {"asks": {"chat": [*good, message]}})
         for read in (
-            lambda path: load_prompts(path, tokenizer, "asks.chat", None),
+            lambda path: load_prompts(
+                path, tokenizer, prompt_column="asks.chat", answer_column=None
+            ),
             lambda path: check_prompts(path, [tokenizer], "asks.chat", None, "auto", None, None),
         ):
             with pytest.raises(ValueError) as error:

@@ -180,8 +180,8 @@ def test_what_would_kill_a_server_is_refused(engine):
         with pytest.raises(ValueError, match=message):
             engine.submit(prompts, [7, 8], 1, GREEDY)
     with pytest.raises(ValueError, match="top_logprobs 1153 is over the vocabulary of 1152"):
-        request = {"input_ids": [5], "top_logprobs_num": 1153}
-        engine.replicas.run(engine.replicas.complete(request))
+        request = {"input_ids": [5], "sampling_params": {"max_new_tokens": 4}}
+        engine.replicas.run(engine.replicas.complete(request | {"top_logprobs_num": 1153}))
     with pytest.raises(ValueError, match="the prompt is empty"):
         engine.replicas.run(engine.replicas.complete({"input_ids": []}))
     assert not engine.pending

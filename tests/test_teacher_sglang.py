@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import Future
 from functools import partial
 from math import nan
 from types import SimpleNamespace
@@ -295,6 +296,14 @@ class Servers:
 
     async def complete(self, request):
         return self.all[0].says
+
+    def spawn(self, coroutine):
+        future = Future()
+        try:
+            future.set_result(self.run(coroutine))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def run(self, coroutine):
         return asyncio.run(coroutine)

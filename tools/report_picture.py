@@ -1,4 +1,4 @@
-"""Take the picture of the README: the upper part of a run's report.html in headless Chromium.
+"""Take the picture of the README: a run's report.html, abridged, in headless Chromium.
 
     bash examples/quickstart.sh train.steps=40 eval.every=10 run.dir=runs/picture
     python tools/report_picture.py runs/picture --out docs/images/report.png
@@ -23,19 +23,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="directory of a run, which has a report.html")
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
-    parser.add_argument("--height", type=int, default=980, help="of the page's part, in pixels")
+    parser.add_argument("--charts", type=int, default=4, help="so many of them stay in the picture")
+    parser.add_argument("--samples", type=int, default=4, help="likewise, of each section")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     options = parser.parse_args(arguments)
     try:
-        take(options.run / "report.html", options.out, options.height, options.scheme)
+        take(
+            options.run / "report.html",
+            options.out,
+            options.charts,
+            options.samples,
+            options.scheme,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def take(report: Path, out: Path, height: int, scheme: str) -> None:
-    """Write a picture of a page's first `height` pixels, 1200 wide.
+def take(report: Path, out: Path, charts: int, samples: int, scheme: str) -> None:
+    """Write a picture of a page, 1200 wide, with its first charts and samples only.
 
     Raises:
         ValueError: there is no such page, playwright or browser.
@@ -52,11 +59,11 @@ def take(report: Path, out: Path, height: int, scheme: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = running.new_page(
-            viewport={"width": 1200, "height": height}, color_scheme=scheme, device_scale_factor=1.5
-        )
+        page = running.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
         page.goto(report.resolve().as_uri())
-        page.screenshot(path=out)
+        for kind, most in (("figure", charts), ("article", samples)):
+            page.add_style_tag(content=f"{kind}:nth-of-type(n + {most + 1}) {{ display: none; }}")
+        page.screenshot(path=out, full_page=True)
         running.close()
 
 

@@ -154,7 +154,7 @@ class _Pass:
         return [self.over_tp(phase, "all_gather", 1, self.activations, who)] if gathers else []
 
     def backward(self, phase: str) -> list[Collective]:
-        """List those of the backward pass: the layers' as forward; inputs are gathered once more."""
+        """List those of the backward pass: as in the forward one, inputs gathered once more."""
         found = self.through_layers(phase)
         if self.grid.sequence:
             found.append(self.over_tp(phase, "all_gather", 2 * self.layers, self.activations))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.formats.hf import load_config
-from megatron_taopd.formats.hf_map import FAMILIES, check_architecture, check_layout, num_experts
+from megatron_taopd.formats.hf_map import FAMILIES
 from megatron_taopd.plan.shapes import Architecture, Grid
+from megatron_taopd.preflight import rules
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ class Setup:
             for name in ("student", "teacher")
             if not (served and name == "teacher")
         }
-        if train.schedule == "replay":
-            _check_replay(config)
+        rules.check_replay(config)
         horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
@@ -150,20 +150,9 @@ class Setup:
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-        for grid in grids.values():
-            capacity = train.micro_batch_tokens // grid.shards * grid.shards
-            if longest > capacity:
-                raise ValueError(
-                    f"train.micro_batch_tokens: {train.micro_batch_tokens} does not hold "
-                    f"data.max_prompt_tokens {config.data.max_prompt_tokens} + "
-                    f"rollout.max_new_tokens {rollout.max_new_tokens}; give at least "
-                    f"{-(-longest // grid.shards) * grid.shards}"
-                )
-        if workload.sequences < grids["student"].dp:
-            raise ValueError(
-                f"rollout.prompts: {rollout.prompts} × rollout.samples {rollout.samples} are fewer "
-                f"than the {grids['student'].dp} data-parallel ranks of the student"
-            )
+        for name in grids:
+            rules.check_micro_batch(config, getattr(config, name).parallel)
+        rules.check_sequences(config, grids["student"].dp)
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
@@ -199,48 +188,21 @@ class Setup:
 def _read_model(name: str, path: str, served: bool):
     try:
         hf = load_config(path)
-        if not served:
-            check_architecture(hf)
-        elif hf.model_type not in FAMILIES:  # SGLang runs it, but no table has its sizes
+        if served and hf.model_type not in FAMILIES:  # SGLang runs it, but no table has its sizes
             raise ValueError(
                 f"model_type {hf.model_type}: a plan needs one of {', '.join(FAMILIES)}"
             )
     except ValueError as error:
         raise ValueError(f"{name}.path: {path}: {error}") from None
-    if num_experts(hf) and name == "student":
-        raise ValueError(f"student.path: {path}: a mixture of experts is supported as a teacher")
+    if not served:
+        rules.check_model(name, path, hf)
     return hf
 
 
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
-    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
-    try:
-        check_layout(hf, section.path, tp, pp, ep)
-    except ValueError as error:
-        raise ValueError(f"{name}.parallel.{error}") from None
-    if parallel.sequence and tp == 1:
-        raise ValueError(f"{name}.parallel.sequence: true needs {name}.parallel.tp > 1, which is 1")
-    if gpus % (tp * pp):
-        raise ValueError(
-            f"{name}.parallel: tp {tp} × pp {pp} = {tp * pp} does not divide --gpus {gpus}"
-        )
-    dp = gpus // (tp * pp)
-    if dp % ep:
-        raise ValueError(
-            f"{name}.parallel.ep: {ep} does not divide the {dp} data-parallel ranks of --gpus "
-            f"{gpus}"
-        )
-    return Grid(tp, pp, dp, parallel.sequence, ep)
-
-
-def _check_replay(config: Config) -> None:
-    for key, value in (
-        ("student.parallel.pp", config.student.parallel.pp),
-        ("train.mini_batches", config.train.mini_batches),
-    ):
-        if value != 1:
-            raise ValueError(f"train.schedule: replay with {key} {value}; it has to be 1")
+    dp = rules.check_grid(name, section.path, parallel, hf, gpus, "--gpus")
+    return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
 
 
 def _length(key: str, given: int | None, longest: int) -> int:

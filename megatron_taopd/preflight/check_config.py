@@ -6,7 +6,6 @@ Nothing here builds a model or needs a process group.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -27,14 +26,9 @@ from megatron_taopd.config.schema import (
 from megatron_taopd.data.prompts import read_texts
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
 from megatron_taopd.formats.hf import INDEX, SINGLE, weight_map
-from megatron_taopd.formats.hf_map import (
-    check_architecture,
-    check_layout,
-    divisors,
-    listed,
-    num_experts,
-)
+from megatron_taopd.formats.hf_map import listed
 from megatron_taopd.formats.output_head import find_head
+from megatron_taopd.preflight import rules
 from megatron_taopd.step.loss import LOSSES
 from megatron_taopd.step.selection import CONCENTRATES, SELECTORS
 
@@ -84,16 +78,7 @@ def _check_values(config: Config) -> None:
             f"selection.concentrate: {selection.concentrate} leaves fewer rows than "
             f"selection.ratio {selection.ratio} keeps; it has to be at most {1 - selection.ratio:g}"
         )
-    if config.train.schedule == "replay":
-        for key, value in (
-            ("student.parallel.pp", config.student.parallel.pp),
-            ("train.mini_batches", config.train.mini_batches),
-        ):
-            if value != 1:
-                raise ValueError(
-                    f"train.schedule: replay with {key} {value}; it has to be 1, or the schedule "
-                    "two_pass"
-                )
+    rules.check_replay(config)
     rollout = config.rollout
     if rollout.horizon not in ("none", "auto"):
         if not isinstance(rollout.horizon, int) or rollout.horizon < 1:
@@ -124,11 +109,7 @@ def _check_values(config: Config) -> None:
     if min_lr is not None and min_lr > lr:
         raise ValueError(f"optimizer.min_lr: {min_lr} is above optimizer.lr {lr}")
     for model in ("student", "teacher"):
-        parallel = getattr(config, model).parallel
-        if parallel.sequence and parallel.tp == 1:
-            raise ValueError(
-                f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
-            )
+        rules.check_sequence_parallel(model, getattr(config, model).parallel)
 
 
 def _check_evaluation(section: EvalSection) -> None:
@@ -258,35 +239,14 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     read = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=False)
     hf = _read_pretrained(read, key, path)
     served = model == "teacher" and section.engine == "sglang"  # whatever SGLang can run
-    try:
-        if not served:
-            check_architecture(hf)
-    except ValueError as error:
-        raise ValueError(f"{key}: {path}: {error}") from None
-    if served:
+    if not served:
+        rules.check_model(model, path, hf)
+        rules.check_grid(model, path, parallel, hf, world_size, "the number of ranks,")
+    else:
         hf = hf.get_text_config()
-    if served and section.form == "hidden_states":
-        _check_head(key, path)
-    if num_experts(hf) and model == "student":
-        raise ValueError(f"{key}: {path}: a mixture of experts is supported as a teacher only")
-
-    try:
-        if not served:
-            check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
-    except ValueError as error:
-        raise ValueError(f"{model}.parallel.{error}") from None
-    if world_size % (ranks := parallel.tp * parallel.pp):
-        raise ValueError(
-            f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {ranks} does not divide the "
-            f"number of ranks, {world_size}; start a multiple of {ranks}"
-        )
-    data_parallel = world_size // ranks
-    if data_parallel % parallel.ep:
-        choices = divisors(math.gcd(num_experts(hf), data_parallel))
-        raise ValueError(
-            f"{model}.parallel.ep: {parallel.ep} does not divide the {data_parallel} data-parallel "
-            f"ranks; one of {listed(choices)}"
-        )
+        if section.form == "hidden_states":
+            _check_head(key, path)
+        rules.check_ranks(model, parallel, hf, world_size, "the number of ranks,")
 
     responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
     if model == "student" and config.eval.max_new_tokens is not None:
@@ -299,15 +259,7 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
                 f"{config.data.max_prompt_tokens} make {longest} tokens; {path} takes "
                 f"{hf.max_position_embeddings}"
             )
-    multiple = parallel.tp if parallel.sequence else 1
-    capacity = config.train.micro_batch_tokens // multiple * multiple
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > capacity:
-        raise ValueError(
-            f"train.micro_batch_tokens: {config.train.micro_batch_tokens} does not hold "
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-            f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
-        )
+    rules.check_micro_batch(config, parallel)
 
 
 def _check_head(key: str, path: str) -> None:
@@ -335,11 +287,7 @@ def _read_pretrained(read: Callable, key: str, path: str):
 def _check_batch(config: Config, world_size: int) -> None:
     sequences = config.rollout.prompts * config.rollout.samples
     data_parallel = world_size // (config.student.parallel.tp * config.student.parallel.pp)
-    if sequences < data_parallel:
-        raise ValueError(
-            f"rollout.prompts: {config.rollout.prompts} × rollout.samples {config.rollout.samples} "
-            f"are fewer than the {data_parallel} data-parallel ranks of the student"
-        )
+    rules.check_sequences(config, data_parallel)
     if config.train.mini_batches > sequences:
         raise ValueError(
             f"train.mini_batches: {config.train.mini_batches} is more than the {sequences} "
