@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from megatron_taopd.checkpoints.resume import start_of
 from megatron_taopd.checkpoints.saving import Checkpoints
 from megatron_taopd.config.load import to_tree, to_yaml
 from megatron_taopd.config.schema import Config
-from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.data.texts import Texts, open_texts
-from megatron_taopd.evaluation.in_loop import Evaluation, evaluate, open_grader
+from megatron_taopd.evaluation.opening import open_evaluation
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.accounting import ModelCost
@@ -27,9 +25,7 @@ from megatron_taopd.monitoring.observer import Observer
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import on_rank_0
-from megatron_taopd.rollout.engine import RolloutEngine
-from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, sampling_of
-from megatron_taopd.rollout.schedule import RolloutSchedule
+from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, open_rollouts
 from megatron_taopd.run import Run
 from megatron_taopd.step.distiller import Distiller
 from megatron_taopd.step.extensions.horizon import Horizon
@@ -54,7 +50,6 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     before = Before.newest(config)
     start = on_rank_0(lambda: start_of(to_tree(config)))
     rollout_servers, teacher_servers = begin_rollout_servers(config), begin_teacher_servers(config)
-
     texts = open_texts(config)
     before.check_prompts(len(texts.prompts), config)
     student = open_student(config, before, texts)
@@ -122,35 +117,4 @@ def open_student(config: Config, before: Before, texts: Texts) -> Student:
         before.last_update(config.train),
         common_vocabulary=texts.vocab_map.size,
         absent=texts.vocab_map.absent,
-    )
-
-
-def open_rollouts(
-    config: Config, engine: RolloutEngine, texts: Texts, horizon: Horizon, consumed: int
-) -> RolloutSchedule:
-    """Go on with the prompts after those that were consumed."""
-    prompts, section = texts.prompts, config.rollout
-    stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle, consumed)
-    sampling = sampling_of(section)
-    return RolloutSchedule(
-        engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead
-    )
-
-
-def open_evaluation(
-    config: Config, engine: RolloutEngine, texts: Texts
-) -> Callable[[int], Evaluation] | None:
-    """Say how the student is evaluated after a step; None without `eval.prompts`."""
-    held_out, section = texts.held_out, config.eval
-    if held_out is None:
-        return None
-    sampling = replace(
-        sampling_of(config.rollout),
-        max_new_tokens=section.max_new_tokens or config.rollout.max_new_tokens,
-        samples=section.samples,
-        temperature=section.temperature,
-    )
-    grade, tokenizer = open_grader(section.grader), texts.student.tokenizer
-    return lambda step: evaluate(
-        engine, held_out, tokenizer, sampling, step, grade, section.pass_at
     )

@@ -90,27 +90,27 @@ def same(ours, theirs):
 def open_checkpoints(directory, asynchronous=True, keep=3):
     from megatron_taopd.checkpoints.saving import Checkpoints
 
-    broadcast_object = []
-    return Checkpoints(directory, keep, asynchronous, broadcast_object.append), broadcast_object
+    lines = []
+    return Checkpoints(directory, keep, asynchronous, lines.append), lines
 
 
 def save_steps(student_dir, directory, steps, keep=3):
     student = make_student(student_dir, tp=dist.get_world_size())
-    checkpoints, broadcast_object = open_checkpoints(directory, keep=keep)
+    checkpoints, lines = open_checkpoints(directory, keep=keep)
     for step in steps:
         train_step(student, seed=step)
         checkpoints.save(step, student, STATE)
         checkpoints.poll()
     checkpoints.finish()
     checkpoints.close()
-    assert not broadcast_object and not checkpoints.failure
+    assert not lines and not checkpoints.failure
     return checkpoints.metrics()
 
 
 def latest(directory, **options):
     """In this process alone; (step, what was told)."""
-    broadcast_object = []
-    return files.latest_valid(directory, broadcast_object.append, **options), broadcast_object
+    lines = []
+    return files.latest_valid(directory, lines.append, **options), lines
 
 
 # ---------------------------------------------------------------------------- while a run goes on
@@ -123,7 +123,7 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     student = make_student(student_dir, *parallel)
     train_step(student, seed=1)
     saved = contents(student)
-    checkpoints, broadcast_object = open_checkpoints(directory, asynchronous)
+    checkpoints, lines = open_checkpoints(directory, asynchronous)
     write, changed = writing.write, threading.Event()
     if not asynchronous:
         changed.set()
@@ -147,13 +147,13 @@ def save_then_change(student_dir, directory, parallel, asynchronous):
     checkpoints.close()
     assert not same(contents(student), saved)
 
-    assert checkpoint.latest_valid(directory, broadcast_object.append) == 1
+    assert checkpoint.latest_valid(directory, lines.append) == 1
     resumed = make_student(student_dir, *parallel)
     state = checkpoint.load(directory, 1, resumed)
     assert same(contents(resumed), saved)
     assert torch.equal(state.pop("memory"), STATE["memory"])
     assert state == {k: v for k, v in STATE.items() if k != "memory"} | {"step": 1}
-    assert not broadcast_object
+    assert not lines
     return checkpoints.metrics()
 
 
@@ -183,14 +183,12 @@ def save_evaluated(student_dir, directory, accuracies, resume_at=None):
     from megatron_taopd.checkpoints import saving as checkpoint
 
     student = make_student(student_dir, tp=dist.get_world_size())
-    broadcast_object, best = [], None
+    lines, best = [], None
     if resume_at:
         state = checkpoint.load(directory, resume_at, student)
         assert state["step"] == resume_at
         best = state.get("best")
-    checkpoints = checkpoint.Checkpoints(
-        directory, 1, True, broadcast_object.append, resume_at, best
-    )
+    checkpoints = checkpoint.Checkpoints(directory, 1, True, lines.append, resume_at, best)
     would_be = []
     for step, accuracy in accuracies:
         would_be.append(accuracy is not None and checkpoints.would_be_best(accuracy))
@@ -246,13 +244,13 @@ def test_a_crash_at_any_byte_leaves_the_checkpoint_before(saved):
             damaged[place] ^= 1 << draw.randrange(8)
             for data in (whole[:place], damaged):
                 file.write_bytes(data)
-                step, broadcast_object = latest(saved)
+                step, lines = latest(saved)
                 if step == 2:  # another blank in the list of checksums changes nothing
-                    assert file.name == files.MANIFEST and not broadcast_object
+                    assert file.name == files.MANIFEST and not lines
                     assert json.loads(data) == json.loads(whole)
                 else:
                     assert step == 1
-                    assert broadcast_object[0].startswith(f"{newest}: {file.relative_to(newest)}: ")
+                    assert lines[0].startswith(f"{newest}: {file.relative_to(newest)}: ")
                     newest.with_suffix(".damaged").rename(newest)
         file.unlink()
         reason = "missing" if file.name == files.MANIFEST else "No such file or directory"
@@ -274,8 +272,8 @@ def test_a_damaged_checkpoint_makes_room(saved, student_dir):
 
 
 def latest_on_ranks(directory):
-    broadcast_object = []
-    return files.latest_valid(directory, broadcast_object.append), broadcast_object
+    lines = []
+    return files.latest_valid(directory, lines.append), lines
 
 
 def test_ranks_share_the_files_and_agree(saved):
@@ -341,7 +339,7 @@ def test_kill_9_while_writing(tmp_path, student_dir):
 def save_with_a_full_disk_on(rank, student_dir, directory):
     """No file of that rank may be longer than 4 KB in the second save."""
     student = make_student(student_dir, tp=2)
-    checkpoints, broadcast_object = open_checkpoints(directory)
+    checkpoints, lines = open_checkpoints(directory)
     checkpoints.save(1, student, STATE)
     checkpoints.finish()
     checkpoints.metrics()
@@ -359,7 +357,7 @@ def save_with_a_full_disk_on(rank, student_dir, directory):
     checkpoints.save(2, student, STATE)  # it is tried again
     checkpoints.finish()
     checkpoints.check()
-    return broadcast_object, failure, metrics["checkpoint/failed"], there
+    return lines, failure, metrics["checkpoint/failed"], there
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -226,9 +226,9 @@ def add_by_sglang(out):
     vocabulary = Vocabulary.from_pretrained(STUDENT)
     with engine(start_timeout_s=patience(300))(vocabulary, 100) as own:
         server = own.replicas.all[0].server if own.leads else None
-        broadcast_object = [server and server.url]
+        urls = [server and server.url]
         dist.broadcast_object_list(broadcast_object)
-        there = engine(urls=(broadcast_object[0],), start_timeout_s=0)
+        there = engine(urls=(urls[0],), start_timeout_s=0)
         add(out, engine=lasting)
         add(out, seed=1, engine=there)
         if server:

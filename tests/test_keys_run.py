@@ -137,12 +137,12 @@ def logged(overrides):
     from megatron_taopd.monitoring.monitor import Monitor
 
     log, port = Monitor.log, next(o for o in overrides if "prometheus_port=" in o).split("=")[1]
-    wandb, broadcast_object = types.ModuleType("wandb"), []
+    wandb, heard = types.ModuleType("wandb"), []
     wandb.__spec__ = ModuleSpec("wandb", None)
     wandb.util = types.SimpleNamespace(generate_id=lambda: "abc")
 
     def init(**options):
-        broadcast_object.append((options["project"], options["name"]))
+        heard.append((options["project"], options["name"]))
         return types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
 
     wandb.init = init
@@ -151,13 +151,13 @@ def logged(overrides):
         record = log(self, step, metrics)
         for host in ("127.0.0.1", "127.0.0.2"):
             try:
-                broadcast_object.append((host, httpx.get(f"http://{host}:{port}/metrics").text))
+                heard.append((host, httpx.get(f"http://{host}:{port}/metrics").text))
             except httpx.ConnectError:
-                broadcast_object.append((host, None))
+                heard.append((host, None))
         return record
 
     with mock.patch.dict(sys.modules, wandb=wandb), mock.patch.object(Monitor, "log", scraped):
-        return observed(overrides), broadcast_object
+        return observed(overrides), heard
 
 
 def test_where_a_run_is_logged(tmp_path):
@@ -167,14 +167,12 @@ def test_where_a_run_is_logged(tmp_path):
     keys = given(LOGS, {"log.prometheus_port": port})
     options = ["student.parallel.tp=1", "teacher.parallel.pp=1", "rollout.prompts=4"]
     options += ["eval.prompts=null", "train.steps=1", "checkpoint.export_hf=false"]
-    [(seen, broadcast_object)] = run_ranks(
-        1, logged, [f"run.dir={tmp_path}", *options, *written(keys)]
-    )
+    [(seen, heard)] = run_ranks(1, logged, [f"run.dir={tmp_path}", *options, *written(keys)])
     assert seen.status == 0, seen.printed
     assert not (tmp_path / "tensorboard").exists()
     name = keys["run.name"]
-    assert broadcast_object[0] == (keys["log.wandb_project"], name)
-    pages = dict(broadcast_object[1:])
+    assert heard[0] == (keys["log.wandb_project"], name)
+    pages = dict(heard[1:])
     assert pages["127.0.0.1"] is None
     assert f'taopd_step{{run="{name}"}} 1.0' in pages[keys["log.prometheus_host"]]
     assert name in (tmp_path / "report.html").read_text()

@@ -275,12 +275,9 @@ def test_what_a_prompt_cannot_be_is_told_with_file_line_and_column(tokenizer, wr
         ):
             with pytest.raises(ValueError) as error:
                 read(path)
-            broadcast_object = str(error.value)
-            assert (
-                broadcast_object.startswith(f"{path} line 2: column 'asks.chat'")
-                and why in broadcast_object
-            ), broadcast_object
-            assert "\n" not in broadcast_object
+            line = str(error.value)
+            assert line.startswith(f"{path} line 2: column 'asks.chat'") and why in line, line
+            assert "\n" not in line
 
 
 def test_text_in_parts_is_put_together_and_empty_columns_of_parquet_are_none(tokenizer, tmp_path):
@@ -338,12 +335,8 @@ def test_a_damaged_file_is_told_in_one_line(tokenizer, tmp_path, name, content, 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as error:
         load_prompts(tmp_path / name, tokenizer, answer_column=None)
-    broadcast_object = str(error.value)
-    assert (
-        broadcast_object.startswith(str(tmp_path / name))
-        and why in broadcast_object
-        and "\n" not in broadcast_object
-    ), broadcast_object
+    line = str(error.value)
+    assert line.startswith(str(tmp_path / name)) and why in line and "\n" not in line, line
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_record(tokenizer, tmp_path):

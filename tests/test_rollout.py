@@ -166,19 +166,15 @@ def test_an_engine_ends_where_it_is_told_or_where_either_configuration_says():
 
 def test_every_engine_is_told_where_responses_end():
     """Left to themselves, engines read it from different files."""
-    broadcast_object = []
+    seen = []
     for folder in ("megatron_taopd", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text())):
                 if isinstance(call, ast.Call) and re.match(
                     r"LocalEngine(\.from_hf)?$", ast.unparse(call.func)
                 ):
-                    broadcast_object.append(
-                        (path.name, "eos_token_ids" in [k.arg for k in call.keywords])
-                    )
-    assert len(broadcast_object) >= 6 and all(passed for _, passed in broadcast_object), (
-        broadcast_object
-    )
+                    seen.append((path.name, "eos_token_ids" in [k.arg for k in call.keywords]))
+    assert len(seen) >= 6 and all(passed for _, passed in seen), seen
 
 
 def test_a_bank_and_the_doctor_end_responses_at_both_configurations(tmp_path):

@@ -77,10 +77,8 @@ def test_topk_scores_match_the_oracle(bounds, n):
     cases = [(student, report(teacher, n)) for student, teacher in logits]
     by_rank = run_ranks(len(bounds) - 1, topk_scores_on_rank, bounds, cases, K)
     for results in by_rank:
-        for scores, first, (student, broadcast_object) in zip(
-            results, by_rank[0], cases, strict=True
-        ):
-            wanted = dense.topk_scores(student, *broadcast_object, K, SIZE)
+        for scores, first, (student, reported) in zip(results, by_rank[0], cases, strict=True):
+            wanted = dense.topk_scores(student, *reported, K, SIZE)
             for field, want in zip(FIELDS, wanted, strict=True):
                 got = getattr(scores, field)
                 assert torch.equal(got, getattr(first, field))
@@ -112,9 +110,9 @@ def test_topk_scores_are_bounds_that_close(kind):
         torch.testing.assert_close(bound, value, rtol=1e-5, atol=2e-6)
 
 
-def topk_scores_on_rank_0(student, broadcast_object):
+def topk_scores_on_rank_0(student, reported):
     shard = shard_of([0, 96], rank=0)
-    return [score_topk(student.nan_to_num(0), torch.eye(96), *broadcast_object, K, shard, 5)]
+    return [score_topk(student.nan_to_num(0), torch.eye(96), *reported, K, shard, 5)]
 
 
 def test_a_student_that_is_sure_of_what_the_teacher_does_not_report_disagrees():
@@ -132,11 +130,11 @@ def test_topk_scores_of_nothing():
     assert (
         len(score_topk(torch.zeros(0, 96), weight, no_ids, no_rows, 5, shard, 4).compatibility) == 0
     )
-    broadcast_object = torch.full((1, 8), -1), torch.full((1, 8), -3.0)
-    scores = score_topk(torch.zeros(1, 96), weight, *broadcast_object, 5, shard, 4)
+    reported = torch.full((1, 8), -1), torch.full((1, 8), -3.0)
+    scores = score_topk(torch.zeros(1, 96), weight, *reported, 5, shard, 4)
     assert scores.disagreement == 0 and scores.compatibility == 0
     with pytest.raises(ValueError, match="k is 9: the teacher reports 8"):
-        score_topk(torch.zeros(1, 96), weight, *broadcast_object, 9, shard, 4)
+        score_topk(torch.zeros(1, 96), weight, *reported, 9, shard, 4)
 
 
 def test_rows_travel_as_they_are():
@@ -537,10 +535,8 @@ def test_a_topk_step_agrees_with_dense_float64(server, kind):
             log_p, log_q = (z.log_softmax(1).gather(1, tokens)[:, 0] for z in (z_s, z_t))
             ratio = (log_p - BATCH.log_probs.to(log_p.dtype)).exp()
             return (ratio * (log_p - log_q).detach())[mask].mean()
-        broadcast_object = top.indices[mask], top.values[mask]
-        return dense.topk_divergence(
-            z_s[mask], *broadcast_object, kind, VOCABULARY, beta=0.4
-        ).mean()
+        reported = top.indices[mask], top.values[mask]
+        return dense.topk_divergence(z_s[mask], *reported, kind, VOCABULARY, beta=0.4).mean()
 
     value, *expected = dense_gradients(dense_loss, *models)
     for parallel in ((2, 1, False), (1, 1, False)) if kind == "jsd" else ((2, 1, False),):

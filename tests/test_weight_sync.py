@@ -359,10 +359,10 @@ def fail_somewhere(student, failing, way, directory):
     ],
 )
 def test_a_failure_is_every_ranks(tmp_path, failing, way):
-    broadcast_object = run_ranks(
+    failed = run_ranks(
         2, on_student, fail_somewhere, 2, 1, torch.float32, failing, way, str(tmp_path)
     )
-    assert all(f"http://a{failing}: no" in message for message in broadcast_object)
+    assert all(f"http://a{failing}: no" in message for message in failed)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -639,10 +639,10 @@ def push_again(student, url, tp):
 
 def test_killed_and_restarted_server(server, tmp_path, monkeypatch):
     """The last test: it ends the server of the others. The next one has two workers."""
-    broadcast_object = run_ranks(
+    failed = run_ranks(
         2, on_student, push_while_it_dies, 2, 1, torch.float32, server.url, server.pid
     )
-    for message, seconds in broadcast_object:
+    for message, seconds in failed:
         assert f"{server.url}/update_weights_from_distributed" in message
         assert "(weights 2, model." in message
         assert seconds < TIMEOUT_S / 2  # it is not by its time-out that the end is noticed

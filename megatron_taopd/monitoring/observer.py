@@ -59,12 +59,13 @@ class Observer:
         """
         scored, mask, config = lesson.scored, lesson.mask, self.config
         batch, scores = scored.batch, scored.scores
-        seed = config.run.seed * 1_000_003 + step
         teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
         metrics = dict(lesson.trained)
         head_rows = metrics.pop("head_rows")
         metrics |= self.horizon.observe(batch, teachability, length)
-        metrics |= selection_metrics(config.selection.selector, scores, mask, batch.cu_rows, seed)
+        metrics |= selection_metrics(
+            config.selection.selector, scores, mask, batch.cu_rows, lesson.seed
+        )
         metrics |= rollout_metrics(batch, scored.gap, step)
         metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
         metrics |= self._head_memory(scored.assigned, head_rows)

@@ -65,8 +65,8 @@ def of_all_hosts(findings: Sequence[Finding], host: str, speaks: bool) -> list[F
     """
     if not dist.is_initialized():
         return list(findings)
-    broadcast_object = gather((host, list(findings)) if speaks else None)
-    hosts = [each for each in broadcast_object if each is not None]
+    by_rank = gather((host, list(findings)) if speaks else None)
+    hosts = [each for each in by_rank if each is not None]
     everywhere = [f for f in hosts[0][1] if all(f in found for _, found in hosts)]
     local = [
         replace(f, what=f"{name}: {f.what}")

@@ -9,15 +9,18 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_taopd.config.schema import Config, RolloutSection
+from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.data.texts import Texts
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.rollout import weight_sync
-from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving.begin import begin_servers, wait_for_servers
+from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import sequence_log_probs
 
 
@@ -97,3 +100,15 @@ def transport_of(config: Config) -> weight_sync.WeightSync:
         return weight_sync.TensorSync(path, bucket_bytes)
     directory = sync.dir or Path(config.run.dir) / "weights"
     return weight_sync.DiskSync(path, bucket_bytes, directory=directory)
+
+
+def open_rollouts(
+    config: Config, engine: RolloutEngine, texts: Texts, horizon: Horizon, consumed: int
+) -> RolloutSchedule:
+    """Go on with the prompts after those that were consumed."""
+    prompts, section = texts.prompts, config.rollout
+    stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle, consumed)
+    sampling = sampling_of(section)
+    return RolloutSchedule(
+        engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead
+    )

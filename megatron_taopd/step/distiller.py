@@ -52,11 +52,13 @@ class Lesson:
     Attributes:
         mask: [R] bool, the rows that were kept.
         trained: what `train_on` says of them.
+        seed: of the selection.
     """
 
     scored: ScoredBatch
     mask: Tensor
     trained: dict[str, float]
+    seed: int
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Distiller:
         # … and the loss falls on these alone (Eq. 6–7).
         with span("training"):
             trained = self.train_on(scored, mask)
-        return Lesson(scored, mask, trained)
+        return Lesson(scored, mask, trained, seed)
 
     def read(self, teacher_inputs: Sequences) -> Parts:
         """Have the teacher read a batch as a whole. Collectives: the teacher's."""
