@@ -131,8 +131,9 @@ class BucketSync:
             raise
 
     def release(self, client: Client | None, targets: Sequence[Replica] | None) -> None:
-        """Have colocated servers give back their device memory. They wait, and the next push to
-        them gives it to them again. Running requests are aborted. Every rank calls this.
+        """Let colocated servers give back their device memory. Every rank calls this.
+
+        They wait, and the next push to them gives it to them again. Running requests are aborted.
 
         Raises:
             RuntimeError: a server failed, on every rank; the others have given theirs back.
