@@ -85,6 +85,10 @@ class FrozenStudent:
         """`pipeline.forward` of the trunk."""
         return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
+    def keep_outputs(self):
+        """`replay.keep_outputs` of the trunk."""
+        return replay.keep_outputs(self.trunk)
+
     def rows_within(self, head_memory_mib: int) -> int:
         """Return how many rows of logits of both models fit this much memory."""
         return rows_within(head_memory_mib << 20, self.shard.stop - self.shard.start)
@@ -180,10 +184,6 @@ class Student(FrozenStudent):
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
-
-    def keep_outputs(self):
-        """`replay.keep_outputs` of the trunk."""
-        return replay.keep_outputs(self.trunk)
 
     def replay_outputs(self, kept: list[list[Tensor]], wanted: list[Tensor]):
         """`replay.replay_outputs` of the trunk."""
