@@ -61,9 +61,7 @@ class Skeleton:
         end = len(self.literals[0])
         for i, literal in zip(self.order, self.literals[1:], strict=True):
             fitting = [
-                text
-                for text in _trimmed(messages[i])
-                if rendering.startswith(text + literal, end)
+                text for text in _trimmed(messages[i]) if rendering.startswith(text + literal, end)
             ]
             if not fitting:
                 return arrived
