@@ -227,7 +227,7 @@ def add_by_sglang(out):
     with engine(start_timeout_s=patience(300))(vocabulary, 100) as own:
         server = own.replicas.all[0].server if own.leads else None
         urls = [server and server.url]
-        dist.broadcast_object_list(broadcast_object)
+        dist.broadcast_object_list(urls)
         there = engine(urls=(urls[0],), start_timeout_s=0)
         add(out, engine=lasting)
         add(out, seed=1, engine=there)

@@ -56,12 +56,12 @@ class Skeleton:
         if rendering == self.filled(contents):
             return contents
         arrived: list[str] = []
-        end = len(self.literals[0]) if rendering.startswith(self.literals[0]) else None
+        if not rendering.startswith(self.literals[0]):
+            return arrived
+        end = len(self.literals[0])
         for i, literal in zip(self.order, self.literals[1:], strict=True):
             fitting = [
-                text
-                for text in _trimmed(messages[i])
-                if end is not None and rendering.startswith(text + literal, end)
+                text for text in _trimmed(messages[i]) if rendering.startswith(text + literal, end)
             ]
             if not fitting:
                 return arrived
@@ -153,6 +153,7 @@ class Renderer:
         if len(arrived) < len(skeleton.order):  # a template may write the date, which has changed
             self._skeletons.clear()
             skeleton = self.check(messages)
+            assert skeleton is not None  # the same conversation as before
             arrived = skeleton.arrivals(rendering, messages)
         if len(arrived) < len(skeleton.order):
             i = skeleton.order[len(arrived)]

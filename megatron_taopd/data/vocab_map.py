@@ -84,7 +84,7 @@ class Vocabulary:
             rendered = self.tokenizer.apply_chat_template([question, answer], tokenize=False)
         except (TemplateError, ValueError):
             return None
-        after = rendered.rpartition("42")[2]
+        after = str(rendered).rpartition("42")[2]
         return next(iter(self.tokenizer(after, add_special_tokens=False)["input_ids"]), None)
 
 

@@ -85,6 +85,10 @@ class FrozenStudent:
         """Run `pipeline.forward` on the trunk."""
         return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
+    def keep_outputs(self):
+        """Keep the trunk's outputs in the block (`replay.keep_outputs`)."""
+        return replay.keep_outputs(self.trunk)
+
     def rows_within(self, head_memory_mib: int) -> int:
         """Return how many rows of logits of both models fit this much memory."""
         return rows_within(head_memory_mib << 20, self.shard.stop - self.shard.start)
@@ -181,10 +185,6 @@ class Student(FrozenStudent):
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
-
-    def keep_outputs(self):
-        """Keep the trunk's outputs in the block (`replay.keep_outputs`)."""
-        return replay.keep_outputs(self.trunk)
 
     def replay_outputs(self, kept: list[list[Tensor]], wanted: list[Tensor]):
         """Replay the trunk's outputs in the block (`replay.replay_outputs`)."""

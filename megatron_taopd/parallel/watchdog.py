@@ -122,9 +122,11 @@ class Watchdog:
     Args:
         store: the job's, a TCPStore; None: nothing is watched, errors are reported all the same.
         rank, world_size: of this process.
-        silent_s: without a heartbeat after which a rank is taken for dead. A rank whose connection
-            breaks does not wait for so long: it asks for a verdict within three periods.
-        stuck_s: without progress of any rank after which the job is taken for stuck; 0: never.
+        heartbeat_timeout_s: seconds without a heartbeat after which a rank is taken for dead. One
+            whose connection breaks does not wait for so long: it asks for a verdict within three
+            periods.
+        stall_timeout_s: seconds without progress of any rank after which the job is taken for
+            stuck; 0: never.
         directory: for `hang/rank_N.txt`, the stacks of a stuck job.
     """
 
@@ -133,19 +135,19 @@ class Watchdog:
         store: dist.Store | None,
         rank: int,
         world_size: int,
-        silent_s: float,
-        stuck_s: float,
+        heartbeat_timeout_s: float,
+        stall_timeout_s: float,
         directory: str | Path,
     ):
         self.rank, self.world_size, self.directory = rank, world_size, Path(directory)
-        self.silent_s, self.stuck_s = silent_s, stuck_s
-        self.period = min(PERIOD_S, silent_s / 10)
+        self.heartbeat_timeout_s, self.stall_timeout_s = heartbeat_timeout_s, stall_timeout_s
+        self.period = min(PERIOD_S, heartbeat_timeout_s / 10)
         self.count, self.lost, self.reporting, self.first = 0, False, False, None
         self._stop, self._threads, self._ending = threading.Event(), [], threading.Lock()
         if store is None:
             return
         self.store = dist.PrefixStore("watchdog", store.clone())
-        self.store.set_timeout(timedelta(seconds=max(silent_s, 1)))
+        self.store.set_timeout(timedelta(seconds=max(heartbeat_timeout_s, 1)))
         now = time.monotonic()
         self.heard = {r: (0, now) for r in (range(world_size) if rank == 0 else (0,))}
         self.progress: tuple[list, float] = ([], now)
@@ -258,7 +260,7 @@ class Watchdog:
     def _missed(self) -> dict | None:
         """Return what to say if rank 0, or the store, has been silent for too long, or None."""
         silence = self._silence(0)
-        if silence <= (3 * self.period if self.lost else self.silent_s):
+        if silence <= (3 * self.period if self.lost else self.heartbeat_timeout_s):
             return None
         store = "the store of the job"
         whose = f"{_named(0, self.first)} or {store}" if self.first and self.rank else store
@@ -270,7 +272,7 @@ class Watchdog:
         records = [json.loads(text) for text in self.store.multi_get(keys)]
         for rank, record in enumerate(records):
             self._hear(rank, record)
-        limit = 3 * self.period if any(r["lost"] for r in records) else self.silent_s
+        limit = 3 * self.period if any(r["lost"] for r in records) else self.heartbeat_timeout_s
         silent = [rank for rank in range(self.world_size) if self._silence(rank) > limit]
         if silent:
             rank = max(silent, key=self._silence)
@@ -282,7 +284,8 @@ class Watchdog:
         places = [record["at"] for record in records]
         if places != self.progress[0]:
             self.progress = (places, time.monotonic())
-        if self.stuck_s and (stuck := time.monotonic() - self.progress[1]) > self.stuck_s:
+        stuck = time.monotonic() - self.progress[1]
+        if self.stall_timeout_s and stuck > self.stall_timeout_s:
             rank = places.index(min(places))
             behind = f"behind is {_named(rank, records[rank])}"
             if min(places) == max(places):

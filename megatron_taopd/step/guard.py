@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,13 +112,13 @@ class Guard:
         """Tell whether that is because of losses that jumped, every time."""
         return self.exhausted and self.jumps >= self.max_skipped
 
-    def state(self) -> dict[str, Tensor | int]:
+    def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
         losses = torch.tensor(list(self.losses), dtype=torch.float64)
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "jumps")}
         return {"losses": losses, **counts}
 
-    def load(self, state: dict[str, Tensor | int]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Go on from `state()`."""
         self.losses.extend(state["losses"].tolist())
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

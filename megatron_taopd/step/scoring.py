@@ -73,10 +73,11 @@ def score(
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
-    # The engine draws from all of the student's tokens, those that the teacher lacks included.
-    whole = heads and replace(heads.shard, absent=None)
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
+        assert heads is not None  # on the last stage, which alone comes here
+        # The engine draws from all of the student's tokens, those that the teacher lacks included.
+        whole = replace(heads.shard, absent=None)
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
         scores = heads.scores(rows, read, k)

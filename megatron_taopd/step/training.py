@@ -55,7 +55,11 @@ def train_on(
             optimizer step and those after it are not taken.
     """
     assert scored.kept_outputs is None or train.mini_batches == 1, train.mini_batches
-    kept, trained, head_rows, sums, grad_norms = 0, 0, 0, Counter(), []
+    kept: float = 0  # counts among metrics, whose type is float
+    trained: float = 0
+    head_rows: float = 0
+    sums: Counter = Counter()
+    grad_norms: list[float] = []
     for part in batching.split_mini_batches(scored.batch, mask, train.mini_batches):
         if not part.any():
             continue
@@ -69,7 +73,11 @@ def train_on(
         head_rows = max(head_rows, metrics.pop("head_rows"))
         sums.update({name: rows * value for name, value in metrics.items()})
         grad_norms.append(grad_norm)
-    counts = {"kept_rows": kept, "tokens_trained": trained, "head_rows": head_rows}
+    counts: dict[str, float] = {
+        "kept_rows": kept,
+        "tokens_trained": trained,
+        "head_rows": head_rows,
+    }
     if not grad_norms:
         return counts
     means = {name: value / kept for name, value in sums.items()}
@@ -120,6 +128,7 @@ def backward(
     device = platform.device()
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
+        assert heads is not None  # on the last stage, which alone comes here
         total, metrics = kept_row_loss(
             loss,
             heads,

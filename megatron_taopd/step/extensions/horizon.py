@@ -86,7 +86,7 @@ class Horizon:
             retain of a full response's mass (rollout/horizon_mass) and tokens
             (rollout/horizon_tokens), the prompt counted with its weight.
         """
-        metrics = {"rollout/horizon": length}
+        metrics: dict[str, float] = {"rollout/horizon": length}
         if self.setting != "auto":
             return metrics
         places = torch.arange(batch.num_rows) - batch.cu_rows[batch.row_sequences()]
