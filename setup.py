@@ -1,3 +1,5 @@
+"""The package, what it needs, and the command that it installs."""
+
 from setuptools import find_packages, setup
 
 # The first three were tried together and depend on each other's internals: they move as one.

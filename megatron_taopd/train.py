@@ -1,4 +1,6 @@
-"""`torchrun --nproc-per-node N -m megatron_taopd.train CONFIG.yaml section.key=value …`
+"""Train a student on as many ranks as torchrun starts.
+
+    torchrun --nproc-per-node N -m megatron_taopd.train CONFIG.yaml section.key=value …
 
 Reads the configuration, builds both models, the rollout engine and the monitor, and runs the loop.
 A rerun with the same `run.dir` resumes from its last checkpoint. Ctrl-C, SIGTERM and SIGUSR1 end

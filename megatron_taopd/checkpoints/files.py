@@ -39,11 +39,12 @@ class Best:
 
 
 def path(directory: str | Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be; nothing is created."""
     return Path(directory) / f"step_{step:08d}"
 
 
 def steps(directory: str | Path) -> list[int]:
-    """The steps of the checkpoints in a directory, whole or damaged, ascending."""
+    """List the steps of the checkpoints in a directory, whole or damaged, ascending."""
     names = (entry.name for entry in Path(directory).glob("step_*"))
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step_(\d+)", name)))
 
@@ -78,6 +79,11 @@ class SummedFile:
 
 
 def sum_of(file: Path) -> Sum:
+    """Read a whole file and return its size in bytes and its CRC-32.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+    """
     size = crc = 0
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -217,6 +223,7 @@ def latest_valid(
 
 
 def first(values: list) -> Any:
+    """Return the first value that is not None, or None if there is none."""
     return next((value for value in values if value is not None), None)
 
 

@@ -75,7 +75,8 @@ def start_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def model(hf_dir: str | Path, weights: bool = True) -> dict[str, Any]:
     """What identifies a model: its config.json, its tokenizer's files, and its weights by a sample
-    of their bytes (`HFCheckpoint.fingerprint`)."""
+    of their bytes (`HFCheckpoint.fingerprint`).
+    """
     hf_dir = Path(hf_dir)
     config = json.loads((hf_dir / "config.json").read_text())
     tokenizer = hashlib.sha256()
@@ -113,7 +114,8 @@ def kept_run(folder: Path) -> dict[str, Any]:
 
 def last_start(checkpoints: Path) -> dict[str, Any]:
     """What made the newest checkpoint that can be read; of one from before such things were kept,
-    the student's config and tokenizer alone, which are beside it. {} if there is none."""
+    the student's config and tokenizer alone, which are beside it. {} if there is none.
+    """
     for step in reversed(checkpoint_files.steps(checkpoints)):
         folder = checkpoint_files.path(checkpoints, step)
         if run := kept_run(folder):
@@ -186,7 +188,8 @@ def loss_level(start: Mapping[str, Any]) -> Any:
 
 def evaluation(start: Mapping[str, Any]) -> Any:
     """On what the held-out accuracy depends, but for the student: only accuracies of one evaluation
-    can be compared."""
+    can be compared.
+    """
     held_out, rollout = start["config"].get("eval", {}), start["config"].get("rollout", {})
     names = ("limit", "samples", "temperature", "grader")
     return [

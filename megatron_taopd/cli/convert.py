@@ -172,7 +172,8 @@ COMMANDS = {"to-megatron": to_megatron, "to-hf": to_hf, "verify": verify}
 
 def peak_memory() -> int:
     """Return the resident bytes of the worst rank at their most, mapped files included. Collective:
-    an all-gather of 8 bytes, pickled."""
+    an all-gather of 8 bytes, pickled.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if not dist.is_initialized():
         return peak

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def cut_lengths(batch: Sequences, mask: Tensor) -> Tensor:
-    """[N] int64, how many tokens of each sequence a pass runs to reach its last wanted row.
+    """Return [N] int64: how many tokens of each sequence a pass runs to reach its last wanted row.
 
     A row at position t sees the tokens 0 … t, so its sequence runs t+1 of them; a sequence without
     a wanted row is dropped (0). With a mask that keeps everything that is all but the last token of
@@ -119,7 +119,7 @@ def pack(
 def plan(
     lengths: Tensor | Sequence[int], world_size: int, micro_batch_tokens: int, multiple: int = 1
 ) -> list[list[tuple[int, ...]]]:
-    """Which sequences every data-parallel rank runs, in which micro-batches.
+    """Plan which sequences every data-parallel rank runs, in which micro-batches.
 
     Invariants:
         1. every sequence of length > 0 is in exactly one micro-batch of one rank, no other is;
@@ -322,7 +322,7 @@ def hand_out(shares: list, sizes: Sequence[int], held: Sequence[int]) -> list:
 
 
 def rows_by_rank(batch: Sequences, owner: Tensor, world_size: int) -> Tensor:
-    """[world_size] int64, the response rows of the sequences that each data-parallel rank runs.
+    """Count the response rows that each data-parallel rank runs: [world_size] int64.
 
     Args:
         owner: [N] int64, the rank of each sequence.
@@ -360,5 +360,5 @@ def shorten(
 
 
 def _starts(lengths: Tensor) -> Tensor:
-    """[S+1] int64, where segments of these lengths [S] start and the last one ends."""
+    """Return [S+1] int64: where segments of these lengths [S] start and the last one ends."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -104,7 +104,7 @@ def load_prompts(
 
 
 def render(conversations: Iterable[Sequence[Message]], tokenizer, template: str) -> list[list[int]]:
-    """The token ids of prompts (`Prompts.messages`) in another tokenizer and chat template.
+    """Return the token ids of prompts (`Prompts.messages`) in another tokenizer and chat template.
 
     Raises:
         ValueError: there is no chat template where `template` asks for one; it does not fit one of
@@ -126,8 +126,9 @@ def check_prompts(
     system: str | None,
     limit: int | None,
 ) -> None:
-    """Refuse what `load_prompts` would, as far as it can be told without tokenising: columns,
-    answers, roles and who speaks last.
+    """Refuse what `load_prompts` would, as far as it can be told without tokenising.
+
+    That is columns, answers, roles and who speaks last.
 
     Args:
         tokenizers: of all models that read the prompts.
@@ -162,7 +163,7 @@ def _read(
 
 @contextmanager
 def _told(where: str) -> Iterator[None]:
-    """Errors say where."""
+    """Say in errors where the prompt stands."""
     try:
         yield
     except ValueError as error:
@@ -172,7 +173,7 @@ def _told(where: str) -> Iterator[None]:
 def read_texts(
     path: str | Path, prompt_column: str, answer_column: str, limit: int
 ) -> Iterator[str]:
-    """What the messages say, and the answers where there are some, of the first `limit` records."""
+    """Yield what the messages of the first `limit` records say, and the answers that there are."""
     for where, record in islice(read_records(Path(path)), limit):
         prompt = _column(record, prompt_column, where)
         yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
@@ -239,7 +240,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _column(record: dict[str, Any], column: str, where: str) -> Any:
-    """A column by its name or, where no column is called that, by its dotted path."""
+    """Return a column by its name or, where no column is called that, by its dotted path."""
     if column in record:
         return record[column]
     value: Any = record
@@ -251,7 +252,7 @@ def _column(record: dict[str, Any], column: str, where: str) -> Any:
 
 
 def _as_messages(prompt: Any, column: str, where: str) -> list[Message]:
-    """The messages of a prompt; keys without a value, which parquet fills in, are left out."""
+    """Return a prompt's messages; keys without a value, which parquet fills in, are left out."""
     if isinstance(prompt, str) and prompt:
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
@@ -288,7 +289,11 @@ def _is_text_part(part: Any) -> bool:
 
 
 def as_answer(answer: Any, column: str, where: str) -> str:
-    """The reference answer as text; numbers as they are written without an exponent."""
+    """Return the reference answer as text; numbers as they are written without an exponent.
+
+    Raises:
+        ValueError: it is neither text that is not blank nor a finite number.
+    """
     if isinstance(answer, str) and answer.strip():
         _check_unicode(answer, column, where)
         return answer
@@ -314,7 +319,7 @@ def _check_unicode(text: str, column: str, where: str) -> None:
 
 
 def prompt_order(num_prompts: int, epoch: int, seed: int, shuffle: bool = True) -> np.ndarray:
-    """[num_prompts] int64, the order of one epoch: a permutation from (seed, epoch) alone."""
+    """Return the order of an epoch, [num_prompts] int64: a permutation from (seed, epoch) alone."""
     if not shuffle:
         return np.arange(num_prompts)
     return np.random.default_rng([seed, epoch]).permutation(num_prompts)
@@ -334,7 +339,7 @@ class PromptStream:
     consumed: int = 0
 
     def take(self, count: int) -> list[int]:
-        """The next `count` prompt indices."""
+        """Return the next `count` prompt indices."""
         indices: list[int] = []
         while len(indices) < count:
             epoch, start = divmod(self.consumed, self.num_prompts)

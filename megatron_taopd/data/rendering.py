@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 
 TEMPLATES = ("auto", "chat", "plain")
 ROLES = ("system", "user", "assistant", "tool")  # that a template need not name to know them
-_CALLS = ("tool_calls", "function_call")  # what a message says beside its content
+_CALLS = ("tool_calls", "function_call")  # what a message says in addition to its content
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))  # code points without a meaning
 _PLACEHOLDER = "\ue000{}\ue001"
 
@@ -43,11 +43,11 @@ class Skeleton:
     special: list[int]
 
     def filled(self, contents: Sequence[str]) -> str:
-        """The rendering, if the template does nothing to the contents."""
+        """Return the rendering, if the template does nothing to the contents."""
         return "".join(chain.from_iterable(zip(self.literals, [*contents, ""], strict=True)))
 
     def arrivals(self, rendering: str, messages: Sequence[Message]) -> list[str]:
-        """What a rendering has between the literals.
+        """Return what a rendering has between the literals.
 
         A template may trim white space and leave out an assistant's reasoning; it may do nothing
         else. The list ends before the first message to which it did.
@@ -71,7 +71,7 @@ class Skeleton:
 
 
 def _trimmed(message: Message) -> set[str]:
-    """What a template may make of a message."""
+    """Return what a template may make of a message."""
     texts = [message["content"]]
     if message["role"] == "assistant" and "</think>" in texts[0]:
         texts.append(texts[0].rpartition("</think>")[2])
@@ -84,7 +84,7 @@ def _trimmed(message: Message) -> set[str]:
 
 
 def special_tokens(tokenizer) -> dict[str, int]:
-    """The ids of the special tokens; Llama 3 marks many so that it names nowhere else."""
+    """Return the ids of the special tokens; Llama 3 marks many so that it names nowhere else."""
     named = {*tokenizer.all_special_tokens}
     return {
         token.content: i
@@ -130,7 +130,7 @@ class Renderer:
         )
 
     def __call__(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to and including the generation prompt.
+        """Return the token ids of a conversation, up to and including the generation prompt.
 
         What a message says stays text: where it spells a special token ("<|im_end|>"), its
         characters are tokenised like any others, where they stand. (Added tokens that their
@@ -167,7 +167,7 @@ class Renderer:
         return self._literally(skeleton, arrived)
 
     def check(self, messages: Sequence[Message]) -> Skeleton | None:
-        """The skeleton of a conversation (None: plain), once it is one that could be rendered.
+        """Return the skeleton of a conversation that could be rendered (None: plain).
 
         That depends on the roles and on which contents are empty, and is remembered.
 
@@ -197,7 +197,7 @@ class Renderer:
         return self._skeletons[shape]
 
     def _without_idle_keys(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Without keys of which the template's source says nothing, unless they are calls."""
+        """Leave out keys of which the template's source says nothing, unless they are calls."""
         if all(len(message) == 2 for message in messages):
             return messages
         source = self.source or ""
@@ -211,8 +211,10 @@ class Renderer:
         ]
 
     def _knows(self, role: str) -> bool:
-        """Whether it is one of ROLES or a string in the template's source: many a template writes
-        any role as it stands, which its model has never seen."""
+        """Tell whether a role is one of ROLES or a string in the template's source.
+
+        Many a template writes any role as it stands, which its model has never seen.
+        """
         if role in ROLES or self.source is None:
             return role in ROLES
         return bool(re.search(rf"""['"]{re.escape(role)}['"]""", self.source))
@@ -277,7 +279,7 @@ class Renderer:
             return None
 
     def _encode(self, text: str, whole: bool = False, special_as_text: bool = False) -> list[int]:
-        """The ids of a text; `whole`: with what the tokenizer adds to one."""
+        """Return the ids of a text; `whole`: with what the tokenizer adds to one."""
         return self.tokenizer(text, add_special_tokens=whole, split_special_tokens=special_as_text)[
             "input_ids"
         ]
@@ -286,10 +288,10 @@ class Renderer:
         return [i for i in ids if i in self._control]
 
     def _literally(self, skeleton: Skeleton, arrived: Sequence[str]) -> list[int]:
-        """The ids of a rendering in which the special tokens of the literals alone are special.
+        """Return the ids of a rendering of which only the literals have special tokens.
 
-        Read by a copy of the tokenizer for which all of them are text, and those behind a mark that
-        stands nowhere else are tokens.
+        It is read by a copy of the tokenizer for which all special tokens are text, and those
+        behind a mark that stands nowhere else are tokens.
         """
         text = skeleton.filled(arrived)
         mark = next(c for c in map(chr, chain(*_PRIVATE_USE)) if c not in text)
@@ -349,7 +351,7 @@ def _named(i: int, messages: Sequence[Message]) -> str:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string inside plain values, keys included."""
+    """Yield every string inside plain values, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -61,7 +61,7 @@ class Vocabulary:
         )
 
     def roles(self) -> dict[str, int]:
-        """Which special token ends a turn and which, where that is another one, ends a text.
+        """Return which special token ends a turn and which, if another one, ends a text.
 
         A turn ends with what the chat template puts after an answer, if the model's responses end
         there; else with the tokenizer's end of sequence; else with the first end that is named.
@@ -73,8 +73,10 @@ class Vocabulary:
         return dict(zip(("end of turn", "end of text"), ends, strict=False))
 
     def after_an_answer(self) -> int | None:
-        """The id that the chat template puts after an answer; None if there is no template, or
-        none that takes a question and an answer."""
+        """Return the id that the chat template puts after an answer.
+
+        It is None if there is no template, or none that takes a question and an answer.
+        """
         if not self.tokenizer.chat_template:
             return None
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "42"}
@@ -87,7 +89,7 @@ class Vocabulary:
 
 
 def end_ids(*configs: PretrainedConfig | GenerationConfig) -> tuple[int, ...]:
-    """The ids that end a response by any of these, in their order."""
+    """Return the ids that end a response by any of these, in their order."""
     named = [config.eos_token_id for config in configs]
     listed = [ids if isinstance(ids, list | tuple) else [ids] for ids in named]
     found = [i for ids in listed for i in ids if i is not None and i >= 0]
@@ -151,12 +153,12 @@ class VocabMap:
 
     @cached_property
     def common(self) -> Tensor:
-        """[n] int64, the student's ids that have a counterpart."""
+        """The student's ids that have a counterpart, [n] int64."""
         return (self.teacher_ids >= 0).nonzero()[:, 0]
 
     @cached_property
     def absent(self) -> Tensor | None:
-        """[n] int64, the student's ids below size that have no counterpart; None if all have."""
+        """The student's ids below size that have no counterpart, [n] int64; None if all have."""
         absent = (self.teacher_ids < 0).nonzero()[:, 0]
         return absent if len(absent) else None
 
@@ -165,20 +167,21 @@ class VocabMap:
         return torch.equal(self.teacher_ids, torch.arange(self.size))
 
     def to_teacher(self, ids: Tensor) -> Tensor:
-        """The teacher's ids of student ids, int64 of any shape; −1 for those without a
-        counterpart."""
+        """Return the teacher's ids of student ids, int64 of any shape; −1 without a counterpart."""
         known = ids < self.size
         return self.teacher_ids[ids.where(known, 0)].where(known, -1)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """[stop − start] int64, the row of the teacher's head that belongs in each of the student's
-        columns [start, stop); −1 where none does."""
+        """Return the rows of the teacher's head for the student's columns [start, stop).
+
+        They are [stop − start] int64; −1 for a column that no row belongs in.
+        """
         return self.to_teacher(torch.arange(start, stop))
 
     def read(
         self, batch: RolloutBatch, prompts: Sequence[Sequence[int]] | None, max_tokens: int
     ) -> tuple[Sequences, dict[str, float]]:
-        """The batch as the teacher reads it: its own prompts, the responses in its ids.
+        """Return the batch as the teacher reads it: its own prompts, the responses in its ids.
 
         A response token with a counterpart becomes that id; any other one is spelled out, so that
         the text stays what the student wrote. The row of a token stands on the last of the
@@ -243,7 +246,7 @@ class VocabMap:
 
 
 def _spell(token: str, index: int, student, teacher) -> list[int]:
-    """A student's token in the teacher's ids.
+    """Spell a student's token in the teacher's ids.
 
     An ordinary token goes through the teacher's merges as it is written in the vocabulary. In a
     byte-level one that is its bytes, so that part of a character is spelled like any other.

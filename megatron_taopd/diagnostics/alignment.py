@@ -62,8 +62,10 @@ class Steps:
         return 2 * self.remainders.abs() / (self.lrs[:, None] ** 2 * self.squared_norm)
 
     def summary(self) -> list[dict[str, float | None]]:
-        """Say for each η, the largest first, how much of G the inner product explains, and how R
-        shrinks with η. (R² of G against the prediction itself, no line fitted.)"""
+        """Say for each η, the largest first, how much of G the inner product explains.
+
+        Also say how R shrinks with η. (R² of G against the prediction itself, no line fitted.)
+        """
         rows = []
         for e, lr in enumerate(self.lrs.tolist()):
             gains, left = self.gains[e], self.remainders[e]

@@ -81,6 +81,7 @@ def draw(tables: Tables, k: int) -> dict[str, Figure]:
 
 
 def save(figures: dict[str, Figure], out: Path) -> None:
+    """Write each figure as OUT/NAME.png and, without a date, as OUT/NAME.pdf."""
     with matplotlib.rc_context(STYLE):
         for name, figure in figures.items():
             for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
@@ -89,7 +90,7 @@ def save(figures: dict[str, Figure], out: Path) -> None:
 
 
 def as_svg(figure: Figure, title: str) -> str:
-    """Inline SVG whose text and lines take the colours of the page."""
+    """Return inline SVG whose text and lines take the colours of the page."""
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -106,6 +107,7 @@ def as_svg(figure: Figure, title: str) -> str:
 
 
 def pretty(text: str) -> str:
+    """Write D^L and D^I with superscript letters, for text that readers see."""
     return text.replace("D^L", "Dᴸ").replace("D^I", "Dᴵ")
 
 

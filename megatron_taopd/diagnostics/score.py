@@ -74,7 +74,8 @@ def support_measures(compared: Compared, k: int) -> list[Tensor]:
 
 def likeliest(compared: Compared) -> Tensor:
     """[4·TOP, R] float32: ids and probabilities of the student's likeliest tokens, then of the
-    teacher's."""
+    teacher's.
+    """
     tops = compared.tops.first(TOP)
     parts = (
         tops.student.ids,
@@ -189,11 +190,12 @@ class Pair:
 
 
 def is_hf(checkpoint: Path) -> bool:
+    """Tell a Hugging Face directory from a Megatron checkpoint."""
     return (checkpoint / "config.json").is_file()
 
 
 def hf_directory(checkpoint: Path, hf_dir: Path | None) -> Path:
-    """Where a checkpoint's config and tokenizer are.
+    """Return the directory of a checkpoint's config and tokenizer.
 
     Raises:
         ValueError: it is no checkpoint, or keeps none while hf_dir is None.
@@ -311,7 +313,7 @@ def teacher_inputs_of(
 
 
 def place(contexts: Contexts) -> dict[str, Tensor]:
-    """The columns PLACE of the contexts, [R] int32 each, as numpy arrays."""
+    """Return the columns PLACE of the contexts, [R] int32 each, as numpy arrays."""
     batch = contexts.batch
     sequences = batch.row_sequences()
     columns = (
@@ -325,6 +327,14 @@ def place(contexts: Contexts) -> dict[str, Tensor]:
 
 
 def check_numbers(table: Tensor, contexts: Contexts) -> None:
+    """Refuse scores that are not numbers.
+
+    Args:
+        table: [columns, R], a column for each response row of the contexts.
+
+    Raises:
+        ValueError: a value is NaN; the line has how many rows, and the first sequence.
+    """
     if (bad := table.isnan().any(0)).any():
         sequences = contexts.batch.row_sequences()[bad].unique() + contexts.first
         raise ValueError(

@@ -121,7 +121,8 @@ def reference_answer(gold: str) -> str:
 def normalize_answer(answer: str) -> str:
     r"""One spelling for answers that mean the same: "$1,234.00" and "1234"; "\dfrac{1}{2}" and
     "1/2"; "068" and "68"; "(B)" and "B". Spaces, the signs of dollars, percent and degrees, final
-    full stops, \(…\), \text{…} go."""
+    full stops, \(…\), \text{…} go.
+    """
     answer = _TEXT.sub(r"\1", _plain(answer))
     answer = _GROUP.sub(r"\1", _FRACTION.sub(_fraction, answer).strip())
     answer = answer if _ELLIPSIS.search(answer) else answer.rstrip(".").rstrip()
@@ -141,7 +142,8 @@ def normalize_answer(answer: str) -> str:
 
 def _candidates(text: str) -> list[str]:
     """The answer that a text states; where only words say that it does, its last number, and then
-    the words."""
+    the words.
+    """
     text = text.rpartition("</think>")[2] or text  # what is stated comes after the reasoning
     if boxed := _last_boxed(text):
         return [boxed]
@@ -167,7 +169,7 @@ def _candidates(text: str) -> list[str]:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Contents of the last \\boxed{…} whose braces close."""
+    r"""Return the contents of the last \boxed{…} whose braces close, or None."""
     open_braces, last, boxes = [], None, {match.end() - 1 for match in _BOXED.finditer(text)}
     if not boxes:
         return None
@@ -183,7 +185,8 @@ def _last_boxed(text: str) -> str | None:
 
 def _stated(text: str) -> tuple[str | None, bool]:
     """What stands behind the last "answer:", "answer is" or heading; and whether nothing but an
-    answer can, which "is" does not say."""
+    answer can, which "is" does not say.
+    """
     for match in reversed([*_STATED.finditer(text)][-_STATEMENTS:]):
         for line in text[match.end() : match.end() + _LINE].split("\n"):
             statement = _BOLD.sub("", line).strip(" \t*:=")

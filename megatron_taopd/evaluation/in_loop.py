@@ -117,7 +117,8 @@ def _is_plain_number(answer: str) -> bool:
 
 def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether the expressions of each pair are equal, by math_worker.py; one that it dies over
-    counts as different."""
+    counts as different.
+    """
     command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
     verdicts: list[bool] = []
     while rest := pairs[len(verdicts) :]:
@@ -142,7 +143,8 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
 
 def pass_at(k: int, samples: int, correct: int) -> float:
     """The share of the k-subsets of so many samples that have a correct one: the unbiased estimate
-    of pass@k (Chen et al., arXiv 2107.03374)."""
+    of pass@k (Chen et al., arXiv 2107.03374).
+    """
     return 1 - comb(samples - correct, k) / comb(samples, k)
 
 

@@ -17,7 +17,7 @@ MEMORY = 4 << 30
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether both are expressions, and those are equal."""
+    """Tell whether both are expressions, and those are equal."""
     parsed = [
         parse(f"${text}$", [LatexExtractionConfig(), ExprExtractionConfig()], parsing_timeout=None)
         for text in (gold, answer)
@@ -26,6 +26,10 @@ def equal(answer: str, gold: str) -> bool:
 
 
 def main() -> None:
+    """Answer every line of stdin with a line of stdout, until stdin ends.
+
+    What a parser raises counts as not equal. A pair that takes more than CPU_S ends the process.
+    """
     answers, sys.stdout = sys.stdout, sys.stderr  # for what the libraries may print
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:

@@ -40,7 +40,7 @@ Advance = Callable[[int, int], None]  # bytes done since the last call, bytes to
 
 
 def ignore(_done: int, _total: int) -> None:
-    pass
+    """Take the progress of a conversion that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,11 @@ def _in_order(shapes: dict, parameters: dict[str, Parameter]) -> Iterator[tuple[
 
 
 def read_config(hf_dir: str | Path) -> PretrainedConfig:
+    """Read the config of a Hugging Face directory that can be converted.
+
+    Raises:
+        ValueError: what `load_config` refuses, or an architecture that `hf_map` has no table for.
+    """
     hf = load_config(hf_dir)
     try:
         hf_map.check_architecture(hf)
@@ -271,7 +276,7 @@ def _name(hf: PretrainedConfig) -> str:
 def share(
     parameters: list[Parameter], sizes: list[int], rank: int, world_size: int
 ) -> tuple[list[Parameter], int]:
-    """This rank's parameters and their bytes: neighbours, and about as many as every rank has."""
+    """Return this rank's parameters and their bytes: neighbours, about as many as on any rank."""
     ends = [0]
     for size in sizes:
         ends.append(ends[-1] + size)
@@ -281,6 +286,7 @@ def share(
 
 
 def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the world size; (0, 1) without a process group."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -135,7 +135,7 @@ def weight_map(hf_dir: str | Path) -> dict[str, str] | None:
 
 
 def load_model(hf_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """transformers' model of a directory, on the CPU, if every reader takes the same weights of it.
+    """Load a directory with transformers, on the CPU, if every reader takes the same weights of it.
 
     Raises:
         ValueError: what `weight_map` refuses.

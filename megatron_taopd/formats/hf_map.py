@@ -237,10 +237,12 @@ def check_layout(config: PretrainedConfig, path, tp: int, pp: int, ep: int = 1) 
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of a positive number, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def listed(numbers: Iterable[int]) -> str:
+    """Join numbers as an error line shows them: "1, 2, 4"."""
     return ", ".join(map(str, numbers))
 
 
@@ -324,7 +326,10 @@ _FUSED_NORMS = {
 
 
 def _checkpoint_key(name: str, experts: bool) -> str:
-    """decoder.layers.{i}.mlp.experts.local_experts.{e}.X → decoder.layers.mlp.experts.experts.X"""
+    """Return the key of a layer's parameter, from its name in the tables.
+
+    decoder.layers.{i}.mlp.experts.local_experts.{e}.X → decoder.layers.mlp.experts.experts.X
+    """
     inner = name.removeprefix(_MEGATRON)
     if not (experts and inner == "pre_mlp_layernorm.weight"):  # several projections come after it
         inner = _FUSED_NORMS.get(inner, inner)
@@ -332,7 +337,7 @@ def _checkpoint_key(name: str, experts: bool) -> str:
 
 
 def plain_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
-    """A parameter's name as the tables have it, from the name in a pipeline stage's model.
+    """Return a parameter's name as the tables have it, from that in a pipeline stage's model.
 
     Args:
         name: of a model with Megatron's own layers or TransformerEngine's.
@@ -371,5 +376,6 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def padded_vocab_size(vocab_size: int, multiple: int = 64) -> int:
     """Vocabulary rows after padding: the same for every power-of-two TP up to 64, so that
-    checkpoint shapes do not depend on it (151,936 and 152,064 need no padding)."""
+    checkpoint shapes do not depend on it (151,936 and 152,064 need no padding).
+    """
     return -(-vocab_size // multiple) * multiple

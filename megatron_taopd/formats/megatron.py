@@ -307,7 +307,8 @@ def _tile(shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[in
 
 def _check_sums(stream: IO[bytes], tensor: Tensor) -> None:
     """Raise unless what torch.load made of a stream is what torch.save put there; torch does not
-    look."""
+    look.
+    """
     with zipfile.ZipFile(stream) as archive:
         for record in archive.infolist():
             if "/data/" not in record.filename:

@@ -54,14 +54,14 @@ RECOMPUTE = {
 
 
 def use_transformer_engine() -> bool:
-    """TransformerEngine's layers are taken where it is installed and CUDA is there."""
+    """Tell whether to take TransformerEngine's layers: it is installed, and CUDA is there."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def transformer_config(
     hf: PretrainedConfig, layout: Layout, dtype: torch.dtype, recompute: str = "none"
 ) -> TransformerConfig:
-    """Megatron's configuration of a Hugging Face model in a layout.
+    """Return Megatron's configuration of a Hugging Face model in a layout.
 
     Args:
         hf: of a family in `hf_map.FAMILIES`.
@@ -119,7 +119,7 @@ def transformer_config(
 
 
 def _experts(hf: PretrainedConfig, layout: Layout) -> dict:
-    """The part of Megatron's configuration that a mixture of experts adds."""
+    """Return the part of Megatron's configuration that a mixture of experts adds."""
     if not hf_map.num_experts(hf):
         return {}
     return dict(
@@ -143,7 +143,8 @@ def _leave(weight: Tensor) -> Tensor:
 
 class Embedding(VocabParallelEmbedding):
     """Megatron's, with a sparse gradient: the rows of the tokens looked up, which DDP adds to its
-    buffer as they are. A dense one would be as large as the head."""
+    buffer as they are. A dense one would be as large as the head.
+    """
 
     def forward(self, input_: Tensor) -> Tensor:
         columns = input_ - self.vocab_start_index
@@ -188,13 +189,13 @@ class Trunk(HiddenStatesModel):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D], this rank's rows of the output projection; on the last stage."""
+        """This rank's rows of the output projection, [V, D]; on the last stage."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
     def vocab_shard(self, size: int, absent: Tensor | None = None) -> VocabShard:
-        """The columns of head_weight; size and absent as in `VocabShard`."""
+        """Return the columns of head_weight; size and absent as in `VocabShard`."""
         columns = hf_map.padded_vocab_size(self.hf.vocab_size) // self.layout.tp
         start = self.layout.tp_rank * columns
         group = self.layout.groups.tp if self.layout.tp > 1 else None
@@ -204,7 +205,7 @@ class Trunk(HiddenStatesModel):
 def packed_forward(
     model, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
-    """This stage's hidden states of one packed micro-batch, from a trunk or what wraps one.
+    """Return this stage's hidden states of one packed micro-batch, from a trunk or what wraps one.
 
     Args:
         tokens, position_ids: [T] int64.
@@ -227,7 +228,7 @@ def packed_forward(
 
 
 def pick_rows(hidden_states: Tensor, rows: Tensor, layout: Layout) -> Tensor:
-    """[R, D] hidden states at packed positions `rows` on every rank of the TP group.
+    """Return [R, D]: hidden states at packed positions `rows`, on every rank of the TP group.
 
     Their gradient may be this vocabulary shard's partial sum. Collectives: under sequence
     parallelism an all-gather forward (T·D elements) and a reduce-scatter backward; otherwise none
@@ -272,7 +273,7 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
 
 
 def rope_frequencies(hf: PretrainedConfig) -> Tensor:
-    """[head_dim / 2] float32 inverse frequencies, by transformers' own rules for the RoPE type.
+    """Return [head_dim / 2] float32: inverse frequencies, by transformers' rules for the type.
 
     Args:
         hf: with a type of `hf_keys.ROPE_TYPES`; none of these scales attention or changes with the

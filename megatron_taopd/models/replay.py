@@ -23,7 +23,7 @@ from megatron_taopd.models.gpt import Trunk
 
 
 def kept_bytes(trunk: Trunk, num_tokens: int) -> int:
-    """Bytes a rank keeps of `num_tokens` packed tokens."""
+    """Count the bytes that a rank keeps of `num_tokens` packed tokens."""
     config = trunk.config
     ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
     element = torch.finfo(config.params_dtype).bits // 8
@@ -99,7 +99,7 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
 
 
 def _pick(trunk: Trunk, output: Tensor, wanted: Tensor) -> Tensor:
-    """[T', 1, D] or, under sequence parallelism, this rank's part of it."""
+    """Return [T', 1, D], 0 for padding, or, under sequence parallelism, this rank's part of it."""
     group = trunk.layout.groups.tp
     with torch.no_grad():
         if trunk.layout.sequence:

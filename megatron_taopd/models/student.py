@@ -78,15 +78,15 @@ class FrozenStudent:
         return self.trunk.head_weight
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under Hugging Face names, on every rank (`weights.export_weights`)."""
+        """Yield whole tensors by Hugging Face name, on every rank (`weights.export_weights`)."""
         return weights.export_weights(self.trunk)
 
     def forward(self, micro_batches: Sequence[MicroBatch], collect: Callable) -> list:
-        """`pipeline.forward` of the trunk."""
+        """Run `pipeline.forward` on the trunk."""
         return pipeline.forward(self.trunk, self.layout, micro_batches, collect)
 
     def keep_outputs(self):
-        """`replay.keep_outputs` of the trunk."""
+        """Keep the trunk's outputs in the block (`replay.keep_outputs`)."""
         return replay.keep_outputs(self.trunk)
 
     def rows_within(self, head_memory_mib: int) -> int:
@@ -173,26 +173,27 @@ class Student(FrozenStudent):
 
     def go_on_after(self, updates: int) -> None:
         """Put the configured settings back into the optimizer, whose state was loaded, and go on
-        with the schedule after so many updates."""
+        with the schedule after so many updates.
+        """
         for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
             group.update(settings)
         self.scheduler.num_steps = updates
         self.scheduler.step(increment=0)
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Callable) -> list:
-        """`pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones."""
+        """Run `pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
 
     def replay_outputs(self, kept: list[list[Tensor]], wanted: list[Tensor]):
-        """`replay.replay_outputs` of the trunk."""
+        """Replay the trunk's outputs in the block (`replay.replay_outputs`)."""
         return replay.replay_outputs(self.trunk, kept, wanted)
 
     def step(self) -> tuple[float, float]:
-        """One optimizer step: (gradient norm before clipping, learning rate used).
+        """Take an optimizer step; return (gradient norm before clipping, learning rate used).
 
-        The parts of Megatron's own `ChainedOptimizer.step`, so that its norm is seen in time.
+        These are the parts of Megatron's `ChainedOptimizer.step`, so that its norm is seen in time.
 
         Raises:
             Fault: the norm is not finite, on every rank alike. Weights, moments and the schedule
@@ -214,11 +215,11 @@ class Student(FrozenStudent):
         return grad_norm, self.optimizer.param_groups[0]["lr"]
 
     def broken_weights(self) -> Fault | None:
-        """Which weights are not finite, if any. Collectives: as in `_not_finite`."""
+        """Say which weights are not finite, if any. Collectives: as in `_not_finite`."""
         return self._not_finite("student weights", lambda parameter: parameter)
 
     def _not_finite(self, what: str, of: Callable[[Tensor], Tensor]) -> Fault | None:
-        """The ranks and parameters of which `of(parameter)` is not finite.
+        """Say on which ranks and of which parameters `of(parameter)` is not finite.
 
         Collectives: an all-gather of their names (`guard.by_rank`).
         """

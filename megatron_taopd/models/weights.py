@@ -35,7 +35,7 @@ from megatron_taopd.parallel.layout import Layout
 
 
 def named_parameters(model: Trunk) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under the names of `hf_map.parameters`."""
+    """Yield this rank's parameters under the names of `hf_map.parameters`."""
     layers = model.decoder.layers
     first_layer = layers[0].layer_number - 1 if len(layers) else 0
     first_expert = 0
@@ -116,7 +116,7 @@ def fill(model: torch.nn.Module, state: dict) -> None:
 
 
 def load_head(hf_dir: str | Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[len(ids), D] rows of a checkpoint's output projection, on this rank's device.
+    """Read rows of a checkpoint's output projection: [len(ids), D], on this rank's device.
 
     A factor that the model has on its logits is in them, so that logits are rows · hidden. Where it
     is no power of two, a narrow dtype rounds them once more.
@@ -131,7 +131,7 @@ def load_head(hf_dir: str | Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def load_rows(hf_dir: str | Path, head: OutputHead, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """`load_head` of a head that has been found."""
+    """Read rows as `load_head` does, of a head that has been found."""
     rows = HFCheckpoint(hf_dir).rows(head.name, ids).to(platform.device())
     return (rows if head.scale == 1 else rows.float() * head.scale).to(dtype)
 
@@ -173,11 +173,12 @@ def export_weights(
 
 
 def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """Return the dtype of a model's parameters, which all have the same."""
     return next(model.parameters()).dtype
 
 
 def _stage(parameter: hf_map.Parameter, model: Trunk) -> int:
-    """The pipeline stage that holds a parameter."""
+    """Return the pipeline stage that holds a parameter."""
     if parameter.layer is not None:
         return parameter.layer // (model.config.num_layers // model.layout.pp)
     return 0 if parameter.name.startswith("embedding") else model.layout.pp - 1

@@ -32,11 +32,11 @@ class RowShard:
 
     @cached_property
     def _order(self) -> Tensor:
-        """[n] int64, sorts the ids: numbers are sorted, never the rows, which would be a copy."""
+        """The order that sorts the ids, [n] int64: sorting the rows themselves would copy them."""
         return self.ids.argsort()
 
     def places(self, ids: Tensor) -> Tensor:
-        """[len(ids)] int64, where each of these rows lies here, −1 for one that is not held."""
+        """Return [len(ids)] int64: where each of these rows lies here, −1 where it is not held."""
         if not len(self.ids):
             return torch.full_like(ids, -1)
         where = torch.searchsorted(self.ids, ids, sorter=self._order)
@@ -44,7 +44,7 @@ class RowShard:
         return where.where(self.ids[where] == ids, -1)
 
     def at(self, ids: Tensor) -> Tensor:
-        """[len(ids), D], in the order asked for. KeyError for a row that is not held."""
+        """Return [len(ids), D], in the order asked for. Raises KeyError if a row is not held."""
         where = self.places(ids.cpu())
         if (where < 0).any():
             raise KeyError("asked for a row that this rank does not hold")
@@ -88,7 +88,7 @@ def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Te
 
 
 def _take(held: list[RowShard], ids: Tensor) -> Tensor:
-    """[len(ids), D] from pieces, in the order asked for; the list is emptied on the way."""
+    """Take rows out of pieces: [len(ids), D], in the order asked for; the list is emptied."""
     rows = held[0].rows.new_empty(len(ids), held[0].rows.shape[1])
     missing = len(ids)
     while held:
@@ -104,7 +104,7 @@ def _take(held: list[RowShard], ids: Tensor) -> Tensor:
 
 
 def no_rows(width: int, dtype: torch.dtype) -> RowShard:
-    """What a rank holds that holds nothing."""
+    """Return what a rank holds that holds nothing: rows [0, width] on its device."""
     return RowShard(
         torch.empty(0, dtype=torch.int64),
         torch.empty(0, width, dtype=dtype, device=platform.device()),

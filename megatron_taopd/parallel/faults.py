@@ -32,7 +32,7 @@ class Fault(Exception):
         self.what, self.ranks, self.sequences, self.key = what, ranks, sequences, key
 
     def describe(self, prompts: Tensor | None = None) -> str:
-        """One line; prompts: [N], the prompt of each sequence."""
+        """Return one line; prompts: [N] int64, the prompt of each sequence of the batch."""
         places = []
         if self.ranks:
             places.append(listed("rank", self.ranks))
@@ -43,14 +43,14 @@ class Fault(Exception):
 
 
 def listed(noun: str, values: Sequence) -> str:
-    """ "rank 3" or "ranks 0, 3 and 7 more"."""
+    """Write "rank 3" or "ranks 0, 3 and 7 more": at most MOST_NAMED values by name."""
     text = ", ".join(map(str, values[:MOST_NAMED]))
     more = f" and {len(values) - MOST_NAMED} more" if len(values) > MOST_NAMED else ""
     return f"{noun}{'s' if len(values) > 1 else ''} {text}{more}"
 
 
 def by_rank(found: Sequence) -> dict[int, list]:
-    """What each rank has found, of those that have found something, on every rank.
+    """Return, on every rank, what each rank has found that has found something.
 
     Collectives: an all-gather of the pickled objects; for the path that hardly any step takes.
     """

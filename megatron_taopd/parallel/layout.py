@@ -66,12 +66,12 @@ class Layout:
         return self.pp_rank == self.pp - 1
 
     def last_stage_rank(self, dp_rank, tp_rank):
-        """The global rank at (dp_rank, tp_rank) of the last stage; takes ints or tensors."""
+        """Return the global rank at (dp_rank, tp_rank) of the last stage; takes ints or tensors."""
         return tp_rank + self.tp * (dp_rank + self.dp * (self.pp - 1))
 
 
 def data_parallel_size(tp: int, pp: int, ep: int) -> int:
-    """How many data-parallel ranks a layout leaves of the world.
+    """Return how many data-parallel ranks a layout leaves of the world.
 
     Raises:
         ValueError: tp × pp does not divide the world size, or ep what it leaves.
@@ -109,7 +109,7 @@ def student_layout(tp: int, pp: int, sequence: bool = False, seed: int = 0, ep: 
 
 
 def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Layout:
-    """Create process groups for a model that only runs forward, beside those of the student.
+    """Create process groups for a model that only runs forward, next to those of the student.
 
     Raises:
         ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
@@ -135,7 +135,7 @@ def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Lay
 
 
 def _checked(layout: Layout) -> Layout:
-    """The layout, whose arithmetic has to agree with the groups that Megatron works with."""
+    """Return the layout if its arithmetic agrees with the groups that Megatron works with."""
     groups = layout.groups
     for group, size, rank in (
         (groups.tp, layout.tp, layout.tp_rank),

@@ -70,9 +70,10 @@ def _highest(sizes: Iterator[int]) -> int:
 
 
 def rank_memory() -> dict[str, float]:
-    """What the log says of all ranks' memory: the fullest, which one it is, and the emptiest.
+    """Return what the log says of all ranks' memory: the fullest, which it is, and the emptiest.
 
-    On CUDA the most that torch has held since the last call, on a CPU what the process holds now.
+    On CUDA it is the most that torch has held since the last call, on a CPU what the process holds
+    now. The keys are memory/{most_mib,most_rank,least_mib}.
 
     Collectives: an all-gather of 8 bytes a rank.
     """

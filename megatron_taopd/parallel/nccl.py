@@ -26,12 +26,12 @@ def set_defaults(environment: MutableMapping[str, str]) -> None:
 
 
 def values(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables ALIKE as a process with this environment will have them."""
+    """Return the variables ALIKE as a process with this environment will have them."""
     return {name: environment.get(name, DEFAULTS.get(name, UNSET)) for name in ALIKE}
 
 
 def of_server(environment: Mapping[str, str], options: Mapping[str, object]) -> dict[str, str]:
-    """The variables ALIKE in the workers of an SGLang server, whose options win over variables.
+    """Return the variables ALIKE in an SGLang server's workers; its options win over variables.
 
     Args:
         environment: that it was started with.

@@ -34,7 +34,7 @@ def gather(value: Any) -> list:
 
 
 def broadcast_object(value: Any, src: int = 0, group: dist.ProcessGroup | None = None) -> Any:
-    """What global rank `src` says, on every rank of the group; the others' values do not count.
+    """Return what global rank `src` says, on every rank of the group; other values do not count.
 
     Collectives: a broadcast of the size, one of the pickled value.
     """
@@ -46,7 +46,7 @@ def broadcast_object(value: Any, src: int = 0, group: dist.ProcessGroup | None =
 
 
 def comes_first(where: str) -> bool:
-    """Whether no other rank has been at this place: for what several find, and one should say.
+    """Tell whether this is the first rank at this place: what several find, one should say.
 
     Not a collective, since others may be stuck in one, or dead: it counts in the group's store.
     """
@@ -56,7 +56,7 @@ def comes_first(where: str) -> bool:
 
 
 def anyone_was(where: str) -> bool:
-    """Whether a rank has called `comes_first` here. No collective."""
+    """Tell whether a rank has called `comes_first` here. No collective."""
     return dist.is_initialized() and default_store().add(where, 0) > 0
 
 

@@ -22,7 +22,7 @@ from megatron_taopd.parallel import nccl
 
 
 def device() -> torch.device:
-    """The device of this rank's tensors."""
+    """Return the device of this rank's tensors."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -130,7 +130,7 @@ _mode: _CudaIsCpu | None = None
 
 
 def emulate_cuda() -> None:
-    """Without CUDA, let the CPU stand in for it in this process (once; a no-op with CUDA)."""
+    """Let the CPU stand in for CUDA in this process where there is none (once; else a no-op)."""
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return

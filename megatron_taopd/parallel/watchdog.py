@@ -59,14 +59,17 @@ _here = Place()
 
 
 def heartbeat() -> None:
-    """Work goes on in this phase."""
+    """Note that work goes on in this phase."""
     _here.beats += 1
 
 
 @contextmanager
 def file_io() -> Iterator[None]:
-    """A call inside reads or writes files and does not say how far it is: that the kernel counts
-    more bytes for this process shows that work goes on (Linux; elsewhere nothing does)."""
+    """Count the bytes of files as signs of life, while a call inside does not say how far it is.
+
+    It reads or writes files: that the kernel counts more bytes for this process shows that work
+    goes on (Linux; elsewhere nothing does).
+    """
     ended = threading.Event()
 
     def look() -> None:
@@ -86,21 +89,21 @@ def file_io() -> Iterator[None]:
 
 
 def _bytes_moved() -> int:
-    """By this process, through calls (rchar, wchar) and to or from disks (the mapped files)."""
+    """Sum this process's bytes through calls (rchar, wchar) and to or from disks (mapped files)."""
     with suppress(OSError):
         return sum(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines())
     return 0
 
 
 def at_step(step: int) -> None:
-    """This rank begins a step of the run; "build" is over."""
+    """Note that this rank begins a step of the run; "build" is over."""
     _here.step = step
     _here.move("between phases")
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """This rank is in a phase. An exception leaves it there: that is where it happened."""
+    """Note that this rank is in a phase. An exception leaves it there: there it happened."""
     outer = _here.name
     _here.move(name)
     yield
@@ -184,7 +187,8 @@ class Watchdog:
 
     def report(self, error: Exception) -> None:
         """Say on this rank and to the others that it failed; returns when they have had the time to
-        read it. Does not return if the error only tells of another rank's end."""
+        read it. Does not return if the error only tells of another rank's end.
+        """
         place = str(_here)
         if self._threads and _tells_of_another(error):
             self.lost = True
@@ -240,7 +244,7 @@ class Watchdog:
         self.store.set(f"beat/{self.rank}", json.dumps(self._record()))
 
     def _read_verdict(self) -> dict | None:
-        """Also hears rank 0, and itself on rank 0: then the store is there."""
+        """Read the verdict; also hear rank 0, and itself on rank 0: then the store is there."""
         text, first = self.store.multi_get(["verdict", "beat/0"])
         self.first = json.loads(first)
         self._hear(0, self.first)
@@ -254,7 +258,7 @@ class Watchdog:
         return time.monotonic() - self.heard[rank][1]
 
     def _missed(self) -> dict | None:
-        """Whether rank 0, or the store, has been silent for too long."""
+        """Return what to say if rank 0, or the store, has been silent for too long, or None."""
         silence = self._silence(0)
         if silence <= (3 * self.period if self.lost else self.heartbeat_timeout_s):
             return None
@@ -263,7 +267,7 @@ class Watchdog:
         return {"line": f"{whose} has been silent for {silence:.0f} s", "hang": False}
 
     def _examine(self) -> dict | None:
-        """What is wrong with any rank, on rank 0; published."""
+        """Publish, on rank 0, what is wrong with any rank, and return it; None if nothing is."""
         keys = [f"beat/{rank}" for rank in range(self.world_size)]
         records = [json.loads(text) for text in self.store.multi_get(keys)]
         for rank, record in enumerate(records):

@@ -47,7 +47,7 @@ CLUSTERS = {
 
 
 def load_cluster(name: str) -> Cluster:
-    """A built-in cluster, or one from a YAML file with the fields of `Cluster`.
+    """Return a built-in cluster, or read one from a YAML file with the fields of `Cluster`.
 
     Raises:
         ValueError: no such cluster or file; an unknown, missing or impossible field.

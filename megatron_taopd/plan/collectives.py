@@ -81,7 +81,12 @@ class _Pass:
 
     @classmethod
     def of(cls, setup: Setup, model: Architecture, grid: Grid, rank: int, length: int, rows: int):
-        """Args: length: tokens of a sequence; rows: of a sequence."""
+        """Describe a rank's pass over its sequences.
+
+        Args:
+            length: tokens of a sequence.
+            rows: of a sequence.
+        """
         sequences = setup.workload.sequences_of(grid.dp)
         together = max(1, setup.micro_batch_tokens // length)
         full, rest = divmod(sequences, together)
@@ -105,13 +110,18 @@ class _Pass:
 
     @property
     def activations(self) -> int:
-        """Bytes of the whole activations between two layers, of all micro-batches."""
+        """The bytes of the whole activations between two layers, of all micro-batches."""
         return self.tokens * self.model.hidden * self.itemsize
 
     def over_tp(
         self, phase: str, op: str, calls: int, total: float, who: str = "student"
     ) -> Collective:
-        """Args: calls: per micro-batch, each over total bytes of all micro-batches."""
+        """Describe a collective over the tensor-parallel group.
+
+        Args:
+            calls: per micro-batch.
+            total: bytes of one call a micro-batch, over all micro-batches.
+        """
         wire = links.all_reduce_bytes if op == "all_reduce" else links.gather_bytes
         tp = self.grid.tp
         return Collective(
@@ -119,7 +129,7 @@ class _Pass:
         )
 
     def over_pp(self, phase: str, who: str = "student") -> Collective:
-        """To the neighbouring stage: a shape, and a tensor."""
+        """Describe what goes to the neighbouring stage: a shape, and a tensor."""
         bytes_ = self.micro_batches * SHAPE_BYTES + links.pipeline_bytes(
             self.tokens, self.model.hidden, self.itemsize, self.grid.shards
         )
@@ -149,7 +159,7 @@ class _Pass:
         ]
 
     def picked(self, phase: str, who: str) -> list[Collective]:
-        """`models.gpt.pick_rows`."""
+        """List that of `models.gpt.pick_rows`, forward: one, if any."""
         gathers = self.last and self.grid.sequence
         return [self.over_tp(phase, "all_gather", 1, self.activations, who)] if gathers else []
 
@@ -168,7 +178,7 @@ class _Pass:
         return found + ([] if self.stage == 0 else [self.over_pp(phase)])
 
     def heads(self, phase: str, chunk_rows: int, row_bytes: int) -> list[Collective]:
-        """One all-gather a chunk of rows, on the last stage."""
+        """List those of the heads: one all-gather a chunk of rows, on the last stage."""
         if not self.last:
             return []
         tp, count = self.grid.tp, self.micro_batches
@@ -214,13 +224,16 @@ def _teacher(setup: Setup, rank: int) -> list[Collective]:
 
 
 def _teacher_row(setup: Setup) -> int:
-    """Bytes of what the teacher says of a row."""
+    """Count the bytes of what the teacher says of a row."""
     return (2 * setup.k + 1) * 4 if setup.columns_only else setup.teacher.hidden * setup.itemsize
 
 
 def _rows_sent(setup: Setup, rank: int) -> int:
-    """Rows that a rank sends to others (`teacher.dispatch`): sequences of one length are dealt
-    round, and every rank of the scoring TP group takes its copy from itself or from a holder."""
+    """Count the rows that a rank sends to others (`teacher.dispatch`).
+
+    Sequences of one length are dealt round, and every rank of the scoring TP group takes its copy
+    from itself or from a holder.
+    """
     grid, own, sent = setup.student_grid, setup.teacher_grid, 0
     for sequence in range(setup.workload.sequences):
         holders = [0]
@@ -311,8 +324,10 @@ def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Co
 
 
 def _sync(setup: Setup, rank: int) -> list[Collective]:
-    """`models.weights.export_weights`: cut parameters of this rank's stage over TP, and every
-    parameter down the pipeline."""
+    """List those of `models.weights.export_weights`, and of rank 0's groups with servers.
+
+    Cut parameters of this rank's stage go over TP, and every parameter down the pipeline.
+    """
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     stage = grid.stage(rank)
     layers = model.layers // grid.pp

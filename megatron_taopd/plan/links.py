@@ -8,24 +8,27 @@ from __future__ import annotations
 
 
 def gather_bytes(total: float, ranks: int) -> float:
-    """An all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
+    """Count an all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
     return total * (ranks - 1) / ranks
 
 
 def all_reduce_bytes(total: float, ranks: int) -> float:
+    """Count an all-reduce of `total` bytes: a reduce-scatter and an all-gather."""
     return 2 * gather_bytes(total, ranks)
 
 
 def trunk_forward_bytes(tokens: int, hidden: int, layers: int, itemsize: int, tp: int) -> float:
-    """Tensor parallelism in a stage's forward pass: two all-reduces a layer, or, under sequence
-    parallelism, two all-gathers and two reduce-scatters, which is as much."""
+    """Count tensor parallelism in a stage's forward pass: two all-reduces a layer.
+
+    Under sequence parallelism these are two all-gathers and two reduce-scatters, which is as much.
+    """
     return layers * 2 * all_reduce_bytes(tokens * hidden * itemsize, tp)
 
 
 def trunk_backward_bytes(
     tokens: int, hidden: int, layers: int, itemsize: int, tp: int, sequence: bool
 ) -> float:
-    """As many as forward; under sequence parallelism the inputs are gathered once more."""
+    """Count the backward pass: as forward; with sequence parallelism, inputs are gathered again."""
     again = 2 * gather_bytes(tokens * hidden * itemsize, tp) if sequence else 0
     return trunk_forward_bytes(tokens, hidden, layers, itemsize, tp) + layers * again
 
@@ -33,31 +36,31 @@ def trunk_backward_bytes(
 def pick_rows_bytes(
     tokens: int, rows: int, hidden: int, itemsize: int, tp: int, sequence: bool, backward: bool
 ) -> float:
-    """`models.gpt.pick_rows` on the last stage."""
+    """Count `models.gpt.pick_rows` on the last stage."""
     if sequence:
         return (1 + backward) * gather_bytes(tokens * hidden * itemsize, tp)
     return all_reduce_bytes(rows * hidden * itemsize, tp) if backward else 0.0
 
 
 def pipeline_bytes(tokens: int, hidden: int, itemsize: int, shards: int) -> float:
-    """One micro-batch from a stage to the next; shards: tp under sequence parallelism."""
+    """Count one micro-batch from a stage to the next; shards: tp under sequence parallelism."""
     return tokens * hidden * itemsize / shards
 
 
 def expert_bytes(
     tokens: int, hidden: int, layers: int, itemsize: int, experts_per_token: int, ep: int
 ) -> float:
-    """A forward pass of routed experts: tokens to their experts and back, if evenly routed."""
+    """Count a forward pass of routed experts: tokens to experts and back, if evenly routed."""
     return layers * 2 * gather_bytes(tokens * experts_per_token * hidden * itemsize, ep)
 
 
 def score_bytes(rows: int, k: int, tp: int) -> float:
-    """One all-gather of 24K+24 bytes a row and rank (`parallel.vocab.score_hidden`)."""
+    """Count one all-gather of 24K+24 bytes a row and rank (`parallel.vocab.score_hidden`)."""
     return gather_bytes(rows * (24 * k + 24) * tp, tp)
 
 
 def loss_bytes(rows: int, tp: int) -> float:
-    """One all-gather of 20 bytes a row and rank: the reverse KL's normalisers and sum."""
+    """Count one all-gather of 20 bytes a row and rank: the reverse KL's normalisers and sum."""
     return gather_bytes(rows * 20 * tp, tp)
 
 
@@ -65,7 +68,7 @@ def hidden_state_bytes(
     rows: int, hidden: int, itemsize: int, student_tp: int, student_dp: int, teacher_dp: int,
     teacher_tp: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """The teacher's rows to the ranks that score them: (sent, received) by a rank that has some.
+    """Count the teacher's rows to who scores them: (sent, received) by a rank that has some.
 
     Every rank of the scoring TP group gets the row; its holders take turns in sending.
     """
@@ -75,16 +78,16 @@ def hidden_state_bytes(
 
 
 def gradient_bytes(buffer_elements: int, dp: int) -> float:
-    """The reduce-scatter of fp32 gradients."""
+    """Count the reduce-scatter of fp32 gradients."""
     return gather_bytes(4 * buffer_elements, dp)
 
 
 def parameter_bytes(buffer_elements: int, itemsize: int, dp: int) -> float:
-    """The all-gather of updated weights."""
+    """Count the all-gather of updated weights."""
     return gather_bytes(itemsize * buffer_elements, dp)
 
 
 def export_bytes(elements: int, itemsize: int, tp: int, pp: int) -> tuple[float, float]:
-    """`models.weights.export_weights`: (over TP, over the pipeline), of the whole model."""
+    """Count `models.weights.export_weights` of the whole model: (over TP, over the pipeline)."""
     whole = elements * itemsize
     return gather_bytes(whole, tp), whole if pp > 1 else 0.0

@@ -1,7 +1,7 @@
 """Bytes of device memory by rank and phase: what is alive, and what makes the peak.
 
 Each item is what the code that allocates it takes; docs/plan.md says where that is. Ranks of one
-student stage, one teacher stage and the same servers beside them differ in nothing but padding.
+student stage, one teacher stage and the same servers next to them differ in nothing but padding.
 
 Letters: T tokens of a micro-batch, R rows, e bytes of an element.
 """
@@ -67,7 +67,7 @@ class Place:
 
 
 def places(setup: Setup) -> list[Place]:
-    """All kinds of ranks of a run, in the order of their first rank."""
+    """List all kinds of ranks of a run, in the order of their first rank."""
     found: dict[tuple, list[int]] = {}
     for rank in range(setup.gpus):
         teacher = setup.teacher_grid
@@ -86,7 +86,7 @@ def places(setup: Setup) -> list[Place]:
 def phases(
     setup: Setup, place: Place, memory_gib: float, cuda: bool = True
 ) -> dict[str, dict[str, int]]:
-    """Bytes of everything that is alive at the worst moment of each phase, by item.
+    """Count the bytes of everything that is alive at the worst moment of each phase, by item.
 
     Args:
         memory_gib: of the device, of which colocated servers take a share.
@@ -179,7 +179,7 @@ def phases(
 
 
 def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:
-    """(phase, bytes) of the worst moment."""
+    """Return (phase, bytes) of the worst moment."""
     sums = {phase: sum(items.values()) for phase, items in by_phase.items()}
     worst = max(sums, key=sums.get)
     return worst, sums[worst]
@@ -191,7 +191,7 @@ def peak_bytes(setup: Setup, memory_gib: float) -> int:
 
 
 def problems(place: Place, by_phase: dict[str, dict[str, int]], usable: float) -> Iterator[str]:
-    """One line for each phase of these ranks that does not fit into `usable` bytes."""
+    """Yield a line for each phase of these ranks that does not fit into `usable` bytes."""
     for phase, items in by_phase.items():
         if (total := sum(items.values())) <= usable:
             continue
@@ -209,7 +209,7 @@ def problems(place: Place, by_phase: dict[str, dict[str, int]], usable: float) -
 def activation_bytes(
     model: Architecture, grid: Grid, tokens: int, itemsize: int, recompute: str, cuda: bool = True
 ) -> int:
-    """What autograd keeps of one layer and T tokens of a micro-batch, on one rank.
+    """Count the bytes that autograd keeps of one layer and T tokens of a micro-batch, on one rank.
 
     Args:
         recompute: none, selective (core attention) or full.
@@ -265,7 +265,7 @@ def stage_activation_bytes(
 
 
 def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
-    """The most that a layer has alive without a graph, its input included.
+    """Count the most bytes that a layer has alive without a graph, its input included.
 
     In the MLP: the input, the residual, its norm, gate and up, SiLU, up + 0, their product. In
     attention: the projections, normed, rotated. Routed tokens are counted evenly spread over the
@@ -286,20 +286,22 @@ def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -
 
 
 def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
-    """Gradients that a layer has alive beside what autograd kept: in the MLP, the output's, the
-    residual's, and those of gate and up."""
+    """Count the bytes of gradients that a layer has alive in addition to what autograd kept.
+
+    In the MLP these are the output's, the residual's, and those of gate and up.
+    """
     gathered = model.hidden if grid.sequence else 0
     mlp = 2 * model.ffn // grid.tp
     return tokens * (2 * model.hidden // grid.shards + gathered + mlp) * itemsize
 
 
 def replay_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
-    """Layers' outputs that a rank keeps of all its tokens (`models.replay.kept_bytes`)."""
+    """Count the bytes of layers' outputs that a rank keeps (`models.replay.kept_bytes`)."""
     return model.layers // grid.pp * -(-tokens // grid.shards) * model.hidden * itemsize
 
 
 def in_flight(grid: Grid, stage: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at a time, in one forward, one backward."""
+    """Count the micro-batches whose activations a stage holds at a time, in 1F1B."""
     return min(micro_batches, grid.pp - stage)
 
 
@@ -341,7 +343,7 @@ def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool)
 
 
 def _rollout(setup: Setup) -> dict[str, int]:
-    """The in-process engine's: a cache, one layer of it twice, logits and noise."""
+    """Count the in-process engine's bytes: a cache, one layer of it twice, logits and noise."""
     student, work, e = setup.student, setup.workload, setup.itemsize
     batch = min(setup.batch_size, -(-work.sequences // setup.gpus))
     longest = work.prompt + setup.longest_response
@@ -357,7 +359,10 @@ def _rollout(setup: Setup) -> dict[str, int]:
 
 
 def _sync(setup: Setup) -> dict[str, int]:
-    """The largest tensor from its shards, or between stages; on its way to servers, a bucket."""
+    """Count the bytes of the largest tensor, from its shards or between stages, and of a bucket.
+
+    A bucket is on its way to servers.
+    """
     whole = setup.student.largest * setup.itemsize
     copies = 2 * (setup.student_grid.tp > 1) or (setup.student_grid.pp > 1)
     bucket = setup.sync_bucket if setup.rollout is not None else 0

@@ -25,7 +25,7 @@ class Proposal:
     peak: int
 
     def keys(self) -> dict[str, object]:
-        """The configuration's keys that give this layout."""
+        """Return the configuration's keys that give this layout."""
         found = {
             "student.parallel.tp": self.setup.student_grid.tp,
             "student.parallel.pp": self.setup.student_grid.pp,
@@ -46,8 +46,11 @@ class Proposal:
 
 
 def grids(hf: PretrainedConfig, gpus: int, gpus_per_node: int, stages: int = 8) -> Iterator[Grid]:
-    """Layouts that divide a model and the GPUs: TP inside a node, a few stages, and, of a mixture
-    of experts, every EP. With TP, with and without sequence parallelism."""
+    """Yield the layouts that divide a model and the GPUs.
+
+    TP stays inside a node; there are a few stages and, of a mixture of experts, every EP. With TP,
+    a layout comes with and without sequence parallelism.
+    """
     for tp, pp in product(divisors(gpus_per_node), range(1, stages + 1)):
         if gpus % (tp * pp):
             continue
@@ -66,7 +69,7 @@ def grids(hf: PretrainedConfig, gpus: int, gpus_per_node: int, stages: int = 8) 
 def proposals(
     setup: Setup, cluster: Cluster, student: PretrainedConfig, teacher: PretrainedConfig | None
 ) -> list[Proposal]:
-    """Everything that fits, the fastest first; of equally fast ones the one with most memory left.
+    """List all that fits, the fastest first; of equally fast ones the one with most memory left.
 
     Varied are both layouts, recomputation, micro-batches of one, two and four of the longest
     sequences, and the teacher's offloading. A teacher with TP runs sequence parallel.

@@ -52,7 +52,7 @@ class Plan:
         ]
 
     def last_stage_extra(self) -> dict[str, int]:
-        """Bytes that the last pipeline stage holds beside what the others do, by item."""
+        """Count the bytes that the last pipeline stage holds and the others do not, by item."""
         last = max(self.memory, key=lambda place: place.stage)
         items = ("teacher head", "teacher rows", "logits")
         by_phase = self.memory[last].values()
@@ -61,7 +61,7 @@ class Plan:
 
 
 def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
-    """Everything, in bytes and seconds."""
+    """Return everything for `--json`, in bytes and seconds."""
     worst = plan.worst
     phase, size = peak(plan.memory[worst])
     return {
@@ -87,7 +87,11 @@ def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
 
 
 def tables(plan: Plan, proposed: Sequence[Proposal], most: int = 10) -> Iterator[Table]:
-    """Args: most: proposals to show."""
+    """Yield the tables for the terminal.
+
+    Args:
+        most: proposals to show.
+    """
     yield _ranks(plan)
     yield _items(plan, plan.worst)
     yield _time(plan)

@@ -60,7 +60,7 @@ class Workload:
         return -(-self.sequences_of(dp) // max(1, capacity // self.length))
 
     def rows_at_a_time(self, dp: int, capacity: int) -> int:
-        """Response rows of the fullest micro-batch."""
+        """Count the response rows of the fullest micro-batch."""
         return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.response
 
     def tokens_at_a_time(self, dp: int, capacity: int) -> int:

@@ -58,7 +58,7 @@ class Architecture:
 
     @classmethod
     def of(cls, hf: PretrainedConfig) -> Architecture:
-        """Args: hf: of a family in `hf_map.FAMILIES`."""
+        """Read the sizes from the config of a model of a family in `hf_map.FAMILIES`."""
         single = deepcopy(hf)
         single.num_hidden_layers = 1
         if hasattr(single, "quantization_config"):  # of a served teacher: sizes are the same
@@ -131,7 +131,7 @@ class Grid:
 
     @property
     def shards(self) -> int:
-        """Over how many ranks the tokens between TP regions are cut."""
+        """The number of ranks over which the tokens between TP regions are cut."""
         return self.tp if self.sequence else 1
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Grid:
 def parameter_sizes(
     model: Architecture, grid: Grid, stage: int, head: bool = True
 ) -> tuple[tuple[int, bool], ...]:
-    """(elements, in a bucket of its own) of every parameter of a rank, front to back.
+    """List (elements, in a bucket of its own) of every parameter of a rank, front to back.
 
     Args:
         head: with the output projection, as a student; a teacher's trunk is without.
@@ -168,6 +168,7 @@ def parameter_sizes(
 
 
 def parameter_elements(model: Architecture, grid: Grid, stage: int, head: bool = True) -> int:
+    """Count the parameters' elements on a rank of a stage; head: as in `parameter_sizes`."""
     return sum(elements for elements, _ in parameter_sizes(model, grid, stage, head))
 
 
@@ -184,7 +185,7 @@ class Bucket:
     spans: tuple[tuple[int, int], ...]
 
     def share(self, dp: int, dp_rank: int) -> int:
-        """Parameter elements in the share of a data-parallel rank."""
+        """Count the parameter elements in the share of a data-parallel rank."""
         width = self.size // dp
         start = dp_rank * width
         return sum(max(0, min(end, start + width) - max(begin, start)) for begin, end in self.spans)
@@ -194,7 +195,7 @@ class Bucket:
 def gradient_buckets(
     sizes: tuple[tuple[int, bool], ...], dp: int, bucket_size: int | None = None
 ) -> tuple[Bucket, ...]:
-    """The buffer of Megatron's DDP with a distributed optimizer.
+    """Lay out the buffer of Megatron's DDP with a distributed optimizer.
 
     Parameters lie in it back to front, each at a multiple of 64 elements, buckets at a multiple of
     128 and dp. A bucket is full when it has bucket_size elements (None: it never is).
@@ -224,14 +225,14 @@ def gradient_buckets(
 
 
 def default_bucket_size(dp: int, stage: int, overlap: bool) -> int | None:
-    """Megatron's: where the reduction overlaps the backward pass, and on the first stage only."""
+    """Return Megatron's, in elements: if reductions overlap the backward pass, on stage 0 only."""
     return max(40_000_000, 1_000_000 * dp) if overlap and stage == 0 else None
 
 
 def student_buckets(
     model: Architecture, grid: Grid, stage: int, overlap: bool = True
 ) -> tuple[Bucket, ...]:
-    """The buffer of a student's rank. Args: overlap: reductions overlap, as on CUDA."""
+    """Lay out the buffer of a student's rank; overlap: reductions overlap, as on CUDA."""
     sizes = parameter_sizes(model, grid, stage)
     return gradient_buckets(sizes, grid.dp, default_bucket_size(grid.dp, stage, overlap))
 
@@ -243,13 +244,13 @@ def buffer_elements(buckets: tuple[Bucket, ...]) -> int:
 
 @cache
 def optimizer_elements(buckets: tuple[Bucket, ...], dp: int, dp_rank: int | None = None) -> int:
-    """Parameter elements that a data-parallel rank updates; None: of the rank that has most."""
+    """Count the parameter elements that a data-parallel rank updates; None: the most of any."""
     ranks = range(dp) if dp_rank is None else (dp_rank,)
     return max(sum(bucket.share(dp, rank) for bucket in buckets) for rank in ranks)
 
 
 def optimizer_bytes(elements: int, itemsize: int) -> int:
-    """Two fp32 moments and, of bf16 weights, an fp32 copy. (Adam's counters are not counted.)"""
+    """Count two fp32 moments and, of bf16 weights, an fp32 copy; Adam's counters are left out."""
     return elements * (8 if itemsize == 4 else 12)
 
 

@@ -39,8 +39,10 @@ class Phase:
 
 
 def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
-    """The phases of a step in their order; they follow one another. `checkpoint` is not of every
-    step."""
+    """Return the phases of a step in their order; they follow one another.
+
+    `checkpoint` is not of every step.
+    """
     work = setup.workload
     lengths = torch.full((work.sequences,), work.length)
     kept = max(1, round(work.kept * work.sequences * work.response))
@@ -78,6 +80,7 @@ def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
 
 
 def is_replayed(setup: Setup) -> bool:
+    """Tell whether training replays the layers' outputs: asked for, and within their memory."""
     work, grid = setup.workload, setup.student_grid
     tokens = work.sequences_of(grid.dp) * work.length
     outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)
@@ -100,7 +103,7 @@ def _link_rate(setup: Setup, cluster: Cluster, span: int) -> float:
 
 
 def pipeline_seconds(stage: float, last: float, pp: int, micro_batches: int) -> float:
-    """A pipeline's time: the slowest stage's work, and one micro-batch of the others to fill it.
+    """Return a pipeline's time: the slowest stage's work, and the others' first micro-batch.
 
     Args:
         stage, last: seconds of a micro-batch on a stage, and on the last one with its heads.
@@ -112,7 +115,7 @@ def pipeline_seconds(stage: float, last: float, pp: int, micro_batches: int) -> 
 
 
 def rollout(setup: Setup, cluster: Cluster) -> Phase:
-    """Prefill bound by operations, decoding by the weights and the cache read for every token."""
+    """Estimate prefill by operations, decoding by the weights and cache read for every token."""
     model, work, served = setup.student, setup.workload, setup.rollout
     replicas, tp, at_once = setup.gpus, 1, setup.batch_size
     if served is not None:
@@ -140,7 +143,11 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
-    """Args: operations: of the trunk, over all ranks."""
+    """Estimate the teacher's forward pass.
+
+    Args:
+        operations: of the trunk, over all ranks.
+    """
     model, grid, work = setup.teacher, setup.teacher_grid, setup.workload
     if grid is None:
         served = setup.teacher_servers
@@ -176,7 +183,7 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
 
 
 def exchange(setup: Setup, cluster: Cluster) -> Phase:
-    """The teacher's rows to the ranks that score them, in one all-to-all."""
+    """Estimate the all-to-all that takes the teacher's rows to the ranks that score them."""
     grid, own, work = setup.student_grid, setup.teacher_grid, setup.workload
     width = setup.teacher.hidden
     if setup.columns_only:
@@ -191,7 +198,7 @@ def exchange(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def scoring(setup: Setup, cluster: Cluster) -> Phase:
-    """The student's forward pass; both heads on the last stage, which the others wait for."""
+    """Estimate the student's forward pass, and both heads on the last stage: the others wait."""
     model, grid, work = setup.student, setup.student_grid, setup.workload
     lengths = torch.full((work.sequences,), work.length - 1)
     forward = _forward(setup, cluster, model, grid, model.cost.trunk(lengths))
@@ -217,7 +224,12 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Phase:
-    """Args: operations: of trunk and heads, over all ranks; kept: rows, likewise."""
+    """Estimate the training pass over the kept rows.
+
+    Args:
+        operations: of trunk and heads, over all ranks.
+        kept: rows, likewise.
+    """
     model, grid, work, e = setup.student, setup.student_grid, setup.workload, setup.itemsize
     teacher_row = 0 if setup.columns_only else setup.teacher.cost.per_row
     head_operations = kept * (3 * model.cost.per_row + teacher_row)
@@ -267,7 +279,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
 
 
 def optimizer(setup: Setup, cluster: Cluster) -> Phase:
-    """Adam over this rank's share, and the all-gather of the weights, which nothing overlaps."""
+    """Estimate Adam over a rank's share, and the weights' all-gather, which nothing overlaps."""
     model, grid = setup.student, setup.student_grid
     update = gather = 0.0
     for stage in range(grid.pp):
@@ -282,7 +294,7 @@ def optimizer(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def sync(setup: Setup, cluster: Cluster) -> Phase:
-    """Whole tensors on every rank, then into the engine's copy or to the servers."""
+    """Estimate whole tensors on every rank, then into the engine's copy or to the servers."""
     model, grid = setup.student, setup.student_grid
     tensor, pipeline = links.export_bytes(model.elements, setup.itemsize, grid.tp, grid.pp)
     parts = {
@@ -304,7 +316,7 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def checkpoint(setup: Setup, cluster: Cluster) -> Phase:
-    """Weights and optimizer states to the file system, all ranks together."""
+    """Estimate writing weights and optimizer states to the file system, all ranks together."""
     bytes_ = setup.student.elements * (setup.itemsize + (8 if setup.itemsize == 4 else 12))
     seconds = bytes_ / (cluster.storage_gb_s * 1e9)
     return Phase(seconds, {"written": seconds})
@@ -327,7 +339,11 @@ class _Forward:
 def _forward(
     setup: Setup, cluster: Cluster, model: Architecture, grid: Grid, operations: float
 ) -> _Forward:
-    """Args: operations: of a pass over the whole batch, over all ranks."""
+    """Estimate a micro-batch on one stage.
+
+    Args:
+        operations: of a pass over the whole batch, over all ranks.
+    """
     work, e = setup.workload, setup.itemsize
     count = work.micro_batches(grid.dp, setup.micro_batch_tokens)
     tokens = -(-work.sequences_of(grid.dp) * work.length // count)

@@ -129,7 +129,7 @@ def alone(config: Config) -> Config:
 
 
 def check_models(config: Config) -> Iterator[Finding]:
-    """Engine, trainer and teacher on the first prompt. Collective."""
+    """Compare engine, trainer and teacher on the first prompt. Every rank calls this."""
     with tempfile.TemporaryDirectory(prefix="doctor-") as directory:
         try:
             yield from _compare(_with_one_server(config, directory))
@@ -138,8 +138,11 @@ def check_models(config: Config) -> Iterator[Finding]:
 
 
 def _with_one_server(config: Config, directory: str) -> Config:
-    """One server of each model, with its log in another directory; and all of a teacher that are
-    there already, for they have to agree. (Rollout servers will be given weights.)"""
+    """Return a configuration with one server of each model, whose log is in another directory.
+
+    Of a teacher's servers that are there already, all stay, for they have to agree. (Rollout
+    servers will be given weights.)
+    """
 
     def one(servers, urls=None):
         gpus = None if servers.gpus is None else servers.gpus[: servers.tp]

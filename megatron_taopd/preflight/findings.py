@@ -27,19 +27,22 @@ class Finding:
 
 
 def ok(what: str) -> Finding:
+    """Say that a thing is right."""
     return Finding("ok", what)
 
 
 def warning(what: str, remedy: str) -> Finding:
+    """Say what a run can start with, and what would be better."""
     return Finding("warning", what, remedy)
 
 
 def error(what: str, remedy: str) -> Finding:
+    """Say what a run cannot start with or would fail by, and what to do about it."""
     return Finding("error", what, remedy)
 
 
 def examined(check: Callable[..., Iterable[Finding]], *args) -> list[Finding]:
-    """What a check finds; what it raises is a finding, too, so that the next check still runs."""
+    """Return what a check finds; what it raises is a finding, too, so that the next still runs."""
     found = []
     try:
         for finding in check(*args):
@@ -53,7 +56,7 @@ def examined(check: Callable[..., Iterable[Finding]], *args) -> list[Finding]:
 
 
 def of_all_hosts(findings: Sequence[Finding], host: str, speaks: bool) -> list[Finding]:
-    """Findings of every host, on every rank: once where all hosts found the same, else by name.
+    """Return every host's findings on every rank: once what all hosts found, the rest by name.
 
     Args:
         speaks: one rank of each host does.

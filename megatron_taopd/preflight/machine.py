@@ -54,6 +54,7 @@ def driver() -> str:
 
 
 def installed(name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -61,7 +62,7 @@ def installed(name: str) -> str | None:
 
 
 def unmet(distribution: str, extra: str = "") -> list[tuple[Requirement, str | None]]:
-    """Requirements of an installed distribution and the versions that are there instead."""
+    """List the unmet requirements of an installed distribution, with the version there instead."""
     found = []
     for line in metadata.requires(distribution) or ():
         requirement = Requirement(line)
@@ -74,7 +75,7 @@ def unmet(distribution: str, extra: str = "") -> list[tuple[Requirement, str | N
 
 
 def check_versions(sglang: bool) -> Iterator[Finding]:
-    """Installed packages beside what this one, and SGLang if it is to run, ask for."""
+    """Compare installed packages with what this one, and SGLang if it is to run, ask for."""
     if installed(DISTRIBUTION) is None:
         yield warning(
             f"{DISTRIBUTION}: not installed, so that its requirements are unknown",
@@ -144,19 +145,20 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU of the machine; none where there is no nvidia-smi."""
+    """Return what nvidia-smi says of each GPU of the machine; [] where there is no nvidia-smi."""
     fields = "index,uuid,driver_version,memory.total,memory.used"
     fields += ",ecc.errors.uncorrected.volatile.total"
     return parse_gpus(fields, _nvidia_smi(f"--query-gpu={fields}", "--format=csv,noheader,nounits"))
 
 
 def parse_gpus(fields: str, text: str) -> list[dict[str, str]]:
+    """Read the CSV of `nvidia-smi --query-gpu=FIELDS`: a GPU a line, by the names of the fields."""
     rows = (re.split(r",\s*", line.strip()) for line in text.splitlines() if line.strip())
     return [dict(zip(fields.split(","), row, strict=True)) for row in rows]
 
 
 def links(topology: str) -> Counter[str]:
-    """How many pairs of GPUs are linked in which way, from `nvidia-smi topo -m`: NV18, PIX, …"""
+    """Count the pairs of GPUs by their link (NV18, PIX, …), from `nvidia-smi topo -m`."""
     rows = [line.split() for line in topology.splitlines() if re.match(r"GPU\d+\s", line)]
     rows = [row[1:] for row in rows if "X" in row]
     return Counter(row[j] for i, row in enumerate(rows) for j in range(i + 1, len(rows)))
@@ -171,7 +173,7 @@ def _nvidia_smi(*args: str) -> str:
 
 
 def check_devices(local_ranks: int) -> Iterator[Finding]:
-    """A GPU for each rank of this host, free and sound; or enough cores."""
+    """Check for a GPU for each rank of this host, free and sound; or enough cores."""
     memory = psutil.virtual_memory()
     seen = f"memory: {memory.total / 2**30:.0f} GiB"
     if memory.available < memory.total / 2:
@@ -220,6 +222,7 @@ def check_gpus(found: list[dict[str, str]]) -> Iterator[Finding]:
 
 
 def check_cores(local_ranks: int, cores: int, threads: int) -> Iterator[Finding]:
+    """Check for a core for each rank of this host, and for each of a rank's threads."""
     seen = f"{local_ranks} ranks × {threads} threads on {cores} cores"
     if local_ranks > cores:
         yield warning(seen, f"ranks wait for each other; start at most {cores}")
@@ -233,7 +236,7 @@ def check_cores(local_ranks: int, cores: int, threads: int) -> Iterator[Finding]
 
 
 def check_limits() -> Iterator[Finding]:
-    """Open files; what is set of the variables that matter."""
+    """Check the limit of open files; show and check the variables that matter."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < OPEN_FILES:
         yield warning(

@@ -27,7 +27,7 @@ SKEW_S = 2.0
 
 
 def check_loopback() -> Iterator[Finding]:
-    """This host reaches itself, and its own name leads somewhere."""
+    """Check that this host reaches itself, and that its own name leads somewhere."""
     try:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             socket.create_connection(listening.getsockname(), CONNECT_S).close()
@@ -39,6 +39,7 @@ def check_loopback() -> Iterator[Finding]:
 
 
 def check_name(key: str, host: str) -> Iterator[Finding]:
+    """Warn of a host's name that does not resolve; key: how the line calls the host."""
     try:
         socket.getaddrinfo(host, None)
     except OSError as problem:
@@ -49,7 +50,7 @@ def check_name(key: str, host: str) -> Iterator[Finding]:
 
 
 def check_rendezvous() -> Iterator[Finding]:
-    """The port where ranks meet: torchrun's own, or the one that it would take."""
+    """Check the port where ranks meet: torchrun's own, or the one that it would take."""
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", TORCHRUN_PORT))
     if dist.is_initialized() and "RANK" in os.environ:
@@ -111,7 +112,8 @@ def check_own_nccl(key: str, args: Sequence[str]) -> Iterator[Finding]:
 
 def check_nccl_of_urls(key: str, urls: Sequence[str], api_key_env: str | None) -> Iterator[Finding]:
     """Compare NCCL's variables in the trainer with those in servers that are there, as far as their
-    options tell: the environment that they were started in cannot be asked for."""
+    options tell: the environment that they were started in cannot be asked for.
+    """
     api_key = os.environ.get(api_key_env or "")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with httpx.Client(headers=headers, trust_env=False, timeout=CONNECT_S) as client:
@@ -136,7 +138,8 @@ def check_nccl_of_urls(key: str, urls: Sequence[str], api_key_env: str | None) -
 def _compared_nccl(
     where: str, theirs: Mapping[str, str], which: str, otherwise: str
 ) -> Iterator[Finding]:
-    """
+    """Compare NCCL's variables in the trainer with those in servers.
+
     Args:
         theirs: NCCL's variables in the servers.
         which: servers, and what decided.

@@ -13,6 +13,7 @@ ANY_LENGTH = sys.maxsize
 
 
 def vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
+    """Read the student's vocabulary, ending also at `rollout.stop_token_ids`, and the teacher's."""
     student, teacher = map(Vocabulary.from_pretrained, (config.student.path, config.teacher.path))
     return student.ending_at(config.rollout.stop_token_ids), teacher
 
@@ -20,7 +21,7 @@ def vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
 def read_prompts(
     config: Config, student: Vocabulary, teacher: Vocabulary | None, most: int = ANY_LENGTH
 ) -> Prompts:
-    """As the run reads them, up to so many tokens; without a teacher, those of the evaluation."""
+    """Read prompts as the run does, up to so many tokens; without a teacher, the evaluation's."""
     data, both = config.data, teacher is not None and config.teacher.prompt == "own"
     return load_prompts(
         data.prompts if teacher else config.eval.prompts,

@@ -58,7 +58,8 @@ def check_taught_end(
     student: Vocabulary, teacher: Vocabulary, vocab_map: VocabMap
 ) -> Iterator[Finding]:
     """Whether a response of the student ends where the teacher teaches it to, which a base model's
-    do not."""
+    do not.
+    """
     if (end_of_turn := teacher.after_an_answer()) is None:
         return
     taught = (vocab_map.teacher_ids == end_of_turn).nonzero()[:, 0].tolist()

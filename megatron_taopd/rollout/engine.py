@@ -41,12 +41,17 @@ class Pending(Protocol):
     """A batch that is being generated. Both methods are collective."""
 
     def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
-        """Sequences as they finish, each of them once: (their places in the batch, ascending; they
-        themselves). The same on every rank. To be run to its end, once."""
+        """Yield sequences as they finish, each of them once; the same on every rank.
+
+        It has to be run to its end, once.
+
+        Yields:
+            (Their places in the batch, ascending; the sequences themselves.)
+        """
         ...
 
     def result(self) -> RolloutBatch:
-        """The whole batch, in (prompt, sample) order, the same on every rank, on the CPU.
+        """Return the whole batch, in (prompt, sample) order, the same on every rank, on the CPU.
 
         A stop token is the last token of its response, so its row is trained; a response without
         one is `truncated`.
@@ -55,8 +60,9 @@ class Pending(Protocol):
 
 
 class RolloutEngine(Protocol):
-    """Generates with the student's weights. Every method is collective: all ranks call it, with the
-    same arguments, in the same order.
+    """Generates with the student's weights.
+
+    Every method is collective: all ranks call it, with the same arguments, in the same order.
 
     Attributes:
         name: as `rollout.engine` calls it.
@@ -90,7 +96,7 @@ class RolloutEngine(Protocol):
         step: int,
         sampling: Sampling,
     ) -> RolloutBatch:
-        """`submit` and its result."""
+        """Return the result of `submit`."""
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -106,12 +112,14 @@ class RolloutEngine(Protocol):
         ...
 
     def offload(self) -> None:
-        """Nothing is asked for until the next weights are there: an engine that shares the
-        trainer's device may give its memory back."""
+        """Let an engine that shares the trainer's device give its memory back.
+
+        Nothing is asked of it until the next weights are there.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """What the log says of the generation since the last call; rank 0 writes it."""
+        """Return what the log says of the generation since the last call; rank 0 writes it."""
         ...
 
     def close(self) -> None:

@@ -155,8 +155,10 @@ class LocalEngine:
     def _generate_batch(
         self, prompts: list, keys: list[tuple[int, int]], stops: Tensor, sampling: Sampling
     ) -> tuple[Tensor, Tensor]:
-        """[B, W] int64 tokens and [B, W] float32 log-probabilities on the CPU; what comes after a
-        sequence's stop token means nothing."""
+        """Return [B, W] int64 tokens and [B, W] float32 log-probabilities, on the CPU.
+
+        What comes after a sequence's stop token means nothing.
+        """
         device = self.model.device
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
@@ -176,7 +178,7 @@ class LocalEngine:
         return tokens[:, longest:].cpu(), torch.stack(draw.log_probs, dim=1).cpu()
 
     def _all_gather(self, share: Tensor) -> Tensor:
-        """The rows of all ranks, in the order in which they were dealt."""
+        """Return the rows of all ranks, in the order in which they were dealt."""
         if self.world_size == 1:
             return share
         share = share.to(self.model.device)
@@ -228,7 +230,7 @@ class Generated:
 
 
 def _lengths(tokens: Tensor, stops: Tensor) -> Tensor:
-    """[B] int64, the tokens of each row up to and including its first stop token."""
+    """Count the tokens of each row up to and including its first stop token: [B] int64."""
     is_stop = torch.isin(tokens, stops)
     first = is_stop.int().argmax(dim=1) + 1
     return torch.where(is_stop.any(dim=1), first, tokens.shape[1])
@@ -258,7 +260,10 @@ class DrawTokens(LogitsProcessor):
             self.warp.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """[B, V] float32 logits of the next token → [B, V] scores whose argmax is the draw."""
+        """Turn the next token's logits, [B, V] float32, into [B, V] scores; their argmax is drawn.
+
+        The log-probabilities of the tokens that are drawn, [B], are appended to `log_probs`.
+        """
         watchdog.heartbeat()
         if self.vocab_size is not None:
             logits[:, self.vocab_size :] = -torch.inf
@@ -272,7 +277,7 @@ class DrawTokens(LogitsProcessor):
 
 
 def noise_key(seed: int, step: int, prompt: int, sample: int) -> tuple[int, int]:
-    """64 well-mixed bits as two signed 32-bit integers."""
+    """Return 64 well-mixed bits as two signed 32-bit integers."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
     return (
         int.from_bytes(digest[:4], "little", signed=True),
@@ -281,9 +286,9 @@ def noise_key(seed: int, step: int, prompt: int, sample: int) -> tuple[int, int]
 
 
 def gumbel_noise(keys: Tensor, position: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise for one position of B sequences, whatever the batch and the device.
+    """Draw standard Gumbel noise for one position of B sequences, whatever batch and device.
 
-    A counter-based generator without state: the bits are a hash of (key, position, token).
+    The generator is counter-based, without state: the bits are a hash of (key, position, token).
 
     Args:
         keys: [B, 2] integers of 32 bits, one pair per sequence.
@@ -308,7 +313,7 @@ def gumbel_noise(keys: Tensor, position: int, vocab_size: int) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3, a bijection of 32-bit integers, with wrapping products."""
+    """Apply MurmurHash3's finaliser, a bijection of 32-bit integers, with wrapping products."""
     bits = bits ^ ((bits >> 16) & 0xFFFF)
     bits = bits * -0x7A143595
     bits = bits ^ ((bits >> 13) & 0x7FFFF)

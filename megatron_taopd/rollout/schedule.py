@@ -49,12 +49,14 @@ class RolloutSchedule:
 
     @property
     def consumed(self) -> int:
-        """Prompts of the batches that were taken: a batch that is only begun is begun again by a
-        run that resumes."""
+        """The number of prompts in the batches that were taken.
+
+        A batch that is only begun does not count: a run that resumes begins it again.
+        """
         return self.stream.consumed - (self.prompts if self.next else 0)
 
     def take(self, step: int) -> Begun:
-        """The batch of this step."""
+        """Return the batch of this step, begun now or ahead."""
         begun = self.next or self._begin(step)
         assert begun.step == step, (begun.step, step)
         self.next = None

@@ -26,6 +26,8 @@ PULSE_S = 2.0  # how often a server that has not answered yet is looked at
 
 
 class State(Enum):
+    """What a replica can be asked for."""
+
     READY = "ready"
     STALE = "stale"  # runs, and waits to be given the current weights
     DOWN = "down"  # being looked at, restarted, or tried again from time to time

@@ -30,6 +30,11 @@ def supervised(command: list[str | os.PathLike]) -> list[str]:
 
 
 def main(parent: int, command: list[str]) -> int:
+    """Run the command until it, or the parent, has ended; then end what it has left behind.
+
+    Returns:
+        The command's exit code as a shell says it: 128 + N if signal N ended it.
+    """
     prctl = ctypes.CDLL(None).prctl
     prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a dying process leaves becomes a child of this one
     child = subprocess.Popen(
@@ -51,6 +56,7 @@ def main(parent: int, command: list[str]) -> int:
 
 
 def kill_descendants() -> None:
+    """Kill every process below this one, and return when none is left."""
     while descendants := psutil.Process().children(recursive=True):
         for process in descendants:
             with suppress(psutil.NoSuchProcess):

@@ -115,7 +115,7 @@ class Distiller:
         return Lesson(scored, mask, trained, seed)
 
     def read(self, teacher_inputs: Sequences) -> Parts:
-        """Have the teacher read a batch as a whole. Collectives: the teacher's."""
+        """Let the teacher read a batch as a whole. Collectives: the teacher's."""
         with torch.no_grad(), self.teacher.resident():
             places = torch.arange(teacher_inputs.num_sequences)
             return [(places, self.teacher.read(teacher_inputs))]

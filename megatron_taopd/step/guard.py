@@ -81,19 +81,20 @@ class Guard:
 
     def forget(self) -> None:
         """Compare the next losses with each other alone: those before them were of another kind, or
-        a run was ended by those that followed."""
+        a run was ended by those that followed.
+        """
         self.losses.clear()
         self.in_a_row = self.jumps = 0
 
     def observe(self, fault: Fault | None) -> dict[str, int]:
-        """Count a step; what the log says of it."""
+        """Count a step, and return what the log says of it."""
         self.in_a_row = self.in_a_row + 1 if fault else 0
         self.jumps = self.jumps + 1 if isinstance(fault, Jump) else 0
         self.skipped += fault is not None
         return {"guard/skipped": int(fault is not None), "guard/skipped_total": self.skipped}
 
     def line(self, fault: Fault, prompts: Tensor) -> str | None:
-        """About the step observed last, without its number; None if enough has been said."""
+        """Return a line on the step observed last, without its number; None if enough was said."""
         if self.in_a_row < self.max_skipped and self.skipped > MOST_LINES and self.skipped % 100:
             return None
         return (
@@ -103,16 +104,16 @@ class Guard:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many steps in a row were skipped that the run is to end."""
+        """Tell whether so many steps in a row were skipped that the run is to end."""
         return self.in_a_row >= self.max_skipped
 
     @property
     def jumped(self) -> bool:
-        """Whether that is because of losses that jumped, every time."""
+        """Tell whether that is because of losses that jumped, every time."""
         return self.exhausted and self.jumps >= self.max_skipped
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         losses = torch.tensor(list(self.losses), dtype=torch.float64)
         counts = {name: getattr(self, name) for name in ("skipped", "in_a_row", "jumps")}
         return {"losses": losses, **counts}

@@ -112,7 +112,7 @@ _CULPRITS = {1: "teacher hidden states", 2: "student hidden states", 4: "scores"
 
 
 def culprits(student: Tensor, teacher: Tensor, scores: TokenScores) -> Tensor:
-    """[R] float32, a sum of keys of _CULPRITS: whose numbers are not finite. 0: nobody's.
+    """Tell whose numbers are not finite: [R] float32, a sum of keys of _CULPRITS. 0: nobody's.
 
     Args:
         student, teacher: [R] bool, the rows whose hidden states are finite. Scores can be at fault
@@ -125,7 +125,8 @@ def culprits(student: Tensor, teacher: Tensor, scores: TokenScores) -> Tensor:
 
 
 def _fault(faults: Tensor, sequences: Tensor, rank_of: Tensor) -> Fault:
-    """
+    """Say whose numbers are not finite, on which ranks and in which sequences.
+
     Args:
         faults: [R] of `culprits`, and sequences: [R] the sequence of each row.
         rank_of: [N] the rank that scored each sequence.
@@ -142,8 +143,10 @@ def sequence_log_probs(
     micro_batch_tokens: int,
     chunk_rows: int = 1024,
 ) -> Tensor:
-    """[Σ(n−1)] float32, the student's log-probability of every token but the first of each sequence
-    of n, at temperature 1 over all its tokens; on the CPU, the same on every rank.
+    """Return the student's log-probability of every token but the first of each sequence.
+
+    It is at temperature 1 over all the student's tokens: [Σ(n−1)] float32 for sequences of n
+    tokens, on the CPU, the same on every rank.
 
     Collectives: the trunk's forward; one all-gather of 12 bytes a row and rank over TP; an
     all-reduce of 4 bytes a row over all ranks.

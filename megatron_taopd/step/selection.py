@@ -33,7 +33,7 @@ def _random(scores: TokenScores, seed: int) -> Tensor:
 
 
 def _in_q3(scores: TokenScores, priority: Tensor) -> Tensor:
-    """`priority` in TIP's quadrant, −inf elsewhere: H below and D above the batch median."""
+    """Keep `priority` in TIP's quadrant, −inf elsewhere: H below and D above the batch median."""
     if not len(priority):
         return priority
     h, d = scores.student_entropy.double(), scores.disagreement.double()
@@ -85,7 +85,7 @@ CONCENTRATES = tuple(name for name in SELECTORS if name not in ("full", "random"
 
 
 def budget(ratio: float, num_rows: int) -> int:
-    """n = ⌈ρ|I|⌉ with ρ as the decimal a person writes: 7 for .07 × 100, where floats give 8.
+    """Return n = ⌈ρ|I|⌉, ρ being the decimal a person writes: 7 for .07 × 100; floats give 8.
 
     Raises:
         ValueError: ratio outside (0, 1].
@@ -103,7 +103,9 @@ def select(
     concentrate: float = 0.0,
     cu_rows: Tensor | None = None,
 ) -> Tensor:
-    """The rows to train on: the n = ⌈ρ|I|⌉ of highest priority (Eq. 13), exactly, on every layout.
+    """Choose the rows to train on: exactly the n = ⌈ρ|I|⌉ of highest priority (Eq. 13).
+
+    The choice is the same on every layout.
 
     Args:
         selector: a name in SELECTORS. `full` keeps all rows whatever the ratio; a `q3` selector
@@ -150,7 +152,7 @@ def select(
 def selection_metrics(
     selector: str, scores: TokenScores, mask: Tensor, cu_rows: Tensor, seed: int
 ) -> dict[str, float]:
-    """What the log says of one selection; every value finite, keys without a value left out.
+    """Return what the log says of one selection; values are finite, keys without one left out.
 
     Args:
         selector, scores, seed: as given to `select`.

@@ -22,7 +22,7 @@ def robust_normalize(
     degenerate: float = 0.0,
     name: str = "values",
 ) -> Tensor:
-    """Norm (Eq. 11): clip((z − Q05) / (Q95 − Q05 + ε), 0, 1) over the whole rollout batch.
+    """Return Norm (Eq. 11): clip((z − Q05) / (Q95 − Q05 + ε), 0, 1) over the whole rollout batch.
 
     Args:
         values: [R], any float type, any R (also beyond the 16M elements of `torch.quantile`).
@@ -51,39 +51,39 @@ def robust_normalize(
 
 
 def learnable_disagreement(disagreement: Tensor, compatibility: Tensor) -> Tensor:
-    """D^L = Norm(D)·Norm(C) (Eq. 5, 12), the teachability score: [R] in [0, 1] from raw D and C."""
+    """Return the teachability D^L = Norm(D)·Norm(C) (Eq. 5, 12): [R] in [0, 1] from raw D and C."""
     return normalize_disagreement(disagreement) * normalize_compatibility(compatibility)
 
 
 def incompatible_disagreement(disagreement: Tensor, compatibility: Tensor) -> Tensor:
-    """D^I = Norm(D)·(1 − Norm(C)) (Eq. 5): [R] in [0, 1] from raw D and C."""
+    """Return D^I = Norm(D)·(1 − Norm(C)) (Eq. 5): [R] in [0, 1] from raw D and C."""
     return normalize_disagreement(disagreement) * (1 - normalize_compatibility(compatibility))
 
 
 def normalize_disagreement(disagreement: Tensor) -> Tensor:
-    """D̃: [R] in [0, 1]. 0 where D does not vary: no row disagrees more than another."""
+    """Return D̃, [R] in [0, 1]. 0 where D does not vary: no row disagrees more than another."""
     return robust_normalize(disagreement, name="disagreement")
 
 
 def normalize_compatibility(compatibility: Tensor) -> Tensor:
-    """C̃: [R] in [0, 1]. 1 where C does not vary: then teachability is disagreement alone."""
+    """Return C̃, [R] in [0, 1]. 1 where C does not vary: then teachability is disagreement alone."""
     return robust_normalize(compatibility, degenerate=1.0, name="compatibility")
 
 
 def normalize_entropy(student_entropy: Tensor) -> Tensor:
-    """H̃: [R] in [0, 1]. 0 where H does not vary."""
+    """Return H̃, [R] in [0, 1]. 0 where H does not vary."""
     return robust_normalize(student_entropy, name="student_entropy")
 
 
 def either(a: Tensor, b: Tensor) -> Tensor:
-    """a + b − ab, TIP's union of two scores in [0, 1] (Eq. 15, 16)."""
+    """Return a + b − ab, TIP's union of two scores in [0, 1] (Eq. 15, 16)."""
     # In this order the result is exactly 1 where a or b is, so that saturated rows tie instead of
     # being ordered by rounding.
     return a + b * (1 - a)
 
 
 def quantiles(values: Tensor, probabilities: Sequence[float]) -> Tensor:
-    """[P] float64, the linearly interpolated quantiles of values [R], R ≥ 1, for each probability.
+    """Return [P] float64: the quantiles of values [R], R ≥ 1, linearly interpolated.
 
     One sort, then P·2 reads: `torch.quantile` refuses more than 16M elements.
     """
@@ -95,7 +95,7 @@ def quantiles(values: Tensor, probabilities: Sequence[float]) -> Tensor:
 
 
 def bounded(values: Tensor, name: str = "values") -> Tensor:
-    """[R] values with ±inf replaced by the largest (smallest) finite one; 0 where none is finite.
+    """Replace ±inf in values [R] by the largest (smallest) finite one; by 0 where none is finite.
 
     Raises:
         ValueError: a value is NaN.

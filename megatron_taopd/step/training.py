@@ -157,7 +157,7 @@ def backward(
 def _fault(
     sums: Sequence[dict[str, Tensor]], micro_batches: list[batching.MicroBatch], layout: Layout
 ) -> Fault:
-    """Whose loss is not finite, from every rank's sums by micro-batch."""
+    """Say whose loss is not finite, from every rank's sums by micro-batch."""
     counted = sums if layout.tp_rank == 0 else []  # empty but on the last stage
     bad = [
         sequence
@@ -177,7 +177,7 @@ def _follow(
     trainer: Tensor,
     layout: Layout,
 ) -> RowShard:
-    """The kept teacher rows, at the data-parallel rank that trains their sequence."""
+    """Send the kept teacher rows to the data-parallel rank that trains their sequence."""
     if torch.equal(owner, trainer):
         return held
     kept = mask.nonzero()[:, 0]
@@ -192,7 +192,7 @@ def _follow(
 
 
 def _global_sums(sums: Sequence[dict[str, Tensor]], layout: Layout) -> dict[str, float]:
-    """Sums over micro-batches and data-parallel ranks, on every rank.
+    """Return the sums over micro-batches and data-parallel ranks, on every rank.
 
     Collectives: a broadcast of the names from a rank of the last stage, an all-reduce of the sums.
     """

@@ -28,7 +28,7 @@ class ReadRows:
 def dispatch(
     parts: list[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
 ) -> RowShard:
-    """The teacher's hidden states at all response rows, on the ranks that will score them.
+    """Send the teacher's hidden states at all response rows to the ranks that will score them.
 
     Args:
         parts: (places in the batch, what was read); every sequence of the batch once. The list is
@@ -49,7 +49,7 @@ def dispatch(
 def _in_batch(
     parts: list[tuple[Tensor, ReadRows]], batch: Sequences
 ) -> tuple[list[RowShard], Tensor]:
-    """The parts' rows by their numbers in the batch, and [N, h] who holds those of each sequence.
+    """Number the parts' rows as in the batch, and find [N, h] who holds those of each sequence.
 
     Empties the list of parts.
     """
@@ -63,7 +63,7 @@ def _in_batch(
 
 
 def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor):
-    """(row, source rank, destination rank) of every copy that has to be delivered.
+    """Return (row, source rank, destination rank) of every copy that has to be delivered.
 
     Each rank of the student's last-stage TP group needs the row; the copies are taken in turn from
     the ranks that have it, and from the destination itself if it does.

@@ -57,14 +57,14 @@ class MegatronTeacher:
 
     @property
     def longest_sequence(self) -> int:
-        """The most tokens that a micro-batch and the model's positions take of a sequence."""
+        """The longest sequence, in tokens, that a micro-batch and the model's positions take."""
         multiple = self.layout.tp if self.layout.sequence else 1
         capacity = self.micro_batch_tokens // multiple * multiple
         return min(capacity, self.trunk.hf.max_position_embeddings)
 
     @torch.no_grad()
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
-        """`read` and `dispatch` for a batch that is whole."""
+        """Run `read` and `dispatch` for a batch that is whole."""
         with self.resident():
             parts = [(torch.arange(batch.num_sequences), self.read(batch))]
         return dispatch(parts, batch, student, owner)
@@ -93,7 +93,7 @@ class MegatronTeacher:
         return ReadRows(held, holders)
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> RowShard:
-        """The rows of each micro-batch go where they stay, so that there is one copy of them."""
+        """Copy each micro-batch's rows to where they stay, so that there is one copy of them."""
         sizes = [len(m.rows) if self.layout.is_last_stage else 0 for m in micro_batches]
         shape = sum(sizes), self.trunk.config.hidden_size
         rows = torch.empty(shape, dtype=self.dtype, device=platform.device())
@@ -107,16 +107,16 @@ class MegatronTeacher:
         return RowShard(ids[: len(rows)], rows)
 
     def metrics(self) -> dict[str, float]:
-        """What the log says of its work; nothing."""
+        """Return what the log says of its work: nothing."""
         return {}
 
     def close(self) -> None:
-        """Nothing outlives this process."""
+        """Do nothing: nothing outlives this process."""
 
     # -- weights -------------------------------------------------------------------------------
 
     def fingerprint(self) -> int:
-        """A checksum of all weights over all ranks: it changes with any bit of any of them.
+        """Return a checksum of all ranks' weights that changes with any bit of any of them.
 
         Collectives: an all-reduce of 8 bytes.
         """
@@ -141,7 +141,7 @@ class MegatronTeacher:
 
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """The weights on the device for the time in which a batch is read, whole or in parts."""
+        """Hold the weights on the device while a batch is read in the block, whole or in parts."""
         self.rows_held.zero_()
         if self.host is None:
             yield

@@ -23,7 +23,7 @@ class TopkRows:
     token_log_probs: Tensor
 
     def pack(self) -> Tensor:
-        """[R, 2K+1] int32, rows that can travel as hidden states do: floats by their bits."""
+        """Pack into [R, 2K+1] int32, which can travel as hidden states do: floats by their bits."""
         floats = torch.cat([self.log_probs, self.token_log_probs[:, None]], dim=1).float()
         return torch.cat([self.ids.int(), floats.view(torch.int32)], dim=1)
 

@@ -147,7 +147,8 @@ def read(path: Path, by: str) -> Run:
 
 def measure_of(tree: dict) -> dict[str, object]:
     """Pick the keys that a run measures accuracy by. Greedy responses have no top_p and top_k, and
-    those of an evaluation may have a length of their own."""
+    those of an evaluation may have a length of their own.
+    """
     values = {
         f"{section}.{key}": (tree.get(section) or {}).get(key)
         for section, keys in MEASURE.items()

@@ -106,7 +106,8 @@ def compare(
     student, teacher, batch: RolloutBatch, teacher_inputs: Sequences, vocab_map: VocabMap
 ) -> dict[str, Tensor]:
     """Return the divergences over the common vocabulary at every response row, [R] in nats, by
-    kind."""
+    kind.
+    """
     ids = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     models = (student, teacher)
     heads = [m.get_output_embeddings().weight[i] for m, i in zip(models, ids, strict=True)]

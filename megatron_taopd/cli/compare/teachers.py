@@ -122,7 +122,8 @@ def load(path: str):
 
 def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
     """Return the student's answers, one to a prompt, and the prompts as the teacher reads them, or
-    None if it reads the same."""
+    None if it reads the same.
+    """
     student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
     prompts = load_prompts(
         config.data.prompts,
@@ -156,7 +157,8 @@ def hidden_rows(model, sequences: Sequences) -> Tensor:
 
 def compare(scores: TokenScores, exact: TokenScores, ratio: float) -> dict:
     """Return the largest difference and both correlations of D, C and D̃C̃, and the overlap of the
-    kept rows."""
+    kept rows.
+    """
     vectors = {
         "D": (scores.disagreement, exact.disagreement),
         "C": (scores.compatibility, exact.compatibility),

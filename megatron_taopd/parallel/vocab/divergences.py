@@ -54,7 +54,7 @@ class Divergence:
         return self.beta if self.kind == "jsd" else 1 - self.alpha
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss [R], and [R, 5] what the gradient needs: the normalisers and E[h].
+        """Return the loss [R], and [R, 5] for the gradient: the normalisers and E[h].
 
         Args:
             student, teacher: [R, width] logits of the columns that take part.
@@ -93,7 +93,7 @@ class Divergence:
     def gradient(
         self, student: Tensor, teacher: Tensor, saved: Tensor, grad: Tensor, out: Tensor
     ) -> Tensor:
-        """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
+        """Write d(Σ grad·loss) / d student, [R, width], to out, which may be student."""
         *normalizers, mean = saved.split(1, dim=1)
         return reductions.logits_gradient(
             self.kind,
@@ -108,14 +108,14 @@ class Divergence:
 
 
 def _normalizers(of_models: Sequence[Tensor], dtype: torch.dtype) -> Normalizers:
-    """From max and log-sum of the student, then of the teacher, float64 [R, 1] each."""
+    """Make them of max and log-sum of the student, then of the teacher, float64 [R, 1] each."""
     student_top, log_sum, teacher_top, teacher_log_sum = of_models
     parts = (student_top, teacher_top, log_sum, log_sum - teacher_log_sum)
     return Normalizers(*(part.to(dtype) for part in parts))
 
 
 def merge_normalizers(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[tp, R] float64 of the shards → those of the whole rows [R], and log p(shard) [tp, R]."""
+    """Merge the shards' [tp, R] float64 into the whole rows', [R], and log p(shard), [tp, R]."""
     top = tops.amax(0)
     log_totals = tops - top + log_sums
     log_sum = log_totals.logsumexp(0)
@@ -123,7 +123,7 @@ def merge_normalizers(tops: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
-    """[R] KL(p ‖ q) from the log masses of the shards and the KLs within them, [tp, R] each.
+    """Return [R]: KL(p ‖ q) from the shards' log masses and the KLs within them, [tp, R] each.
 
     KL = Σ_shards p(shard)·(log p(shard) − log q(shard) + KL within), in which no term is big when
     the distributions are close, as the terms of Σ p·(z_p − z_q) − log Z_p + log Z_q would be.
@@ -132,6 +132,8 @@ def _chain_rule(log_p: Tensor, log_q: Tensor, within: Tensor) -> Tensor:
 
 
 class OfLogits(torch.autograd.Function):
+    """Makes a divergence differentiable in the student's logits; the teacher is a constant."""
+
     @staticmethod
     def forward(ctx, student, targets, divergence):
         loss, saved = divergence.forward(student, targets)
@@ -155,7 +157,7 @@ def divergence(
     beta: float = 0.5,
     alpha: float = 0.1,
 ) -> Tensor:
-    """[R] the divergence of each row over the common vocabulary, in nats (Eq. 6).
+    """Return [R]: the divergence of each row over the common vocabulary, in nats (Eq. 6).
 
     reverse_kl is KL(p_S ‖ p_T), forward_kl is KL(p_T ‖ p_S), jsd is β·KL(p_T ‖ m) +
     (1−β)·KL(p_S ‖ m) with m = β·p_T + (1−β)·p_S, and skewed_reverse_kl is KL(p_S ‖ m) with

@@ -35,7 +35,7 @@ def score_hidden(
     chunk_rows: int,
     return_ids: bool = False,
 ) -> TokenScores:
-    """`score_rows` of hidden states: logits exist for chunk_rows rows at a time only.
+    """Score hidden states as `score_rows` does logits, which exist for chunk_rows rows at a time.
 
     Args:
         student_hidden: [R, D_s], and teacher_hidden: [R, D_t], the same rows on every rank.
@@ -84,7 +84,9 @@ def compare_hidden(
     shard: VocabShard,
     chunk_rows: int,
 ) -> Iterator[Compared]:
-    """All that the diagnostic measures, chunk by chunk (at least one), from one pair of logits.
+    """Yield all that the diagnostic measures, a chunk of rows at a time (at least one chunk).
+
+    A chunk's logits are computed once for all of it.
 
     Args:
         tokens: [R] int64 global ids whose log-probabilities are wanted; −inf for one that is not
@@ -133,7 +135,7 @@ class _TokenLogProb:
     def gradient(
         self, logits: Tensor, tokens: Tensor, saved: Tensor, grad: Tensor, out: Tensor
     ) -> Tensor:
-        """grad·(1[v = token] − p(v))."""
+        """Write grad·(1[v = token] − p(v)), [R, width], to out, which may be the logits."""
         columns, here = self.shard.locate(tokens[:, None])
         top, log_sum = saved.split(1, dim=1)
         logits.sub_(top).sub_(log_sum).exp_().mul_(-grad[:, None])
@@ -153,7 +155,7 @@ def linear_divergence(
     row_weight: Tensor | None = None,
     **parameters: float,
 ) -> Tensor:
-    """`divergence` of hidden states: logits exist for chunk_rows rows at a time only.
+    """Compute `divergence` of hidden states: logits exist for chunk_rows rows at a time only.
 
     Differentiable in student_hidden and student_weight. The gradient of student_hidden is this
     shard's part of the sum over the vocabulary: **the caller adds the parts up over the group**
@@ -195,7 +197,7 @@ def linear_divergence(
 def token_log_probs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, shard: VocabShard, chunk_rows: int = 1024
 ) -> Tensor:
-    """[R] fp32 log-probability of one token a row, at temperature 1 over the common vocabulary.
+    """Return [R] fp32: one token's log-probability a row, at temperature 1, common vocabulary.
 
     −inf for tokens outside the common vocabulary. Differentiable as `linear_divergence` is without
     row_weight: hidden gets this shard's part of its gradient.

@@ -32,14 +32,14 @@ def _grid(*logits: Tensor) -> tuple[int]:
 
 
 def _in_step(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with one stride of rows, as chunks of two heads have anyway."""
+    """Return both with one stride of rows, as chunks of two heads have anyway."""
     if student.stride(0) != teacher.stride(0):
         return student.contiguous(), teacher.contiguous()
     return student, teacher
 
 
 def _numbers(*parts: Tensor | float) -> Tensor:
-    """[R, n] fp32, the numbers that each row's program comes with."""
+    """Return [R, n] fp32: the numbers that each row's program comes with."""
     like = next(part for part in parts if isinstance(part, Tensor))
     columns = [p if isinstance(p, Tensor) else like.new_full((len(like), 1), p) for p in parts]
     return torch.cat(columns, dim=1)
@@ -47,26 +47,26 @@ def _numbers(*parts: Tensor | float) -> Tensor:
 
 @triton.jit
 def _larger(a, b):
-    """torch's maximum; nan if either is."""
+    """Return the maximum as torch does: nan if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _row_of(logits, stride, columns, num_columns):
-    """One step of this program's row; −inf past its end."""
+    """Load one step of this program's row; −inf past its end."""
     start = logits + tl.program_id(0).to(tl.int64) * stride
     return tl.load(start + columns, mask=columns < num_columns, other=-float("inf"))
 
 
 @triton.jit
 def _gap(a, b):
-    """−|a − b|, above the range in which exp is not 0."""
+    """Return −|a − b|, but no less than −200, where exp is 0 already."""
     return _larger(-tl.abs(a - b), -200.0)
 
 
 @triton.jit
 def _weight(z, gap):
-    """exp(gap) of a logit, or of a lane's max; 0 for −inf, and for a lane that has seen nothing."""
+    """Return exp(gap) of a logit or a lane's max; 0 of −inf and of a lane that has seen nothing."""
     return tl.where(z <= _LOWEST, 0.0, tl.exp(gap))
 
 
@@ -103,7 +103,7 @@ def _entropy_sums_kernel(logits, stride, num_columns, sums, tops, num_blocks):
 
 
 def entropy_sums_and_block_tops(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.entropy_sums` and `reference.block_tops` of [R, V] fp32 logits."""
+    """Return `reference.entropy_sums` and `reference.block_tops` of [R, V] fp32 logits."""
     num_columns = logits.shape[1]
     num_blocks = -(-num_columns // BLOCK_COLUMNS)
     sums = logits.new_empty(len(logits), 3)
@@ -134,7 +134,7 @@ def _log_normalizer_kernel(logits, stride, num_columns, out):
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """`reductions.log_normalizer` of [R, V] fp32 logits."""
+    """Return `reductions.log_normalizer` of [R, V] fp32 logits."""
     out = logits.new_empty(len(logits), 2, dtype=torch.float64)
     _log_normalizer_kernel[_grid(logits)](
         logits, logits.stride(0), logits.shape[1], out, num_warps=NUM_WARPS
@@ -145,7 +145,7 @@ def log_normalizer(logits: Tensor) -> Tensor:
 
 @triton.jit
 def _load(numbers, index: tl.constexpr, count: tl.constexpr):
-    """The index-th of the `count` numbers that this program's row comes with."""
+    """Load the index-th of the `count` numbers that this program's row comes with."""
     return tl.load(numbers + tl.program_id(0).to(tl.int64) * count + index)
 
 
@@ -161,13 +161,13 @@ def _log_ratio(z_s, z_t, top_s, top_t, excess):
 
 @triton.jit
 def _bounded(ratio):
-    """`reference._bounded`."""
+    """Return what `reference._bounded` does."""
     return tl.clamp(ratio, -80.0, 80.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _term(p, value):
-    """p·value, and 0 for p = 0 whatever the value."""
+    """Return p·value, and 0 for p = 0 whatever the value."""
     return p * tl.where(p == 0, 0.0, value)
 
 

@@ -1,5 +1,4 @@
-"""What the reductions share: the numbers that a row of logits comes with, and the order of its
-candidates."""
+"""What the reductions share: a row's normalizers, and the order of its candidates."""
 
 from __future__ import annotations
 
@@ -35,13 +34,13 @@ class Normalizers(NamedTuple):
         return (logits - self.teacher_top).sub_(self.log_sum - self.excess)
 
     def log_ratio(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """log p_S − log p_T; nan where both are −inf."""
+        """Return log p_S − log p_T; nan where both are −inf."""
         shifted = teacher_logits - self.teacher_top
         return (student_logits - self.student_top).sub_(shifted).sub_(self.excess)
 
 
 def order_key(logits: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that are all different and sort by (logit, lowest id), so that topk is exact.
+    """Return int64 keys, all different, that sort by (logit, lowest id), so that topk is exact.
 
     An fp32 number's bits, read as an integer, sort like the number, once those of negative numbers
     are flipped (all but the sign). Adding 0 turns −0 into 0, which would differ. A nan, whatever

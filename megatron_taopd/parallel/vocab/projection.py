@@ -20,7 +20,7 @@ _WEIGHT_BLOCK = 8192  # rows of a head that are widened, or whose gradient is fo
 
 
 def rows_within(budget_bytes: int, num_columns: int) -> int:
-    """How many rows' logits of both models fit the budget, at least one.
+    """Count the rows whose logits of both models fit the budget, at least one.
 
     All ranks of a group must come to the same number, as every chunk is a collective: num_columns
     is that of the widest shard.
@@ -30,17 +30,19 @@ def rows_within(budget_bytes: int, num_columns: int) -> int:
 
 
 def logits_bytes(num_rows: int, chunk_rows: int, num_columns: int) -> int:
-    """Bytes that the logits of both models take at a time, of num_rows rows in chunks."""
+    """Count the bytes that the logits of both models take at a time, of num_rows rows in chunks."""
     return _BYTES_PER_LOGIT * min(num_rows, chunk_rows) * num_columns
 
 
 def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Cut num_rows rows into slices of chunk_rows, in order; the last one may be shorter."""
     assert chunk_rows > 0, chunk_rows
     for start in range(0, num_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, num_rows))
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
+    """Tell a dtype whose logits have to be computed in a wider one, fp32."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
@@ -103,14 +105,21 @@ class HeadGradients:
         self.narrow = is_narrow(weight.dtype)
 
     def buffer(self, logits: Tensor) -> Tensor:
-        """Where the gradient of these logits is to be written: in their place, unless it is to be
-        an operand of another dtype."""
+        """Return where the gradient of these logits, [n, V], is to be written.
+
+        It is written in their place, unless it has to be an operand of another dtype.
+        """
         if self.narrow and logits.is_cuda:
             return torch.empty_like(logits, dtype=self.head.dtype)
         return logits
 
     def add(self, logits_grad: Tensor, rows: slice) -> None:
-        """Args: logits_grad: [n, V] of these rows, as it was written to `buffer`."""
+        """Add what these rows give to the gradients of hidden states and head.
+
+        Args:
+            logits_grad: [n, V] of these rows, as it was written to `buffer`.
+            rows: which rows of the hidden states they are.
+        """
         inputs = self.inputs[rows]
         if self.hidden is not None and (logits_grad.is_cuda or not self.narrow):
             self.hidden[rows] = logits_grad @ self.head
@@ -130,8 +139,10 @@ class HeadGradients:
             total.addmm_(logits_grad.t(), inputs.to(logits_grad.dtype))
 
     def get(self) -> tuple[Tensor | None, Tensor | None]:
-        """What autograd is told. Of a weight whose gradient is where it belongs already, an empty
-        sparse one, which takes no memory and yet lets the hook fire by which DDP counts gradients.
+        """Return the gradients of hidden states and head that autograd is told.
+
+        Of a weight whose gradient is where it belongs already that is an empty sparse one, which
+        takes no memory and yet lets the hook fire by which DDP counts gradients.
         """
         if self.weight is None:
             return self.hidden, None
@@ -141,7 +152,7 @@ class HeadGradients:
 
 
 def _empty_sparse(shape: torch.Size, like: Tensor) -> Tensor:
-    """[V, D] of which no row is there."""
+    """Return [V, D], sparse, of which no row is there."""
     return torch.sparse_coo_tensor(
         torch.empty(1, 0, dtype=torch.int64, device=like.device),
         like.new_empty(0, shape[1]),

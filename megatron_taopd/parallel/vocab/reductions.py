@@ -21,7 +21,7 @@ def _fused(logits: Tensor) -> bool:
 
 
 def top_columns_and_entropy_sums(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The highest logits of each row, and what its entropy needs.
+    """Find the highest logits of each row, and what its entropy needs.
 
     Args:
         logits: [R, V] fp32.
@@ -39,7 +39,7 @@ def top_columns_and_entropy_sums(logits: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def log_normalizer(logits: Tensor) -> Tensor:
-    """[R, 2] float64: max z and log Σ exp(z − max) of each row.
+    """Return [R, 2] float64: max z and log Σ exp(z − max) of each row.
 
     Columns that are all −inf, or none, have a finite max and a log-sum of 0, and so no mass.
     """
@@ -47,7 +47,7 @@ def log_normalizer(logits: Tensor) -> Tensor:
 
 
 def kl_within(kind: str, student: Tensor, teacher: Tensor, normalizers: Normalizers) -> Tensor:
-    """[R] the KL of two distributions within a shard, each renormalised there.
+    """Return [R]: the KL of two distributions within a shard, each renormalised there.
 
     Args:
         kind: reverse_kl or forward_kl.
@@ -61,7 +61,7 @@ def kl_within(kind: str, student: Tensor, teacher: Tensor, normalizers: Normaliz
 def mixture_sums(
     kind: str, teacher_share: float, student: Tensor, teacher: Tensor, normalizers: Normalizers
 ) -> Tensor:
-    """[R, 2] this shard's part of KL(p_S ‖ m), and of KL(p_T ‖ m) (jsd) or E[h] (skewed).
+    """Return [R, 2]: this shard's part of KL(p_S ‖ m), and of KL(p_T ‖ m) (jsd) or E[h] (skewed).
 
     Args:
         kind: jsd or skewed_reverse_kl.

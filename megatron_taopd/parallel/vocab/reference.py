@@ -17,7 +17,7 @@ _CACHE_BYTES = 1 << 20
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each at a time: as many as fit the cache, on an accelerator all."""
+    """Yield some rows of each at a time: as many as fit the cache, on an accelerator all."""
     first = tensors[0]
     bytes_per_row = max(1, first.shape[1] * first.element_size())
     rows = len(first) if first.is_cuda else _CACHE_BYTES // bytes_per_row
@@ -36,7 +36,7 @@ def top_columns_and_entropy_sums(logits: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def block_tops(logits: Tensor) -> Tensor:
-    """[R, ⌈V/BLOCK_COLUMNS⌉] the highest logit of each block of columns."""
+    """Return [R, ⌈V/BLOCK_COLUMNS⌉]: the highest logit of each block of columns."""
     whole = logits.shape[1] // BLOCK_COLUMNS
     tops = logits[:, : whole * BLOCK_COLUMNS].unflatten(1, (whole, BLOCK_COLUMNS)).amax(2)
     if whole * BLOCK_COLUMNS == logits.shape[1]:
@@ -95,7 +95,7 @@ def _log_normalizer(logits: Tensor) -> Tensor:
 
 
 def weighted_sum(p: Tensor, values: Tensor) -> Tensor:
-    """[R] Σ p·value over the columns; p = 0 contributes 0 whatever the value. Overwrites values."""
+    """Return [R]: Σ p·value over the columns, where p = 0 contributes 0. Overwrites the values."""
     total = values.mul_(p).sum(1)
     if total.is_cuda or not total.isfinite().all():  # masking costs more than it all: only on need
         total = values.masked_fill_(p == 0, 0).sum(1)
@@ -140,8 +140,9 @@ def _mixture_sums(
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:
-    """log(p/q) within ±80, in place, so that exp is finite in fp32; nan where both are 0, or either
-    is nan.
+    """Keep log(p/q) within ±80, in place, so that exp is finite in fp32.
+
+    It is nan where both are 0, or either is nan.
 
     Beyond that the smaller of the two is nothing in a sum over the mixture.
     """
@@ -149,12 +150,12 @@ def _bounded(log_ratio: Tensor) -> Tensor:
 
 
 def _mixture_log_ratio(log_ratio: Tensor, weight: float) -> Tensor:
-    """log(p/m) for m = weight·q + (1−weight)·p, from log_ratio = log(p/q)."""
+    """Return log(p/m) for m = weight·q + (1−weight)·p, from log_ratio = log(p/q)."""
     return (-log_ratio).exp_().mul_(weight).add_(1 - weight).log_().neg_()
 
 
 def _mixture_h(kind: str, to_mixture: Tensor, teacher_share: float) -> Tensor:
-    """h of `divergences`, elementwise, from log(p_S/m)."""
+    """Return h of `divergences`, elementwise, from log(p_S/m)."""
     student_share = 1 - teacher_share
     if kind == "jsd":
         return to_mixture * student_share

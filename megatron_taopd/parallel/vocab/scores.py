@@ -22,7 +22,7 @@ def score_rows(
     shard: VocabShard,
     return_ids: bool = False,
 ) -> TokenScores:
-    """D, C and both entropies of each row (Eq. 9, 10), exactly, in one all-gather.
+    """Score each row exactly, D, C and both entropies (Eq. 9, 10), in one all-gather.
 
     Every rank sends its local top-K of both models, each candidate with the logits of both, and
     per model the max, Σe and Σe·z of its columns. The global top-K are among the candidates, D
@@ -49,12 +49,13 @@ def score_rows(
 
 
 def check_k(k: int, shard: VocabShard) -> None:
+    """Refuse a k for which there is no top-K set: ValueError outside 1 … shard.size."""
     if not 1 <= k <= shard.size:
         raise ValueError(f"k is {k}: must be within 1 … {shard.size}, the common vocabulary")
 
 
 def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Tensor:
-    """[R, 6K+6] int32, what a rank sends: floats and ids by their bits.
+    """Return [R, 6K+6] int32: what a rank sends, floats and ids by their bits.
 
     Fields: the student's top ids, its logits there, the teacher's logits there (K each); the same
     with the models exchanged; then (max, Σe, Σe·z) of the student and of the teacher.
@@ -77,7 +78,7 @@ def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Te
 
 
 def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
-    """[tp, R, 6K+6] candidates of every rank → scores. A pure function."""
+    """Merge every rank's candidates, [tp, R, 6K+6], into scores. A pure function."""
     tops = merge_top_sets(gathered, k)
     return TokenScores(
         disagreement=tops.disagreement().float(),
@@ -129,20 +130,20 @@ class TopSets:
         return replace(self, student=self.student.first(k), teacher=self.teacher.first(k))
 
     def student_probs(self, logits: Tensor) -> Tensor:
-        """[R, n] p_S from the student's logits, over the whole common vocabulary."""
+        """Return [R, n]: p_S from the student's logits, over the whole common vocabulary."""
         return (logits - self.student_max[:, None]).exp() / self.student_sum[:, None]
 
     def teacher_probs(self, logits: Tensor) -> Tensor:
-        """[R, n] p_T, likewise."""
+        """Return [R, n]: p_T from the teacher's logits, likewise."""
         return (logits - self.teacher_max[:, None]).exp() / self.teacher_sum[:, None]
 
     def compatibility(self) -> Tensor:
-        """[R] C (Eq. 10)."""
+        """Return [R]: C (Eq. 10)."""
         mass = (self.student.other - self.teacher_max[:, None]).exp().sum(1)
         return (mass / self.teacher_sum).clamp(max=1)
 
     def disagreement(self) -> Tensor:
-        """[R] D (Eq. 9), in nats."""
+        """Return [R]: D (Eq. 9), in nats."""
         # An id in both sets must count once: sorted by id, its second copy gets no mass from
         # anyone.
         union, order = torch.cat([self.student.ids, self.teacher.ids], dim=1).sort(dim=1)
@@ -157,7 +158,7 @@ class TopSets:
 
 
 def merge_top_sets(gathered: Tensor, k: int) -> TopSets:
-    """[tp, R, 6K+6] candidates of every rank → both top-K sets. A pure function."""
+    """Merge every rank's candidates, [tp, R, 6K+6], into both top-K sets. A pure function."""
     candidates, sums = gathered[..., : 6 * k], gathered[..., 6 * k :]
     ids, own, other, ids_t, own_t, other_t = (
         field.transpose(0, 1).flatten(1) for field in candidates.split(k, dim=2)
@@ -174,14 +175,14 @@ def merge_top_sets(gathered: Tensor, k: int) -> TopSets:
 def best_candidates(
     ids: Tensor, own: Tensor, other: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best of the candidates [R, tp·K] (int32 bits): ids, and both logits in float64."""
+    """Return the k best of [R, tp·K] candidates (int32 bits): ids, and both logits in float64."""
     own, other = own.view(torch.float32), other.view(torch.float32)
     best = order_key(own, ids).topk(k, dim=1).indices
     return ids.gather(1, best), own.gather(1, best).double(), other.gather(1, best).double()
 
 
 def merge_entropy_sums(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[tp, R, 3] float64 → entropy, max and Σ exp(z − max), each [R]."""
+    """Merge the shards' [tp, R, 3] float64 into entropy, max and Σ exp(z − max), each [R]."""
     top, rest, weighted = sums.unbind(2)
     mass = 1 + rest
     top_of_all = top.amax(0)

@@ -32,7 +32,7 @@ class VocabShard:
 
     @property
     def width(self) -> int:
-        """How many columns of this shard lie below size. They are its first ones."""
+        """The number of this shard's columns that lie below size; they are its first ones."""
         return max(0, min(self.stop, self.size) - self.start)
 
     @property
@@ -41,7 +41,7 @@ class VocabShard:
 
     @cached_property
     def absent_columns(self) -> Tensor | None:
-        """[n] int64, the absent ids among this shard's columns; None if there are none."""
+        """The absent ids among this shard's columns, [n] int64; None if there are none."""
         if self.absent is None:
             return None
         columns = self.absent - self.start
@@ -49,7 +49,7 @@ class VocabShard:
         return columns if len(columns) else None
 
     def columns(self, logits: Tensor) -> Tensor:
-        """[R, V] → [R, width], −inf where a column is absent; a view if none is."""
+        """Cut [R, V] to [R, width], −inf where a column is absent; a view if none is."""
         assert logits.shape[1] == self.stop - self.start, (logits.shape, self)
         logits = logits[:, : self.width]
         if self.absent_columns is None:
@@ -57,12 +57,12 @@ class VocabShard:
         return logits.index_fill(1, self.absent_columns.to(logits.device), -torch.inf)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """[V, D] → [width, D], a view."""
+        """Cut [V, D] to [width, D], a view."""
         assert weight.shape[0] == self.stop - self.start, (weight.shape, self)
         return weight[: self.width]
 
     def at_ids(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """[R, n] the logits of ids [R, n], −inf for those that are not among this rank's columns.
+        """Return [R, n]: the logits of ids [R, n], −inf for those not among this rank's columns.
 
         Args:
             logits: [R, width].
@@ -73,13 +73,16 @@ class VocabShard:
         return logits.gather(1, columns).masked_fill_(~here, -torch.inf)
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """This shard's column of each id, 0 for ids elsewhere; and which ids are here."""
+        """Return this shard's column of each id, 0 for ids elsewhere; and which ids are here."""
         columns = ids - self.start
         here = (columns >= 0) & (columns < self.width)
         return columns.masked_fill(~here, 0), here
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """[R, n] of this rank → [tp, R, n] of all of them, by rank. No collective for no rows."""
+        """Gather [R, n] of each rank: [tp, R, n], by rank.
+
+        Collectives: one all-gather of the bytes of `local`; none for no rows, or for one rank.
+        """
         if self.world_size == 1 or local.numel() == 0:
             return local.expand(self.world_size, *local.shape)
         gathered = local.new_empty(self.world_size * local.shape[0], *local.shape[1:])

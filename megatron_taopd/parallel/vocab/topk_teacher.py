@@ -37,7 +37,7 @@ def score_topk(
     chunk_rows: int,
     return_ids: bool = False,
 ) -> TokenScores:
-    """As much of `score_hidden` as is known of a teacher that reports its top-n only, n ≥ K.
+    """Score rows as far as can be known of a teacher that reports its top-n only, n ≥ K.
 
     The student's part is exact, p_T is known of the reported ids, and of any other id that it is no
     more than the smallest reported one and no more than what all of them leave of 1. Then
@@ -80,7 +80,7 @@ def score_topk(
 def local_topk_candidates(
     student: Tensor, teacher_ids: Tensor, k: int, shard: VocabShard
 ) -> Tensor:
-    """[R, 3K+3] int32, what a rank sends where the teacher's part is known to all.
+    """Return [R, 3K+3] int32: what a rank sends where the teacher's part is known to all.
 
     Fields: the student's top ids, its logits there (K each); its logits at S_T (K); and the
     student's (max, Σe, Σe·z).
@@ -98,7 +98,7 @@ def local_topk_candidates(
 
 
 def topk_of(ids: Tensor, log_probs: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, ...]:
-    """What the scores take of a teacher's report, float64 but for the ids.
+    """Return what the scores take of a teacher's report, float64 but for the ids.
 
     Args:
         ids, log_probs: [R, n] as for `topk_divergence`.
@@ -124,11 +124,11 @@ def topk_of(ids: Tensor, log_probs: Tensor, k: int, shard: VocabShard) -> tuple[
 def merge_topk_candidates(
     gathered: Tensor, teacher: tuple[Tensor, ...], k: int, return_ids: bool = False
 ) -> TokenScores:
-    """[tp, R, 3K+3] of every rank and `topk_of` → the scores of `score_topk`. A pure function.
+    """Merge every rank's [tp, R, 3K+3] and `topk_of` into the scores of `score_topk`.
 
     With x and y the shares of U that teacher and student give to its unknown ids, and D' the
     divergence on the known ones, D ≥ kl(x ‖ y) + (1−x)·D', which is least at logit x = logit y + D'
-    or, where the teacher cannot have so much there, at the most that it can.
+    or, where the teacher cannot have so much there, at the most that it can. A pure function.
     """
     ids, log_p, first, common, tail, most = teacher
     own_ids, own, at_teacher = (
@@ -205,7 +205,7 @@ class TopkDivergence:
         return cls(Divergence(whole, kind, **parameters), shard)
 
     def forward(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss [R], and [R, K+3] what the gradient needs: du, and the tail's normaliser.
+        """Return the loss [R], and [R, K+3] for the gradient: du, and the tail's normaliser.
 
         Args:
             student: [R, width] logits.
@@ -233,7 +233,7 @@ class TopkDivergence:
     def gradient(
         self, student: Tensor, targets: tuple, saved: Tensor, grad: Tensor, out: Tensor
     ) -> Tensor:
-        """[R, width] d(Σ grad·loss) / d student, written to out, which may be student."""
+        """Write d(Σ grad·loss) / d student, [R, width], to out, which may be student."""
         columns, here = self.shard.locate(targets[0])
         k = columns.shape[1]
         du = saved[:, : k + 1] * grad[:, None]
@@ -252,7 +252,7 @@ class TopkDivergence:
         return logits.scatter_reduce_(1, columns, bound, "amin")
 
     def _teacher(self, ids: Tensor, log_probs: Tensor) -> Tensor:
-        """[R, K+1] float64 log masses of the events; of ids that do not take part, none."""
+        """Return [R, K+1] float64: log masses of the events; −inf of ids that do not take part."""
         log_probs = log_probs.double()
         tail = (1 - log_probs.exp().sum(1, keepdim=True)).clamp_(min=SMALLEST_TAIL).log_()
         known = participates(ids, self.shard)
@@ -260,7 +260,7 @@ class TopkDivergence:
 
 
 def participates(ids: Tensor, shard: VocabShard) -> Tensor:
-    """bool, which ids are of the common vocabulary."""
+    """Tell which ids are of the common vocabulary: bool, in their shape."""
     common = (ids >= 0) & (ids < shard.size)
     if shard.absent is not None:
         common &= ~torch.isin(ids, shard.absent.to(ids.device))
@@ -276,7 +276,7 @@ def topk_divergence(
     beta: float = 0.5,
     alpha: float = 0.1,
 ) -> Tensor:
-    """[R] `divergence` from a teacher that reports its top-K only, in nats.
+    """Return [R]: `divergence` from a teacher that reports its top-K only, in nats.
 
     The distributions compared are those of K+1 events: each reported id, and all other ids
     together. Merging events can only shrink a divergence, so this is a lower bound of the one over
@@ -313,7 +313,7 @@ def linear_topk_divergence(
     row_weight: Tensor | None = None,
     **parameters: float,
 ) -> Tensor:
-    """`topk_divergence` of hidden states: logits exist for chunk_rows rows at a time only.
+    """Compute `topk_divergence` of hidden states: logits exist for chunk_rows rows at a time only.
 
     Args:
         student_hidden, student_weight, chunk_rows, row_weight: as for `linear_divergence`, in whose

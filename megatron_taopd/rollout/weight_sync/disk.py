@@ -13,8 +13,9 @@ from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Repl
 
 
 class DiskSync(BucketSync):
-    """Writes a Hugging Face directory and has the servers read it. Arguments as for the others, and
+    """Writes a Hugging Face directory and has the servers read it.
 
+    Args: those of `BucketSync`, and
         directory: for the checkpoints; the servers find it under this path, too. Each version has
             a directory of its own, which is removed when the servers have read it.
 
@@ -29,7 +30,7 @@ class DiskSync(BucketSync):
 
     @property
     def _checkpoint(self) -> Path:
-        """The servers report this path as their model's: it ends in the model's own name."""
+        """The path that servers report as their model's: it ends in the model's own name."""
         return self._version / self.hf_dir.absolute().name
 
     def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:

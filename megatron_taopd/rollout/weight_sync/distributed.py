@@ -37,9 +37,9 @@ class _Group:
 
 
 class DistributedSync(BucketSync):
-    """Broadcasts each bucket in process groups of their own: the trainer's rank 0 and the workers
-    of one server. Arguments as for the others, and
+    """Broadcasts each bucket in a group for each server: the trainer's rank 0 and its workers.
 
+    Args: those of `BucketSync`, and
         address: of this host, where the servers find it; None: the one that a connection to the
             server would come from, 127.0.0.1 for a server on 127.0.0.1.
 
@@ -187,10 +187,12 @@ class DistributedSync(BucketSync):
 
 
 def succeeded(future: Future) -> bool:
+    """Tell whether a future has ended, neither cancelled nor with an exception."""
     return future.done() and not future.cancelled() and future.exception() is None
 
 
 def backend_of(device: torch.device) -> str:
+    """Return the backend of torch.distributed for tensors of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
@@ -211,10 +213,15 @@ def join_group(
 
 
 def broadcast(backend: dist.Backend, data: Tensor, timeout_s: float) -> None:
-    """Return when the bytes have left.
+    """Send the bytes from rank 0 of the group, and return when they have left.
 
     This one transfer is looked at, nothing is waited for by a stream: what waits on the device for
     a dead server would hold up all that is queued behind it, transfers to the others included.
+
+    Raises:
+        RuntimeError: the transfer failed, or has not ended within timeout_s.
+
+    Collectives: a broadcast of data over the backend's group.
     """
     if data.is_cuda:
         torch.cuda.set_device(data.device)  # threads do not inherit it

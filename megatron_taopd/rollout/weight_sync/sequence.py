@@ -18,12 +18,15 @@ from megatron_taopd.serving.protocol import all_of
 TIMEOUT_S = 600.0  # at most: a whole checkpoint to be read
 CONTROL_TIMEOUT_S = 60.0  # of a request that moves no weights
 BUCKET_TIMEOUT_S, SLOWEST = 120.0, 10e6  # of a bucket, and bytes a second beyond
-CACHE_TAGS = ("kv_cache", "cuda_graph")  # of SGLang's memory, beside "weights"
+CACHE_TAGS = ("kv_cache", "cuda_graph")  # of SGLang's memory, in addition to "weights"
 
 
 class Replica(Protocol):
-    """A server and its tensor-parallel size. TensorSync on CUDA also asks for `gpus`, the devices
-    of this host that it runs on, by tensor-parallel rank, numbered as in CUDA_VISIBLE_DEVICES."""
+    """A server and its tensor-parallel size.
+
+    TensorSync on CUDA also asks for `gpus`, the devices of this host that it runs on, by
+    tensor-parallel rank, numbered as in CUDA_VISIBLE_DEVICES.
+    """
 
     @property
     def url(self) -> str: ...
@@ -47,6 +50,8 @@ class Client(Protocol):
 
 
 class WeightSync(Protocol):
+    """A way to give the student's weights to the rollout's servers."""
+
     def push(
         self,
         client: Client | None,
@@ -126,8 +131,9 @@ class BucketSync:
             raise
 
     def release(self, client: Client | None, targets: Sequence[Replica] | None) -> None:
-        """Have colocated servers give back their device memory. They wait, and the next push to
-        them gives it to them again. Running requests are aborted. Every rank calls this.
+        """Let colocated servers give back their device memory. Every rank calls this.
+
+        They wait, and the next push to them gives it to them again. Running requests are aborted.
 
         Raises:
             RuntimeError: a server failed, on every rank; the others have given theirs back.
@@ -236,5 +242,6 @@ async def resume(
     timeout_s: float = CONTROL_TIMEOUT_S,
 ) -> None:
     """Allocate again what `release` freed: ("weights",) before a push, CACHE_TAGS before the server
-    continues. SGLang dies of it if that had not been released."""
+    continues. SGLang dies of it if that had not been released.
+    """
     await post_all(post, targets, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)

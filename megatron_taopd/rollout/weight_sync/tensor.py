@@ -123,6 +123,14 @@ def device_number(index: int) -> int:
 
 
 def colocated(replica: Replica, handles: Mapping[int, str]) -> list[str]:
+    """Return the handles of the trainer's ranks on a server's GPUs, by tensor-parallel rank.
+
+    Args:
+        handles: by device number, as `gather_handles` returns them.
+
+    Raises:
+        ValueError: no rank of the trainer has one of the server's GPUs.
+    """
     if strangers := [gpu for gpu in replica.gpus if gpu not in handles]:
         raise ValueError(
             f"{replica.url}: no trainer rank on its GPU {strangers[0]}, which "

@@ -17,8 +17,9 @@ _THRESHOLD_STEPS = 4  # rounds between cuts and the lowest priority that is kept
 def cut_responses(
     priority: np.ndarray, cu_rows: np.ndarray, keep: int, max_rows: int
 ) -> np.ndarray:
-    """[N] int64, how many rows of each response may be kept, so that the best `keep` rows of these
-    prefixes have nearly the largest sum of priorities.
+    """Return [N] int64: how many rows of each response, its first ones, may be kept.
+
+    The best `keep` rows of these prefixes have nearly the largest sum of priorities.
 
     The Lagrangian of the problem: at a price λ per row, and with τ the lowest priority kept, each
     sequence ends by itself where Σ (max(priority − τ, 0) − λ) is largest. λ is the lowest at which
@@ -64,15 +65,17 @@ def _kth_largest(values: np.ndarray, k: int) -> float:
 
 
 def inside(cuts: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
-    """[R] bool, the rows of prefixes of these lengths."""
+    """Return [R] bool: the rows of prefixes of these lengths."""
     lengths = np.diff(cu_rows)
     offsets = np.arange(cu_rows[-1]) - np.repeat(cu_rows[:-1], lengths)
     return offsets < np.repeat(cuts, lengths)
 
 
 def _best_prefixes(values: np.ndarray, cu_rows: np.ndarray) -> np.ndarray:
-    """[N] int64, the length of the shortest prefix of each sequence with the largest sum; 0 where
-    no sum is positive."""
+    """Return [N] int64: the length of each sequence's shortest prefix with the largest sum.
+
+    It is 0 where no sum is positive.
+    """
     starts, lengths = cu_rows[:-1], np.diff(cu_rows)
     sums = values.cumsum()
     sums -= np.repeat(sums[starts] - values[starts], lengths)
@@ -88,7 +91,7 @@ def _between(
     usable: np.ndarray,
     cu_rows: np.ndarray,
 ) -> np.ndarray:
-    """The shorter cuts, lengthened up to max_rows, first where a row of the difference brings most.
+    """Lengthen the shorter cuts up to max_rows, first where a row of the difference brings most.
 
     Prices do not lead to all totals: between two that are next to each other a sequence may jump.
     """

@@ -28,9 +28,9 @@ class Horizon:
 
     with M(h) the mass of a response's first h tokens, N(h) how many of these there are (responses
     end by themselves, too), both averaged over responses and, with MEMORY, over steps; P the mean
-    prompt length and w what a prompt token costs beside a response token, which is also decoded. At
-    the best h the next token's mass is what the average token's has been (the marginal value
-    theorem). The first step and every PROBE_EVERY-th are generated in full.
+    prompt length and w what a prompt token costs compared with a response token, which is also
+    decoded. At the best h the next token's mass is what the average token's has been (the marginal
+    value theorem). The first step and every PROBE_EVERY-th are generated in full.
 
     Args:
         setting: "none", "auto" or a number of tokens.
@@ -58,7 +58,7 @@ class Horizon:
         )
 
     def length(self, step: int) -> int:
-        """Tokens that a response of this step may have."""
+        """Return how many tokens a response of this step may have."""
         if self.setting == "none":
             return self.longest
         if self.setting != "auto":
@@ -68,7 +68,7 @@ class Horizon:
         return self._best()
 
     def _cost(self) -> Tensor:
-        """[longest] w·P + N(h), of the lengths 1, 2, …"""
+        """Return [longest]: w·P + N(h) of the lengths h = 1, 2, … up to the longest."""
         return self.prompt_weight * self.prompt_tokens + self.reach.cumsum(0)
 
     def _best(self) -> int:
@@ -108,7 +108,7 @@ class Horizon:
         return metrics
 
     def state(self) -> dict[str, Tensor | float | int]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         names = ("mass", "reach", "prompt_tokens", "observed")
         return {name: getattr(self, name) for name in names}
 
