@@ -24,10 +24,9 @@ from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
-from megatron_taopd.parallel.vocab import rows_within
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.step.output_heads import OutputHeads
+from megatron_taopd.step.output_heads import OutputHeads, open_heads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 
 ROOT = Path(__file__).parents[2]
@@ -87,17 +86,16 @@ def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, p
     )  # fmt: skip
     tokens = arguments.micro_batch_tokens
     teacher = MegatronTeacher(paths["teacher"], forward_layout(tp, 1), dtype, tokens)
-    shard = student.shard
+    chunk_rows = student.rows_within(arguments.head_memory_mib)
     if teacher_head is None:
-        columns = vocab_map.columns(shard.start, shard.stop)
-        head = weights.load_head(paths["teacher"], columns, dtype)
+        heads = open_heads(student, paths["teacher"], vocab_map, chunk_rows)
     else:
-        head = teacher_head(teacher)
-    chunk_rows = rows_within(arguments.head_memory_mib << 20, shard.stop - shard.start)
+        own = student.head_weight, teacher_head(teacher), student.shard
+        heads = OutputHeads(*own, chunk_rows)
     return Models(
         student,
         teacher,
-        OutputHeads(student.head_weight, head, shard, chunk_rows),
+        heads,
         partial(vocab_map.read, prompts=None, max_tokens=teacher.longest_sequence),
         generate,
         peers or partial(peers_on_disk, paths, dtype),

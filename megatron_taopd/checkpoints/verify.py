@@ -112,9 +112,10 @@ def compare_logits(
     Raises:
         ValueError: the model or the number of ranks does not divide by the layout.
     """
+    # Megatron, which a comparison of bits does without.
     from megatron_taopd.data.batching import MicroBatch
-    from megatron_taopd.models import gpt, weights
-    from megatron_taopd.models.pipeline import forward
+    from megatron_taopd.models import gpt
+    from megatron_taopd.models.student import FrozenStudent
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
 
@@ -127,16 +128,15 @@ def compare_logits(
 
     expected = torch.empty(tokens, hf.vocab_size)
     if dist.get_rank() == 0:
-        model = load_model(hf_dir, dtype)
+        reference = load_model(hf_dir, dtype)
         with torch.no_grad():
-            parts = [model(input_ids=part[None]).logits[0] for part in ids.split(lengths)]
+            parts = [reference(input_ids=part[None]).logits[0] for part in ids.split(lengths)]
         expected = torch.cat(parts).float()
-        del model
+        del reference
     expected = expected.to(platform.device())
     dist.broadcast(expected, src=0)
 
-    trunk = gpt.Trunk(hf, gpt.transformer_config(hf, layout, dtype), layout).eval()
-    weights.load_megatron(trunk, megatron_dir)
+    model = FrozenStudent(hf_dir, layout, dtype, hf.vocab_size, megatron=megatron_dir)
     rows = torch.arange(tokens)
     packed = MicroBatch(
         tokens=ids,
@@ -151,10 +151,10 @@ def compare_logits(
 
     def logits(micro_batch: MicroBatch, hidden_states: Tensor) -> Tensor:
         rows = gpt.pick_rows(hidden_states, micro_batch.rows, layout)
-        return (rows @ trunk.head_weight.T).float()
+        return (rows @ model.head_weight.T).float()
 
     worst = torch.zeros(2, dtype=torch.float64, device=platform.device())
-    for shard in forward(trunk, layout, [packed], logits):
+    for shard in model.forward([packed], logits):
         start = layout.tp_rank * shard.shape[1]
         columns = expected[:, start : start + shard.shape[1]]
         shard = shard[:, : columns.shape[1]]
