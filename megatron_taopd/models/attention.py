@@ -75,7 +75,7 @@ class PackedAttention(torch.nn.Module):
 
 
 class SelfAttention(attention.SelfAttention):
-    """Megatron's, for tensor-parallel ranks that share a key-value head in any process groups.
+    """Megatron's self-attention, for TP ranks that share a key-value head in any process groups.
 
     Where there are more ranks than key-value heads (a multiple of them), Megatron's own gathers the
     projections over the global groups, which are the student's. Collectives, then: an all-gather of

@@ -142,8 +142,9 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 class Embedding(VocabParallelEmbedding):
-    """Megatron's, with a sparse gradient: the rows of the tokens looked up, which DDP adds to its
-    buffer as they are. A dense one would be as large as the head.
+    """Megatron's embedding, with a sparse gradient: the rows of the tokens looked up.
+
+    DDP adds these to its buffer as they are. A dense gradient would be as large as the head.
     """
 
     def forward(self, input_: Tensor) -> Tensor:

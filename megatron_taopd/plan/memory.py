@@ -142,7 +142,7 @@ def phases(
         tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
         forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
         found["teacher"] = resident | servers | read | forward
-    # Beside the send buffer there is first what was read, which is freed, then what is received.
+    # Next to the send buffer there is first what was read, which is freed, then what is received.
     ends = max({"rows read": reads}, scored, key=lambda items: sum(items.values()))
     found["exchange"] = resident | ends | {"rows in transit": sends * reads}
 
