@@ -25,10 +25,10 @@ def doctored(overrides):
 
 def compare(overrides):
     from megatron_taopd.parallel import platform
-    from megatron_taopd.preflight import examine
+    from megatron_taopd.preflight import agreement
 
     platform.initialize()
-    return [f"{f.level}: {f.what}" for f in examine._check_models(load(TINY, overrides))]
+    return [f"{f.level}: {f.what}" for f in agreement.check_models(load(TINY, overrides))]
 
 
 def doctor(directory, *overrides):

@@ -505,7 +505,7 @@ def compare(overrides, other_weights=False):
     if other_weights:
         LocalEngine.generate = spoiled
     try:
-        return list(examine._check_models(load(TINY, overrides)))
+        return list(agreement.check_models(load(TINY, overrides)))
     finally:
         LocalEngine.generate = generate
 

@@ -367,7 +367,7 @@ def qwen(data):
 
 
 def test_gsm8k_with_the_real_qwen_tokenizer(data, qwen):
-    prompts = load_prompts(data / "gsm8k/train.jsonl", qwen, "question", limit=20)
+    prompts = load_prompts(data / "gsm8k/train.jsonl", qwen, prompt_column="question", limit=20)
     assert prompts.answers[0].endswith("#### 72")
     assert qwen.decode(prompts.token_ids[0]) == (
         f"<|im_start|>user\n{prompts.texts[0]}<|im_end|>\n<|im_start|>assistant\n"

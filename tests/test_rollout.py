@@ -167,7 +167,7 @@ def test_an_engine_ends_where_it_is_told_or_where_either_configuration_says():
 def test_every_engine_is_told_where_responses_end():
     """Left to themselves, engines read it from different files."""
     seen = []
-    for folder in ("megatron_taopd", "tools"):
+    for folder in ("megatron_taopd", "tools", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             for call in ast.walk(ast.parse(path.read_text())):
                 if isinstance(call, ast.Call) and re.match(
@@ -194,11 +194,12 @@ def test_a_bank_and_the_doctor_end_responses_at_both_configurations(tmp_path):
 def doctors_ends(overrides):
     from megatron_taopd.config import load
     from megatron_taopd.parallel import platform
-    from megatron_taopd.preflight import examine
+    from megatron_taopd.preflight import agreement
+    from megatron_taopd.preflight.prompts import vocabularies
 
     platform.initialize()
     config = load(ROOT / "examples" / "tiny_pair.yaml", overrides)
-    engine = examine._engine(config, examine._vocabularies(config)[0])
+    engine = agreement._engine(config, vocabularies(config)[0])
     return set(engine.eos_token_ids)
 
 

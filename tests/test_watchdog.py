@@ -78,16 +78,16 @@ def weights_on_the_move(directory: str) -> list[int]:
     """Beats of a rank that loads, exports, saves and sums up a model."""
     from megatron.core import parallel_state
 
+    from megatron_taopd.models.student import FrozenStudent
     from megatron_taopd.models.weights import export_weights, save_hf
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import forward_layout, student_layout
-    from megatron_taopd.preflight.agreement import ReadOnlyStudent
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
     platform.initialize()
     path, dtype = PAIR / "student", torch.float32
     try:
-        trunk = ReadOnlyStudent(path, student_layout(1, 1, seed=0), dtype, 1152).trunk
+        trunk = FrozenStudent(path, student_layout(1, 1, seed=0), dtype, 1152).trunk
         teacher = MegatronTeacher(PAIR / "teacher", forward_layout(1, 1), dtype, 512)
         return [
             beats_of(lambda: list(export_weights(trunk))),
