@@ -199,12 +199,23 @@ def test_refused_request_is_not_repeated(engine):
 def test_update_and_shared_load(engine, endless):
     update(engine, endless, 4)
     assert [replica.version for replica in engine.replicas.all] == [4, 4]
-    pending = engine.submit(PROMPTS, range(6), 1, LONG)
-    with pytest.raises(AssertionError):
-        update(engine, endless, 5)
-    loads = []
-    for _ in pending.parts():
-        loads.append([replica.requests for replica in engine.replicas.all])
+    loads, done = [], threading.Event()
+
+    def look():  # while requests are under way, however late this thread hears of their answers
+        while not done.wait(0.002):
+            loads.append([replica.requests for replica in engine.replicas.all])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        pending = engine.submit(PROMPTS, range(6), 1, LONG)
+        with pytest.raises(AssertionError):
+            update(engine, endless, 5)
+        for _ in pending.parts():
+            pass
+    finally:
+        done.set()
+        looking.join()
     assert max(min(load) for load in loads) > 3 and max(map(max, loads)) <= 8
     assert all(replica.tokens == replica.requests == 0 for replica in engine.replicas.all)
     batch = pending.result()
