@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as Waiting  # another class than the built-in in 3.10
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -92,15 +91,11 @@ def on_rank_0(
                 if pending is None:
                     result = work()
                     pending = result if isinstance(result, Future) else None
-                if pending is not None:
-                    result = pending.result(SIGN_OF_LIFE_S)
-                word = "done", result if tell else None
-            except Waiting:
-                if pending is not None and pending.done():  # the work's own time-out
-                    cause = pending.exception()
-                    word = "RuntimeError", str(cause) or repr(cause)
-                else:
+                if pending is not None and not wait([pending], SIGN_OF_LIFE_S).done:
                     word = "wait", None
+                else:
+                    result = result if pending is None else pending.result()
+                    word = "done", result if tell else None
             except Exception as error:
                 kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
                 cause, word = error, (kind, str(error) or repr(error))
