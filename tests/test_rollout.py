@@ -193,9 +193,9 @@ def test_a_bank_and_the_doctor_end_responses_at_both_configurations(tmp_path):
 
 def doctors_ends(overrides):
     from megatron_taopd.config import load
+    from megatron_taopd.data.texts import vocabularies
     from megatron_taopd.parallel import platform
     from megatron_taopd.preflight import agreement
-    from megatron_taopd.preflight.prompts import vocabularies
 
     platform.initialize()
     config = load(ROOT / "examples" / "tiny_pair.yaml", overrides)

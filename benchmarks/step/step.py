@@ -13,15 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.step.pairs import RATIO, K, Models
-from megatron_taopd.config.schema import LossSection
-from megatron_taopd.data import batching
+from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSection
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.memory import peak_memory
-from megatron_taopd.step.scoring import ScoredBatch, score
-from megatron_taopd.step.selection import select
+from megatron_taopd.step.distiller import Distiller
+from megatron_taopd.step.guard import Guard
+from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.training import backward
-from megatron_taopd.teacher.dispatch import dispatch
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,19 @@ class Step:
         self.models, self.batch = models, batch
         self.everything = torch.ones(batch.num_rows, dtype=torch.bool)
         self.teacher_inputs, _ = models.read(batch)
-        self.assigned = batching.assign(
-            batch, self.everything, models.layout, models.micro_batch_tokens
+        train = TrainSection(
+            micro_batch_tokens=models.micro_batch_tokens, replay_memory_mib=sys.maxsize
         )
+        self.distiller = Distiller(
+            models.student,
+            models.teacher,
+            models.heads,
+            Guard(0, 0),
+            SelectionSection(k=K),
+            LossSection(),
+            train,
+        )
+        self.assigned = self.distiller.assign(batch)
 
     @cached_property
     def teacher_rows(self):
@@ -82,22 +91,20 @@ class Step:
 
     def read(self) -> RowShard:
         """Let the teacher read, and send its rows to who scores them."""
-        with torch.no_grad(), self.models.teacher.resident():
-            places = torch.arange(self.batch.num_sequences)
-            parts = [(places, self.models.teacher.read(self.teacher_inputs))]
-        return dispatch(parts, self.batch, self.models.layout, self.assigned.owner)
+        parts = self.distiller.read(self.teacher_inputs)
+        return self.distiller.dispatch(parts, self.batch, self.assigned)
 
     def score(self, schedule: str) -> ScoredBatch:
         """Score all rows; a replay keeps the layers' outputs."""
-        models, keep = self.models, schedule == "replay"
-        return score(
-            self.batch, self.assigned, self.teacher_rows, models.student, models.heads, K, keep
-        )
+        train = replace(self.distiller.train, schedule=schedule)
+        distiller = replace(self.distiller, train=train)
+        return distiller.score(self.batch, self.assigned, self.teacher_rows)
 
     def select(self, ratio: float, concentrate: float = 0.0) -> Tensor:
         if ratio == 1:
             return self.everything
-        return select("teachability", self.scores, ratio, 0, concentrate, self.batch.cu_rows)
+        section = replace(self.distiller.selection, ratio=ratio, concentrate=concentrate)
+        return replace(self.distiller, selection=section).select(self.scored, 0)
 
     def select_and_train(self, arm: Arm) -> None:
         self.train(self.select(arm.ratio, arm.concentrate), arm.schedule, arm.recompute)
@@ -110,7 +117,12 @@ class Step:
         scored = replace(self.scored, kept_outputs=outputs)
         with models.recompute(recompute):
             return backward(
-                scored, mask, models.student, models.heads, LossSection(), models.micro_batch_tokens
+                scored,
+                mask,
+                models.student,
+                models.heads,
+                self.distiller.loss,
+                models.micro_batch_tokens,
             )
 
 

@@ -45,7 +45,7 @@ from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import broadcast_object, gather
+from megatron_taopd.parallel.objects import gather, on_rank_0
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
 
@@ -173,12 +173,12 @@ class Checkpoints:
         with self._blocked():
             self._writing = None
             written = writing.written.result()
-            ranks: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-            dist.gather_object(written, ranks)
-            outcome = None
-            if ranks is not None:
-                outcome = self._publish(writing, ranks), max(w.seconds for w in ranks)
-            error, self._metrics["checkpoint/write_s"] = broadcast_object(outcome)
+            leads = dist.get_rank() == 0
+            ranks: list = [None] * (dist.get_world_size() if leads else 0)
+            dist.gather_object(written, ranks if leads else None)
+            error, self._metrics["checkpoint/write_s"] = on_rank_0(
+                lambda: (self._publish(writing, ranks), max(w.seconds for w in ranks))
+            )
             if error:
                 self._fail(writing.step, error)
             else:

@@ -35,15 +35,26 @@ def open_texts(config: Config) -> Texts:
     student = Vocabulary.from_pretrained(config.student.path)
     teacher = Vocabulary.from_pretrained(config.teacher.path)
     vocab_map = VocabMap.between(student.ending_at(config.rollout.stop_token_ids), teacher)
-    prompts = load_prompts(
-        config.data.prompts,
-        student.tokenizer,
-        config.data,
-        limit=config.data.limit,
-        teacher_tokenizer=teacher.tokenizer if config.teacher.prompt == "own" else None,
-    )
-    held_out = None
-    if config.eval.prompts is not None:
-        answers, limit = config.data.answer_column, config.eval.limit
-        held_out = load_prompts(config.eval.prompts, student.tokenizer, config.data, answers, limit)
+    prompts = training_prompts(config, student, teacher)
+    held_out = None if config.eval.prompts is None else held_out_prompts(config, student)
     return Texts(student, teacher, vocab_map, prompts, held_out)
+
+
+def vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
+    """Read the student's vocabulary, ending also at `rollout.stop_token_ids`, and the teacher's."""
+    student, teacher = map(Vocabulary.from_pretrained, (config.student.path, config.teacher.path))
+    return student.ending_at(config.rollout.stop_token_ids), teacher
+
+
+def training_prompts(config: Config, student: Vocabulary, teacher: Vocabulary) -> Prompts:
+    """Read `data.prompts`, for the teacher too if it reads its own. Raises as `load_prompts`."""
+    data = config.data
+    own = teacher.tokenizer if config.teacher.prompt == "own" else None
+    return load_prompts(data.prompts, student.tokenizer, data, None, data.limit, own)
+
+
+def held_out_prompts(config: Config, student: Vocabulary) -> Prompts:
+    """Read `eval.prompts`, which is given, with answers. Raises as `load_prompts`."""
+    data, section = config.data, config.eval
+    assert section.prompts is not None
+    return load_prompts(section.prompts, student.tokenizer, data, data.answer_column, section.limit)

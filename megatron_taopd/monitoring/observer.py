@@ -13,6 +13,7 @@ from megatron_taopd.data import batching
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
+from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.report import Sample, sample_rollouts
 from megatron_taopd.parallel.vocab import logits_bytes
@@ -21,7 +22,7 @@ from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.selection import budget, selection_metrics
 from megatron_taopd.step.teachability import learnable_disagreement
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.types import Sequences
 
 ENDLESS = 0.95  # the share of responses without an end above which a run says so
 
@@ -160,28 +161,3 @@ def _work(lesson: Lesson, teacher_inputs: Sequences, recompute: str) -> Work:
         replayed=lesson.scored.kept_outputs is not None,
         recompute=recompute,
     )
-
-
-def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, float]:
-    """Say what the log says of the responses and of the engine that made them.
-
-    Args:
-        gap: |log p_trainer − log p_engine| of some sampled tokens.
-    """
-    lengths = batch.response_lengths.double()
-    middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
-    staleness = (step - 1 - batch.weight_versions).double()
-    return {
-        "valid_rows": batch.num_rows,
-        "tokens_rolled_out": int(batch.lengths.sum()),
-        "rollout/response_length_mean": lengths.mean().item(),
-        "rollout/response_length_p50": middle,
-        "rollout/response_length_p90": long,
-        "rollout/response_length_max": lengths.max().item(),
-        "rollout/truncated_share": batch.truncated.double().mean().item(),
-        "rollout/weight_version": int(batch.weight_versions.min()),
-        "rollout/staleness_mean": staleness.mean().item(),
-        "rollout/staleness_max": staleness.max().item(),
-        "rollout/logprob_gap_mean": gap.mean().item(),
-        "rollout/logprob_gap_max": gap.max().item(),
-    }

@@ -201,6 +201,7 @@ def _read_model(name: str, path: str, served: bool):
 
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
+    rules.check_sequence_parallel(name, parallel)
     dp = rules.check_grid(name, section.path, parallel, hf, gpus, "--gpus")
     return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
 

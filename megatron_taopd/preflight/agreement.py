@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_taopd.config.schema import Config, ParallelSection
+from megatron_taopd.data.texts import training_prompts, vocabularies
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import DTYPES, load_config, tensor_shapes
 from megatron_taopd.models.student import FrozenStudent
@@ -23,7 +24,6 @@ from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
-from megatron_taopd.preflight.prompts import read_prompts, vocabularies
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.opening import begin_rollout_servers
@@ -157,14 +157,12 @@ def _with_one_server(config: Config, directory: str) -> Config:
 
 
 def _compare(config: Config) -> Iterator[Finding]:
-
     dtype, rollout = DTYPES[config.train.precision], config.rollout
     micro_batch_tokens = config.train.micro_batch_tokens
     student_vocabulary, teacher_vocabulary = vocabularies(config)
     vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
     first = replace(config, data=replace(config.data, limit=1))
-    most = config.data.max_prompt_tokens
-    prompts = read_prompts(first, student_vocabulary, teacher_vocabulary, most)
+    prompts = training_prompts(first, student_vocabulary, teacher_vocabulary)
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = available_bytes(local_ranks)

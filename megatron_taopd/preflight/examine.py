@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from megatron_taopd import config as configuration
 from megatron_taopd.config import Config
 from megatron_taopd.data.prompts import check_prompts
+from megatron_taopd.data.texts import held_out_prompts, training_prompts, vocabularies
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.logs import OF_THE_RUN
@@ -33,7 +36,6 @@ from megatron_taopd.preflight.findings import (
     ok,
     warning,
 )
-from megatron_taopd.preflight.prompts import read_prompts, vocabularies
 
 logger = logging.getLogger(__name__)
 
@@ -244,10 +246,11 @@ def _check_start_of_texts(config: Config) -> Iterator[Finding]:
 def _check_texts(config: Config) -> Iterator[Finding]:
     student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
-    prompts = read_prompts(config, student, teacher)
     most = config.data.max_prompt_tokens
+    whole = replace(config, data=replace(config.data, max_prompt_tokens=sys.maxsize))
+    prompts = training_prompts(whole, student, teacher)
     yield from texts.check_prompts("data.prompts", prompts, student, teacher, most)
     if config.eval.prompts is not None:
-        held_out = read_prompts(config, student, None)
+        held_out = held_out_prompts(whole, student)
         yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)
         yield from texts.check_held_out(prompts, held_out)

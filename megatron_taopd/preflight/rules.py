@@ -51,7 +51,6 @@ def check_grid(
         check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
     except ValueError as error:
         raise ValueError(f"{name}.parallel.{error}") from None
-    check_sequence_parallel(name, parallel)
     return check_ranks(name, parallel, hf, ranks, whose)
 
 

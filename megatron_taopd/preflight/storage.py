@@ -11,14 +11,13 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.checkpoints import resume
 from megatron_taopd.config.load import with_new_names
 from megatron_taopd.formats.files import file_written_aside
-from megatron_taopd.parallel.objects import broadcast_object, gather
+from megatron_taopd.parallel.objects import gather, on_rank_0
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
 CONFIG = "config.yaml"  # in a run's directory, the configuration that it was last built from
@@ -74,13 +73,14 @@ def check_shared(directory: Path, host: str) -> list[Finding]:
     Collectives: a broadcast and an all-gather of some 100 bytes.
     """
     with ExitStack() as until_seen:
-        found = None
-        if dist.get_rank() == 0:
+
+        def write() -> str | Finding:
             try:
-                found = str(until_seen.enter_context(written_file(directory)))
+                return str(until_seen.enter_context(written_file(directory)))
             except OSError as problem:
-                found = _unwritable("run.dir", directory, problem)
-        found = broadcast_object(found)
+                return _unwritable("run.dir", directory, problem)
+
+        found = on_rank_0(write)
         if isinstance(found, Finding):
             return [found]
         answers = gather((host, _appears(Path(found))))

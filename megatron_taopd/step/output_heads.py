@@ -23,8 +23,20 @@ from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
 
 
+class _StudentHead:
+    """The student's side, which does not depend on what is known of the teacher."""
+
+    student: Tensor
+    shard: VocabShard
+    chunk_rows: int
+
+    def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
+        return token_log_probs(student_hidden, self.student, tokens, self.shard, self.chunk_rows)
+
+
 @dataclass(frozen=True)
-class OutputHeads:
+class OutputHeads(_StudentHead):
     """Both heads, cut at the same vocabulary boundaries; on the student's last stage.
 
     Attributes:
@@ -65,10 +77,6 @@ class OutputHeads:
             alpha=loss.alpha,
         )
 
-    def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
-        return token_log_probs(student_hidden, self.student, tokens, self.shard, self.chunk_rows)
-
     @torch.no_grad()
     def teacher_log_probs(self, teacher_rows: Tensor, tokens: Tensor) -> Tensor:
         """Return the teacher's, likewise."""
@@ -76,7 +84,7 @@ class OutputHeads:
 
 
 @dataclass(frozen=True)
-class TopkOutputHeads:
+class TopkOutputHeads(_StudentHead):
     """The student's head, and a teacher that has none here but has said what its top-K are.
 
     Its rows are `TopkRows`, packed; attributes and methods are those of `OutputHeads`. Scores and
@@ -121,10 +129,6 @@ class TopkOutputHeads:
             beta=loss.beta,
             alpha=loss.alpha,
         )
-
-    def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
-        return token_log_probs(student_hidden, self.student, tokens, self.shard, self.chunk_rows)
 
     def teacher_log_probs(self, teacher_rows: Tensor, _tokens: Tensor) -> Tensor:
         """Return the teacher's, as reported: over its own whole vocabulary."""
