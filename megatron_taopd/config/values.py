@@ -36,8 +36,7 @@ def check_values(config: Config, ranks: int | None = None) -> None:
     """
     check_sections(config)
     check_environment(config)
-    if ranks is not None:
-        check_ranks(config, ranks)
+    check_layouts(config, ranks)
     check_files(config)
 
 
@@ -64,8 +63,6 @@ def check_sections(config: Config) -> None:
             raise ValueError(
                 f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
             )
-    for parallel in (config.student.parallel, config.teacher.parallel):
-        _check_micro_batch(config, parallel)
     sequences = config.rollout.prompts * config.rollout.samples
     if config.train.mini_batches > sequences:
         raise ValueError(
@@ -241,10 +238,11 @@ def _check_micro_batch(config: Config, parallel: ParallelSection) -> None:
 # ------------------------------------------------------------------------------ ranks, environment
 
 
-def check_ranks(config: Config, ranks: int, whose: str = "the number of ranks,") -> None:
-    """Refuse ranks that the layouts do not divide, or that have nothing to do.
+def check_layouts(config: Config, ranks: int | None, whose: str = "the number of ranks,") -> None:
+    """Refuse layouts that do not divide the ranks, or leave some without work.
 
     Args:
+        ranks: of the run; None where they are not known.
         whose: names the ranks in the line: as it is here, or an option.
 
     Raises:
@@ -252,12 +250,15 @@ def check_ranks(config: Config, ranks: int, whose: str = "the number of ranks,")
     """
     for model in ("student", "teacher"):
         parallel = getattr(config, model).parallel
+        _check_micro_batch(config, parallel)
         size = parallel.tp * parallel.pp
-        if ranks % size:
+        if ranks is not None and ranks % size:
             raise ValueError(
                 f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {size} does not divide "
                 f"{whose} {ranks}; start a multiple of {size}"
             )
+    if ranks is None:
+        return
     rollout, parallel = config.rollout, config.student.parallel
     data_parallel = ranks // (parallel.tp * parallel.pp)
     if rollout.prompts * rollout.samples < data_parallel:

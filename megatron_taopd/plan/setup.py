@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
-from megatron_taopd.config.values import check_ranks, check_sections
+from megatron_taopd.config.values import check_layouts, check_sections
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
 from megatron_taopd.plan.shapes import Architecture, Grid
@@ -142,7 +142,7 @@ class Setup:
             for name in ("student", "teacher")
             if not (served and name == "teacher")
         }
-        check_ranks(config, gpus, "--gpus")
+        check_layouts(config, gpus, "--gpus")
         horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
