@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from megatron_taopd import config as configuration
+from megatron_taopd.checkpoints import end
+from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.config import Config
 from megatron_taopd.data.prompts import check_prompts
 from megatron_taopd.data.texts import held_out_prompts, training_prompts, vocabularies
@@ -212,8 +214,10 @@ def _check_memory(config: Config, ranks: int, local_ranks: int) -> Iterator[Find
 
 
 def _check_resume(config: Config) -> Iterator[Finding]:
-    tree = configuration.to_tree(config)
-    return storage.check_resume(Path(config.run.dir), config.train.steps, tree)
+    tree, run_dir = configuration.to_tree(config), Path(config.run.dir)
+    newest = max(checkpoint_files.steps(run_dir / "checkpoints"), default=0)
+    missing = end.missing(config, newest)
+    return storage.check_resume(run_dir, config.train.steps, tree, missing)
 
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from megatron_taopd.parallel import nccl, platform
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 from megatron_taopd.preflight.machine import driver, versions
-from megatron_taopd.serving.server import PORTS, free_port, is_free
+from megatron_taopd.serving.ports import PORTS, free_port, is_free
 
 TORCHRUN_PORT = 29500
 CONNECT_S = 5.0
@@ -60,7 +60,7 @@ def check_rendezvous() -> Iterator[Finding]:
     else:
         yield warning(
             f"rendezvous: port {port} of this host is in use",
-            "torchrun --standalone on one host, --master-port with another one on several",
+            "leave --master-port out on one host, give another one on several",
         )
 
 
