@@ -129,7 +129,7 @@ class Asked:
         if listens and not is_free("", int(port)):
             raise ValueError(
                 f"--master-port: {port} is in use on this host; give another one on every node, or "
-                "leave it out on a single node"
+                "none on a single node"
             )
 
 
