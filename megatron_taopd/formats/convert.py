@@ -6,6 +6,7 @@ one of them. What is written does not depend on how many there were, nor on a la
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 from megatron_taopd.formats import hf_map
 from megatron_taopd.formats.files import check_space, written_aside
 from megatron_taopd.formats.hf import (
+    CARD,
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -171,7 +173,8 @@ def to_hf(
     """Write the model of a Megatron distributed checkpoint as a Hugging Face directory.
 
     Every rank calls this; none is needed. Whatever layout saved the checkpoint, and whatever else
-    is in it (the optimizer's state, say), the model's tensors alone are read.
+    is in it (the optimizer's state, say), the model's tensors alone are read. The model card that a
+    run has put into its checkpoint becomes the directory's.
 
     Args:
         out: replaced if it exists.
@@ -218,6 +221,8 @@ def to_hf(
         if rank == 0:
             writer.write_index()
             copy_side_files(side, aside, dtypes.values())
+            if (card := Path(megatron_dir) / SIDE_FILES / CARD).is_file():
+                shutil.copyfile(card, aside / CARD)
     return Converted(str(out), _name(hf), len(shapes), writer.total_bytes, len(writer.files))
 
 
