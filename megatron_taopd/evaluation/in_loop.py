@@ -22,7 +22,7 @@ from megatron_taopd.evaluation.answers import (
     normalize_answer,
     reference_answer,
 )
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
@@ -72,8 +72,8 @@ Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and t
 def grade_exactly(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
     """`is_correct`, of each."""
     verdicts = []
-    for response, gold in zip(responses, golds, strict=True):
-        watchdog.heartbeat()
+    pairs = zip(responses, golds, strict=True)
+    for response, gold in progress.track(pairs, len(golds), "grading"):
         verdicts.append(is_correct(response, gold))
     return verdicts
 
@@ -120,6 +120,13 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     counts as different.
     """
     command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
+    with progress.phase("comparing expressions", len(pairs)) as shown:
+        return _verdicts(command, pairs, shown)
+
+
+def _verdicts(
+    command: Sequence[str], pairs: Sequence[tuple[str, str]], shown: progress.Phase
+) -> list[bool]:
     verdicts: list[bool] = []
     while rest := pairs[len(verdicts) :]:
         with TemporaryFile("w+") as lines, TemporaryFile("w+") as complaints:
@@ -130,6 +137,7 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
                     for verdict in worker.stdout:
                         watchdog.heartbeat()
                         verdicts.append(json.loads(verdict))
+                        shown.advance()
                 except BaseException:
                     worker.kill()
                     raise

@@ -6,7 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from megatron_taopd.monitoring.progress import ProgressLine
 from megatron_taopd.monitoring.report import Sample, answered, write_report
 from megatron_taopd.monitoring.sinks import check_installed, open_sinks, truncate_records
 from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.progress import Display, display
 
 if TYPE_CHECKING:
     from megatron_taopd.evaluation.in_loop import Example
@@ -66,13 +67,17 @@ class Monitor:
         self.examples: Sequence[Example] = ()  # of the last evaluation, for the report
         self._synchronize = synchronize or (lambda: None)
         self._times: dict[str, float] = defaultdict(float)
+        self._longest: dict[str, float] = defaultdict(float)  # span of each phase, in this step
+        self._expected: dict[str, float] = {}  # likewise, in the step before
+        self._stepped = False  # a whole step is done
         self._noted: set[str] = set()
         self._writes = rank == 0
         if self._writes:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.records = truncate_records(self.run_dir / "metrics.jsonl", first_step)
             self._sinks = open_sinks(log, self.run_dir, self.name, config_yaml, first_step)
-            self._progress = ProgressLine(steps, first_step, console or Console())
+            self._display = Display(console) if console else display()
+            self._progress = ProgressLine(steps, first_step, self._display)
 
     @property
     def report_path(self) -> Path:
@@ -85,11 +90,30 @@ class Monitor:
         self._synchronize()
         start = time.perf_counter()
         try:
-            with watchdog.phase(phase):
+            with watchdog.phase(phase), self._shown(phase):
                 yield
         finally:
             self._synchronize()
-            self._times[f"time/{phase}"] += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._times[f"time/{phase}"] += spent
+            self._longest[phase] = max(self._longest[phase], spent)
+
+    @contextmanager
+    def _shown(self, phase: str) -> Iterator[None]:
+        """Show a phase in the terminal, with the time that it took in the step before.
+
+        A log hears of the parts of the first step, of evaluations and checkpoints: lines about
+        every step's parts would fill it.
+        """
+        if not self._writes or phase == "step":  # which has a line of its own
+            yield
+            return
+        quiet = self._stepped and phase not in ("eval", "checkpoint")
+        with (
+            self._display.hushed() if quiet else nullcontext(),
+            self._display.phase(phase, seconds=self._expected.get(phase)),
+        ):
+            yield
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Record one step; call once per step, in order, on every rank.
@@ -105,6 +129,9 @@ class Monitor:
             k: _plain(v) for k, v in (*metrics.items(), *self._times.items())
         }
         self._times.clear()
+        self._expected |= self._longest
+        self._longest.clear()
+        self._stepped = self._stepped or "time/step" in record
         if not self._writes:
             return record
         self.records.append(record)
@@ -128,7 +155,7 @@ class Monitor:
         """Tell the person at the terminal, once for each key."""
         if self._writes and key not in self._noted:
             self._noted.add(key)
-            self._progress.console.print(f"{key}: {text}", highlight=False, soft_wrap=True)
+            self._display.console.print(f"{key}: {text}", highlight=False, soft_wrap=True)
 
     def write_report(self, samples: Sequence[Sample] | None = None) -> None:
         """Write report.html anew; `samples` are shown from now on."""
