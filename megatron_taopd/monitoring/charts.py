@@ -358,7 +358,8 @@ def _hover(chart: Chart, scale: Scale) -> dict[str, Any]:
         "labels": [line.label for line in lines],
         "colors": [line.color for line in lines],
         "at": [
-            [number(x), round(100 * scale.x(x) / WIDTH, 1), by_step[x]] for x in sorted(by_step)
+            [x if chart.whole else number(x), round(100 * scale.x(x) / WIDTH, 1), by_step[x]]
+            for x in sorted(by_step)
         ],
     }
 

@@ -85,7 +85,8 @@ class Snapshot:
     def of(cls, tree: Mapping[str, Any]) -> Snapshot:
         """Read what `asdict` has made of one, and JSON of that."""
         responses = [Response(**response) for response in tree["responses"]]
-        return cls(**{**tree, "responses": responses})
+        counts = {kind: tuple(pair) for kind, pair in tree["counts"].items()}
+        return cls(**{**tree, "counts": counts, "responses": responses})
 
 
 @dataclass(frozen=True)
