@@ -27,7 +27,7 @@ from megatron_taopd.step.teachability import (
 )
 from megatron_taopd.types import RolloutBatch, TokenScores
 
-MOST_TOKENS = 2400  # of all responses of a step; each has an equal share
+MOST_TOKENS = 1600  # of all responses of a step; each has an equal share
 MOST_POINTS = 400  # of kept tokens in the D–C plane, and as many of the others
 MOST_CHARACTERS = 2000  # of a prompt or an answer
 KINDS = {"l": "learnable", "i": "incompatible", "a": "agreement"}

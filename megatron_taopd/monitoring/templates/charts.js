@@ -4,6 +4,10 @@ const place = (tip, frame, left) => {
   if (tip.offsetWidth <= room) tip.style.left = `${x + 12}px`;
   else tip.style.left = `${Math.max(-40, x - 12 - tip.offsetWidth)}px`;
 };
+const walked = (key, at, count) => {
+  const to = {ArrowRight: at + 1, ArrowLeft: at < 0 ? count - 1 : at - 1, Home: 0, End: count - 1};
+  return count && key in to ? Math.max(0, Math.min(count - 1, to[key])) : undefined;
+};
 const escaped = (text) => new Option(text).innerHTML;
 for (const plot of document.querySelectorAll(".plot:not(.plane)")) {
   const [frame, tip, cursor] = [".frame", ".tip", ".cursor"].map((s) => plot.querySelector(s));
@@ -34,11 +38,10 @@ for (const plot of document.querySelectorAll(".plot:not(.plane)")) {
   frame.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", (event) => {
-    const move = {ArrowRight: 1, ArrowLeft: -1, Home: -at.length, End: at.length}[event.key];
     if (event.key === "Escape") hide();
-    if (!move) return;
+    const next = walked(event.key, chosen, at.length);
+    if (next === undefined) return;
     event.preventDefault();
-    const next = chosen < 0 ? (move < 0 ? at.length - 1 : 0) : chosen + move;
-    show(Math.max(0, Math.min(at.length - 1, next)));
+    show(next);
   });
 }

@@ -33,11 +33,11 @@ for (const plot of document.querySelectorAll(".plane")) {
   frame.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", (event) => {
-    const move = {ArrowRight: 1, ArrowLeft: -1, Home: -kept.length, End: kept.length}[event.key];
     if (event.key === "Escape") hide();
-    if (!move || !kept.length) return;
+    const next = walked(event.key, chosen, kept.length);
+    if (next === undefined) return;
     event.preventDefault();
-    chosen = Math.max(0, Math.min(kept.length - 1, chosen < 0 ? 0 : chosen + move));
+    chosen = next;
     show(kept[chosen]);
   });
 }
@@ -83,12 +83,11 @@ for (const article of document.querySelectorAll("article.tokens")) {
   article.addEventListener("pointerover", ({target}) => tokens.includes(target) && show(target));
   article.addEventListener("pointerleave", hide);
   article.addEventListener("keydown", (event) => {
-    const at = tokens.indexOf(event.target);
-    const to = {ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tokens.length - 1}[event.key];
     if (event.key === "Escape") hide();
-    if (to === undefined || !tokens[to]) return;
+    const next = walked(event.key, tokens.indexOf(event.target), tokens.length);
+    if (next === undefined) return;
     event.preventDefault();
-    tokens[to].focus();
+    tokens[next].focus();
   });
 }
 for (const choice of document.querySelectorAll("input[name=step]")) {
