@@ -26,29 +26,9 @@ optimizer: {lr: 1.0e-3, clip: 2.0}
 eval: {temperature: 0.0, samples: 1, every: 20}
 """
 WORDS = [
-    "the",
-    "sum",
-    "of",
-    "both",
-    "is",
-    "so",
-    "we",
-    "carry",
-    "1",
-    ";",
-    "<b>",
-    "therefore",
-    "⏎",
-    "1234",
-    "=",
-    "&",
-    "it",
-    "follows",
-    "x²",
-    "≤",
-    "y",
+    *("the", "sum", "of", "both", "is", "so", "we", "carry", "1", ";", "<b>", "therefore"),
+    *("\n", "1234", "=", "&", "it", "follows", "x²", "≤", "y"),
 ]
-WORDS[12] = "\n"
 
 
 class Words:
