@@ -441,6 +441,12 @@ class LogSection:
         PORT,
     )
     prometheus_host: str = key("127.0.0.1", "The address that rank 0 listens on.")
+    samples: int = key(
+        4,
+        "Responses of a step, and answers of an evaluation, that the report shows with their "
+        "tokens; of the first and the newest, in `samples.json`. 0: none, and no D–C plane.",
+        Bounds(at_least=0, at_most=16),
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.rendering import Message, Renderer
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel import progress, watchdog
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ def load_prompts(
     ]
 
     prompts, texts, answers, said, dropped = [], [], [], [], 0
-    for where, messages, answer in _read(
-        Path(path), data.prompt_column, answer_column, data.system
-    ):
+    records = _read(Path(path), data.prompt_column, answer_column, data.system)
+    for where, messages, answer in progress.track(records, limit, f"tokenising {path}"):
         with _told(where):
             renderings = [render(messages) for render in renderers]
         if max(map(len, renderings)) > data.max_prompt_tokens:
@@ -111,7 +110,8 @@ def render(conversations: Iterable[Sequence[Message]], tokenizer, template: str)
             the prompts.
     """
     renderer, rendered = Renderer(tokenizer, template), []
-    for number, messages in enumerate(conversations, 1):
+    shown = progress.track(conversations, None, "tokenising prompts")
+    for number, messages in enumerate(shown, 1):
         with _told(f"prompt {number}"):
             rendered.append(renderer(messages))
     return rendered

@@ -27,6 +27,7 @@ from megatron_taopd.data.prompts import load_prompts, render
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.formats.files import file_written_aside, reason_of
 from megatron_taopd.formats.hf import HFCheckpoint, load_config
+from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
@@ -259,7 +260,8 @@ def add_rollouts(
     added = []
     with open_engine(vocabulary, longest) as engine:
         made_by["engine"] = engine.name
-        for part in _parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples)):
+        parts = [*_parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples))]
+        for part in progress.track(parts, None, "generating shards"):
             batch = engine.generate(part, [numbers[ids] for ids in part], 0, sampling)
             if batch.weight_versions.any():
                 raise ValueError(

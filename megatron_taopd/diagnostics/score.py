@@ -25,6 +25,7 @@ from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.megatron import MegatronCheckpoint
 from megatron_taopd.models import gpt
 from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import Compared, compare_hidden
 from megatron_taopd.step.output_heads import open_heads
@@ -267,7 +268,7 @@ def score_bank(
         if writes:
             aside = opened.enter_context(file_written_aside(out))
             writer = opened.enter_context(pq.ParquetWriter(aside, schema))
-        for shard in range(len(bank.shards)):
+        for shard in progress.track(range(len(bank.shards)), None, "scoring shards"):
             contexts = bank.read(shard)
             teacher_inputs = teacher_inputs_of(contexts, vocab_map, tokenizer, pair.teacher)
             table = pair.compare(contexts.batch, teacher_inputs, measures, len(MEASURES))

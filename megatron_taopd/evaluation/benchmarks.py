@@ -23,6 +23,7 @@ from megatron_taopd.checkpoints.files import sum_of
 from megatron_taopd.data.prompts import as_answer, read_records
 from megatron_taopd.evaluation.tables import mean_and_std
 from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.parallel import progress
 from megatron_taopd.serving.supervise import supervised
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ def evaluate(
     for name, (data, rows) in prepared.items():
         values = []
         try:
-            for seed in seeds:
+            for seed in progress.track(seeds, None, f"{name}, seeds"):
                 folder = out / name / f"seed_{seed}"
                 values.append(score(name, data, rows, endpoint, seed, folder, python))
                 logger.info("%s  %s  seed %d  %.1f%%", checkpoint, name, seed, 100 * values[-1])
