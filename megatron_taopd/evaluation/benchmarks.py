@@ -20,7 +20,8 @@ from statistics import mean
 from typing import Any
 
 from megatron_taopd.checkpoints.files import sum_of
-from megatron_taopd.data.prompts import as_answer, read_records
+from megatron_taopd.data.records import read_records
+from megatron_taopd.data.rows import as_answer
 from megatron_taopd.evaluation.tables import mean_and_std
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.parallel import progress
