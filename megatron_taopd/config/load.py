@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_taopd.config.schema import Config, leaf_keys
 from megatron_taopd.data.sources import with_paths
+from megatron_taopd.formats.hub import is_model
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ RENAMED = {
     "watchdog.silent_s": "watchdog.heartbeat_timeout_s",
     "watchdog.stuck_s": "watchdog.stall_timeout_s",
 }
-_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
+_MODELS = ("student.path", "teacher.path")
+_INPUT_PATHS = (*_MODELS, "data.prompts", "eval.prompts")
 _OUTPUT_PATHS = ("run.dir", "data.cache_dir")
 
 
@@ -83,7 +85,9 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
 
 
 def _absolute(key: str, value: Any, base: Path) -> Any:
-    """Make a path absolute, or those of a list of prompts."""
+    """Make a path absolute, or those of a list of prompts; a model's name on the hub stays."""
+    if key in _MODELS and is_model(value) and not (base / value).exists():
+        return value
     try:
         return with_paths(value, lambda path: os.path.abspath(base / Path(path).expanduser()))
     except ValueError as error:
