@@ -70,14 +70,18 @@ def with_model_directories(config: Config, weights: bool = True) -> Config:
     Raises:
         ValueError: see `model_directory`; the line begins with the key.
     """
-    sections = {}
+    paths = []
     for name, section in ("student", config.student), ("teacher", config.teacher):
         try:
-            path = model_directory(section.path, weights)
+            paths.append(model_directory(section.path, weights))
         except ValueError as error:
             raise ValueError(f"{name}.path: {error}") from None
-        sections[name] = replace(section, path=path)
-    return replace(config, **sections)
+    student, teacher = paths
+    return replace(
+        config,
+        student=replace(config.student, path=student),
+        teacher=replace(config.teacher, path=teacher),
+    )
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str], _where: str) -> list[str]:
