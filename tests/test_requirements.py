@@ -1,4 +1,4 @@
-"""The files of requirements agree with each other, with setup.py, and with what packages ask for."""
+"""The files of requirements agree with each other, with setup.py, and with their packages' own."""
 
 from __future__ import annotations
 
