@@ -174,16 +174,8 @@ def test_by_hand(path, tmp_path):
     config = load(path, _urls(hosts))
     servers = []
     for host in hosts["rollout"] + hosts["teacher"]:
-        line = [
-            "taopd",
-            "serve",
-            config.student.path,
-            "--host",
-            "0.0.0.0",
-            "--api-key-env",
-            "SGLANG_KEY",
-        ]
-        line += ["--logs", f"server-logs/{host}"]
+        line = ["taopd", "serve", config.student.path, "--host", "0.0.0.0"]
+        line += ["--api-key-env", "SGLANG_KEY", "--logs", f"server-logs/{host}"]
         if host in hosts["teacher"]:
             line[2:3] = [config.teacher.path, "--tp", "8", "--hidden-states"]
         _, output, [call] = launch(tmp_path, line, **key)
@@ -330,6 +322,7 @@ def test_a_job_goes_on_by_the_runs_exit_status(capsys):
     job = manifests(capsys, command(path, "kubernetes.py"))["Job", "taopd"]["spec"]
     mistake, evicted = job["podFailurePolicy"]["rules"]
     assert mistake["action"] == "FailJob" and evicted["action"] == "Ignore"
+    assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert mistake["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2]}
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # as such a policy demands
     assert job["template"]["spec"]["containers"][0]["name"] == "train"
