@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
 
+# Twice as many as cores: half of the time a test waits for a process to start or to end.
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 .PHONY: quickstart quickstart-sglang test test-fast lint docs requirements clean
 
 quickstart: $(VENV)/.installed
@@ -17,11 +21,11 @@ quickstart-sglang: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # What to run at every save: one process of ranks at most, no server, nothing that takes seconds.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ranks and not sglang and not slow"
+	$(PYTEST) -m "not ranks and not sglang and not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -140,9 +140,8 @@ class Run:
         if save:
             with self.monitor.span("checkpoint"):
                 self._save(step, last, metrics, accuracy)
+        self.monitor.keep_tokens(samples, newest=last or "eval/accuracy" in metrics)
         self.monitor.log(step, metrics | checkpoints.metrics() | rank_memory())
-        if last:
-            self.monitor.write_report(samples())
         if jumped:
             raise Broken(self._about_jumps(step))
         return last
@@ -186,7 +185,7 @@ class Run:
             return {}
         with self.monitor.span("eval"):
             evaluation = self.evaluate(step)
-        self.monitor.examples = evaluation.examples
+        self.monitor.keep_answers(step, evaluation.examples)
         return self.observer.observe_evaluation(step, evaluation)
 
     def _check_teacher(self, step: int) -> None:

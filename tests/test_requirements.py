@@ -1,4 +1,4 @@
-"""The files of requirements agree with each other, with setup.py, and with their packages' own."""
+"""The files of requirements agree with each other, with setup.py, and with what packages ask."""
 
 from __future__ import annotations
 

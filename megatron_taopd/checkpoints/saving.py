@@ -44,7 +44,7 @@ from megatron_taopd.checkpoints.writing import (
 from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, progress
 from megatron_taopd.parallel.objects import gather, on_rank_0
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
@@ -265,7 +265,9 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         _check_pickles(folder)
     optimizer.allocate(student)
     sharded = _sharded_state(student, loading=True)
-    loaded = dist_checkpointing.load(sharded, folder, get_default_load_sharded_strategy(folder))
+    with progress.phase(f"loading {folder}"):
+        strategy = get_default_load_sharded_strategy(folder)
+        loaded = dist_checkpointing.load(sharded, folder, strategy)
     weights.fill(student.trunk, loaded["model"])
     optimizer.load(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])

@@ -126,7 +126,7 @@ def to_megatron(
 def _dtypes_by_key(
     hf_dir, parameters: Iterable[Parameter], stored: dict, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The dtype of each tensor of the checkpoint, which all its layers have to share."""
+    """Return the dtype of each tensor of the checkpoint, which all its layers have to share."""
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
     for parameter in parameters:
         for name in parameter.mapping.names:
@@ -227,7 +227,7 @@ def to_hf(
 
 
 def side_directory(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
-    """Where config and tokenizer of a Megatron checkpoint are: hf_dir, or else kept beside it.
+    """Return where a Megatron checkpoint's config and tokenizer are: hf_dir, or next to it.
 
     Raises:
         ValueError: neither.
@@ -251,7 +251,7 @@ def check_apart(out: str | Path, *sources: str | Path) -> None:
 
 
 def _in_order(shapes: dict, parameters: dict[str, Parameter]) -> Iterator[tuple[str, tuple]]:
-    """HF names front to back, so that a parameter's tensors mostly share a file."""
+    """Return HF names front to back, so that a parameter's tensors mostly share a file."""
     for parameter in parameters.values():
         for name in parameter.mapping.names:
             yield name, shapes[name]

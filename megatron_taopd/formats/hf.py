@@ -384,7 +384,7 @@ class HFWriter:
 
 
 def side_files(directory: str | Path) -> Iterator[Path]:
-    """Config, generation config, tokenizer, chat template, code, licence; not weights and card."""
+    """Config, generation config, tokenizer, chat template, code, licence: not weights and card."""
     for pattern in _SIDE_FILES:
         for path in sorted(Path(directory).glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):

@@ -93,7 +93,7 @@ def hub_name(path: str) -> str:
 
 
 def _evaluation(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """What was measured on held-out prompts after exactly this step."""
+    """Return what was measured on held-out prompts after exactly this step."""
     return {
         key: value
         for record in records
@@ -104,7 +104,7 @@ def _evaluation(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, fl
 
 
 def _figures(evaluation: Mapping[str, float]) -> dict[str, tuple]:
-    """The label, the metric's type and the way to write each figure that was measured."""
+    """Return the label, the metric's type and the way to write each figure that was measured."""
     at = {
         key: (f"pass@{key.removeprefix('eval/pass_at_')}", "pass@k", percent)
         for key in evaluation
@@ -138,7 +138,7 @@ def _drawn(config: Config) -> str:
 def _training(
     config: Config, records: Sequence[Mapping[str, Any]], num_prompts: int
 ) -> list[tuple[str, str]]:
-    """What the student learned from, and how."""
+    """Return what the student learned from, and how."""
     rollout, selection, train = config.rollout, config.selection, config.train
     total = summarize(records)
     budget = f"{percent(selection.ratio)} of the positions"
@@ -175,7 +175,7 @@ def _versions(config: Config) -> list[tuple[str, str]]:
 
 
 def _chats(directory: Path) -> bool:
-    """Whether the tokenizer of this directory has a chat template."""
+    """Tell whether the tokenizer of this directory has a chat template."""
     if (directory / "chat_template.jinja").is_file():
         return True
     config = directory / "tokenizer_config.json"
@@ -183,7 +183,7 @@ def _chats(directory: Path) -> bool:
 
 
 def _inherited(directory: str) -> dict[str, Any]:
-    """The licence and languages of the model in this directory, as its own card has them."""
+    """Return the licence and languages of the model in this directory, as its own card has them."""
     try:
         data = ModelCard.load(Path(directory) / "README.md", ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):

@@ -23,7 +23,9 @@ from megatron_taopd.config.schema import (
     ServersSection,
     check_bounds,
 )
-from megatron_taopd.data.prompts import read_texts
+from megatron_taopd.data.rendering import Renderer
+from megatron_taopd.data.rows import read_texts
+from megatron_taopd.data.sources import sources_of
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
 from megatron_taopd.formats.hf import INDEX, SINGLE, weight_map
 from megatron_taopd.formats.hf_map import listed
@@ -201,9 +203,23 @@ def _check_servers(model: str, servers: ServersSection) -> None:
 def _check_files(config: Config) -> None:
     if Path(config.run.dir).exists() and not Path(config.run.dir).is_dir():
         raise ValueError(f"run.dir: {config.run.dir} is a file; give a directory")
-    for key, path in ("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}: {path}: no such file; give a .jsonl or .parquet file")
+    for key, prompts in (
+        ("data.prompts", config.data.prompts),
+        ("eval.prompts", config.eval.prompts),
+    ):
+        if prompts is None:
+            continue
+        try:
+            sources = sources_of(prompts)
+            for source in sources:
+                source.files()
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if key == "eval.prompts" and len(sources) > 1:
+            raise ValueError(
+                f"{key}: {prompts}; weights say how often training draws from a file, and every "
+                "held-out prompt is asked: give a list of paths"
+            )
     for model in ("student", "teacher"):
         key, path = f"{model}.path", Path(getattr(config, model).path)
         wanted = "give a Hugging Face checkpoint directory"
@@ -319,14 +335,22 @@ def _check_vocabulary(config: Config) -> None:
             f"teacher.prompt: student, but ids of {config.student.path} mean something else to "
             f"{config.teacher.path}; it has to be own"
         )
-    rendering = {config.student.path: student}
+    data, own = config.data, config.teacher.template_kwargs
+    rendering = {config.student.path: (student, data.template_kwargs, "data")}
     if config.teacher.prompt == "own":
-        rendering[config.teacher.path] = teacher
-    for path, vocabulary in rendering.items():
-        if config.data.template == "chat" and not vocabulary.tokenizer.chat_template:
+        kwargs = data.template_kwargs if own is None else own
+        rendering[config.teacher.path] = (teacher, kwargs, "teacher")
+    elif own is not None:
+        raise ValueError(
+            f"teacher.template_kwargs: {own}, but the teacher reads the student's rendering "
+            "(teacher.prompt: student); take it out"
+        )
+    for path, (vocabulary, kwargs, section) in rendering.items():
+        if data.template == "chat" and not vocabulary.tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"
             )
+        Renderer(vocabulary.tokenizer, data.template, kwargs, f"{section}.template_kwargs")
     if not vocab_map.is_identity:
         _check_shared_tokens(config, student, vocab_map)
     if config.selection.k > len(vocab_map.common):
