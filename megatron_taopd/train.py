@@ -30,6 +30,7 @@ from megatron_taopd.parallel.watchdog import Watchdog
 from megatron_taopd.preflight import storage
 from megatron_taopd.preflight.check_config import check
 from megatron_taopd.preflight.examine import before_run
+from megatron_taopd.preflight.models import with_model_directories
 
 logger = logging.getLogger("megatron_taopd.train")  # also where this is __main__
 
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         logs.set_up()
-        config = load(arguments[0], arguments[1:])
+        config = with_model_directories(load(arguments[0], arguments[1:]))
         check(config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         # Every rank has come to the same line, which needs no traceback: one of them says it.

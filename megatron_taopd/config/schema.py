@@ -117,7 +117,9 @@ class ParallelSection:
 class StudentSection:
     """The model that learns."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
 
@@ -169,7 +171,9 @@ class ServersSection:
 class TeacherSection:
     """The model that is distilled."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )
