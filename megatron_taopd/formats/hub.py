@@ -22,8 +22,8 @@ from megatron_taopd.config.schema import Config
 logger = logging.getLogger(__name__)
 _MODEL = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # What a model directory has that is read; the same weights in older formats are left where they
-# are, and code is never run, only passed on to who takes the student.
-_TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*")
+# are, and code is never run, only passed on to who takes the student. The card has the licence.
+_TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "README.md")
 _WEIGHTS = ("*.safetensors",)
 
 
