@@ -12,11 +12,12 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-r
 
 .PHONY: quickstart quickstart-sglang test test-fast lint docs requirements clean
 
+# ARGS="train.steps=20 selection.selector=random" changes what a quickstart does.
 quickstart: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh $(ARGS)
 
 quickstart-sglang: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
