@@ -91,6 +91,8 @@ def test_a_card_has_the_evaluation_of_its_step(run, step):
     }
     shown = table(card)
     assert shown["accuracy"] == [_percent(records[at]["eval/accuracy"]) for at in (0, step)]
+    low = [_percent(records[at]["eval/accuracy_low"]) for at in (0, step)]
+    assert shown["accuracy, lower end of 95 %"] == low
     length = [f"{records[at]['eval/response_length_mean']:.3g}" for at in (0, step)]
     assert shown["tokens per response"] == length
     assert f"after step {step} of {step}" in card.text
@@ -176,6 +178,16 @@ def test_a_step_without_evaluation_claims_no_figure():
     assert "Not evaluated.\n" in ModelCard(model_card(config, records, 4, 7)).text
 
 
+def test_data_sets_of_the_hub_are_named_and_files_are_not():
+    prompts = "[{path: hf://datasets/me/Sums/train, weight: 3}, {path: b.jsonl, weight: 1}]"
+    held_out = "[hf://datasets/me/Held, c.jsonl]"
+    config = load(TINY, [f"data.prompts={prompts}", f"eval.prompts={held_out}"])
+    card = ModelCard(model_card(config, [{"step": 1, "eval/accuracy": 0.5}], 1, 7))
+    assert card.data.datasets == ["me/Sums"]
+    assert table(card)["data"] == ["me/Sums, b.jsonl, 7 prompts"]
+    assert [result.dataset_name for result in card.data.eval_results] == ["me/Held, c.jsonl"]
+
+
 def test_the_command_of_a_card_suits_the_tokenizer(tmp_path):
     """One with a chat template is talked to, one without completes."""
     shutil.copytree(STUDENT, tmp_path / "chat")
@@ -192,6 +204,9 @@ def test_the_command_of_a_card_suits_the_tokenizer(tmp_path):
         ("/models/Qwen3-4B", "Qwen3-4B"),
         ("/cache/hub/models--Qwen--Qwen3-4B/snapshots/0123abcd", "Qwen/Qwen3-4B"),
         ("/cache/hub/datasets--me--Sums--2/snapshots/0123/data/a.parquet", "me/Sums--2"),
+        ("Qwen/Qwen3-4B@0123abcd", "Qwen/Qwen3-4B"),
+        ("hf://datasets/me/Sums@main/train", "me/Sums"),
+        ("hf://datasets/me/Sums", "me/Sums"),
         ("/data/train.jsonl", "train.jsonl"),
     ],
 )

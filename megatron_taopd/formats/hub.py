@@ -19,8 +19,8 @@ from typing import Any
 logger = logging.getLogger(__name__)
 _MODEL = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 # What a model directory has that is read; the same weights in older formats are left where they
-# are, and code is never run, only passed on to who takes the student.
-_TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*")
+# are, and code is never run, only passed on to who takes the student. The card has the licence.
+_TEXTS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "README.md")
 _WEIGHTS = ("*.safetensors",)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +15,24 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from megatron_taopd.config.schema import Config
+from megatron_taopd.data.sources import sources_of
 from megatron_taopd.evaluation.in_loop import grader_name
+from megatron_taopd.formats.hf import CARD
+from megatron_taopd.formats.hub import is_model
 from megatron_taopd.monitoring.numbers import number, percent
 from megatron_taopd.monitoring.summary import summarize
 
 _TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 # What the student inherits from the model that it was, where that has a card.
 _INHERITED = ("license", "license_name", "license_link", "language")
-# A name in the hub's cache: models--ORGANISATION--NAME/snapshots/…
-_CACHED = re.compile(r"(?:models|datasets)--(.+?)--(.+)")
-_FIGURES = {
+# A name in the hub's cache, models--OWNER--NAME/snapshots/…, and the address of a data set.
+_CACHED = re.compile(r".*/(?:models|datasets)--(.+?)--([^/]+)/.*")
+_DATA = re.compile(r"hf://datasets/([\w.-]+)/([\w.-]+).*")
+# The label of each figure, the hub's type of metric, how it is written.
+_FIGURES: dict[str, tuple[str, str | None, Callable[[float], str]]] = {
     "eval/accuracy": ("accuracy", "accuracy", percent),
+    "eval/accuracy_low": ("accuracy, lower end of 95 %", None, percent),
+    "eval/accuracy_high": ("accuracy, upper end of 95 %", None, percent),
     "eval/truncated_share": ("responses cut off", None, percent),
     "eval/response_length_mean": ("tokens per response", None, number),
 }
@@ -47,13 +54,15 @@ def model_card(
     before, now = (_evaluation(records, at) for at in (0, step))
     name = config.run.name or Path(config.run.dir).name
     student, teacher = hub_name(config.student.path), hub_name(config.teacher.path)
-    held_out = hub_name(config.eval.prompts) if config.eval.prompts else None
+    held_out = ", ".join(_data_names(config.eval.prompts)) if config.eval.prompts else None
+    data_sets = [name for name in _data_names(config.data.prompts) if "/" in name]
     data = ModelCardData(
         base_model=student,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["on-policy-distillation", "knowledge-distillation", "ta-opd"],
         base_model_relation="finetune",
+        datasets=data_sets or None,
         model_name=name,
         eval_results=_eval_results(now, held_out) or None,
         **_inherited(config.student.path),
@@ -82,14 +91,21 @@ def model_card(
 
 
 def hub_name(path: str) -> str:
-    """Name a model or data set: by its id on the hub if it lies in the hub's cache.
+    """Name a model or a data set as the hub does, OWNER/NAME, if it comes from there.
 
-    A file of a data set, or a directory anywhere else, is called by the last part of its path.
+    Anything else is called by the last part of its path.
     """
-    for part in Path(path).parts:
-        if cached := _CACHED.fullmatch(part):
-            return "/".join(cached.groups())
+    if is_model(path):
+        return path.partition("@")[0]
+    if found := _CACHED.fullmatch(path) or _DATA.fullmatch(path):
+        return "/".join(found.groups())
     return Path(path).name
+
+
+def _data_names(prompts: Any) -> list[str]:
+    """Return the names of prompt files, each once."""
+    paths = [path for source in sources_of(prompts) for path in source.paths]
+    return list(dict.fromkeys(map(hub_name, paths)))
 
 
 def _evaluation(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
@@ -147,7 +163,7 @@ def _training(
     return [
         ("teacher", hub_name(config.teacher.path)),
         ("student before", hub_name(config.student.path)),
-        ("data", f"{hub_name(config.data.prompts)}, {num_prompts:,} prompts"),
+        ("data", f"{', '.join(_data_names(config.data.prompts))}, {num_prompts:,} prompts"),
         ("steps", f"{total['steps']:,} of {train.steps:,}"),
         (
             "rollouts per step",
@@ -185,7 +201,7 @@ def _chats(directory: Path) -> bool:
 def _inherited(directory: str) -> dict[str, Any]:
     """Return the licence and languages of the model in this directory, as its own card has them."""
     try:
-        data = ModelCard.load(Path(directory) / "README.md", ignore_metadata_errors=True).data
+        data = ModelCard.load(Path(directory) / CARD, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return {}  # no card, or one that nobody can read: the run is not about that one
     return {key: value for key in _INHERITED if (value := getattr(data, key, None)) is not None}
