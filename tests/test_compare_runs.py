@@ -138,7 +138,7 @@ def test_one_page_has_curves_ends_and_differences(compared):
     # 20 and 22 %: their mean, and 12.71 times its standard error, which is 1 %, to either side.
     assert "full 0, 1 10 11 % [0 %, 23.7 %] 21 % [8.3 %, 33.7 %] 0.1 [0.1, 0.1] 6 min" in text
     # The loss of step 10, and the mean of those of 19 and 20.
-    assert "teachability 0, 2 10–20 10 % 30 % 0.0757 [-0.233, 0.385] 4.5 min" in text
+    assert "teachability 0, 2 10–20 10 % 30 % 0.0757 [-0.234, 0.385] 4.5 min" in text
     assert "selection.selector full full-0, full-1 teachability teachability-0" in text
     assert "teachability-2: never logged eval/accuracy" in text
 
