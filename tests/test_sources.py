@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import hub
 from megatron_taopd.data.prompts import PromptStream, drawn_from, load_prompts, prompt_order
-from megatron_taopd.data.records import CHUNK, read_records
-from megatron_taopd.data.sources import content_of, files_of, sources_of, with_paths, written
+from megatron_taopd.data.records import CHUNK, content_of, read_records
+from megatron_taopd.data.sources import files_of, sources_of, with_paths, written
 
 ROOT = Path(__file__).parent.parent
 ASKS = [{"prompt": f"Sam has {n} eggs . ?", "answer": n} for n in range(7)]
@@ -264,7 +264,7 @@ def stand_in():
 WORK = """
 import json, sys
 from megatron_taopd.data.hub import files
-from megatron_taopd.data.sources import content_of
+from megatron_taopd.data.records import content_of
 for address in sys.argv[1:]:
     try:
         found = files(address)
