@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> int:
         # transformers takes seconds to import, Megatron too, which nobody should wait for to read
         # what is wrong with a value.
         from megatron_taopd.preflight.check_config import check
+        from megatron_taopd.preflight.models import with_model_directories
 
+        config = with_model_directories(config)
         check(config, ranks)
     except ValueError as error:
         # Every rank has come to the same line, which needs no traceback: one of them says it.

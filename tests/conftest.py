@@ -4,6 +4,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import tempfile
 from importlib.util import find_spec
 from unittest import mock
 
@@ -15,6 +16,9 @@ from support.ranks import close_pools
 
 from megatron_taopd.monitoring import logs
 
+# Of tokenised prompts: as on a machine on which nothing has run before.
+CACHE = tempfile.TemporaryDirectory(prefix="taopd-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Whether Triton interprets kernels is settled at its first import, which may be another library's.
 if find_spec("triton") and not torch.cuda.is_available():

@@ -176,6 +176,8 @@ def test_where_a_run_is_logged(tmp_path):
     assert pages["127.0.0.1"] is None
     assert f'taopd_step{{run="{name}"}} 1.0' in pages[keys["log.prometheus_host"]]
     assert name in (tmp_path / "report.html").read_text()
+    (looked_at,) = json.loads((tmp_path / "samples.json").read_text())["steps"]
+    assert len(looked_at["responses"]) == int(keys["log.samples"]) < 4
 
 
 def test_a_gap_above_its_bound_is_told(tmp_path):

@@ -23,6 +23,7 @@ import torch
 
 from megatron_taopd.cli import common
 from megatron_taopd.formats.directory import SINGLE, weight_map
+from megatron_taopd.parallel import progress
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server
 
@@ -111,7 +112,9 @@ def serve(starts: list[partial], restarts: int) -> int:
         servers = [start() for start in starts]
         stack.callback(lambda: [server.stop() for server in servers])
         for server in servers:
-            logger.info("%s serves", server.wait_until_ready().url)
+            with progress.phase(f"starting {server.url}", seconds=server.start_timeout):
+                server.wait_until_ready()
+            logger.info("%s serves", server.url)
         while True:
             time.sleep(POLL_S)
             for place, server in enumerate(servers):

@@ -22,7 +22,9 @@ from megatron_taopd.config.schema import (
     ServersSection,
     check_bounds,
 )
+from megatron_taopd.data.sources import sources_of
 from megatron_taopd.formats.directory import check_directory
+from megatron_taopd.formats.hub import is_model
 
 
 def check_values(config: Config, ranks: int | None = None) -> None:
@@ -325,6 +327,8 @@ def check_files(config: Config) -> None:
     _check_prompts(config)
     for model in ("student", "teacher"):
         path = getattr(config, model).path
+        if is_model(path) and not Path(path).exists():
+            continue  # a name on the hub, which `preflight.models` asks for it
         try:
             check_directory(path, weights=reads_weights(config, model))
         except ValueError as error:
@@ -332,9 +336,21 @@ def check_files(config: Config) -> None:
 
 
 def _check_prompts(config: Config) -> None:
-    for key, path in ("data.prompts", config.data.prompts), ("eval.prompts", config.eval.prompts):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}: {path}: no such file; give a .jsonl or .parquet file")
+    named = {"data.prompts": config.data.prompts, "eval.prompts": config.eval.prompts}
+    for key, prompts in named.items():
+        if prompts is None:
+            continue
+        try:
+            sources = sources_of(prompts)
+            for source in sources:
+                source.files()
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if key == "eval.prompts" and len(sources) > 1:
+            raise ValueError(
+                f"{key}: {prompts}; weights say how often training draws from a file, and every "
+                "held-out prompt is asked: give a list of paths"
+            )
 
 
 def reads_weights(config: Config, model: str) -> bool:

@@ -23,10 +23,16 @@ from megatron_taopd.formats.hf_map import Parameter
 
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9
+# The model card. A student has one of its own, so the card of the model that it was is left behind.
+CARD = "README.md"
 # Bytes of a block of a fingerprint, and how many there are at most.
 _BLOCK, _BLOCKS = 4096, 2048
-# Everything of a directory that is not weights.
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
+# Everything of a directory that is neither weights nor card. The Python files are those that
+# `auto_map` names, and what they import.
+_SIDE_FILES = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+    *("*.py", "LICENSE*"),
+)
 # The names that safetensors' headers have for what a weight may be.
 _DTYPES = {
     "F64": torch.float64,
@@ -331,7 +337,7 @@ class HFWriter:
 
 
 def side_files(directory: str | Path) -> Iterator[Path]:
-    """Config, generation config, tokenizer, chat template, licence: all that is not weights."""
+    """Config, generation config, tokenizer, chat template, code, licence: not weights and card."""
     for pattern in _SIDE_FILES:
         for path in sorted(Path(directory).glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from megatron_taopd.config.schema import Config
 from megatron_taopd.config.values import check_values
-from megatron_taopd.data.prompts import read_texts
+from megatron_taopd.data.rendering import Renderer
+from megatron_taopd.data.rows import read_texts
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
 from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.preflight import rules
@@ -103,14 +104,22 @@ def _check_vocabulary(config: Config) -> None:
             f"teacher.prompt: student, but ids of {config.student.path} mean something else to "
             f"{config.teacher.path}; it has to be own"
         )
-    rendering = {config.student.path: student}
+    data, own = config.data, config.teacher.template_kwargs
+    rendering = {config.student.path: (student, data.template_kwargs, "data")}
     if config.teacher.prompt == "own":
-        rendering[config.teacher.path] = teacher
-    for path, vocabulary in rendering.items():
-        if config.data.template == "chat" and not vocabulary.tokenizer.chat_template:
+        kwargs = data.template_kwargs if own is None else own
+        rendering[config.teacher.path] = (teacher, kwargs, "teacher")
+    elif own is not None:
+        raise ValueError(
+            f"teacher.template_kwargs: {own}, but the teacher reads the student's rendering "
+            "(teacher.prompt: student); take it out"
+        )
+    for path, (vocabulary, kwargs, section) in rendering.items():
+        if data.template == "chat" and not vocabulary.tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"
             )
+        Renderer(vocabulary.tokenizer, data.template, kwargs, f"{section}.template_kwargs")
     if not vocab_map.is_identity:
         _check_shared_tokens(config, student, vocab_map)
     if config.selection.k > len(vocab_map.common):

@@ -72,7 +72,9 @@ def open_engine(
                 vocab_size=texts.vocab_map.size,
                 eos_token_ids=texts.student.eos_token_ids,
             )
-    model, replicas = wait_for_servers(servers, "rollout.servers")
+    model, replicas = wait_for_servers(
+        servers, "rollout.servers", config.rollout.servers.start_timeout_s
+    )
     sync = config.rollout.sync
     log_probs = partial(
         sequence_log_probs,
@@ -107,7 +109,9 @@ def open_rollouts(
 ) -> RolloutSchedule:
     """Go on with the prompts after those that were consumed."""
     prompts, section = texts.prompts, config.rollout
-    stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle, consumed)
+    stream = PromptStream(
+        len(prompts), config.run.seed, config.data.shuffle, consumed, prompts.parts
+    )
     sampling = sampling_of(section)
     return RolloutSchedule(
         engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead
