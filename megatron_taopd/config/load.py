@@ -169,8 +169,9 @@ def _read_yaml(path: Path):
         raise ValueError(f"{path}: no such file; give a YAML configuration")
     try:
         written = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {reason}; correct that place") from None
     if not OmegaConf.is_dict(written):
         raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
     return written
