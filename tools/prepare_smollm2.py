@@ -120,10 +120,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(made, indent=1))
     data = args.gsm8k.resolve().parent
-    print(
-        f"Next: TAOPD_DATA={data} taopd launch --nproc-per-node 3 "
-        "examples/smollm2.yaml"
-    )
+    print(f"Next: TAOPD_DATA={data} taopd launch --nproc-per-node 3 examples/smollm2.yaml")
 
 
 if __name__ == "__main__":

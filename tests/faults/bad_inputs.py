@@ -1,11 +1,10 @@
-"""Wrong inputs, many of them, and what a person is told about each: `python tests/faults/bad_inputs.py`.
+"""Wrong inputs, and what a person is told about each: `python tests/faults/bad_inputs.py [WORD]`.
 
 Every key of the schema with a value below, above and of another type; files, data, models, URLs,
-commands and options, environment variables. All in one process: `taopd` is called as a function. For
-each case the table says whether what was printed is one line, the exit status 2, and whether the line
-has the key, the value and a remedy. The exit status is 1 if one falls short.
-
-    python tests/faults/bad_inputs.py [WORD]     only cases whose name has the word
+commands and options, environment variables. All in one process: `taopd` is called as a function.
+For each case the table says whether what was printed is one line, whether the exit status is 2, and
+whether the line has the key, the value and a remedy. The exit status is 1 if one falls short. With
+WORD, only cases whose name has it are tried.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ TINY = str(ROOT / "examples" / "tiny_pair.yaml")
 ONE_RANK = ("student.parallel.tp=1", "teacher.parallel.pp=1", "log.tensorboard=false")
 # Words of a line that say what would be right.
 REMEDY = re.compile(
-    r"has to|have to|\bgive|needs?\b|needed|one of|expected|did you mean|known here|leave|pip install|"
-    r"fetch|required|not set|convert|merge|another|write |has what there is|could not be converted to|"
-    r"not a valid|there are|at least|at most|is possible|copy|move|correct|start |move it|set it|"
+    r"has to|have to|\bgive|needs?\b|needed|one of|expected|did you mean|known here|leave|fetch|"
+    r"pip install|required|not set|convert|merge|another|write |has what there is|move it|set it|"
+    r"could not be converted to|not a valid|there are|at least|at most|copy|correct|start |"
     r"supported|choose|either"
 )
 
@@ -126,7 +125,7 @@ def wrong_values(kinds: tuple, bounds: Any) -> Iterator[tuple[str, str]]:
                 yield "a list of words", "[many]"
 
 
-# --------------------------------------------------------------------- files, data, models, commands
+# ------------------------------------------------------------------ files, data, models, commands
 
 
 def of_files(place: Path, run_dir: Path) -> Iterator[Case]:
