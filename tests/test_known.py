@@ -25,10 +25,12 @@ from torch.distributed import run as torchrun
 from megatron_taopd import cli, launch
 from megatron_taopd.checkpoints import end
 from megatron_taopd.config.load import load
+from megatron_taopd.config.schema import ServersSection
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import parameters
 from megatron_taopd.formats.megatron import MegatronCheckpoint, find_keys
+from megatron_taopd.plan.setup import Setup, _servers
 from megatron_taopd.preflight import examine, network
 from megatron_taopd.serving import health
 from megatron_taopd.serving.replica import Limits
@@ -334,7 +336,15 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path, until, times, status):
 
 # ------------------------------------------------------------------------------------- wrong inputs
 
-QUICK = ("train.steps", "rollout.servers.gpus", "configuration", "launch", "plan", "selection")
+QUICK = (
+    "train.steps",
+    "optimizer",
+    "rollout.servers.gpus",
+    "configuration",
+    "launch",
+    "plan",
+    "selection",
+)
 
 
 def test_a_sample_of_wrong_inputs_is_told_in_one_line(tmp_path):
@@ -351,3 +361,15 @@ def test_a_sample_of_wrong_inputs_is_told_in_one_line(tmp_path):
         if not all(told.marks):
             short[case.name] = told
     assert not short
+
+
+def test_the_plan_counts_devices_of_servers_that_no_rank_has():
+    def devices(gpus, per_node, **servers):
+        found = _servers(ServersSection(**servers), min(gpus, per_node))
+        return Setup.devices.fget(SimpleNamespace(gpus=gpus, rollout=found, teacher_servers=None))
+
+    urls = tuple(f"http://node{n}:1" for n in range(24))
+    assert devices(40, 8, urls=urls) == "40 train + 24 serve = 64"
+    assert devices(40, 8, urls=urls[:12], tp=2) == "40 train + 24 serve = 64"
+    assert devices(6, 8, replicas=2, gpus=(6, 7)) == "6 train + 2 serve = 8"
+    assert devices(8, 8, replicas=2, gpus=(6, 7)) == "8 train"  # colocated
