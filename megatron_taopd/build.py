@@ -73,6 +73,10 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     )
     place = f"{config.train.precision}, {platform.device().type}"
     logger.info(f"student {student.layout}, teacher {teacher.layout}, {place}")
+    if texts.prompts.duplicates:
+        logger.info(
+            f"{texts.prompts.duplicates} prompts dropped: they repeat another with its answer"
+        )
     if texts.prompts.dropped:
         logger.info(f"{texts.prompts.dropped} prompts dropped: over data.max_prompt_tokens")
     if before.step:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from megatron_taopd.config.load import load, to_yaml
 from megatron_taopd.config.schema import Config
+from megatron_taopd.config.values import check_values
 from megatron_taopd.launch import INTERRUPTED, SIGNALS
 from megatron_taopd.monitoring import logs
 from megatron_taopd.monitoring.summary import summary_table
@@ -30,6 +31,7 @@ from megatron_taopd.parallel.watchdog import Watchdog
 from megatron_taopd.preflight import storage
 from megatron_taopd.preflight.check_config import check
 from megatron_taopd.preflight.examine import before_run
+from megatron_taopd.preflight.models import with_model_directories
 
 logger = logging.getLogger("megatron_taopd.train")  # also where this is __main__
 
@@ -42,7 +44,10 @@ def main(arguments: list[str]) -> int:
     try:
         logs.set_up()
         config = load(arguments[0], arguments[1:])
-        check(config, int(os.environ.get("WORLD_SIZE", 1)))
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        check_values(config, world_size)
+        config = with_model_directories(config)
+        check(config, world_size)
     except ValueError as error:
         # Every rank has come to the same line, which needs no traceback: one of them says it.
         if int(os.environ.get("RANK", 0)) == 0:

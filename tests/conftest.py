@@ -4,6 +4,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import tempfile
 from importlib.util import find_spec
 from unittest import mock
 
@@ -15,6 +16,9 @@ from support.ranks import close_pools
 
 from megatron_taopd.monitoring import logs
 
+# Of tokenised prompts: as on a machine on which nothing has run before.
+CACHE = tempfile.TemporaryDirectory(prefix="taopd-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Whether Triton interprets kernels is settled at its first import, which may be another library's.
 if find_spec("triton") and not torch.cuda.is_available():
@@ -27,13 +31,27 @@ logs.set_up()  # tests call what entry points do, without these
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of files that start ranks or servers, by what these files import."""
+    """Mark the tests of files that start ranks or servers, by what these files import.
+
+    Files that wait the longest come first, so that no worker has one of them left in the end.
+    """
     for item in items:
-        imported = vars(item.module).keys()
-        if imported & {"run_ranks", "observe", "observed"}:
+        ranks, servers, _ = _starts(item)
+        if ranks:
             item.add_marker("ranks")
-        if imported & {"serve", "shared_server", "Server", "in_place_of_sglang"}:
+        if servers:
             item.add_marker("sglang")
+    items.sort(key=lambda item: (_starts(item)[1], sum(_starts(item))), reverse=True)
+
+
+def _starts(item) -> tuple[bool, bool, bool]:
+    """Tell whether a test's file starts ranks, servers, and other processes."""
+    imported = vars(item.module).keys()
+    return (
+        bool(imported & {"run_ranks", "observe", "observed"}),
+        bool(imported & {"serve", "shared_server", "Server", "in_place_of_sglang"}),
+        bool(imported & {"run", "finish"}),
+    )
 
 
 def pytest_sessionfinish():

@@ -445,7 +445,8 @@ def test_prompts(tiny, tmp_path):
     records = ["Sam has 8 eggs . ?", "Sam has 8 eggs . ?", "   ", "Sam has 8 eggs . " * 9]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": r, "answer": 4}) + "\n" for r in records))
-    prompts = load_prompts(file, tiny.tokenizer, DataSection(max_prompt_tokens=10**6))
+    section = DataSection(max_prompt_tokens=10**6, deduplicate=False)
+    prompts = load_prompts(file, tiny.tokenizer, section)
 
     findings = list(texts.check_prompts("data.prompts", prompts, tiny, tiny, 20))
     assert levels(findings)["warning"] == 3

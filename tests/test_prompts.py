@@ -13,13 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import prompts as module
-from megatron_taopd.data.prompts import (
-    PromptStream,
-    check_prompts,
-    prompt_order,
-    read_texts,
-    render,
-)
+from megatron_taopd.data.prompts import PromptStream, prompt_order, render
+from megatron_taopd.data.rows import read_texts
 
 
 def load_prompts(
@@ -235,8 +230,6 @@ def test_a_reference_answer_is_text_or_a_number(tokenizer, tmp_path, answer):
         load_prompts(path, tokenizer)
     assert str(error.value).startswith(f"{path} line 2: column 'answer' is ")
     assert str(error.value).endswith("a reference answer is text that is not blank, or a number")
-    with pytest.raises(ValueError, match="line 2: column 'answer' is "):
-        check_prompts(path, [tokenizer], "prompt", "answer", "auto", None, None)
     assert len(load_prompts(path, tokenizer, answer_column=None)) == 2
 
 
@@ -267,17 +260,11 @@ def test_what_a_prompt_cannot_be_is_told_with_file_line_and_column(tokenizer, wr
     }
     for why, message in endings.items():
         path = write({"asks": {"chat": good}}, {"asks": {"chat": [*good, message]}})
-        for read in (
-            lambda path: load_prompts(
-                path, tokenizer, prompt_column="asks.chat", answer_column=None
-            ),
-            lambda path: check_prompts(path, [tokenizer], "asks.chat", None, "auto", None, None),
-        ):
-            with pytest.raises(ValueError) as error:
-                read(path)
-            line = str(error.value)
-            assert line.startswith(f"{path} line 2: column 'asks.chat'") and why in line, line
-            assert "\n" not in line
+        with pytest.raises(ValueError) as error:
+            load_prompts(path, tokenizer, prompt_column="asks.chat", answer_column=None)
+        line = str(error.value)
+        assert line.startswith(f"{path} line 2: column 'asks.chat'") and why in line, line
+        assert "\n" not in line
 
 
 def test_text_in_parts_is_put_together_and_empty_columns_of_parquet_are_none(tokenizer, tmp_path):
@@ -307,7 +294,6 @@ def test_a_system_message_that_the_template_has_no_place_for(tokenizer, write, m
 def test_nothing_is_read_behind_the_limit(tokenizer, write):
     path = write({"prompt": "a"}, {"prompt": [{"role": "human", "content": "b"}]})
     assert len(load_prompts(path, tokenizer, answer_column=None, limit=1)) == 1
-    check_prompts(path, [tokenizer], "prompt", None, "auto", None, limit=1)
 
 
 def test_another_rendering_names_the_prompt_that_it_refuses(tokenizer):

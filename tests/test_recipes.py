@@ -64,6 +64,20 @@ def test_fits_its_gpus(path, places):
     assert 0 < plan.seconds < 600
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_measures_what_it_teaches(path, places):
+    """On problems that it does not train on, where a checkpoint is there to be the best one."""
+    config = configuration.load(path, ranks_and_servers(path.stem)[1])
+    assert config.eval.prompts == str(places / "DATA" / "aime-2024.parquet")
+    assert config.eval.prompts != config.data.prompts and config.eval.at_start
+    assert config.train.steps % config.eval.every == 0
+    assert config.eval.every == config.checkpoint.every and config.checkpoint.keep_best
+    # Its share of the run: no more answers in an evaluation than in two steps.
+    answers = 30 * config.eval.samples
+    assert answers <= 2 * config.rollout.prompts * config.rollout.samples
+    assert config.eval.temperature > 0 and max(config.eval.pass_at) == config.eval.samples
+
+
 @pytest.mark.skipif("TAOPD_DATA" not in os.environ, reason="TAOPD_DATA is not set")
 @pytest.mark.parametrize("path", [p for p in RECIPES if "r1_" not in p.stem], ids=lambda p: p.stem)
 def test_can_start(path, places):
@@ -77,6 +91,7 @@ def test_can_start(path, places):
         )
         writer.write_header("model.safetensors")
     row = {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}}
-    parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / "dapo-math-17k.parquet")
+    for name in ("dapo-math-17k", "aime-2024"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / f"{name}.parquet")
     ranks, options = ranks_and_servers(path.stem)
     check(configuration.load(path, options), ranks)

@@ -317,18 +317,84 @@ def test_a_template_that_rewrites_what_is_said_is_refused(template, why):
         Renderer(other)(say("user: four <|end|> five"))
 
 
-def test_a_date_that_changes_does_not_spoil_a_rendering(monkeypatch):
-    """Llama 3.2 writes today's date; a run that loads prompts at midnight goes on."""
-    dated = Renderer(tokenizer("chatml"))
-    today = "Monday"
-    monkeypatch.setattr(
-        dated.tokenizer,
-        "apply_chat_template",
-        lambda messages, **_: f"<bos>{today}\n" + "".join(m["content"] for m in messages),
+DATED = (  # Llama 3.2 writes today's date, unless it is given one
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}"
+    "<bos>{{ date_string }}\n{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+def with_template(template: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer("chatml").backend_tokenizer,
+        bos_token="<bos>",
+        eos_token="<|end|>",
+        chat_template=template,
     )
-    assert spelled("chatml", dated(say("user: hi"))) == "«<bos>»Monday\nhi"
-    today = "Tuesday"
-    assert spelled("chatml", dated(say("user: ho"))) == "«<bos>»Tuesday\nho"
+
+
+def test_a_template_that_reads_the_clock_is_given_a_date_or_refused():
+    dated = with_template(DATED)
+    pinned = Renderer(dated, kwargs={"date_string": "26 Jul 2024"})
+    assert spelled("chatml", pinned(say("user: hi"))) == "«<bos>»26 Jul 2024\nhi"
+    line = 'date of the day.*; pin it by teacher.template_kwargs: {date_string: "26 Jul 2024"}'
+    with pytest.raises(ValueError, match=line):
+        Renderer(dated, key="teacher.template_kwargs")(say("user: hi"))
+    always = with_template("{{ strftime_now('%Y') }}{{ messages[0]['content'] }}")
+    with pytest.raises(
+        ValueError, match=r"written without in chat_template.jinja, or take data.tem"
+    ):
+        Renderer(always)(say("user: hi"))
+    assert spelled("chatml", Renderer(always, "plain")(say("user: hi"))) == "hi"
+
+
+def test_variables_of_a_template_reach_it_and_others_are_named():
+    thinks = with_template(
+        CHATML
+        + "{% generation %}{% endgeneration %}"
+        + "{% if enable_thinking is defined and enable_thinking is false %}<|sep|>{% endif %}"
+    )
+    asks = say("user: hi")
+    plain = "«<|start|>»user\nhi«<|end|>»\n«<|start|>»assistant\n"
+    assert spelled("chatml", Renderer(thinks)(asks)) == plain
+    for value, ending in ((True, ""), (False, "«<|sep|>»")):
+        render = Renderer(thinks, kwargs={"enable_thinking": value})
+        assert spelled("chatml", render(asks)) == plain + ending
+    for name, why in (
+        ("enable_thinkin", "does not name 'enable_thinkin'; did you mean enable_thinking?"),
+        ("colour", "does not name 'colour'; it names enable_thinking"),
+        ("messages", "does not name 'messages'"),
+        ("strftime_now", "does not name 'strftime_now'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(why)) as error:
+            Renderer(thinks, kwargs={name: False})
+        assert str(error.value).startswith("data.template_kwargs: the chat template of ")
+    with pytest.raises(ValueError, match=r"no chat template is applied; take it out"):
+        Renderer(thinks, "plain", {"enable_thinking": False})
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "qwen"])
+@settings(max_examples=40)
+@given(st.lists(st.lists(MESSAGES, min_size=1, max_size=3), min_size=1, max_size=12))
+def test_a_batch_is_rendered_as_each_of_it_alone(name, conversations):
+    """The oracle applies the template to one conversation, and tokenises one text, at a time."""
+    alone = []
+    for messages in conversations:
+        try:
+            alone.append((messages, spelled(name, renderer(name)(messages))))
+        except ValueError:
+            with pytest.raises(ValueError):
+                renderer(name).batch([*(each for each, _ in alone), messages])
+    if alone:
+        together = renderer(name).batch([messages for messages, _ in alone])
+        assert [spelled(name, ids) for ids in together] == [text for _, text in alone]
+        assert together == [renderer(name)(messages) for messages, _ in alone]
+        for (messages, text), ids in zip(alone, together, strict=True):
+            assert text == expected(name, messages)
+            if not any(token in text for token in specials(name).values()):
+                made = tokenizer(name)
+                one = made.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                assert ids == made(one, add_special_tokens=False)["input_ids"]
 
 
 def test_calls_arrive_or_are_refused():

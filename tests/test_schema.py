@@ -95,11 +95,12 @@ SWITCHES = {
     **{
         name: ("maybe", "bool")
         for name in (
-            "teacher.offload", "data.shuffle", "rollout.sync.release_memory", "rollout.stream",
-            "checkpoint.keep_best", "checkpoint.asynchronous", "checkpoint.trust",
-            "checkpoint.export_hf", "eval.at_start", "log.tensorboard",
+            "teacher.offload", "data.shuffle", "data.deduplicate", "rollout.sync.release_memory",
+            "rollout.stream", "checkpoint.keep_best", "checkpoint.asynchronous",
+            "checkpoint.trust", "checkpoint.export_hf", "eval.at_start", "log.tensorboard",
         )
     },
+    **{f"{name}.template_kwargs": ("5", "mapping") for name in ("data", "teacher")},
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),
@@ -123,7 +124,8 @@ SWITCHES = {
 # Any text will do; what it names is looked at later.
 TEXTS = {
     "run.dir", "run.name", "student.path", "teacher.path", "data.prompts", "data.prompt_column",
-    "data.answer_column", "data.system", "eval.prompts", "rollout.sync.dir", "rollout.horizon",
+    "data.answer_column", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
+    "rollout.horizon",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",
     "teacher.servers.api_key_env",

@@ -11,7 +11,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
     """400,000 of them take longer than a rank may go without one."""
     from transformers import AutoTokenizer
 
-    from megatron_taopd.data.prompts import check_prompts, load_prompts
+    from megatron_taopd.data.prompts import load_prompts
 
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "Sam has 8 eggs . ?", "answer": 8}\n' * 50)
@@ -51,8 +50,6 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
         beats_of(lambda: load_prompts(file, tokenizer, DataSection(max_prompt_tokens=9), limit=20))
         >= 20
     )
-    check = partial(check_prompts, file, [tokenizer], "prompt", "answer", "auto", None, None)
-    assert beats_of(check) == 50
 
 
 def test_long_work_on_the_host_shows_that_it_goes_on(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_taopd.checkpoints import files, resume, saving
 from megatron_taopd.config.schema import Config, TrainSection
+from megatron_taopd.data.sources import written
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.step.extensions.horizon import Horizon
@@ -43,8 +44,8 @@ class Before:
         """Raise ValueError if another number of prompts fits than did when the run was begun."""
         if (known := self.kept.get("num_prompts", found)) != found:
             raise ValueError(
-                f"data.prompts: {found} of {config.data.prompts} fit, and {known} did when "
-                f"{config.run.dir} was begun: the same versions of transformers and of this "
+                f"data.prompts: {found} of {written(config.data.prompts)} fit, and {known} did "
+                f"when {config.run.dir} was begun: the same versions of transformers and of this "
                 "package have to render them, or give another run.dir"
             )
 

@@ -18,9 +18,10 @@ import torch
 
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.config.load import with_new_names
+from megatron_taopd.data.records import content_of
+from megatron_taopd.data.sources import sources_of, written
 from megatron_taopd.formats.hf import HFCheckpoint
 from megatron_taopd.formats.megatron import SIDE_FILES
-from megatron_taopd.parallel import watchdog
 
 MOST_NAMED = 4  # differences of two config.json in one line
 LONGEST = 60  # characters of a value there
@@ -32,9 +33,12 @@ FIXED = {
     "data.limit": _PROMPTS,
     "data.prompt_column": _PROMPTS,
     "data.template": _PROMPTS,
+    "data.template_kwargs": _PROMPTS,
+    "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
     "teacher.prompt": _PROMPTS,
+    "teacher.template_kwargs": _PROMPTS,
 }
 # Keys whose files have to stay as they were, wherever they lie, and why.
 FIXED_FILES = {
@@ -66,10 +70,10 @@ def start_of(config: Mapping[str, Any]) -> dict[str, Any]:
     files = {
         "student.path": model(config["student"]["path"]),
         "teacher.path": model(teacher["path"], weights=not no_weights),
-        "data.prompts": _file(config["data"]["prompts"]),
+        "data.prompts": _prompts(config["data"]["prompts"]),
     }
     if (held_out := config["eval"]["prompts"]) is not None:
-        files["eval.prompts"] = _file(held_out)
+        files["eval.prompts"] = _prompts(held_out)
     return {"config": config, "files": files}
 
 
@@ -91,10 +95,14 @@ def model(hf_dir: str | Path, weights: bool = True) -> dict[str, Any]:
     return {"path": str(hf_dir), **parts}
 
 
-def _file(path: str | Path) -> dict[str, Any]:
-    with open(path, "rb") as file, watchdog.file_io():
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"path": str(path), "content": f"{file.tell():,} bytes, SHA-256 {digest[:16]}…"}
+def _prompts(prompts: Any) -> dict[str, Any]:
+    """What identifies prompts: what is in their files, in this order, and the files' weights."""
+    sources = sources_of(prompts)
+    size, digest = content_of([file for source in sources for file in source.files()])
+    parts: dict[str, Any] = {"content": f"{size:,} bytes, SHA-256 {digest[:16]}…"}
+    if len(sources) > 1:
+        parts["weights"] = " : ".join(str(source.weight) for source in sources)
+    return {"path": written(prompts), **parts}
 
 
 def kept_run(folder: Path) -> dict[str, Any]:

@@ -105,7 +105,14 @@ class Checkpoints:
     def would_be_best(self, accuracy: float) -> bool:
         return self.best is None or accuracy > self.best.accuracy
 
-    def save(self, step: int, student: Student, state: dict, accuracy: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        student: Student,
+        state: dict,
+        accuracy: float | None = None,
+        card: str | None = None,
+    ) -> None:
         """Save the run after `step` steps, unless that is there already.
 
         Returns once nothing that is to be written can change any more; a save that is still under
@@ -115,6 +122,7 @@ class Checkpoints:
             state: what the run needs besides the student: plain values and tensors, equal on all
                 ranks.
             accuracy: on held-out prompts, where it was evaluated after this step.
+            card: the model card of the student after this step, which an export has.
 
         Collectives: gathers of the optimizer state to data-parallel rank 0, of the plan (some 300
         bytes a tensor and rank) to rank 0, of the random states and of short texts.
@@ -136,7 +144,7 @@ class Checkpoints:
             optimizer.allocate(student)
             sharded = _sharded_state(student, loading=False)
             sharded |= {"run": run, "content_metadata": _OPTIMIZER}
-            write, plan = plan_writing(sharded, student, aside)
+            write, plan = plan_writing(sharded, student, aside, card)
             self._writing = Writing(step, aside, plan, best, self._writer.submit(write))
             self._step = step
         if not self.asynchronous:

@@ -16,6 +16,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_taopd.config.schema import Config, leaf_keys
+from megatron_taopd.data.sources import with_paths
+from megatron_taopd.formats.hub import is_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +30,31 @@ RENAMED = {
     "watchdog.silent_s": "watchdog.heartbeat_timeout_s",
     "watchdog.stuck_s": "watchdog.stall_timeout_s",
 }
-_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
+_MODELS = ("student.path", "teacher.path")
+_INPUT_PATHS = (*_MODELS, "data.prompts", "eval.prompts")
+_OUTPUT_PATHS = ("run.dir", "data.cache_dir")
 
 
 def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, then `section.key=value` overrides (YAML values); defaults fill the rest.
 
     A relative path is relative to where it is written: an input in the file to the file's
-    directory, one on the command line to the working directory. `run.dir` is an output and always
-    relative to the working directory. `~` is the home directory, `${oc.env:NAME}` an environment
-    variable, `${section.key}` another key. A key under its old name (`RENAMED`) is accepted, with
-    a warning from rank 0.
+    directory, one on the command line to the working directory. `run.dir` and `data.cache_dir` are
+    outputs and always relative to the working directory. `~` is the home directory,
+    `${oc.env:NAME}` an environment variable, `${section.key}` another key. A key under its old name
+    (`RENAMED`) is accepted, with a warning from rank 0.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
             key without a value, a key under both its old and its new name.
     """
     written, given = map(_under_new_names, (_read_yaml(Path(path)), _read_overrides(overrides)))
-    tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
+    except TypeError:
+        raise ValueError(
+            f"{' '.join(overrides)}: a list for what is a mapping in {path}; write {{…}} there"
+        ) from None
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
     schema = OmegaConf.structured(Config)
@@ -53,12 +62,12 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
         values: Any = OmegaConf.to_container(
             OmegaConf.merge(schema, tree), resolve=True, throw_on_missing=True
         )
-        for key in ("run.dir", *_INPUT_PATHS):
+        for key in (*_OUTPUT_PATHS, *_INPUT_PATHS):
             section, name = key.split(".")
             in_file = key in _INPUT_PATHS and OmegaConf.select(given, key) is None
             if value := values[section][name]:
                 base = Path(path).parent if in_file else Path()
-                values[section][name] = os.path.abspath(base / Path(value).expanduser())
+                values[section][name] = _absolute(key, value, base)
         config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -73,6 +82,16 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
             f"{tokens - prompt} tokens"
         )
     return config
+
+
+def _absolute(key: str, value: Any, base: Path) -> Any:
+    """Make a path absolute, or those of a list of prompts; a model's name on the hub stays."""
+    if key in _MODELS and is_model(value) and not (base / value).exists():
+        return value
+    try:
+        return with_paths(value, lambda path: os.path.abspath(base / Path(path).expanduser()))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def with_new_names(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -186,6 +205,13 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
                 inside = ", ".join(f"{key}.{f.name}" for f in fields(types[name]))
                 raise ValueError(f"{key}: {value!r} is not a section; its keys are {inside}")
             _check_keys(value, types[name], f"{key}.")
+        elif types[name] is Any:
+            continue  # `_absolute` looks at it
+        elif _takes_mapping(types[name]):
+            if not isinstance(value, dict) and (value or type(None) not in get_args(types[name])):
+                raise ValueError(
+                    f"{key}: {value!r}; a mapping, such as {{enable_thinking: false}}, is expected"
+                )
         elif isinstance(value, dict):
             raise ValueError(f"{key}: {value!r} is a section; one value is expected")
         elif isinstance(value, list) != _takes_list(types[name]) and not _is_open(value):
@@ -197,6 +223,10 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
 
 def _takes_list(hint: Any) -> bool:
     return any(get_origin(kind) is tuple for kind in (hint, *get_args(hint)))
+
+
+def _takes_mapping(hint: Any) -> bool:
+    return any(get_origin(kind) is dict for kind in (hint, *get_args(hint)))
 
 
 def _is_open(value: Any) -> bool:

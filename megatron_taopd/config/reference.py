@@ -16,9 +16,9 @@ INTRODUCTION = """# Configuration
 
 A run is described by one YAML file with the sections below, and by `section.key=value` words on the
 command line, which win. A relative input path in the file is relative to the file, one on the
-command line to the working directory; `run.dir` is always relative to the working directory. `~` is
-the home directory, `${oc.env:NAME}` an environment variable, `${section.key}` another key. Keys
-that are *required* have no default.
+command line to the working directory; `run.dir` and `data.cache_dir` are always relative to the
+working directory. `~` is the home directory, `${oc.env:NAME}` an environment variable,
+`${section.key}` another key. Keys that are *required* have no default.
 
 This page is made of `megatron_taopd/config/schema.py`:
 `python -m megatron_taopd.config.reference > docs/configuration.md`.
@@ -26,12 +26,12 @@ This page is made of `megatron_taopd/config/schema.py`:
 
 
 def reference() -> str:
-    """The whole page, Markdown: a table for every section."""
+    """Return the whole page, Markdown: a table for every section."""
     return "\n".join([INTRODUCTION, *_tables(Config, "")])
 
 
 def _tables(kind: type, prefix: str) -> list[str]:
-    """The section's own keys first, then the sections within it."""
+    """Return the section's own keys first, then the sections within it."""
     hints = get_type_hints(kind)
     own = [f for f in fields(kind) if not is_dataclass(hints[f.name])]
     lines: list[str] = []
@@ -60,12 +60,15 @@ def _type(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else _type(a) for a in get_args(hint))
     if get_origin(hint) is tuple:
         return f"list of {_type(get_args(hint)[0])}"
-    names = {int: "integer", float: "number", bool: "true, false", str: "text"}
+    if get_origin(hint) is dict:
+        return "mapping"
+    names = {int: "integer", float: "number", bool: "true, false", str: "text", Any: "text or list"}
     return names[hint]
 
 
 def _default(f: Field) -> str:
-    assert f.default is not NO_DEFAULT, f.name
+    if f.default_factory is not NO_DEFAULT:
+        return f"`{f.default_factory()}`"
     if f.default == MISSING:
         return "*required*"
     if f.default is None or isinstance(f.default, bool):

@@ -1,9 +1,9 @@
 """Every key of a run's configuration: its type, its default, what it means, what it may be.
 
 These frozen dataclasses are the whole configuration. They import nothing of the package, so that
-anything may be given a section as it is. `load.py` reads them from YAML, `preflight/check_config`
-compares them with each other, with the models and with the files; docs/configuration.md is made of
-what stands here.
+anything may be given a section as it is. `load.py` reads them from YAML, `values.py` compares them
+with each other and with the files, `preflight/check_config` with the models; docs/configuration.md
+is made of what stands here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import MISSING
+
+# The keys of step.selection.SELECTORS, and step.loss.LOSSES.
+Selector = Literal[
+    "full", "random", "entropy", "divergence", "compatibility", "tip", "teachability",
+    "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+]  # fmt: skip
+# Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
+CONCENTRATES = tuple(n for n in get_args(Selector) if n not in ("full", "random", "q3_low_dl"))
+Loss = Literal["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl", "sampled_token"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,10 @@ def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
         doc: what it means; Markdown, one or more sentences.
         bounds: of a number; None allows every value of its type.
     """
-    return field(default=default, metadata={"doc": doc, "bounds": bounds})
+    metadata = {"doc": doc, "bounds": bounds}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,9 @@ class ParallelSection:
 class StudentSection:
     """The model that learns."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
 
@@ -166,7 +180,9 @@ class ServersSection:
 class TeacherSection:
     """The model that is distilled."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )
@@ -181,6 +197,9 @@ class TeacherSection:
     prompt: Literal["own", "student"] = key(
         "own", "Whose chat template and tokenizer render what the teacher reads before a response."
     )
+    template_kwargs: dict[str, Any] | None = key(
+        None, "Variables of the teacher's chat template; null: as in `data.template_kwargs`."
+    )
     parallel: ParallelSection = field(default_factory=ParallelSection)
     offload: bool = key(False, "Keep the weights in host memory between uses.")
 
@@ -189,7 +208,13 @@ class TeacherSection:
 class DataSection:
     """The prompts that are trained on."""
 
-    prompts: str = key(MISSING, "A .jsonl, .json (lines) or .parquet file; the first two also .gz.")
+    prompts: Any = key(
+        MISSING,
+        "A .jsonl, .json (lines or an array; both also .gz) or .parquet file; a directory that "
+        "`Dataset.save_to_disk` wrote; `hf://datasets/OWNER/NAME[@REVISION][/FILE or SPLIT]`; or a "
+        "list. The files of a list are read as one, or each has its share of the prompts that are "
+        "drawn: `[{path: a.jsonl, weight: 3}, {path: b.parquet, weight: 1}]`.",
+    )
     prompt_column: str = key(
         "prompt",
         "Text or a list of messages. Dots reach into nested columns. GSM8K: `question`; "
@@ -203,12 +228,29 @@ class DataSection:
         "`chat` applies the tokenizer's chat template, `plain` joins the messages; `auto` is chat "
         "where the tokenizer has a template.",
     )
+    template_kwargs: dict[str, Any] = key(
+        {},
+        "Variables of the chat template, such as `{enable_thinking: false}`. One that writes the "
+        "date has to be given it: `{date_string: 26 Jul 2024}`.",
+    )
     system: str | None = key(None, "System message, for prompts that have none of their own.")
     max_prompt_tokens: int = key(
         1024, "Prompts that are longer for either model are dropped.", COUNT
     )
     shuffle: bool = key(True, "Shuffle the prompts, in each epoch anew.")
-    limit: int | None = key(None, "Use the first prompts only.", COUNT)
+    limit: int | None = key(
+        None, "Use the first prompts only; of each of the files that have weights.", COUNT
+    )
+    deduplicate: bool = key(
+        True,
+        "Leave out rows of `prompts` whose prompt and answer are those of a row before; the log "
+        "has their number. Held-out prompts are all asked.",
+    )
+    cache_dir: str | None = key(
+        None,
+        "Where tokenised prompts are kept, to be read by the next start; null: "
+        "`$XDG_CACHE_HOME/megatron-taopd/prompts`, `~/.cache` without that variable.",
+    )
 
 
 @dataclass(frozen=True)
@@ -280,7 +322,7 @@ class RolloutSection:
 class SelectionSection:
     """The response rows that the loss falls on."""
 
-    selector: str = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
+    selector: Selector = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
     ratio: float = key(0.10, "ρ, the share of the response rows that is trained on.", SHARE)
     k: int = key(16, "Top-K of both models, for D and C.", COUNT)
     concentrate: float = key(
@@ -296,7 +338,7 @@ class SelectionSection:
 class LossSection:
     """The loss of the kept rows."""
 
-    kind: str = key(
+    kind: Loss = key(
         "reverse_kl", "`reverse_kl`, `forward_kl`, `jsd`, `skewed_reverse_kl` or `sampled_token`."
     )
     beta: float = key(0.5, "jsd: the teacher's share in the mixture.", INSIDE)
@@ -379,8 +421,10 @@ class EvalSection:
     """Accuracy on held-out prompts, during the run."""
 
     every: int = key(20, "Steps between evaluations; 0: at start and end only.", NOT_NEGATIVE)
-    prompts: str | None = key(
-        None, "A file as for `data.prompts`, with its columns and template; null: no evaluation."
+    prompts: Any = key(
+        None,
+        "As `data.prompts`, with its columns and template, and without weights; null: no "
+        "evaluation.",
     )
     max_new_tokens: int | None = key(None, "Longest response; null: as in `rollout`.", COUNT)
     limit: int | None = key(None, "Use the first prompts only.", COUNT)

@@ -1,60 +1,71 @@
-"""Prompts: jsonl or parquet → chat template or plain text → token ids, in a resumable order."""
+"""Prompts: files → chat template or plain text → token ids, kept on disk; in a resumable order."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from itertools import islice
+from math import lcm
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+import tokenizers
+import transformers
 
 from megatron_taopd.config.schema import DataSection
+from megatron_taopd.data import cache
+from megatron_taopd.data.records import content_of
 from megatron_taopd.data.rendering import Message, Renderer
-from megatron_taopd.parallel import progress, watchdog
+from megatron_taopd.data.rows import Row, Rows
+from megatron_taopd.data.sources import Source, sources_of
+from megatron_taopd.parallel import progress
+
+BATCH = 1024  # prompts that are tokenised at a time
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one file that fit, tokenised once.
+    """The prompts of one or more files that fit, tokenised once.
 
     Attributes:
         token_ids: the ids of each prompt, up to and including the generation prompt.
         texts: what the user asks, for people (the last message's text).
         answers: the reference answer of each prompt; None where no answer column was asked for.
-        dropped: how many prompts of the file were longer than `max_prompt_tokens`.
+        dropped: how many prompts of the files were longer than `max_prompt_tokens`.
         teacher_token_ids: the same prompts as the teacher reads them; None if those are the same
             ids.
         messages: what each prompt says, its system message included; what `render` takes.
+        duplicates: how many rows were left out since they repeat another one.
+        parts: of files with weights, in their order: (how many of the prompts are its own, weight).
     """
 
-    token_ids: list[list[int]]
-    texts: list[str]
-    answers: list[str | None]
+    token_ids: Sequence[list[int]]
+    texts: Sequence[str]
+    answers: Sequence[str | None]
     dropped: int
-    teacher_token_ids: list[list[int]] | None = None
-    messages: list[list[Message]] = field(default_factory=list)
+    teacher_token_ids: Sequence[list[int]] | None = None
+    messages: Sequence[list[Message]] = field(default_factory=list)
+    duplicates: int = 0
+    parts: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
 
 def load_prompts(
-    path: str | Path,
+    prompts: Any,
     tokenizer,
     data: DataSection,
     answer_column: str | None = None,
     limit: int | None = None,
     teacher_tokenizer=None,
+    teacher_kwargs: Mapping[str, Any] | None = None,
 ) -> Prompts:
-    """Read prompts from a .jsonl, .json (lines) or .parquet file; the first two also as .gz.
+    """Return prompts in token ids, from the cache if they are there.
 
     A prompt is a string or a list of chat messages ({role, content}); a content may be a list of
     text parts. Dotted column names reach into nested records (DAPO-Math-17k: `prompt`,
@@ -62,103 +73,227 @@ def load_prompts(
     text, once (`Renderer`).
 
     Args:
+        prompts: the value of `data.prompts`: a path, or a list (`sources_of`).
         tokenizer: a transformers tokenizer.
         data: says where a prompt stands in a record and how it is rendered. Prompts over its
             `max_prompt_tokens` are dropped; with a teacher's tokenizer, those that are for either.
         answer_column: of the reference answers, text or numbers; None reads none.
-        limit: stop after this many prompts that fit.
+        limit: stop after this many prompts that fit; of each of the files that have weights.
         teacher_tokenizer: renders the same messages, with its own chat template, for a teacher.
+        teacher_kwargs: of its chat template; None: `data.template_kwargs`.
 
     Raises:
         ValueError: in one line, with file, line and column: the file is missing, unreadable or of
             an unknown type; a column is missing; a prompt is neither text nor messages, or one
-            that `Renderer` refuses; an answer is missing or blank; no prompt is left.
+            that `Renderer` refuses; an answer is missing or blank; no prompt is left. Or the cache
+            cannot be written.
     """
-    renderers = [
-        Renderer(t, data.template) for t in (tokenizer, teacher_tokenizer) if t is not None
-    ]
+    return open_prompts(
+        tokenised(prompts, tokenizer, data, answer_column, limit, teacher_tokenizer, teacher_kwargs)
+    )
 
-    prompts, texts, answers, said, dropped = [], [], [], [], 0
-    records = _read(Path(path), data.prompt_column, answer_column, data.system)
-    for where, messages, answer in progress.track(records, limit, f"tokenising {path}"):
-        with _told(where):
-            renderings = [render(messages) for render in renderers]
-        if max(map(len, renderings)) > data.max_prompt_tokens:
-            dropped += 1
-            continue
-        prompts.append(renderings)
-        texts.append(messages[-1]["content"])
-        answers.append(answer)
-        said.append(messages)
-        if len(prompts) == limit:
-            break
-    if not prompts:
+
+def tokenised(
+    prompts: Any,
+    tokenizer,
+    data: DataSection,
+    answer_column: str | None = None,
+    limit: int | None = None,
+    teacher_tokenizer=None,
+    teacher_kwargs: Mapping[str, Any] | None = None,
+) -> Path:
+    """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
+    renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
+    if teacher_tokenizer is not None:
+        kwargs = data.template_kwargs if teacher_kwargs is None else teacher_kwargs
+        key = "teacher.template_kwargs"
+        renderers.append(Renderer(teacher_tokenizer, data.template, kwargs, key))
+    fingerprints = [renderer.fingerprint() for renderer in renderers]
+    if fingerprints[1:] == fingerprints[:1]:  # the teacher reads what the student does
+        del renderers[1:]
+    sources = sources_of(prompts)
+    files = [source.files() for source in sources]
+    stats = _stats(files)
+    key = cache.digest(
+        {
+            "files": [content_of(each) for each in files],
+            "types": [[path.suffix for path in each] for each in files],
+            "weights": [str(source.weight) for source in sources],
+            "renderers": fingerprints[: len(renderers)],
+            "columns": [data.prompt_column, data.answer_column, answer_column],
+            "deduplicate": data.deduplicate,
+            "system": data.system,
+            "max_prompt_tokens": data.max_prompt_tokens,
+            "limit": limit,
+            "versions": [m.__version__ for m in (transformers, tokenizers, jinja2)],
+        }
+    )
+    entry = cache.place(data.cache_dir) / key
+    if cache.about(entry) is None:
+        with cache.written(entry) as (aside, about):
+            writer = _Writer(aside, renderers, data, answer_column, limit)
+            for source, own in zip(sources, files, strict=True):
+                writer.add(source, own)
+            about |= writer.close([source.weight for source in sources])
+            if _stats(files) != stats:
+                raise ValueError(f"{prompts}: changed while it was read; try again")
+    return entry
+
+
+def _stats(files: Sequence[Sequence[Path]]) -> list[tuple[int, int]]:
+    found = [path.stat() for each in files for path in each]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+
+
+class _Writer:
+    """Writes the columns of an entry.
+
+    Args:
+        renderers: of the student, and of the teacher if it reads something else.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        renderers: Sequence[Renderer],
+        data: DataSection,
+        answer_column: str | None,
+        limit: int | None,
+    ):
+        self.renderers, self.data, self.answer_column = renderers, data, answer_column
+        self.limit, self.sizes = limit, list[int]()
+        self.counts = {"rows": 0, "duplicates": 0, "dropped": 0}
+        self.differ = False  # the ids of the two models
+        names = ["ids", "teacher_ids"][: len(renderers)]
+        self.ids = [cache.Column(directory, name, "<i4") for name in names]
+        self.messages = cache.Column(directory, "messages", "u1")
+        self.answers = None
+        if answer_column is not None:
+            self.answers = cache.Column(directory, "answers", "u1")
+
+    def add(self, source: Source, files: Sequence[Path]) -> None:
+        """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
+        rows, name = Rows(files, self.data, self.answer_column), ", ".join(source.paths)
+        each, found, dropped = iter(rows), 0, 0
+        with progress.phase(f"tokenising {name}", unit="rows") as shown:
+            while batch := [*islice(each, self._room(found))]:
+                ids = [_rendered(renderer, batch) for renderer in self.renderers]
+                for row, *renderings in zip(batch, *ids, strict=True):
+                    if max(map(len, renderings)) > self.data.max_prompt_tokens:
+                        dropped += 1
+                        continue
+                    found += 1
+                    self._write(row, renderings)
+                shown.advance(rows.read - shown.done)
+        if not rows.read:
+            raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
+        if not found:
+            raise ValueError(
+                f"{name}: no prompt is left: {dropped} have more than "
+                f"max_prompt_tokens = {self.data.max_prompt_tokens} tokens"
+            )
+        self.sizes.append(found)
+        self.counts["rows"] += rows.read
+        self.counts["duplicates"] += rows.duplicates
+        self.counts["dropped"] += dropped
+
+    def _room(self, found: int) -> int:
+        """How many rows to take at a time: nothing is read behind the limit."""
+        return BATCH if self.limit is None else min(BATCH, self.limit - found)
+
+    def _write(self, row: Row, renderings: Sequence[list[int]]) -> None:
+        for column, ids in zip(self.ids, renderings, strict=True):
+            column.append(ids)
+        self.differ |= renderings[-1] != renderings[0]
+        self.messages.append(json.dumps(row.messages, ensure_ascii=False, default=str).encode())
+        if self.answers is not None and row.answer is not None:
+            self.answers.append(row.answer.encode())
+
+    def close(self, weights: Sequence[Any]) -> dict[str, Any]:
+        """Return what is to be known of the entry."""
+        for column in (*self.ids, self.messages, *([self.answers] if self.answers else [])):
+            column.close()
+        parts = []
+        if len(weights) > 1:
+            whole = lcm(*(weight.denominator for weight in weights))
+            parts = [*zip(self.sizes, (int(w * whole) for w in weights), strict=True)]
+        return {
+            **self.counts,
+            "parts": parts,
+            "teacher": self.differ,
+            "answers": self.answers is not None,
+        }
+
+
+def _rendered(renderer: Renderer, batch: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of prompts; an error names the first that is refused."""
+    try:
+        return renderer.batch([row.messages for row in batch])
+    except ValueError:
+        for row in batch:
+            with _told(row.where):
+                renderer(row.messages)
+        raise
+
+
+def open_prompts(entry: Path) -> Prompts:
+    """Open a cache entry that `tokenised` has returned."""
+    about = cache.about(entry)
+    if about is None:
         raise ValueError(
-            f"{path}: no prompt is left: {dropped} have more than "
-            f"max_prompt_tokens = {data.max_prompt_tokens} tokens"
+            f"data.cache_dir: {entry} is gone or damaged, which was there just now; start again, "
+            "or name a directory that nobody cleans"
         )
-    ours, *others = map(list, zip(*prompts, strict=True))
-    theirs = next((other for other in others if other != ours), None)
-    return Prompts(ours, texts, answers, dropped, theirs, said)
+    ids = cache.column(entry, "ids", "<i4", np.ndarray.tolist)
+    messages = cache.column(entry, "messages", "u1", _json)
+    answers: Sequence[str | None] = [None] * len(ids)
+    if about["answers"]:
+        answers = cache.column(entry, "answers", "u1", _text)
+    teacher = None
+    if about["teacher"]:
+        teacher = cache.column(entry, "teacher_ids", "<i4", np.ndarray.tolist)
+    return Prompts(
+        token_ids=ids,
+        texts=cache.Ragged(messages.values, messages.offsets, _last_text),
+        answers=answers,
+        dropped=about["dropped"],
+        teacher_token_ids=teacher,
+        messages=messages,
+        duplicates=about["duplicates"],
+        parts=tuple((size, weight) for size, weight in about["parts"]),
+    )
 
 
-def render(conversations: Iterable[Sequence[Message]], tokenizer, template: str) -> list[list[int]]:
+def _text(values: np.ndarray) -> str:
+    return values.tobytes().decode()
+
+
+def _json(values: np.ndarray) -> Any:
+    return json.loads(values.tobytes())
+
+
+def _last_text(values: np.ndarray) -> str:
+    return _json(values)[-1]["content"]
+
+
+def render(
+    conversations: Iterable[Sequence[Message]],
+    tokenizer,
+    template: str,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
     """Return the token ids of prompts (`Prompts.messages`) in another tokenizer and chat template.
 
     Raises:
         ValueError: there is no chat template where `template` asks for one; it does not fit one of
             the prompts.
     """
-    renderer, rendered = Renderer(tokenizer, template), []
+    renderer, rendered = Renderer(tokenizer, template, kwargs), []
     shown = progress.track(conversations, None, "tokenising prompts")
     for number, messages in enumerate(shown, 1):
         with _told(f"prompt {number}"):
             rendered.append(renderer(messages))
     return rendered
-
-
-def check_prompts(
-    path: str | Path,
-    tokenizers: Iterable,
-    prompt_column: str,
-    answer_column: str | None,
-    template: str,
-    system: str | None,
-    limit: int | None,
-) -> None:
-    """Refuse what `load_prompts` would, as far as it can be told without tokenising.
-
-    That is columns, answers, roles and who speaks last.
-
-    Args:
-        tokenizers: of all models that read the prompts.
-        limit: records that are looked at.
-
-    Raises:
-        ValueError: as `load_prompts`.
-    """
-    renderers = [Renderer(tokenizer, template) for tokenizer in tokenizers]
-    records = _read(Path(path), prompt_column, answer_column, system)
-    for where, messages, _ in islice(records, limit):
-        with _told(where):
-            for renderer in renderers:
-                renderer.check(messages)
-
-
-def _read(
-    path: Path, prompt_column: str, answer_column: str | None, system: str | None
-) -> Iterator[tuple[str, list[Message], str | None]]:
-    """Yield (where the prompt stands, its messages, the answer if one is asked for)."""
-    for where, record in read_records(path):
-        messages = _as_messages(_column(record, prompt_column, where), prompt_column, where)
-        answer = None
-        if answer_column is not None:
-            answer = as_answer(_column(record, answer_column, where), answer_column, where)
-        where = f"{where}: column {prompt_column!r}"
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-            where += " (after data.system)"
-        yield where, messages, answer
 
 
 @contextmanager
@@ -170,181 +305,65 @@ def _told(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def read_texts(
-    path: str | Path, prompt_column: str, answer_column: str, limit: int
-) -> Iterator[str]:
-    """Yield what the messages of the first `limit` records say, and the answers that there are."""
-    for where, record in islice(read_records(Path(path)), limit):
-        prompt = _column(record, prompt_column, where)
-        yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
-        with suppress(ValueError):
-            yield as_answer(_column(record, answer_column, where), answer_column, where)
+def prompt_order(
+    num_prompts: int, epoch: int, seed: int, shuffle: bool = True, part: int = 0
+) -> np.ndarray:
+    """Return the order of an epoch, [num_prompts] int64.
 
-
-def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where it stands, record), one at a time; each of them is a sign of life.
-
-    Raises:
-        ValueError: the file is missing, damaged or of an unknown type; a line is no JSON object.
+    It is a permutation from (seed, epoch) alone, and from the number of the file if it has a
+    weight.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; prompts are read from .jsonl, .json or .parquet")
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix in (".jsonl", ".json"):
-        records = _read_lines(path)
-    elif path.suffix == ".parquet":
-        records = _read_parquet(path)
-    else:
-        raise ValueError(f"{path}: unknown type; .jsonl, .json (also .gz) and .parquet are read")
-    for each in records:
-        watchdog.heartbeat()
-        yield each
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path} line {number}"
-                    yield where, _parse_line(line.removeprefix(BOM_UTF8), where)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read after line {number}: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        for table in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for record in table.to_pylist():
-                row += 1
-                yield f"{path} row {row}", record
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read after row {row}: {reason}") from None
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or too deep or long for it
-        reason = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
-        raise ValueError(f"{where}: not JSON ({reason}); each line is a JSON object") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: {line.decode()[:40]!r}; each line is a JSON object")
-    return record
-
-
-def _column(record: dict[str, Any], column: str, where: str) -> Any:
-    """Return a column by its name or, where no column is called that, by its dotted path."""
-    if column in record:
-        return record[column]
-    value: Any = record
-    for name in column.split("."):
-        if not isinstance(value, dict) or name not in value:
-            raise ValueError(f"{where}: no column {column!r}; columns: {', '.join(sorted(record))}")
-        value = value[name]
-    return value
-
-
-def _as_messages(prompt: Any, column: str, where: str) -> list[Message]:
-    """Return a prompt's messages; keys without a value, which parquet fills in, are left out."""
-    if isinstance(prompt, str) and prompt:
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not prompt:
-        raise _no_prompt(prompt, column, where)
-    messages = []
-    for message in prompt:
-        given = _without_nulls(message)
-        content = given.get("content", "" if given.get("tool_calls") else None)
-        if isinstance(content, list) and all(map(_is_text_part, content)):
-            content = "".join(part["text"] for part in content)
-        if not (isinstance(given.get("role"), str) and isinstance(content, str)):
-            raise _no_prompt(prompt, column, where)
-        _check_unicode(content, column, where)
-        messages.append({**given, "content": content})
-    return messages
-
-
-def _without_nulls(message: Any) -> Message:
-    items = message.items() if isinstance(message, dict) else ()
-    return {key: value for key, value in items if value is not None}
-
-
-def _no_prompt(prompt: Any, column: str, where: str) -> ValueError:
-    return ValueError(
-        f"{where}: column {column!r} is {str(prompt)[:40]!r}; "
-        "text or a list of messages {role, content} is needed"
-    )
-
-
-def _is_text_part(part: Any) -> bool:
-    return (
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
-
-
-def as_answer(answer: Any, column: str, where: str) -> str:
-    """Return the reference answer as text; numbers as they are written without an exponent.
-
-    Raises:
-        ValueError: it is neither text that is not blank nor a finite number.
-    """
-    if isinstance(answer, str) and answer.strip():
-        _check_unicode(answer, column, where)
-        return answer
-    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
-        number = Decimal(str(answer))
-        if number.is_finite():
-            return f"{number:f}"
-    raise ValueError(
-        f"{where}: column {column!r} is {json.dumps(answer, default=str)[:40]}; "
-        "a reference answer is text that is not blank, or a number"
-    )
-
-
-def _check_unicode(text: str, column: str, where: str) -> None:
-    """Refuse half a surrogate pair, which JSON can spell and no tokenizer or file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: column {column!r} has {error.object[error.start]!r}, half a surrogate pair, "
-            "which is no text"
-        ) from None
-
-
-def prompt_order(num_prompts: int, epoch: int, seed: int, shuffle: bool = True) -> np.ndarray:
-    """Return the order of an epoch, [num_prompts] int64: a permutation from (seed, epoch) alone."""
     if not shuffle:
         return np.arange(num_prompts)
-    return np.random.default_rng([seed, epoch]).permutation(num_prompts)
+    return np.random.default_rng([seed, epoch, part][: 3 if part else 2]).permutation(num_prompts)
+
+
+def drawn_from(position: int, weights: Sequence[int]) -> tuple[int, int]:
+    """Return which part the prompt at a position of the stream is of, and how many of it came
+    before.
+
+    The first part has its share of the positions, evenly spread; the second its share of those that
+    are left; and so on. Of each sum(weights) positions from the start, each part has exactly its
+    weight; in between it is less than len(weights) off.
+    """
+    left = sum(weights)
+    for part, weight in enumerate(weights):
+        before, after = -(-position * weight // left), -(-(position + 1) * weight // left)
+        if after > before:
+            return part, before
+        position, left = position - before, left - weight
+    raise AssertionError("the last part takes what is left")
 
 
 @dataclass
 class PromptStream:
     """An endless stream of prompt indices, epoch after epoch.
 
-    What comes next is a function of (num_prompts, seed, shuffle, consumed) alone: saving the
+    What comes next is a function of (num_prompts, seed, shuffle, parts, consumed) alone: saving the
     integer `consumed` is all that a resume needs. A batch may straddle epochs.
+
+    Attributes:
+        parts: `Prompts.parts`; each has epochs of its own. Without them all prompts are one part.
     """
 
     num_prompts: int
     seed: int = 0
     shuffle: bool = True
     consumed: int = 0
+    parts: tuple[tuple[int, int], ...] = ()
 
     def take(self, count: int) -> list[int]:
         """Return the next `count` prompt indices."""
-        indices: list[int] = []
-        while len(indices) < count:
-            epoch, start = divmod(self.consumed, self.num_prompts)
-            order = prompt_order(self.num_prompts, epoch, self.seed, self.shuffle)
-            part = order[start : start + count - len(indices)].tolist()
-            indices += part
-            self.consumed += len(part)
+        sizes, weights = zip(*(self.parts or ((self.num_prompts, 1),)), strict=True)
+        starts = [sum(sizes[:part]) for part in range(len(sizes))]
+        orders: dict[tuple[int, int], np.ndarray] = {}
+        indices = []
+        for position in range(self.consumed, self.consumed + count):
+            part, before = drawn_from(position, weights)
+            epoch, place = divmod(before, sizes[part])
+            if (part, epoch) not in orders:
+                order = prompt_order(sizes[part], epoch, self.seed, self.shuffle, part)
+                orders[part, epoch] = order
+            indices.append(starts[part] + int(orders[part, epoch][place]))
+        self.consumed += count
         return indices

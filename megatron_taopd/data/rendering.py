@@ -10,12 +10,17 @@ themselves.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from jinja2 import Environment, meta
 from jinja2.exceptions import SecurityError
 from tokenizers import AddedToken
 
@@ -101,12 +106,21 @@ class Renderer:
         template: `chat` applies the tokenizer's chat template with its generation prompt; `plain`
             joins the messages by blank lines and adds only what the tokenizer itself adds (a bos);
             `auto` is `chat` where the tokenizer has a chat template.
+        kwargs: variables of the chat template, such as {"enable_thinking": False}.
+        key: of the configuration, that has them.
 
     Raises:
-        ValueError: an unknown `template`, or no chat template where it asks for one.
+        ValueError: an unknown `template`, or no chat template where it asks for one; a variable
+            that the chat template does not name.
     """
 
-    def __init__(self, tokenizer, template: str = "auto"):
+    def __init__(
+        self,
+        tokenizer,
+        template: str = "auto",
+        kwargs: Mapping[str, Any] | None = None,
+        key: str = "data.template_kwargs",
+    ):
         if template not in TEMPLATES:
             raise ValueError(f"template: {template!r} is not one of {', '.join(TEMPLATES)}")
         if template == "auto":
@@ -116,6 +130,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.source = tokenizer.get_chat_template() if template == "chat" else None
         self.name = f"the chat template of {tokenizer.name_or_path}"
+        self.kwargs, self.key = dict(kwargs or {}), key
+        if self.kwargs:
+            self._check_kwargs()
         self._skeletons: dict[tuple, Skeleton] = {}
         self._readers: dict[str, tuple[Any, dict[int, int]]] = {}
 
@@ -130,41 +147,63 @@ class Renderer:
         )
 
     def __call__(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, up to and including the generation prompt.
+        """Return the token ids of a conversation; see `batch`."""
+        return self.batch([messages])[0]
+
+    def batch(self, conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """Return the token ids of conversations, up to and including the generation prompt.
 
         What a message says stays text: where it spells a special token ("<|im_end|>"), its
         characters are tokenised like any others, where they stand. (Added tokens that their
         tokenizer does not call special, such as Qwen's <think>, are matched in any text.)
 
         Raises:
-            ValueError: `check` refuses it; the template changes the text of a message, but for the
-                white space around it and the reasoning of an assistant's turn; the tokenizer has no
-                ids for the characters of a special token that a message spells.
+            ValueError: of one of them, and it does not say of which: `check` refuses it; the
+                template changes the text of a message, but for the white space around it and the
+                reasoning of an assistant's turn, or reads the clock; the tokenizer has no ids for
+                the characters of a special token that a message spells.
         """
-        messages = self._without_idle_keys(messages)
-        skeleton = self.check(messages)
-        if skeleton is None:
-            text = "\n\n".join(message["content"] for message in messages)
-            ids = self._encode(text, whole=True, special_as_text=True)
-            self._compare(ids, self._added, text)
-            return ids
-        rendering = self._apply(messages)
-        arrived = skeleton.arrivals(rendering, messages)
-        if len(arrived) < len(skeleton.order):  # a template may write the date, which has changed
-            self._skeletons.clear()
-            skeleton = self.check(messages)
-            assert skeleton is not None  # the same conversation as before
-            arrived = skeleton.arrivals(rendering, messages)
-        if len(arrived) < len(skeleton.order):
-            i = skeleton.order[len(arrived)]
-            raise ValueError(
-                f"{_named(i, messages)}: {self.name} changes its text: it has to arrive as it is"
-            )
-        if not any(map(self._spelled.search, arrived)):
-            ids = self._encode(rendering)
-            if self._control_ids(ids) == skeleton.special:
-                return ids
-        return self._literally(skeleton, arrived)
+        conversations = [self._without_idle_keys(messages) for messages in conversations]
+        skeletons = [self.check(messages) for messages in conversations]
+        if self.source is None:
+            texts = ["\n\n".join(m["content"] for m in messages) for messages in conversations]
+            rendered = self._encode_all(texts, whole=True, special_as_text=True)
+            for ids, text in zip(rendered, texts, strict=True):
+                self._compare(ids, self._added, text)
+            return rendered
+        renderings = self._apply_all(conversations)
+        rendered = self._encode_all(renderings)
+        for i, skeleton in enumerate(skeletons):
+            assert skeleton is not None  # there is a template
+            arrived = skeleton.arrivals(renderings[i], conversations[i])
+            if len(arrived) < len(skeleton.order):
+                changed = skeleton.order[len(arrived)]
+                raise ValueError(
+                    f"{_named(changed, conversations[i])}: {self.name} changes its text: it has "
+                    "to arrive as it is"
+                )
+            plain = not any(map(self._spelled.search, arrived))
+            if not plain or self._control_ids(rendered[i]) != skeleton.special:
+                rendered[i] = self._literally(skeleton, arrived)
+        return rendered
+
+    def fingerprint(self) -> list[Any]:
+        """Return plain values that change with whatever the ids of a conversation depend on."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            rules = tokenizer.backend_tokenizer.to_str()
+        else:
+            with TemporaryDirectory() as directory:
+                saved = map(Path, tokenizer.save_pretrained(directory))
+                rules = "".join(f.read_bytes().hex() for f in sorted(saved) if f.is_file())
+        named = [tokenizer.special_tokens_map, *map(str, tokenizer.added_tokens_decoder.values())]
+        return [
+            type(tokenizer).__name__,
+            hashlib.sha256(rules.encode()).hexdigest(),
+            str(named),
+            self.source,
+            self.kwargs,
+        ]
 
     def check(self, messages: Sequence[Message]) -> Skeleton | None:
         """Return the skeleton of a conversation that could be rendered (None: plain).
@@ -228,7 +267,7 @@ class Renderer:
     def _check_further_keys(self, messages: Sequence[Message]) -> None:
         for i, message in enumerate(messages):
             further = {k: v for k, v in message.items() if k not in ("role", "content")}
-            for text in _strings(further):
+            for text in strings(further):
                 if found := self._spelled.search(text):
                     raise ValueError(
                         f"{_named(i, messages)} spells the special token {found[0]!r} outside its "
@@ -263,14 +302,54 @@ class Renderer:
         return Skeleton(literals, order, special)
 
     def _apply(self, messages: Sequence[Message]) -> str:
+        return self._apply_all([messages])[0]
+
+    def _apply_all(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                list(conversations),
+                add_generation_prompt=True,
+                tokenize=False,
+                **{"strftime_now": self._refuse_clock, **self.kwargs},
             )
-        except SecurityError:  # which no prompt is to blame for
+        except (SecurityError, _Clock):  # which no prompt is to blame for
             raise
         except Exception as error:  # whatever a template raises or trips over
             raise ValueError(f"{self.name} refuses it: {' '.join(str(error).split())}") from None
+
+    def _refuse_clock(self, _format: str) -> str:
+        """Stand in for transformers' `strftime_now`, which gives a template the date of today."""
+        assert self.source is not None
+        found = re.search(r"set\s+(\w+)\s*=\s*strftime_now", self.source)
+        remedy = "have it written without in chat_template.jinja, or take data.template: plain"
+        if found and found[1] in self._variables():
+            remedy = f'pin it by {self.key}: {{{found[1]}: "26 Jul 2024"}}'
+        raise _Clock(
+            f"{self.name} writes the date of the day, so that ids would change overnight; {remedy}"
+        )
+
+    def _variables(self) -> set[str]:
+        """Return the variables that the chat template takes from outside."""
+        # transformers' own tag, which jinja does not know.
+        source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", self.source or "")
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        ours = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
+        return meta.find_undeclared_variables(parsed) - ours - {*self.tokenizer.special_tokens_map}
+
+    def _check_kwargs(self) -> None:
+        if self.source is None:
+            raise ValueError(
+                f"{self.key}: {self.kwargs}, but no chat template is applied; take it out"
+            )
+        known = self._variables()
+        for name in self.kwargs:
+            if name in known:
+                continue
+            close = get_close_matches(name, known, n=3, cutoff=0.5)
+            there = f"did you mean {' or '.join(close)}?" if close else "it names no such thing"
+            if not close and known:
+                there = f"it names {', '.join(sorted(known))}"
+            raise ValueError(f"{self.key}: {self.name} does not name {name!r}; {there}")
 
     def _try(self, messages: Sequence[Message]) -> str | None:
         try:
@@ -278,11 +357,20 @@ class Renderer:
         except ValueError:
             return None
 
-    def _encode(self, text: str, whole: bool = False, special_as_text: bool = False) -> list[int]:
-        """Return the ids of a text; `whole`: with what the tokenizer adds to one."""
-        return self.tokenizer(text, add_special_tokens=whole, split_special_tokens=special_as_text)[
-            "input_ids"
-        ]
+    def _encode(self, text: str, whole: bool = False) -> list[int]:
+        return self._encode_all([text], whole)[0]
+
+    def _encode_all(
+        self, texts: list[str], whole: bool = False, special_as_text: bool = False
+    ) -> list[list[int]]:
+        """Return the ids of texts; `whole`: with what the tokenizer adds to one."""
+        return self.tokenizer(
+            texts,
+            add_special_tokens=whole,
+            split_special_tokens=special_as_text,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
 
     def _control_ids(self, ids: Iterable[int]) -> list[int]:
         return [i for i in ids if i in self._control]
@@ -336,6 +424,10 @@ class Renderer:
         )
 
 
+class _Clock(ValueError):
+    """A template reads the clock."""
+
+
 def _ends_with_answer(messages: Sequence[Message]) -> ValueError:
     return ValueError(
         f"{_named(len(messages) - 1, messages)} is the assistant's: a prompt ends with a question"
@@ -350,12 +442,12 @@ def _named(i: int, messages: Sequence[Message]) -> str:
     return f"message {i + 1} of {len(messages)} (role {messages[i]['role']!r})"
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     """Yield every string inside plain values, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for pair in value.items():
-            yield from chain.from_iterable(map(_strings, pair))
+            yield from chain.from_iterable(map(strings, pair))
     elif isinstance(value, list | tuple):
-        yield from chain.from_iterable(map(_strings, value))
+        yield from chain.from_iterable(map(strings, value))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_taopd.config.schema import Config
-from megatron_taopd.data.prompts import Prompts, load_prompts
+from megatron_taopd.data.prompts import Prompts, open_prompts, tokenised
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.parallel.objects import gather, once_per_node
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,38 @@ class Texts:
 
 
 def open_texts(config: Config) -> Texts:
-    """Read tokenizers and prompts.
+    """Read tokenizers and prompts, which one rank of each node tokenises and the others map.
 
     Raises:
-        ValueError: see `load_prompts` and `VocabMap.between`.
+        ValueError: see `load_prompts` and `VocabMap.between`; on every rank. The nodes do not read
+            the same prompts.
+
+    Collectives: those of `once_per_node`, and a gather of some bytes.
     """
     student = Vocabulary.from_pretrained(config.student.path)
     teacher = Vocabulary.from_pretrained(config.teacher.path)
     vocab_map = VocabMap.between(student.ending_at(config.rollout.stop_token_ids), teacher)
-    prompts = training_prompts(config, student, teacher)
-    held_out = None if config.eval.prompts is None else held_out_prompts(config, student)
-    return Texts(student, teacher, vocab_map, prompts, held_out)
+
+    def work() -> tuple[Path, Path | None]:
+        held_out = None if config.eval.prompts is None else _held_out(config, student)
+        return _training(config, student, teacher), held_out
+
+    entries = once_per_node(work)
+    # The name of an entry is a digest of all that it is made of.
+    names = gather([entry and entry.name for entry in entries])
+    if differing := [rank for rank, those in enumerate(names) if those != names[0]]:
+        raise ValueError(
+            f"data.prompts or eval.prompts: rank {differing[0]} reads others than rank 0; the same "
+            "files, tokenizers and versions have to be on every node"
+        )
+    training, held_out = entries
+    return Texts(
+        student,
+        teacher,
+        vocab_map,
+        open_prompts(training),
+        None if held_out is None else open_prompts(held_out),
+    )
 
 
 def vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
@@ -48,13 +71,22 @@ def vocabularies(config: Config) -> tuple[Vocabulary, Vocabulary]:
 
 def training_prompts(config: Config, student: Vocabulary, teacher: Vocabulary) -> Prompts:
     """Read `data.prompts`, for the teacher too if it reads its own. Raises as `load_prompts`."""
-    data = config.data
-    own = teacher.tokenizer if config.teacher.prompt == "own" else None
-    return load_prompts(data.prompts, student.tokenizer, data, None, data.limit, own)
+    return open_prompts(_training(config, student, teacher))
 
 
 def held_out_prompts(config: Config, student: Vocabulary) -> Prompts:
     """Read `eval.prompts`, which is given, with answers. Raises as `load_prompts`."""
-    data, section = config.data, config.eval
+    return open_prompts(_held_out(config, student))
+
+
+def _training(config: Config, student: Vocabulary, teacher: Vocabulary) -> Path:
+    data = config.data
+    own = teacher.tokenizer if config.teacher.prompt == "own" else None
+    kwargs = config.teacher.template_kwargs
+    return tokenised(data.prompts, student.tokenizer, data, None, data.limit, own, kwargs)
+
+
+def _held_out(config: Config, student: Vocabulary) -> Path:
+    data, section = replace(config.data, deduplicate=False), config.eval
     assert section.prompts is not None
-    return load_prompts(section.prompts, student.tokenizer, data, data.answer_column, section.limit)
+    return tokenised(section.prompts, student.tokenizer, data, data.answer_column, section.limit)

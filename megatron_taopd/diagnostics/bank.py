@@ -70,7 +70,7 @@ class Contexts:
         return {number: self.batch.sequence(i)[:n].tolist() for i, (number, n) in pairs}
 
     def prompts_for(self, tokenizer) -> dict[int, list[int]]:
-        """The token ids of each prompt in another tokenizer and its chat template, by number."""
+        """Return each prompt's token ids in another tokenizer and its chat template, by number."""
         ids = render(self.messages.values(), tokenizer, self.template)
         return dict(zip(self.messages, ids, strict=True))
 
@@ -120,7 +120,7 @@ class Bank:
             )
 
     def read(self, shard: int) -> Contexts:
-        """One shard.
+        """Return one shard.
 
         Raises:
             ValueError: the file is missing or not as it was written.
@@ -129,7 +129,7 @@ class Bank:
         return _contexts(self._table(shard), first, self.shards[shard]["template"])
 
     def first(self, sequences: int) -> Contexts:
-        """The first sequences, of as many shards as they take.
+        """Return the first sequences, of as many shards as they take.
 
         Raises:
             ValueError: there are fewer, or several templates rendered them; as for `read`.
@@ -159,7 +159,7 @@ class Bank:
         return pq.read_table(path)
 
     def prompts(self) -> tuple[dict[tuple[int, ...], int], set[tuple[int, int]]]:
-        """The number of each prompt, by its token ids; and the (number, seed) there are."""
+        """Return the number of each prompt, by its token ids; and the (number, seed) there are."""
         numbers, answered = {}, set()
         for shard, about in enumerate(self.shards):
             table = self._table(shard).select(["prompt", "prompt_tokens"]).to_pydict()
@@ -318,7 +318,7 @@ def _write_shard(path: Path, batch: RolloutBatch, messages: dict[int, list]) -> 
 
 
 def digest(value) -> str:
-    """16 hexadecimal digits that change with anything in a JSON value."""
+    """Return 16 hexadecimal digits that change with anything in a JSON value."""
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

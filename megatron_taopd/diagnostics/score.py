@@ -40,7 +40,7 @@ TOP = 5  # likeliest tokens that a view shows
 
 
 def measures(compared: Compared) -> Tensor:
-    """[len(MEASURES), R] float32, what the table says of each row."""
+    """Return [len(MEASURES), R] float32, what the table says of each row."""
     tops = compared.tops
     columns = [tops.student_entropy, tops.teacher_entropy, *compared[1:]]
     for k in KS:
@@ -49,7 +49,7 @@ def measures(compared: Compared) -> Tensor:
 
 
 def support_measures(compared: Compared, k: int) -> list[Tensor]:
-    """[R] each of SUPPORT: how much of what the teacher wants lies on the student's top-K (S_S).
+    """Return [R] each of SUPPORT: what the teacher wants that lies on the student's top-K (S_S).
 
     D and C are Eq. 9 and 10. With S_T the teacher's top-K: overlap is |S_S ∩ S_T| / K, jaccard
     |S_S ∩ S_T| / |S_S ∪ S_T|, shared the teacher's mass on S_S ∩ S_T. The paper names a contrastive
@@ -74,8 +74,8 @@ def support_measures(compared: Compared, k: int) -> list[Tensor]:
 
 
 def likeliest(compared: Compared) -> Tensor:
-    """[4·TOP, R] float32: ids and probabilities of the student's likeliest tokens, then of the
-    teacher's.
+    """Return [4·TOP, R] float32: ids and probabilities of the student's likeliest tokens, then
+    the teacher's.
     """
     tops = compared.tops.first(TOP)
     parts = (
@@ -291,7 +291,7 @@ def score_bank(
 def teacher_inputs_of(
     contexts: Contexts, vocab_map: VocabMap, tokenizer, teacher: MegatronTeacher
 ) -> Sequences:
-    """The contexts as the teacher reads them.
+    """Return the contexts as the teacher reads them.
 
     Args:
         tokenizer: the teacher's, if it reads its own prompts.
@@ -345,7 +345,7 @@ def check_numbers(table: Tensor, contexts: Contexts) -> None:
 
 
 def view_of(contexts: Contexts, tops: Tensor, tokenizer) -> list[dict]:
-    """Sequences for people: tokens, and what both models would have said there.
+    """Return sequences for people: tokens, and what both models would have said there.
 
     Args:
         tops: [4·TOP, R] of `likeliest`.

@@ -98,11 +98,16 @@ def grade_as_mathematics(responses: Sequence[str], golds: Sequence[str]) -> list
     return right
 
 
+def grader_name(name: str) -> str:
+    """What `eval.grader` comes to: `auto` is math where Math-Verify is there, else exact."""
+    if name != "auto":
+        return name
+    return "exact" if find_spec("math_verify") is None else "math"
+
+
 def grader(name: str) -> Grader:
-    """The grader of this name: exact, math, or auto, which is math where Math-Verify is there."""
-    if name == "auto":
-        name = "exact" if find_spec("math_verify") is None else "math"
-    return {"exact": grade_exactly, "math": grade_as_mathematics}[name]
+    """The grader of this name: exact, math or auto."""
+    return {"exact": grade_exactly, "math": grade_as_mathematics}[grader_name(name)]
 
 
 def open_grader(name: str) -> Grader:

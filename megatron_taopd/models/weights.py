@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_taopd.formats import hf_map
 from megatron_taopd.formats.files import written_aside
 from megatron_taopd.formats.hf import (
+    CARD,
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -200,6 +201,7 @@ def save_hf(
     out: str | Path,
     dtype: torch.dtype,
     max_file_bytes: int = MAX_FILE_BYTES,
+    card: str | None = None,
 ) -> None:
     """Write a Hugging Face directory with these weights and the source's config and tokenizer.
 
@@ -211,6 +213,7 @@ def save_hf(
         source: the directory the model came from.
         dtype: of the tensors.
         max_file_bytes: size above which a new safetensors file is begun.
+        card: README.md, the model card; None: there is none.
 
     Raises:
         ValueError: no space left, or no right to write there.
@@ -224,6 +227,8 @@ def save_hf(
             assert not writer.missing, writer.missing
             writer.write_index()
             copy_side_files(source, aside, [dtype])
+            if card is not None:
+                (aside / CARD).write_text(card, encoding="utf-8")
         else:
             for _ in named_tensors:
                 pass

@@ -148,7 +148,8 @@ def changed_keys(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             given = given.get(part, MISSING) if isinstance(given, dict) else MISSING
         if given is MISSING:
             continue
-        default = kind.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+        its = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+        default = its.default if its.default_factory is MISSING else its.default_factory()
         if default == REQUIRED:
             required.append((dotted, _shown(given), "required"))
         elif given != (list(default) if isinstance(default, tuple) else default):

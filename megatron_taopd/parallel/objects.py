@@ -5,6 +5,7 @@ Tensors do not go this way: parallel/exchange.py.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -104,6 +105,41 @@ def on_rank_0(
             return result if leads else value
         if state != "wait":
             raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
+        watchdog.heartbeat()
+
+
+def once_per_node(work: Callable[[], T]) -> T:
+    """Do the work on the first rank of every node, and give it to the others there.
+
+    Meanwhile the ranks hear of it every SIGN_OF_LIFE_S, as in `on_rank_0`.
+
+    Raises:
+        ValueError, RuntimeError: what the work raised on the first rank that failed, on every rank:
+            a ValueError as one, anything else as a RuntimeError.
+
+    Collectives: those of `gather`, once and for every sign of life; without a process group none.
+    """
+    if not dist.is_initialized():
+        return work()
+    local_rank = min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_rank())
+    pending = in_background(work) if local_rank == 0 else None
+    while True:
+        word: tuple[str, Any] = "done", None
+        if pending is not None:
+            if not wait([pending], SIGN_OF_LIFE_S).done:
+                word = "wait", None
+            elif (error := pending.exception()) is None:
+                word = "done", pending.result()
+            else:
+                kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
+                word = kind, str(error) or repr(error)
+        words = gather(word)
+        for state, value in words:
+            if state not in ("done", "wait"):
+                cause = pending.exception() if pending is not None and pending.done() else None
+                raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
+        if all(state == "done" for state, _ in words):
+            return words[dist.get_rank() - local_rank][1]
         watchdog.heartbeat()
 
 

@@ -19,7 +19,6 @@ import torch
 
 from megatron_taopd import config as configuration
 from megatron_taopd.config import Config
-from megatron_taopd.data.prompts import check_prompts
 from megatron_taopd.data.texts import held_out_prompts, training_prompts, vocabularies
 from megatron_taopd.formats.hf import DTYPES, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
@@ -217,28 +216,15 @@ def _check_resume(config: Config) -> Iterator[Finding]:
 
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:
-    """Ids that end responses, and both files of prompts, without tokenising them."""
+    """Ids that end responses, and the prompts, which are tokenised here, for the cache."""
     student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
-    data, readers = config.data, [student.tokenizer]
-    if config.teacher.prompt == "own":
-        readers.append(teacher.tokenizer)
-    for key, path, tokenizers, answer_column, limit in (
-        ("data.prompts", data.prompts, readers, None, data.limit),
-        ("eval.prompts", config.eval.prompts, readers[:1], data.answer_column, config.eval.limit),
-    ):
-        if path is None:
-            continue
+    reading = {"data.prompts": lambda: training_prompts(config, student, teacher)}
+    if config.eval.prompts is not None:
+        reading["eval.prompts"] = lambda: held_out_prompts(config, student)
+    for key, read in reading.items():
         try:
-            check_prompts(
-                path,
-                tokenizers,
-                data.prompt_column,
-                answer_column,
-                data.template,
-                data.system,
-                limit,
-            )
+            read()
         except ValueError as problem:
             yield error(f"{key}: {problem}", "the run would end there")
 

@@ -134,6 +134,8 @@ def check_prompts(
             yield warning(f"{seen} ({each}) and dropped", "a larger data.max_prompt_tokens")
         else:
             yield ok(f"{seen} ({each}) and dropped")
+    if prompts.duplicates:
+        yield ok(f"{key}: {prompts.duplicates} rows repeat another with its answer; left out")
     if empty := sum(not text.strip() for text in prompts.texts):
         yield warning(f"{key}: {empty} prompts have no text", "take them out")
     if doubles := len(prompts) - len(set(prompts.texts)):

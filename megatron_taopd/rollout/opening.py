@@ -109,7 +109,9 @@ def open_rollouts(
 ) -> RolloutSchedule:
     """Go on with the prompts after those that were consumed."""
     prompts, section = texts.prompts, config.rollout
-    stream = PromptStream(len(prompts), config.run.seed, config.data.shuffle, consumed)
+    stream = PromptStream(
+        len(prompts), config.run.seed, config.data.shuffle, consumed, prompts.parts
+    )
     sampling = sampling_of(section)
     return RolloutSchedule(
         engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead

@@ -41,6 +41,8 @@ LIFELESS = {
 }
 IN_USE = re.compile(r"address already in use|port.* is not available", re.IGNORECASE)
 
+MODULE = ("sglang.launch_server",)
+CPU_MODULE = ("forking", *MODULE)  # of cpu_stubs
 CPU_ARGS = (
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
@@ -98,7 +100,8 @@ class Options:
             "mem-fraction-static": self.mem_fraction,
             "api-key": self.api_key,
         }
-        command = [sys.executable, "-m", "sglang.launch_server"]
+        module = CPU_MODULE if device == "cpu" else MODULE
+        command = [sys.executable, "-m", *module]
         for name, value in named.items():
             command += [] if value is None else [f"--{name}", str(value)]
         command += ["--skip-tokenizer-init"] if self.token_ids_only else []

@@ -1,0 +1,192 @@
+"""A record → a prompt's messages and its reference answer, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_taopd.config.schema import DataSection
+from megatron_taopd.data.records import read_records
+from megatron_taopd.data.rendering import Message, strings
+from megatron_taopd.data.sources import sources_of
+
+_canonical = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
+class Row(NamedTuple):
+    """A prompt as it stands in a file.
+
+    Attributes:
+        where: it stands, for errors.
+        answer: None if none was asked for.
+    """
+
+    where: str
+    messages: list[Message]
+    answer: str | None
+
+
+class Rows:
+    """The prompts of files, one at a time.
+
+    With `data.deduplicate`, a row is left out whose prompt and answer, if the file has answers, are
+    those of a row before it. What of it would be refused was refused there.
+
+    Attributes:
+        read: rows so far.
+        duplicates: of these, those that were left out.
+
+    Raises:
+        ValueError: while it is read; a column is missing, a prompt is neither text nor messages, or
+            an answer is asked for and is neither text nor a number. As `read_records`.
+    """
+
+    def __init__(self, files: Sequence[Path], data: DataSection, answer_column: str | None):
+        self.files, self.data, self.answer_column = files, data, answer_column
+        self.read = self.duplicates = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        data, seen = self.data, set()
+        for path in self.files:
+            for where, record in read_records(path):
+                self.read += 1
+                prompt = _column(record, data.prompt_column, where)
+                if data.deduplicate:
+                    answer = _value(record, data.answer_column)
+                    said = blake2b(_canonical([prompt, answer]).encode(), digest_size=16).digest()
+                    if said in seen:
+                        self.duplicates += 1
+                        continue
+                    seen.add(said)
+                yield self._row(where, prompt, record)
+
+    def _row(self, where: str, prompt: Any, record: dict[str, Any]) -> Row:
+        column, system, answer = self.data.prompt_column, self.data.system, None
+        messages = _as_messages(prompt, column, where)
+        if (answers := self.answer_column) is not None:
+            answer = as_answer(_column(record, answers, where), answers, where)
+        where = f"{where}: column {column!r}"
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+            where += " (after data.system)"
+        return Row(where, messages, answer)
+
+
+def read_texts(prompts: Any, prompt_column: str, answer_column: str, limit: int) -> Iterator[str]:
+    """Yield what the messages of the first `limit` records say, and the answers that there are.
+
+    Args:
+        prompts: the value of `data.prompts`.
+    """
+    files = [file for source in sources_of(prompts) for file in source.files()]
+    for where, record in islice((r for file in files for r in read_records(file)), limit):
+        prompt = _column(record, prompt_column, where)
+        yield from (message["content"] for message in _as_messages(prompt, prompt_column, where))
+        with suppress(ValueError):
+            yield as_answer(_column(record, answer_column, where), answer_column, where)
+
+
+def _value(record: dict[str, Any], column: str) -> Any:
+    """Return a column by its name or, where no column is called that, by its dotted path; or None
+    if there is none.
+    """
+    if column in record:
+        return record[column]
+    value: Any = record
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return None
+        value = value[name]
+    return value
+
+
+def _column(record: dict[str, Any], column: str, where: str) -> Any:
+    """Return the value of a column that has to be there, though it may be null."""
+    value = _value(record, column)
+    if value is None and not _has(record, column):
+        names = ", ".join(sorted(record)).encode(errors="backslashreplace").decode()
+        raise ValueError(f"{where}: no column {column!r}; columns: {names}")
+    return value
+
+
+def _has(record: dict[str, Any], column: str) -> bool:
+    if column in record:
+        return True
+    path, _, name = column.rpartition(".")
+    outer = _value(record, path) if path else None
+    return isinstance(outer, dict) and name in outer
+
+
+def _as_messages(prompt: Any, column: str, where: str) -> list[Message]:
+    """Return a prompt's messages; keys without a value, which parquet fills in, are left out."""
+    if isinstance(prompt, str) and prompt:
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt:
+        raise _no_prompt(prompt, column, where)
+    messages = []
+    for message in prompt:
+        given = _without_nulls(message)
+        content = given.get("content", "" if given.get("tool_calls") else None)
+        if isinstance(content, list) and all(map(_is_text_part, content)):
+            content = "".join(part["text"] for part in content)
+        if not (isinstance(given.get("role"), str) and isinstance(content, str)):
+            raise _no_prompt(prompt, column, where)
+        given["content"] = content
+        for text in strings(given):
+            _check_unicode(text, column, where)
+        messages.append(given)
+    return messages
+
+
+def _without_nulls(message: Any) -> Message:
+    items = message.items() if isinstance(message, dict) else ()
+    return {key: value for key, value in items if value is not None}
+
+
+def _no_prompt(prompt: Any, column: str, where: str) -> ValueError:
+    return ValueError(
+        f"{where}: column {column!r} is {str(prompt)[:40]!r}; "
+        "text or a list of messages {role, content} is needed"
+    )
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
+
+
+def as_answer(answer: Any, column: str, where: str) -> str:
+    """Return the reference answer as text; numbers as they are written without an exponent.
+
+    Raises:
+        ValueError: it is neither text that is not blank nor a finite number.
+    """
+    if isinstance(answer, str) and answer.strip():
+        _check_unicode(answer, column, where)
+        return answer
+    if isinstance(answer, int | float | Decimal) and not isinstance(answer, bool):
+        number = Decimal(str(answer))
+        if number.is_finite():
+            return f"{number:f}"
+    raise ValueError(
+        f"{where}: column {column!r} is {json.dumps(answer, default=str)[:40]}; "
+        "a reference answer is text that is not blank, or a number"
+    )
+
+
+def _check_unicode(text: str, column: str, where: str) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no tokenizer or file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: column {column!r} has {error.object[error.start]!r}, half a surrogate pair, "
+            "which is no text"
+        ) from None
