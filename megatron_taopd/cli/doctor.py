@@ -22,6 +22,7 @@ from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
 from megatron_taopd.preflight.examine import examine, fewest_ranks
 from megatron_taopd.preflight.findings import Finding
+from megatron_taopd.preflight.models import with_model_directories
 
 MARKS = {"ok": "[green]ok", "warning": "[yellow]warning", "error": "[bold red]error"}
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: argparse.Namespace) -> int:
     """Print the findings of each check as it ends."""
-    config = configuration.load(arguments.config, arguments.overrides)
+    config = with_model_directories(configuration.load(arguments.config, arguments.overrides))
     ranks = int(os.environ.get("WORLD_SIZE", arguments.ranks or fewest_ranks(config)))
     console = common.open_console()
     results = []

@@ -30,7 +30,7 @@ from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.evaluation import benchmarks, tables
 from megatron_taopd.evaluation.benchmarks import PAPER, Endpoint, Missing
 from megatron_taopd.formats.convert import to_hf
-from megatron_taopd.formats.hf import weight_map
+from megatron_taopd.formats.directory import weight_map
 from megatron_taopd.parallel import progress
 from megatron_taopd.serving.server import Server
 

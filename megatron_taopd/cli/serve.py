@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from megatron_taopd.cli import common
-from megatron_taopd.formats.hf import SINGLE, weight_map
+from megatron_taopd.formats.directory import SINGLE, weight_map
 from megatron_taopd.parallel import progress
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.serving.server import Server

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from megatron_taopd.data.records import SUFFIXES
+from megatron_taopd.data.kinds import SUFFIXES
 from megatron_taopd.formats.hub import fetch
 
 PREFIX = "hf://"

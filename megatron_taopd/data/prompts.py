@@ -18,9 +18,10 @@ import transformers
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache
+from megatron_taopd.data.records import content_of
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.data.rows import Row, Rows
-from megatron_taopd.data.sources import Source, content_of, sources_of
+from megatron_taopd.data.sources import Source, sources_of
 from megatron_taopd.parallel import progress
 
 BATCH = 1024  # prompts that are tokenised at a time

@@ -11,13 +11,10 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-
-from megatron_taopd.config.schema import Config
 
 logger = logging.getLogger(__name__)
 _MODEL = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
@@ -52,36 +49,13 @@ def model_directory(name: str, weights: bool = True) -> str:
         )
     patterns = (*_TEXTS, *(_WEIGHTS if weights else ()))
     repository = {"repo_id": parts[1], "repo_type": "model", "revision": parts[2] or "main"}
-    where = f"{name}: no such directory, and on the hub"
-    folder, names = fetch(where, repository, partial(_matching, patterns))
+    try:
+        folder, names = fetch(name, repository, partial(_matching, patterns))
+    except ValueError as error:
+        raise ValueError(f"{error} (it is no directory here)") from None
     if "config.json" not in names:
-        raise ValueError(
-            f"{name}: on the hub it has no config.json; is it a model of transformers?"
-        )
+        raise ValueError(f"{name}: on the hub, but without config.json; is it of transformers?")
     return str(folder)
-
-
-def with_model_directories(config: Config, weights: bool = True) -> Config:
-    """Return a configuration whose models are directories, downloaded if need be.
-
-    Args:
-        weights: whether they are needed; False for what looks at a model's description alone.
-
-    Raises:
-        ValueError: see `model_directory`; the line begins with the key.
-    """
-    paths = []
-    for name, section in ("student", config.student), ("teacher", config.teacher):
-        try:
-            paths.append(model_directory(section.path, weights))
-        except ValueError as error:
-            raise ValueError(f"{name}.path: {error}") from None
-    student, teacher = paths
-    return replace(
-        config,
-        student=replace(config.student, path=student),
-        teacher=replace(config.teacher, path=teacher),
-    )
 
 
 def _matching(patterns: Sequence[str], names: Sequence[str], _where: str) -> list[str]:
@@ -142,7 +116,5 @@ def fetch(
         there = [str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()]
         chosen = choose(there, f"{address}: {reason}, and of the files in the cache")
         if not constants.HF_HUB_OFFLINE:
-            logger.warning(
-                "%s: %s; the files in the cache are taken", repository["repo_id"], reason
-            )
+            logger.warning("%s: %s; the files in the cache are taken", address, reason)
     return Path(folder), chosen

@@ -340,7 +340,8 @@ def _scale(chart: Chart, lines: list[Line]) -> Scale:
         if chart.limit and chart.limit[0] <= 3 * max(ys):
             ys.append(chart.limit[0])
         y_ticks = ticks(min(0.0, *ys), max(ys))
-    return Scale(min(xs), max(max(xs), min(xs) + 1), y_ticks, chart.log)
+    end = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    return Scale(min(xs), end, y_ticks, chart.log)
 
 
 def _hover(chart: Chart, scale: Scale) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megatron_taopd.config.schema import LogSection, RunSection
+from megatron_taopd.config.values import check_installed
 from megatron_taopd.formats.files import reason_of
 from megatron_taopd.monitoring.progress import ProgressLine
 from megatron_taopd.monitoring.report import Kept, write_report
 from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot
 from megatron_taopd.monitoring.sessions import Sessions
-from megatron_taopd.monitoring.sinks import check_installed, open_sinks, truncate_records
+from megatron_taopd.monitoring.sinks import open_sinks, truncate_records
 from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.progress import Display, display
 

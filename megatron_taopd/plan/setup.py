@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
+from megatron_taopd.config.values import check_layouts, check_sections
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
 from megatron_taopd.plan.shapes import Architecture, Grid
@@ -118,7 +119,7 @@ class Setup:
         response_tokens: int | None = None,
         trained_share: float = 1.0,
     ) -> Setup:
-        """Read both models' config.json and check that the layouts divide them.
+        """Check the values, read both models' config.json, check that the layouts divide them.
 
         Args:
             prompt_tokens, response_tokens: of the average sequence; None: the longest.
@@ -129,6 +130,7 @@ class Setup:
         for key, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
             if value < 1:
                 raise ValueError(f"{key}: {value}; it has to be at least 1")
+        check_sections(config)
         rollout, train, teacher = config.rollout, config.train, config.teacher
         served = teacher.engine == "sglang"
         models = {
@@ -140,7 +142,7 @@ class Setup:
             for name in ("student", "teacher")
             if not (served and name == "teacher")
         }
-        rules.check_replay(config)
+        check_layouts(config, gpus, "--gpus")
         horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
@@ -150,9 +152,6 @@ class Setup:
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-        for name in grids:
-            rules.check_micro_batch(config, getattr(config, name).parallel)
-        rules.check_sequences(config, grids["student"].dp)
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
@@ -201,8 +200,7 @@ def _read_model(name: str, path: str, served: bool):
 
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
-    rules.check_sequence_parallel(name, parallel)
-    dp = rules.check_grid(name, section.path, parallel, hf, gpus, "--gpus")
+    dp = rules.check_grid(name, section.path, parallel, hf, gpus)
     return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
 
 
