@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from megatron_taopd.checkpoints import saving
+from megatron_taopd.checkpoints.end import mark_finished
 from megatron_taopd.checkpoints.saving import Checkpoints
 from megatron_taopd.config.schema import Config
 from megatron_taopd.evaluation.in_loop import Evaluation
@@ -17,6 +18,7 @@ from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer, Samples
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.memory import rank_memory
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine
 from megatron_taopd.rollout.schedule import Begun, RolloutSchedule
 from megatron_taopd.step.distiller import Distiller, Lesson
@@ -156,13 +158,14 @@ class Run:
         self.checkpoints.check()
 
     def finish(self, done: int) -> None:
-        """Write the student of a run that is done, and see that its last checkpoint is there.
+        """Write the student of a run that is done, see that its last checkpoint is there, note it.
 
         Raises:
             NotSaved: it is not.
         """
         config, student = self.config, self.student
-        if done == config.train.steps and config.checkpoint.export_hf:
+        exports = done == config.train.steps and config.checkpoint.export_hf
+        if exports:
             out = f"{config.run.dir}/student"
             save_hf(
                 student.named_tensors(),
@@ -172,6 +175,8 @@ class Run:
                 card=self._card(done),
             )
         self.checkpoints.check()
+        if done >= config.train.steps:
+            on_rank_0(lambda: mark_finished(config.run.dir, done, exports))
 
     def close(self) -> None:
         """Stop what outlives a run: servers, writers, threads."""

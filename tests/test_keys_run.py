@@ -209,7 +209,7 @@ def watched(overrides, watching, port):
     from datetime import timedelta
 
     from megatron_taopd import config as configuration
-    from megatron_taopd import train
+    from megatron_taopd import start
     from megatron_taopd.parallel.watchdog import Watchdog
 
     rank, verdicts = dist.get_rank(), []
@@ -218,11 +218,11 @@ def watched(overrides, watching, port):
     )
     config = configuration.load(TINY, overrides)
     with (
-        mock.patch.object(train, "default_store", lambda: store),
+        mock.patch.object(start, "default_store", lambda: store),
         mock.patch.object(Watchdog, "_end", lambda self, verdict: verdicts.append(verdict)),
     ):
         started = time.monotonic()
-        watchdog = train.watch(config, joined=True) if rank < watching else None
+        watchdog = start.watch(config, joined=True) if rank < watching else None
         if rank == 0:
             wait_for(lambda: verdicts, seconds=10, what="no verdict")
         took = time.monotonic() - started

@@ -18,7 +18,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.serving import server as serving
-from megatron_taopd.serving.server import Server, cause, free_port, is_free
+from megatron_taopd.serving.ports import free_port, is_free
+from megatron_taopd.serving.server import Server, cause
 
 STUDENT = "examples/tiny_pair/student"
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [5, 6, 7, 8, 9]]

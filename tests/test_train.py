@@ -292,7 +292,7 @@ def interrupted_train(overrides, at_call):
     """`train`, asked to end when the loop looks for the n-th time (six times a step)."""
     from itertools import count
 
-    from megatron_taopd import train as module
+    from megatron_taopd import start as module
 
     calls = count(1)
     catch_signals = module.catch_signals

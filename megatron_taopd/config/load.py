@@ -35,7 +35,7 @@ _INPUT_PATHS = (*_MODELS, "data.prompts", "eval.prompts")
 _OUTPUT_PATHS = ("run.dir", "data.cache_dir")
 
 
-def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = True) -> Config:
     """Read a YAML file, then `section.key=value` overrides (YAML values); defaults fill the rest.
 
     A relative path is relative to where it is written: an input in the file to the file's
@@ -44,11 +44,17 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     `${oc.env:NAME}` an environment variable, `${section.key}` another key. A key under its old name
     (`RENAMED`) is accepted, with a warning from rank 0.
 
+    Args:
+        tell: give these warnings; one of several readers does.
+
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
             key without a value, a key under both its old and its new name.
     """
-    written, given = map(_under_new_names, (_read_yaml(Path(path)), _read_overrides(overrides)))
+    written, given = (
+        _under_new_names(tree, tell)
+        for tree in (_read_yaml(Path(path)), _read_overrides(overrides))
+    )
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
     except TypeError:
@@ -139,10 +145,10 @@ def _retries(key: str, attempts: Any) -> Any:
     )
 
 
-def _under_new_names(given: Any) -> Any:
+def _under_new_names(given: Any, tell: bool) -> Any:
     plain: Any = OmegaConf.to_container(given)
     tree, lines = with_new_names(plain)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if tell and int(os.environ.get("RANK", 0)) == 0:
         for line in lines:
             logger.warning(line)
     return OmegaConf.create(tree)

@@ -38,8 +38,8 @@ def check_values(config: Config, ranks: int | None = None) -> None:
     """
     check_sections(config)
     check_environment(config)
-    check_layouts(config, ranks)
     check_files(config)
+    check_layouts(config, ranks)
 
 
 # ------------------------------------------------------------------------------------ the sections
