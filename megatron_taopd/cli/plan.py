@@ -71,6 +71,7 @@ def work(arguments: argparse.Namespace) -> int:
     console.print(f"The last stage of the student holds, beside what all do (GiB): {extra}.")
     for line in plan.problems():
         console.print(f"does not fit: {line}", style="red")
+    console.print(f"devices: {setup.devices}", highlight=False)
     phase, size = peak(plan.memory[plan.worst])
     console.print(
         f"{'does not fit' if plan.problems() else 'fits'}: at most {size / GIB:.1f} of "

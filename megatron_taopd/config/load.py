@@ -169,8 +169,9 @@ def _read_yaml(path: Path):
         raise ValueError(f"{path}: no such file; give a YAML configuration")
     try:
         written = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {reason}; correct that place") from None
     if not OmegaConf.is_dict(written):
         raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
     return written
@@ -223,8 +224,26 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif isinstance(value, list) != _takes_list(types[name]) and not _is_open(value):
             wanted = "one value is" if isinstance(value, list) else "a list, such as [1, 2], is"
             raise ValueError(f"{key}: {value!r}; {wanted} expected")
+        elif isinstance(value, list):
+            _check_items(key, value, types[name])
         elif value == MISSING:  # which a merge takes for "as it was"
             raise ValueError(f"{key}: ??? is left open; set it on the command line")
+
+
+def _check_items(key: str, items: list, hint: Any) -> None:
+    """Refuse an item of the wrong type, which OmegaConf does not name the key of."""
+    whole = any(get_args(kind)[:1] == (int,) for kind in (hint, *get_args(hint)))
+    for item in items:
+        if _is_open(item) and item is not None:
+            continue
+        fits = (
+            isinstance(item, int) and not isinstance(item, bool)
+            if whole
+            else (isinstance(item, str | int | float))
+        )
+        if not fits:
+            kind = "whole numbers" if whole else "words"
+            raise ValueError(f"{key}: {items!r}: {item!r} in a list of {kind}; it has to be one")
 
 
 def _takes_list(hint: Any) -> bool:

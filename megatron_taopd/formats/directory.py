@@ -34,9 +34,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
+        raise ValueError(f"{path}: not JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object, but {json.dumps(value)[:40]}")
+        raise ValueError(f"{path}: not a JSON object, but {json.dumps(value)[:40]}; fetch it again")
     return value
 
 

@@ -17,7 +17,8 @@ class Servers:
     """SGLang servers of one model.
 
     Attributes:
-        gpus: of the first node, that the run's own servers share with ranks.
+        gpus: of the first node, that the run's own servers run on.
+        apart: how many devices no rank shares with the servers.
         mem_fraction: of the memory of these.
     """
 
@@ -26,6 +27,7 @@ class Servers:
     concurrency: int
     gpus: tuple[int, ...]
     mem_fraction: float
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class Setup:
     stream: bool
     checkpoint_every: int
 
+    @property
+    def devices(self) -> str:
+        """How many devices train and, if servers have some of their own, serve."""
+        serve = sum(servers.apart for servers in (self.rollout, self.teacher_servers) if servers)
+        both = f" + {serve} serve = {self.gpus + serve}" if serve else ""
+        return f"{self.gpus} train{both}"
+
     @classmethod
     def of(
         cls,
@@ -152,6 +161,7 @@ class Setup:
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+        ranks = min(gpus, gpus_per_node)  # of the first node, from its first device on
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
@@ -173,8 +183,8 @@ class Setup:
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
             batch_size=rollout.batch_size,
-            rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
-            teacher_servers=_servers(teacher.servers) if served else None,
+            rollout=_servers(rollout.servers, ranks) if rollout.engine == "sglang" else None,
+            teacher_servers=_servers(teacher.servers, ranks) if served else None,
             sync_way=rollout.sync.transport,
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
@@ -212,9 +222,10 @@ def _length(key: str, given: int | None, longest: int) -> int:
     return given
 
 
-def _servers(section) -> Servers:
+def _servers(section, ranks: int) -> Servers:
     if section.urls:
-        return Servers(len(section.urls), section.tp, section.concurrency, (), 0.0)
+        count = len(section.urls)
+        return Servers(count, section.tp, section.concurrency, (), 0.0, count * section.tp)
     # Without `gpus` every server begins at the first device of the machine.
     gpus = section.gpus if section.gpus is not None else tuple(range(section.tp))
     return Servers(
@@ -223,6 +234,7 @@ def _servers(section) -> Servers:
         section.concurrency,
         tuple(gpus),
         section.mem_fraction or SGLANG_MEM_FRACTION,
+        sum(gpu >= ranks for gpu in gpus),
     )
 
 
