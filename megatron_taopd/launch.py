@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -168,8 +169,21 @@ def main(arguments: list[str]) -> int:
     if command.is_config:
         at = len(arguments) - len(command.script)
         arguments = [*arguments[:at], "-m", TRAIN, *arguments[at:]]
+    if command.trains:
+        _hold_back_ctrl_c()
     nccl.set_defaults(os.environ)  # of all workers, and of the servers that they start
     return _launch(arguments, command, asked)
+
+
+def _hold_back_ctrl_c() -> None:
+    """Let ranks be born with SIGINT blocked: one that came while Python starts would be told with a
+    traceback. `train` unblocks it once it has its handler, and gets what has come until then.
+
+    A process inherits the mask of the thread that starts it, which is the main one. The signal
+    still comes to this process, by a thread that does not block it.
+    """
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _launch(arguments: list[str], command: Asked, asked: Sequence[int]) -> int:

@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else MISTAKE
     before = signal.signal(signal.SIGINT, leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the launcher has blocked
     try:
         logs.set_up()
         config = load(arguments[0], arguments[1:])

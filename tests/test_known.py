@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -29,7 +28,7 @@ from megatron_taopd.config.load import load
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import parameters
-from megatron_taopd.formats.megatron import find_keys
+from megatron_taopd.formats.megatron import MegatronCheckpoint, find_keys
 from megatron_taopd.preflight import examine, network
 from megatron_taopd.serving import health
 from megatron_taopd.serving.replica import Limits
@@ -133,7 +132,6 @@ def test_a_server_that_does_not_answer_is_told_at_once_and_counted_down(monkeypa
     monkeypatch.setattr(health.asyncio, "sleep", sleep)
     shared = SimpleNamespace(limits=Limits(start_timeout_s=900), http=SimpleNamespace(get=get))
     replica = SimpleNamespace(server=None, url="http://node:30000", shared=shared)
-    monkeypatch.setattr(logging.getLogger("megatron_taopd"), "propagate", True)
     with caplog.at_level("INFO", "megatron_taopd"):
         asyncio.run(health.wait_until_up(replica))
     assert [record.message for record in caplog.records] == [
@@ -220,10 +218,8 @@ def test_a_prefix_of_nemo_is_told():
     hf = load_config(PAIR / "student")
     known = parameters(hf)
     tensors = {f"module.{parameter.key}": None for parameter in known.values()}
-    checkpoint = SimpleNamespace(dir="DIR", tensors=tensors)
-    checkpoint.__class__ = type(
-        "Keys", (SimpleNamespace,), {"__contains__": lambda s, k: k in tensors}
-    )
+    checkpoint = object.__new__(MegatronCheckpoint)
+    checkpoint.dir, checkpoint.tensors = "DIR", tensors
     with pytest.raises(ValueError, match=r"DIR: keys begin with 'module.' .*export"):
         find_keys(checkpoint, hf, known)
 

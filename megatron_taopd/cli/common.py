@@ -86,7 +86,9 @@ def check_json(arguments: argparse.Namespace) -> None:
     folder = arguments.json.absolute().parent
     out = getattr(arguments, "out", None)  # which the command makes
     if not folder.is_dir() and (out is None or folder != out.absolute()):
-        raise ValueError(f"--json: {folder}: no such directory")
+        raise ValueError(f"--json: {folder}: no such directory; make it, or give another file")
+    if arguments.json.is_dir():
+        raise ValueError(f"--json: {arguments.json} is a directory; give a file")
 
 
 def write_json(path: Path | None, figures: Any) -> None:

@@ -13,7 +13,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from megatron_taopd.config.schema import Config, leaf_keys
 from megatron_taopd.data.sources import with_paths
@@ -79,6 +83,8 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         reason = str(error).splitlines()[0]
         if OmegaConf.is_missing(error.parent_node, error.key):
             reason = "required; set it in the file or on the command line"
+        elif isinstance(error, InterpolationResolutionError | InterpolationKeyError):
+            reason += "; set it, or write the value itself"
         raise ValueError(f"{error.full_key}: {reason}") from None
     if context_parallel:
         tokens, prompt = config.train.micro_batch_tokens, config.data.max_prompt_tokens

@@ -69,7 +69,7 @@ def check_sections(config: Config) -> None:
     if config.train.mini_batches > sequences:
         raise ValueError(
             f"train.mini_batches: {config.train.mini_batches} is more than the {sequences} "
-            "sequences of a step (rollout.prompts × rollout.samples)"
+            "sequences of a step (rollout.prompts × rollout.samples); give at most that"
         )
 
 
@@ -204,7 +204,7 @@ def _check_servers(model: str, servers: ServersSection) -> None:
             )
     wanted = servers.replicas * servers.tp
     if servers.gpus is not None:
-        if len(set(servers.gpus)) != wanted:
+        if not len(set(servers.gpus)) == len(servers.gpus) == wanted:
             raise ValueError(
                 f"{key}.gpus: {_listed(servers.gpus)}; {key}.replicas {servers.replicas} × "
                 f"tp {servers.tp} take {wanted} different ones"

@@ -77,7 +77,10 @@ def _read_pretrained(read: Callable, key: str, path: str):
         return read(path)
     except Exception as error:  # whatever transformers trips over in the user's files
         reason = " ".join(str(error).split())
-        raise ValueError(f"{key}: {path}: transformers cannot read it: {reason}") from error
+        raise ValueError(
+            f"{key}: {path}: transformers cannot read it: {reason}; fetch the model's own "
+            "file again"
+        ) from error
 
 
 def _check_vocabulary(config: Config) -> None:
@@ -96,7 +99,7 @@ def _check_vocabulary(config: Config) -> None:
     for index in config.rollout.stop_token_ids:
         if not 0 <= index < vocab_map.size:
             raise ValueError(
-                f"rollout.stop_token_ids: {index} is not an id of the vocabulary, "
+                f"rollout.stop_token_ids: {index} is not an id of the vocabulary; give one of "
                 f"0 … {vocab_map.size - 1}"
             )
     if config.teacher.prompt == "student" and not vocab_map.is_identity:
@@ -125,7 +128,7 @@ def _check_vocabulary(config: Config) -> None:
     if config.selection.k > len(vocab_map.common):
         raise ValueError(
             f"selection.k: {config.selection.k} is more than the {len(vocab_map.common)} ids that "
-            "both vocabularies have"
+            "both vocabularies have; give at most that"
         )
 
 

@@ -28,6 +28,8 @@ from unittest import mock
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+import torch.distributed as dist  # noqa: E402
+
 from megatron_taopd import build, cli  # noqa: E402
 from megatron_taopd.config.schema import leaf_keys  # noqa: E402
 
@@ -230,8 +232,8 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "quantised",
     ),
     "config.json: other sizes": (config_with(intermediate_size=512), "512"),
-    "config.json: another depth": (config_with(num_hidden_layers=1), "model.layers"),
-    "config.json: a deeper one": (config_with(num_hidden_layers=9), "model.layers"),
+    "config.json: another depth": (config_with(num_hidden_layers=1), "num_hidden_layers"),
+    "config.json: more rows": (config_with(vocab_size=9999), "9999"),
     "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
     "tokenizer: no JSON": (written("tokenizer.json", "{"), "transformers cannot read it"),
     "tokenizer: of Git LFS": (written("tokenizer.json", POINTER), "git lfs pull"),
@@ -333,7 +335,7 @@ def of_values_together(run_dir: Path) -> Iterator[Case]:
             f"{key}.urls", "http://a:1",
         )  # fmt: skip
         for name, value in {
-            "gpus": "[0,0]", "replicas": "2", "host": "0.0.0.0", "mem_fraction": "0.5",
+            "gpus": "[1,1]", "replicas": "2", "host": "0.0.0.0", "mem_fraction": "0.5",
         }.items():  # fmt: skip
             overrides = [f"{key}.{name}={value}"]
             if name != "gpus":
@@ -417,7 +419,9 @@ def of_commands(place: Path, run_dir: Path) -> Iterator[Case]:
         "convert: no model", ("convert", "to-megatron", "--hf", "nowhere", "--out", out, "--quiet"),
         "nowhere", "no config.json",
     )  # fmt: skip
-    yield Case("convert: no option", ("convert", "to-hf", "--hf", "x", "--to", "y"), "--", "y")
+    yield Case(
+        "convert: no option", ("convert", "to-hf", "--hf", "x", "--to", "y"), "--out", "required"
+    )
     yield Case(
         "convert: no checkpoint",
         ("convert", "to-hf", "--megatron", str(PAIR), "--out", out, "--quiet"),
@@ -472,6 +476,8 @@ def tell(case: Case) -> Told:
             status = refused.code
         except Exception as error:  # what a user would see as a traceback
             status = f"{type(error).__name__}: {error}"
+    if dist.is_initialized():  # by a start that came as far as its cheap checks
+        dist.destroy_process_group()
     line = err.getvalue()
     return Told(
         line.startswith("error") and line.count("\n") == 1 and not out.getvalue(),
