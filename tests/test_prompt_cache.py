@@ -185,16 +185,16 @@ def test_the_default_place_is_the_users_cache(monkeypatch):
 # -------------------------------------------------------------------------------- several processes
 
 
-def write_and_wait(entry: Path, go) -> None:
+def write_and_wait(entry: Path, go: Path) -> None:
     with cache.written(entry) as (aside, about):
         (aside / "ids.values").write_bytes(b"whole")
         about["by"] = os.getpid()
-        go.wait()
+        wait_for(go.exists, patience(60))
 
 
 def test_of_several_writers_one_wins_and_one_that_is_killed_leaves_no_entry(tmp_path):
     entry, fork = tmp_path / "cache" / "key", get_context("fork")
-    go = fork.Event()
+    go = tmp_path / "go"
     writers = [fork.Process(target=write_and_wait, args=(entry, go)) for _ in range(4)]
     for writer in writers:
         writer.start()
@@ -202,7 +202,7 @@ def test_of_several_writers_one_wins_and_one_that_is_killed_leaves_no_entry(tmp_
     os.kill(writers[0].pid, signal.SIGKILL)
     writers[0].join()
     assert cache.about(entry) is None
-    go.set()
+    go.touch()
     for writer in writers[1:]:
         writer.join()
         assert writer.exitcode == 0
