@@ -6,22 +6,31 @@ BIN := $(VENV)/bin
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart quickstart-sglang test test-fast lint docs clean
+# Twice as many as cores: half of the time a test waits for a process to start or to end.
+WORKERS ?= 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+.PHONY: quickstart quickstart-sglang test test-fast users lint docs requirements clean
+
+# ARGS="train.steps=20 selection.selector=random" changes what a quickstart does.
 quickstart: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh $(ARGS)
 
 quickstart-sglang: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # What to run at every save: one process of ranks at most, no server, nothing that takes seconds.
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not ranks and not sglang and not slow"
+	$(PYTEST) -m "not ranks and not sglang and not slow"
+
+# What three users do, from one end to the other: scripts to be read as well as run.
+users: $(VENV)/.installed
+	for user in mistakes laptop cluster; do bash tests/users/$$user.sh || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -31,6 +40,22 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[docs]'
 	$(BIN)/mkdocs build
+
+# requirements/cuda.txt: every package of a CUDA machine, found by a resolver that needs none. Versions
+# of constraints.txt come first, then those that the file has; only what conflicts moves. The second
+# run says whether the same versions serve Python 3.12, which the image has. sglang's wheels ask for
+# glibc 2.34.
+RESOLVE = UV_PYTHON_DOWNLOADS=never $(BIN)/uv pip compile --quiet setup.py \
+	--extra sglang --extra math --extra plots --extra prometheus --extra wandb \
+	--python-platform x86_64-manylinux_2_34
+
+requirements: $(VENV)/.installed
+	$(BIN)/pip install --quiet uv==0.13.9
+	cat constraints.txt requirements/cuda.txt > requirements/cuda.incomplete
+	$(RESOLVE) --python-version 3.11 --annotation-style line \
+		--custom-compile-command 'make requirements' --output-file requirements/cuda.incomplete
+	$(RESOLVE) --python-version 3.12 --constraint requirements/cuda.incomplete > /dev/null
+	mv requirements/cuda.incomplete requirements/cuda.txt
 
 # torch goes first and by its exact version: left to the resolver, another build may come.
 $(VENV)/.installed: setup.py constraints.txt requirements/sglang-cpu.txt

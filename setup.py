@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 # The first three were tried together and depend on each other's internals: they move as one.
-# constraints.txt has the exact versions of everything of one tried set-up.
+# constraints.txt has the exact versions of everything of one tried set-up, on the CPU, and
+# requirements/cuda.txt those that go with CUDA.
 REQUIRED = [
     "torch==2.13.0",
     "megatron-core==0.16.1",
@@ -22,8 +23,8 @@ REQUIRED = [
 ]
 EXTRAS = {
     "sglang": ["sglang==0.5.20"],  # with CUDA; without: requirements/sglang-cpu.txt
-    "te": ["transformer-engine[pytorch]>=2.4"],
-    # In an environment of its own: docs/evaluation.md
+    "te": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],  # megatron-core's own bounds
+    # In an environment of its own, as it cannot stand next to SGLang: docs/evaluation.md
     "eval": ["evalscope>=1.14", "langdetect"],
     "math": ["math-verify[antlr4_13_2]>=0.9"],  # eval.grader: math
     "plots": ["matplotlib>=3.9"],  # taopd compare runs, taopd diagnose analyze

@@ -10,5 +10,5 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
     layout=(student.parallel.tp=1 teacher.parallel.pp=1)
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --standalone --nproc-per-node "$ranks" -m megatron_taopd.train \
+exec taopd launch --nproc-per-node "$ranks" \
     examples/tiny_pair.yaml "run.dir=runs/quickstart-$(date +%Y%m%d-%H%M%S)" "${layout[@]}" "$@"

@@ -9,6 +9,6 @@ if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" != 0 ]; the
     memory=(rollout.servers.mem_fraction=0.2)
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --standalone --nproc-per-node 1 -m megatron_taopd.train \
+exec taopd launch --nproc-per-node 1 \
     examples/tiny_pair_sglang.yaml "run.dir=runs/quickstart-sglang-$(date +%Y%m%d-%H%M%S)" \
     "${memory[@]}" "$@"

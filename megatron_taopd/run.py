@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from megatron_taopd.checkpoints import saving
+from megatron_taopd.checkpoints.end import mark_finished
 from megatron_taopd.checkpoints.saving import Checkpoints
 from megatron_taopd.config.schema import Config
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import Student
 from megatron_taopd.models.weights import save_hf
+from megatron_taopd.monitoring.model_card import model_card
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer, Samples
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.memory import rank_memory
+from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine
 from megatron_taopd.rollout.schedule import Begun, RolloutSchedule
 from megatron_taopd.step.distiller import Distiller, Lesson
@@ -138,10 +141,9 @@ class Run:
             self._check_teacher(step)
         if save:
             with self.monitor.span("checkpoint"):
-                self._save(step, last, accuracy)
+                self._save(step, last, metrics, accuracy)
+        self.monitor.keep_tokens(samples, newest=last or "eval/accuracy" in metrics)
         self.monitor.log(step, metrics | checkpoints.metrics() | rank_memory())
-        if last:
-            self.monitor.write_report(samples())
         if jumped:
             raise Broken(self._about_jumps(step))
         return last
@@ -152,20 +154,29 @@ class Run:
         Raises:
             NotSaved: it could not be written.
         """
-        self._save(done, last=True)
+        self._save(done, last=True, metrics={})
         self.checkpoints.check()
 
     def finish(self, done: int) -> None:
-        """Write the student of a run that is done, and see that its last checkpoint is there.
+        """Write the student of a run that is done, see that its last checkpoint is there, note it.
 
         Raises:
             NotSaved: it is not.
         """
         config, student = self.config, self.student
-        if done == config.train.steps and config.checkpoint.export_hf:
+        exports = done == config.train.steps and config.checkpoint.export_hf
+        if exports:
             out = f"{config.run.dir}/student"
-            save_hf(student.named_tensors(), config.student.path, out, student.dtype)
+            save_hf(
+                student.named_tensors(),
+                config.student.path,
+                out,
+                student.dtype,
+                card=self._card(done),
+            )
         self.checkpoints.check()
+        if done >= config.train.steps:
+            on_rank_0(lambda: mark_finished(config.run.dir, done, exports))
 
     def close(self) -> None:
         """Stop what outlives a run: servers, writers, threads."""
@@ -179,7 +190,7 @@ class Run:
             return {}
         with self.monitor.span("eval"):
             evaluation = self.evaluate(step)
-        self.monitor.examples = evaluation.examples
+        self.monitor.keep_answers(step, evaluation.examples)
         return self.observer.observe_evaluation(step, evaluation)
 
     def _check_teacher(self, step: int) -> None:
@@ -188,8 +199,26 @@ class Run:
             path = self.config.teacher.path
             raise Broken(f"step {step}: {path}: the teacher's weights have changed")
 
-    def _save(self, step: int, last: bool, accuracy: float | None = None) -> None:
-        """Save a checkpoint of the run after this many steps; of none there is nothing to save."""
+    def _card(self, step: int, metrics: Mapping[str, float] | None = None) -> str:
+        """Write the student's model card, with the metrics of this step where it is not logged."""
+        records = [*self.monitor.records]
+        if metrics:
+            records.append({"step": step, **metrics})
+        return model_card(self.config, records, step, len(self.rollouts.token_ids))
+
+    def _save(
+        self,
+        step: int,
+        last: bool,
+        metrics: Mapping[str, float],
+        accuracy: float | None = None,
+    ) -> None:
+        """Save a checkpoint of the run after this many steps; of none there is nothing to save.
+
+        Args:
+            metrics: of this step, if it is not logged yet.
+            accuracy: of this step, if it decides which checkpoint is the best.
+        """
         if step == 0:
             return
         if fault := self.student.broken_weights():
@@ -204,7 +233,8 @@ class Run:
             "num_prompts": len(self.rollouts.token_ids),
             "start": self.start,
         }
-        self.checkpoints.save(step, self.student, state, accuracy)
+        card = self._card(step, metrics)
+        self.checkpoints.save(step, self.student, state, accuracy, card)
         if last:
             self.checkpoints.finish()
 

@@ -31,13 +31,27 @@ logs.set_up()  # tests call what entry points do, without these
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of files that start ranks or servers, by what these files import."""
+    """Mark the tests of files that start ranks or servers, by what these files import.
+
+    Files that wait the longest come first, so that no worker has one of them left in the end.
+    """
     for item in items:
-        imported = vars(item.module).keys()
-        if imported & {"run_ranks", "observe", "observed"}:
+        ranks, servers, _ = _starts(item)
+        if ranks:
             item.add_marker("ranks")
-        if imported & {"serve", "shared_server", "Server", "in_place_of_sglang"}:
+        if servers:
             item.add_marker("sglang")
+    items.sort(key=lambda item: (_starts(item)[1], sum(_starts(item))), reverse=True)
+
+
+def _starts(item) -> tuple[bool, bool, bool]:
+    """Tell whether a test's file starts ranks, servers, and other processes."""
+    imported = vars(item.module).keys()
+    return (
+        bool(imported & {"run_ranks", "observe", "observed"}),
+        bool(imported & {"serve", "shared_server", "Server", "in_place_of_sglang"}),
+        bool(imported & {"run", "finish"}),
+    )
 
 
 def pytest_sessionfinish():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.patience import patience
 
 TOOL = Path(__file__).parents[1] / "tools" / "compare_runs.py"
 
@@ -112,6 +114,50 @@ def test_tables_and_plots(compared):
     assert rows["teachability"]["accuracy in %"] == "20.0 (1 of 2)"
     assert "| full | 2 |" in (root / "out" / "at_equal_hours.md").read_text()
     assert (root / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_page_has_curves_ends_and_differences(compared):
+    _, root, printed = compared
+    html = (root / "out" / "comparison.html").read_text()
+    assert f"page: {root / 'out' / 'comparison.html'}" in printed
+    assert "http:" not in html and "https:" not in html and "url(" not in html
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles == [
+        "Where they ended",
+        *(
+            f"{what} by {along}"
+            for what in ("Held-out accuracy", "Loss")
+            for along in ("step", "rows kept so far", "hours of steps so far")
+        ),
+        "At equal rows kept so far: 1,000",
+        "At equal hours of steps so far: 0.05",
+        "What their configurations differ in",
+        "What to bear in mind",
+    ]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    # 20 and 22 %: their mean, and 12.71 times its standard error, which is 1 %, to either side.
+    assert "full 0, 1 10 11 % [0 %, 23.7 %] 21 % [8.3 %, 33.7 %] 0.1 [0.1, 0.1] 6 min" in text
+    # The loss of step 10, and the mean of those of 19 and 20.
+    assert "teachability 0, 2 10–20 10 % 30 % 0.0757 [-0.234, 0.385] 4.5 min" in text
+    assert "selection.selector full full-0, full-1 teachability teachability-0" in text
+    assert "teachability-2: never logged eval/accuracy" in text
+
+
+def test_the_page_of_a_comparison_in_a_browser(compared, browser):
+    _, root, _ = compared
+    failures = []
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.set_default_timeout(1e3 * patience(60))
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.goto((root / "out" / "comparison.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    chart = page.locator("figure", has_text="Held-out accuracy by step").locator(".plot")
+    assert chart.locator("..").locator(".legend").inner_text().split() == ["full", "teachability"]
+    chart.focus()
+    page.keyboard.press("End")
+    assert chart.locator(".tip").inner_text().split("\n") == ["step 20", "teachability 30 %"]
+    assert failures == []
+    page.close()
 
 
 def test_a_mistake_is_told_in_one_line(tmp_path):

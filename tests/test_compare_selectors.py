@@ -27,6 +27,8 @@ def finish_run(root, selector, seed, kept_rows):
     records[-1]["eval/accuracy"] = 0.5 + seed / 10
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (directory / "metrics.jsonl").write_text(lines)
+    config = f"run: {{seed: {seed}}}\nselection: {{selector: {selector}}}\n"
+    (directory / "config.yaml").write_text(config)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,14 @@ def test_kept_rows_are_a_mean_over_the_steps_taken_and_the_seeds(compared):
     assert "kept" in shown and "kept: rows a step" in shown
     lines = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()}
     assert lines["full"][1:] == ["50.0", "60.0", "55.0", "7.1", "20.0", "2.0", "122", "50%"]
+
+
+def test_the_runs_are_drawn_over_one_another(compared):
+    _, shown = compared
+    page = Path(next(line for line in shown.splitlines() if line.startswith("page: "))[6:])
+    html = page.read_text()
+    assert "4 runs compared" in html and "Held-out accuracy by step" in html
+    assert "<b>full</b> 2" in html and "<b>q3_high_dl</b> 2" in html
 
 
 def test_what_else_a_row_has(compared):

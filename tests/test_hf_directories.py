@@ -13,7 +13,8 @@ from support.families import CONFIGS, save_random
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.formats.convert import to_hf, to_megatron
-from megatron_taopd.formats.hf import HFCheckpoint, load_model, weight_map
+from megatron_taopd.formats.directory import weight_map
+from megatron_taopd.formats.hf import HFCheckpoint, load_model
 from megatron_taopd.rollout.local import LocalEngine
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -176,6 +176,8 @@ def test_where_a_run_is_logged(tmp_path):
     assert pages["127.0.0.1"] is None
     assert f'taopd_step{{run="{name}"}} 1.0' in pages[keys["log.prometheus_host"]]
     assert name in (tmp_path / "report.html").read_text()
+    (looked_at,) = json.loads((tmp_path / "samples.json").read_text())["steps"]
+    assert len(looked_at["responses"]) == int(keys["log.samples"]) < 4
 
 
 def test_a_gap_above_its_bound_is_told(tmp_path):
@@ -207,7 +209,7 @@ def watched(overrides, watching, port):
     from datetime import timedelta
 
     from megatron_taopd import config as configuration
-    from megatron_taopd import train
+    from megatron_taopd import start
     from megatron_taopd.parallel.watchdog import Watchdog
 
     rank, verdicts = dist.get_rank(), []
@@ -216,11 +218,11 @@ def watched(overrides, watching, port):
     )
     config = configuration.load(TINY, overrides)
     with (
-        mock.patch.object(train, "default_store", lambda: store),
+        mock.patch.object(start, "default_store", lambda: store),
         mock.patch.object(Watchdog, "_end", lambda self, verdict: verdicts.append(verdict)),
     ):
         started = time.monotonic()
-        watchdog = train.watch(config, joined=True) if rank < watching else None
+        watchdog = start.watch(config, joined=True) if rank < watching else None
         if rank == 0:
             wait_for(lambda: verdicts, seconds=10, what="no verdict")
         took = time.monotonic() - started

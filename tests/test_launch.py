@@ -18,10 +18,11 @@ import httpx
 import psutil
 import pytest
 import torch
-import yaml
+from support.launchers import launch as launch_with_stand_ins
 from support.patience import finish, known_patience, patience, wait_for
 from support.ranks import run_ranks
 
+from megatron_taopd.cli import serve as serving
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import ServedModel
@@ -169,29 +170,12 @@ def test_workers_have_sglangs_variables_of_nccl(tmp_path, without_variables):
     assert "seen 0 1" in output  # what was given stays
 
 
-SLURM = {
-    # The two commands of Slurm that the script calls, and a run that ends at once, or when
-    # something else that it awaits has been called, too.
-    "scontrol": 'if [ "$1" = show ]; then tr , "\\n" <<< "$3"; else echo "$@" >> "$CALLS"; fi',
-    "srun": 'echo "$6" >> "$CALLS.nodes"; shift 7; export SLURM_PROCID=0; exec "$@"',
-    "python": 'echo "$NCCL_CUMEM_ENABLE $NCCL_NVLS_ENABLE" >> "$CALLS.nccl"; '
-    'echo "$NNODES $NODE_RANK $*" >> "$CALLS.python"; '
-    'until grep -q "$AWAITED" "$CALLS.python"; do sleep 0.05; done; exit $STATUS',
-}
-
-
-def sbatch(tmp_path, *arguments, awaited="", **environment):
-    """What slurm.sbatch does on a cluster of stand-ins: (its status, output)."""
-    for name, body in SLURM.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    process = start(
-        ["bash", LAUNCH / "slurm.sbatch", *arguments],
-        PATH=f"{tmp_path}:{os.environ['PATH']}", CALLS=str(tmp_path / "calls"), NPROC="1",
-        AWAITED=awaited, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7", **environment,
+def sbatch(tmp_path, *arguments, gpus=2, **environment):
+    """What slurm.sbatch does with a job's nodes: (its status, output, what it started)."""
+    return launch_with_stand_ins(
+        tmp_path, ["bash", LAUNCH / "slurm.sbatch", *arguments],
+        SLURM_JOB_ID="7", SLURM_GPUS_ON_NODE=str(gpus), SLURM_CPUS_ON_NODE="96", **environment,
     )  # fmt: skip
-    output = finish(process)
-    return process.returncode, output
 
 
 @pytest.mark.parametrize(
@@ -199,31 +183,51 @@ def sbatch(tmp_path, *arguments, awaited="", **environment):
     [(0, 0, False), (2, 0, False), (3, 9, True), (4, 0, True), (1, 3, False)],
 )
 def test_slurm_queues_again_what_can_go_on(tmp_path, status, restarts, queued):
-    ended, output = sbatch(
-        tmp_path, "CONFIG.yaml", STATUS=str(status), SLURM_RESTART_COUNT=str(restarts),
+    ended, output, _ = sbatch(
+        tmp_path, "CONFIG.yaml", status=status, SLURM_RESTART_COUNT=str(restarts),
         SLURM_JOB_NUM_NODES="1", SLURM_JOB_NODELIST="node1",
     )  # fmt: skip
-    assert (tmp_path / "calls").exists() == queued, output
+    queue = tmp_path / "calls.queue"
+    assert queue.exists() == queued, output
     if queued:
-        assert (tmp_path / "calls").read_text() == "requeue 7\n"
+        assert queue.read_text() == "requeue 7\n"
     else:
         assert ended == status
 
 
 def test_slurm_gives_nodes_to_servers(tmp_path, without_variables):
-    sbatch(
-        tmp_path, "CONFIG.yaml", "train.steps=3", STATUS="0", SERVE_NODES="1", SERVE_MODEL="MODEL",
-        awaited="serve.py", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NUM_NODES="3",
-        SLURM_JOB_NODELIST="n1,n2,n3",
+    _, output, started = sbatch(
+        tmp_path, "CONFIG.yaml", "train.steps=3", servers=1, SERVE_NODES="1", SERVE_MODEL="MODEL",
+        SLURM_JOB_NUM_NODES="3", SLURM_JOB_NODELIST="n1,n2,n3",
     )  # fmt: skip
-    calls = (tmp_path / "calls.python").read_text()
-    assert "serve.py MODEL --tp 1 --host 0.0.0.0 --api-key-env SGLANG_KEY" in calls
-    assert sorted((tmp_path / "calls.nodes").read_text().split()) == ["n1,n2", "n3"]
-    (run,) = [call for call in calls.splitlines() if "megatron_taopd.train" in call]
-    assert run.startswith("2 0 ") and "--nnodes 2" in run and "train.steps=3" in run
-    assert "rollout.servers.urls=[http://n3:30000,http://n3:30001]" in run
-    assert "rollout.servers.api_key_env=SGLANG_KEY" in run
-    assert (tmp_path / "calls.nccl").read_text() == "0 0\n0 0\n"  # of ranks and of servers
+    calls = [(call.environment, " ".join(call.arguments)) for call in started]
+    [(server, command)] = [call for call in calls if "megatron_taopd.train" not in call[1]]
+    assert "serve MODEL --tp 1 --host 0.0.0.0 --api-key-env SGLANG_KEY" in command, output
+    assert "--logs server-logs/n3" in command
+    runs = [call for call in calls if "megatron_taopd.train" in call[1]]
+    assert server["SLURMD_NODENAME"] == "n3"
+    assert sorted(run["SLURMD_NODENAME"] for run, _ in runs) == ["n1", "n2"]
+    for run, command in runs:
+        assert run["NNODES"] == "2" and "--nnodes 2" in command and "train.steps=3" in command
+        assert "rollout.servers.urls=[http://n3:30000,http://n3:30001]" in command
+        assert "rollout.servers.api_key_env=SGLANG_KEY" in command
+        assert run["SGLANG_KEY"] == server["SGLANG_KEY"]
+    assert sorted(run["NODE_RANK"] for run, _ in runs) == ["0", "1"]
+    # Of ranks and of servers.
+    assert {tuple(e[name] for name in VARIABLES) for e, _ in calls} == {("0", "0")}
+
+
+@pytest.mark.parametrize(("given", "cores"), [({}, "96"), ({"SLURM_CPUS_PER_TASK": "40"}, "40")])
+def test_slurm_gives_a_task_its_nodes_cores(tmp_path, given, cores):
+    """A step does not inherit them from the job; a node that is shared would give others some."""
+    _, _, started = sbatch(
+        tmp_path, "CONFIG.yaml", servers=1, SERVE_NODES="1", SERVE_MODEL="MODEL",
+        SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="n1,n2", **given,
+    )  # fmt: skip
+    assert [call.environment["CORES_OF_TASK"] for call in started] == [cores, cores]
+    options = (LAUNCH / "slurm.sbatch").read_text()
+    for option in ("--exclusive", "--mem=0", "--ntasks-per-node=1"):
+        assert f"#SBATCH {option}\n" in options
 
 
 def serve(*arguments, **environment):
@@ -235,6 +239,15 @@ def test_servers_are_not_opened_to_the_network_without_a_key():
     output = finish(process)
     assert process.returncode == 2
     assert output.startswith("error: --host: 0.0.0.0 without --api-key-env")
+
+
+def test_servers_for_people_have_a_tokenizer():
+    """Those for a run have none, and a teacher's answers are no texts."""
+    for option, ids_only in (([], True), (["--text"], False)):
+        (start,) = serving.plan(serving.parse([str(TINY_STUDENT), *option]))
+        assert start.keywords["token_ids_only"] == ids_only
+    with pytest.raises(SystemExit):
+        serving.parse([str(TINY_STUDENT), "--text", "--hidden-states"])
 
 
 def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):
@@ -278,6 +291,3 @@ def test_launchers_name_no_host_and_parse():
         subprocess.run(["bash", "-n", LAUNCH / script], check=True)
         if shutil.which("shellcheck"):
             subprocess.run(["shellcheck", LAUNCH / script], check=True)
-    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    assert replicas["Master"]["replicas"] + replicas["Worker"]["replicas"] == 8

@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.patience import patience
 
+from megatron_taopd.config import values
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.evaluation.in_loop import Example
 from megatron_taopd.monitoring.charts import HEIGHT, MOST_POINTS, WIDTH, ticks
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.numbers import number, percent, seconds
 from megatron_taopd.monitoring.progress import PLAIN_LINES
-from megatron_taopd.monitoring.report import Sample, render_report, sample_rollouts
+from megatron_taopd.monitoring.report import render_report
+from megatron_taopd.monitoring.samples import Answers, Samples
 from megatron_taopd.monitoring.sinks import truncate_records
 from megatron_taopd.monitoring.summary import PHASES, column, summarize, summary_table
-from megatron_taopd.rollout.engine import make_rollout_batch
 
 CONFIG = """\
 run: {dir: runs/tiny, seed: 0}
@@ -244,7 +245,7 @@ def test_wandb_resumes_the_run_of_the_directory(make_monitor, monkeypatch):
 def test_a_missing_logger_is_refused_on_every_rank(
     make_monitor, monkeypatch, tmp_path, log, message, rank
 ):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(values, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         make_monitor(rank=rank, log=log)
     assert not (tmp_path / "run").exists()
@@ -271,6 +272,21 @@ def test_an_evaluation_always_gets_its_line(make_monitor):
     assert console.file.getvalue() == "step 7/1000  accuracy 29.6 %\n"
 
 
+def test_an_accuracy_is_shown_in_the_step_that_it_is_of(make_monitor):
+    console = quiet()
+    monitor = make_monitor(steps=4, console=console)
+    for step, accuracy in ((1, {"eval/accuracy": 0.25}), (2, {}), (3, {})):
+        monitor.log(step, {"loss": 1.0, **accuracy})
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["step 1/4  loss 1  accuracy 25 %", "step 2/4  loss 1", "step 3/4  loss 1"]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monitor = make_monitor(steps=4, console=console)
+    monitor.log(1, {"loss": 1.0, "eval/accuracy": 0.25})
+    monitor.log(2, {"loss": 2.0})
+    monitor.close()
+    assert re.search(r"2/4.*loss 2  accuracy 25 % at step 1", console.file.getvalue())
+
+
 def test_in_a_terminal_one_line_redraws_itself(make_monitor):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     monitor = make_monitor(steps=40, console=console)
@@ -286,7 +302,7 @@ def test_in_a_terminal_one_line_redraws_itself(make_monitor):
 class Page(HTMLParser):
     """Checks that tags nest, and collects what a page is made of."""
 
-    VOID = ("meta", "br", "path", "circle")
+    VOID = ("meta", "br", "path", "input")
 
     def __init__(self, html):
         super().__init__()
@@ -349,7 +365,7 @@ def test_the_report_states_the_figures_of_the_run():
 
 def test_a_chart_is_drawn_for_what_was_logged_and_only_that():
     titles = Page(render_report(fake_records(), "tiny")).titles
-    assert len(titles) == 13  # 12 charts and the table of times
+    assert len(titles) == 14  # 13 charts and the table of times
     titles = Page(render_report([{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}], "t")).titles
     assert titles == ["Loss"]
     assert Page(render_report([], "empty")).titles == []
@@ -365,7 +381,8 @@ def test_a_run_without_loss_or_change_can_be_drawn():
 @pytest.mark.parametrize("steps", [1, 30, 2000])
 def test_every_curve_stays_inside_its_frame(steps):
     page = Page(render_report(fake_records(steps), "tiny"))
-    paths = [a["d"] for tag, a in page.tags if tag == "path" and a["class"] in ("line", "area")]
+    drawn = ("line", "area", "band", "raw")
+    paths = [a["d"] for tag, a in page.tags if tag == "path" and a["class"] in drawn]
     assert len(paths) >= 14
     for path in paths:
         points = [tuple(map(float, p.split())) for p in re.split("[MLZ]", path) if p]
@@ -380,7 +397,7 @@ def test_hovering_a_chart_has_its_values_to_show():
     assert data["labels"] == ["D"]
     step, x, values = data["at"][0]
     assert (step, values) == (1, {"0": "0.3 (0 – 0.9)"})
-    assert 0 < x < WIDTH
+    assert x == 0 and data["at"][-1][1] == 100  # percent from the left
 
 
 def test_pointing_at_a_chart_shows_its_values(browser, tmp_path):
@@ -401,7 +418,7 @@ def test_pointing_at_a_chart_shows_its_values(browser, tmp_path):
         "tokens trained / rolled out 50 %",
     ]
     assert tip.inner_text().startswith("step 1")  # 15 or 16, in the middle
-    assert re.fullmatch(r"M[\d.]+ 10V204", cursor.get_attribute("d"))
+    assert re.fullmatch(r"M[\d.]+ 0V200", cursor.get_attribute("d"))
     page.mouse.move(0, 0)
     assert tip.is_hidden() and cursor.get_attribute("d") == ""
     page.set_viewport_size({"width": 420, "height": 800})
@@ -431,41 +448,41 @@ def test_the_readmes_picture_is_an_abridged_report(browser, tmp_path):
     assert heights[0] < heights[1] < 2400  # of twelve charts it would be more
 
 
-def test_samples_highlight_the_kept_tokens_and_escape_their_text():
-    sample = Sample(
-        prompt="is 1 < 2?",
-        tokens=["<b>", "yes", "\n", "</script>"],
-        kept=[False, True, False, True],
-        scores=[0.0, 0.75, 0.0, 0.5],
-        correct=True,
-    )
-    html = render_report(fake_records(), "tiny", samples=[sample])
-    assert '<mark title="score 0.750">yes</mark>' in html
-    page = Page(html)
-    assert "is 1 < 2?" in page.text and "<b>yes⏎\n</script>" in page.text
-    assert "2 of 4 tokens keptright" in page.text
-
-
-HELD_OUT = (
+HELD_OUT = [
     Example("2 + 2?", "so <b> = 4", "4", "4", True),
     Example("3 + 3?", "word " * 1000, "", "6", False),
-)
+]
 
 
 def test_answers_to_held_out_prompts_are_marked_right_and_wrong_in_words(make_monitor):
     monitor = make_monitor(config_yaml=CONFIG + "eval: {temperature: 0.0}\n")
-    monitor.examples = HELD_OUT
+    monitor.keep_answers(0, HELD_OUT)
     monitor.log(0, {"eval/accuracy": 0.5})
     page = Page(monitor.report_path.read_text())
     assert "Held-out prompts, as the student answers them" in page.titles
-    assert "2 + 2?so <b> = 4right · it says 4; the reference is 4" in page.text
+    assert "2 + 2?before trainingso <b> = 4right · it says 4; the reference is 4" in page.text
     assert "wrong · it states no answer; the reference is 6" in page.text
     assert page.text.count("word ") < 600  # the middle of a long one is left out
     assert "The first ones of the last evaluation, greedy; of each" in page.text
     assert "tokens kept" not in page.text and "Rollouts" not in "".join(page.titles)
-    monitor.write_report([Sample("p", ["a"], [True])])
-    titles = Page(monitor.report_path.read_text()).titles
-    assert "Rollouts, as the selector sees them" in titles and titles[-1].startswith("Held-out p")
+
+
+def test_the_same_prompt_is_shown_before_and_after_training(make_monitor):
+    monitor = make_monitor(config_yaml=CONFIG)
+    monitor.keep_answers(0, [Example("3 + 3?", "9", "9", "6", False)])
+    monitor.keep_answers(10, [Example("3 + 3?", "8", "8", "6", False)])
+    monitor.keep_answers(20, [*HELD_OUT[:1], Example("3 + 3?", "6", "6", "6", True)])
+    monitor.write_report()
+    page = Page(monitor.report_path.read_text())
+    assert "Held-out prompts, before and after training" in page.titles
+    assert (
+        "3 + 3?before training9wrong · it says 9; the reference is 6"
+        "after step 206right · it says 6; the reference is 6"
+    ) in page.text
+    assert "2 + 2?before trainingnot asked" in page.text
+    again = Samples.read(monitor.run_dir / "samples.json", before=20)
+    assert [each.step for each in again.evaluations] == [0]
+    assert isinstance(again.evaluations[0], Answers)
 
 
 @pytest.mark.parametrize(
@@ -498,31 +515,6 @@ def test_the_table_shows_no_change_where_there_was_one_evaluation():
     assert "held-out accuracy 25 % one evaluation" in text and "points" not in text
 
 
-class Spelling:
-    """A tokenizer whose tokens are words, put together with spaces; 0 is special."""
-
-    def decode(self, tokens, skip_special_tokens=False):
-        words = ["<s>", "one", "two", "three", "four", "five"]
-        return " ".join(words[t] for t in tokens.tolist() if t or not skip_special_tokens)
-
-
-def test_samples_are_cut_out_of_a_batch_by_its_rows():
-    responses = [torch.tensor(r) for r in ([2, 3, 0], [4, 0], [5, 5, 5, 0])]
-    log_probs = [torch.zeros(len(r)) for r in responses]
-    versions = [torch.zeros(len(r)) for r in responses]
-    batch = make_rollout_batch([[0, 1]] * 3, [0, 1, 2], responses, log_probs, [False] * 3, versions)
-    kept = torch.zeros(9, dtype=torch.bool)
-    kept[[1, 5, 8]] = True  # one of the first sequence's three rows, two of the last one's four
-    scores = torch.arange(9) / 8
-    first, second = sample_rollouts(batch, kept, Spelling(), scores=scores, most_tokens=3)
-    assert first == Sample(
-        "one", ["two", " three", " <s>"], [False, True, False], [0.0, 0.125, 0.25]
-    )
-    assert second.tokens == ["five", " five", " five"]  # the fourth is cut off
-    assert second.scores == [0.625, 0.75, 0.875]
-    assert len(sample_rollouts(batch, kept, Spelling(), count=1)) == 1
-
-
 def test_the_report_is_there_after_each_evaluation_and_at_the_end(make_monitor):
     monitor = make_monitor(config_yaml=CONFIG)
     monitor.log(1, fake_metrics(1))
@@ -530,13 +522,15 @@ def test_the_report_is_there_after_each_evaluation_and_at_the_end(make_monitor):
     monitor.log(10, fake_metrics(10))
     assert "Held-out accuracy" in monitor.report_path.read_text()
     monitor.log(11, fake_metrics(11))
-    monitor.write_report(samples=[Sample("why?", ["because"], [True])])
+    monitor.keep_answers(11, [Example("why?", "because", "", "so", False)])
     monitor.close()
     assert "because" in monitor.report_path.read_text()
     assert "Megatron TA-OPD" in monitor.report_path.read_text()
     assert sorted(path.name for path in monitor.run_dir.iterdir()) == [
         "metrics.jsonl",
         "report.html",
+        "samples.json",
+        "sessions.json",
     ]
 
 

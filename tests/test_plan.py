@@ -616,7 +616,7 @@ def test_exit_status_1_names_rank_phase_item_and_key(models, tmp_path):
     [
         (["student.parallel.tp=3"], "student.parallel.tp: 3 does not divide"),
         (["teacher.parallel.pp=3"], "teacher.parallel.pp: 3 does not divide the 40 layers"),
-        (["student.path=nowhere"], "no config.json"),
+        (["student.path=nowhere"], "nowhere: no such directory"),
         (["train.micro_batch_tokens=4096"], "give at least 8192"),
         (["student.parallel.pp=2", "train.schedule=replay"], "student.parallel.pp 2"),
         (["--gpus", "7"], "does not divide --gpus 7"),

@@ -579,7 +579,7 @@ def test_one_that_cannot(tmp_path):
     done = doctor(TINY, "run.dir=/proc/run", "data.prompts=none.jsonl", *options)
     assert done.returncode == 1
     errors = [f for f in json.loads(report.read_text())["findings"] if f["level"] == "error"]
-    assert list(dict.fromkeys(f["check"] for f in errors)) == ["configuration", "disk", "texts"]
+    assert list(dict.fromkeys(f["check"] for f in errors)) == ["configuration", "disk"]
     assert "data.prompts" in errors[0]["what"] and "/proc/run" in errors[1]["what"]
 
     done = doctor(TINY, "optimizer.learning_rate=1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,45 @@ def test_fits_its_gpus(path, places):
     assert 0 < plan.seconds < 600
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_measures_what_it_teaches(path, places):
+    """On problems that it does not train on, where a checkpoint is there to be the best one."""
+    config = configuration.load(path, ranks_and_servers(path.stem)[1])
+    assert config.eval.prompts == str(places / "DATA" / "aime-2024.parquet")
+    assert config.eval.prompts != config.data.prompts and config.eval.at_start
+    assert config.train.steps % config.eval.every == 0
+    assert config.eval.every == config.checkpoint.every and config.checkpoint.keep_best
+    # Its share of the run: no more answers in an evaluation than in two steps.
+    answers = 30 * config.eval.samples
+    assert answers <= 2 * config.rollout.prompts * config.rollout.samples
+    assert config.eval.temperature > 0 and max(config.eval.pass_at) == config.eval.samples
+
+
+def test_the_page_fetches_what_the_recipes_name(places, monkeypatch):
+    """docs/launch.md: every model but the one that is one's own, and each problem once."""
+    page = (RECIPES[0].parents[2] / "docs" / "launch.md").read_text()
+    for path in RECIPES:
+        config = configuration.load(path, ranks_and_servers(path.stem)[1])
+        for model in (config.student.path, config.teacher.path):
+            name = Path(model).name
+            fetched = rf"(Qwen|deepseek-ai)/{name}`|`{name}` is your own|for model in .*{name}"
+            assert re.search(fetched, page), name
+    (mend,) = re.findall(r"python - <<'END'\n(.*?)END\n", page, re.DOTALL)
+    (places / "DATA" / "published" / "data").mkdir(parents=True)
+    long = "Find x. " * 200  # two problems differ at their ends alone
+    rows = [
+        {"prompt": [{"role": "user", "content": long + end}], "reward_model": {"ground_truth": end}}
+        for end in ("1", "2", "1", "2", "1")
+    ]
+    for name in ("dapo-math-17k", "aime-2024"):
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, places / "DATA" / "published" / "data" / f"{name}.parquet")
+    exec(mend, {})
+    for name in ("dapo-math-17k", "aime-2024"):
+        left = parquet.read_table(places / "DATA" / f"{name}.parquet")
+        assert left.select(["prompt", "reward_model"]).to_pylist() == rows[:2]
+
+
 @pytest.mark.skipif("TAOPD_DATA" not in os.environ, reason="TAOPD_DATA is not set")
 @pytest.mark.parametrize("path", [p for p in RECIPES if "r1_" not in p.stem], ids=lambda p: p.stem)
 def test_can_start(path, places):
@@ -77,6 +117,7 @@ def test_can_start(path, places):
         )
         writer.write_header("model.safetensors")
     row = {"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}}
-    parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / "dapo-math-17k.parquet")
+    for name in ("dapo-math-17k", "aime-2024"):
+        parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / f"{name}.parquet")
     ranks, options = ranks_and_servers(path.stem)
     check(configuration.load(path, options), ranks)

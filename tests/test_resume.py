@@ -42,9 +42,9 @@ RATES = [5e-4, 1e-3, 7.75e-4, 5.5e-4, 3.25e-4, 1e-4]  # of the six updates of th
 def start(overrides, only_build=False):
     """`main`: (status, what was printed, what the run was once it was built, or None)."""
     from megatron_taopd import build as building
-    from megatron_taopd import train
+    from megatron_taopd import start, train
 
-    built, printed, originals = [], io.StringIO(), (building.build, train.run_to_its_end)
+    built, printed, originals = [], io.StringIO(), (building.build, start.run_to_its_end)
 
     def build(*arguments):
         run = originals[0](*arguments)
@@ -53,12 +53,12 @@ def start(overrides, only_build=False):
 
     building.build = build
     if only_build:
-        train.run_to_its_end = lambda run: 0
+        start.run_to_its_end = lambda run: 0
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
             status = train.main([str(TINY), *overrides])
     finally:
-        building.build, train.run_to_its_end = originals
+        building.build, start.run_to_its_end = originals
     return status, printed.getvalue(), built[0] if built else None
 
 

@@ -7,8 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import dense
 
+from megatron_taopd.config.schema import CONCENTRATES
 from megatron_taopd.monitoring.observer import Observer
-from megatron_taopd.step.selection import CONCENTRATES, SELECTORS, budget, select, selection_metrics
+from megatron_taopd.step.selection import SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
 SCORED = [name for name in SELECTORS if name not in ("full", "random")]

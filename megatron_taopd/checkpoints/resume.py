@@ -18,7 +18,8 @@ import torch
 
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.config.load import with_new_names
-from megatron_taopd.data.sources import content_of, sources_of, written
+from megatron_taopd.data.records import content_of
+from megatron_taopd.data.sources import sources_of, written
 from megatron_taopd.formats.hf import HFCheckpoint
 from megatron_taopd.formats.megatron import SIDE_FILES
 

@@ -44,7 +44,7 @@ from megatron_taopd.checkpoints.writing import (
 from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, progress
 from megatron_taopd.parallel.objects import gather, on_rank_0
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
@@ -105,7 +105,14 @@ class Checkpoints:
     def would_be_best(self, accuracy: float) -> bool:
         return self.best is None or accuracy > self.best.accuracy
 
-    def save(self, step: int, student: Student, state: dict, accuracy: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        student: Student,
+        state: dict,
+        accuracy: float | None = None,
+        card: str | None = None,
+    ) -> None:
         """Save the run after `step` steps, unless that is there already.
 
         Returns once nothing that is to be written can change any more; a save that is still under
@@ -115,6 +122,7 @@ class Checkpoints:
             state: what the run needs besides the student: plain values and tensors, equal on all
                 ranks.
             accuracy: on held-out prompts, where it was evaluated after this step.
+            card: the model card of the student after this step, which an export has.
 
         Collectives: gathers of the optimizer state to data-parallel rank 0, of the plan (some 300
         bytes a tensor and rank) to rank 0, of the random states and of short texts.
@@ -136,7 +144,7 @@ class Checkpoints:
             optimizer.allocate(student)
             sharded = _sharded_state(student, loading=False)
             sharded |= {"run": run, "content_metadata": _OPTIMIZER}
-            write, plan = plan_writing(sharded, student, aside)
+            write, plan = plan_writing(sharded, student, aside, card)
             self._writing = Writing(step, aside, plan, best, self._writer.submit(write))
             self._step = step
         if not self.asynchronous:
@@ -257,7 +265,9 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         _check_pickles(folder)
     optimizer.allocate(student)
     sharded = _sharded_state(student, loading=True)
-    loaded = dist_checkpointing.load(sharded, folder, get_default_load_sharded_strategy(folder))
+    with progress.phase(f"loading {folder}"):
+        strategy = get_default_load_sharded_strategy(folder)
+        loaded = dist_checkpointing.load(sharded, folder, strategy)
     weights.fill(student.trunk, loaded["model"])
     optimizer.load(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])

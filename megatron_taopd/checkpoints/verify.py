@@ -101,7 +101,7 @@ def compare_logits(
     dtype: torch.dtype = torch.float32,
     tokens: int = 64,
 ) -> tuple[float, float]:
-    """(largest |difference|, largest |logit|) of a forward pass on both sides, on every rank.
+    """Return (largest |difference|, largest |logit|) of a forward pass on both sides.
 
     transformers runs on rank 0, on the CPU, and is gone before Megatron loads the checkpoint, with
     its own loader, into a model of this layout. Needs a process group (`platform.initialize`).

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_taopd.checkpoints.files import Best, Sum, SummedFile, publish, sum_of, sync
 from megatron_taopd.formats.files import os_errors_of_torch, reason_of
-from megatron_taopd.formats.hf import copy_side_files
+from megatron_taopd.formats.hf import CARD, copy_side_files
 from megatron_taopd.formats.megatron import SIDE_FILES
 from megatron_taopd.formats.unpickle import COMMON, CONFIG, METADATA
 from megatron_taopd.models.student import Student
@@ -57,12 +57,13 @@ class Writing:
 
 
 def plan_writing(
-    sharded: dict, student: Student, aside: Path
+    sharded: dict, student: Student, aside: Path, card: str | None
 ) -> tuple[Callable[[], Written], SavePlan]:
     """Copy what this rank is to write to host memory; touch no file.
 
     Args:
         sharded: the state, with Megatron's sharded tensors.
+        card: the model card of the student as it is now, if there is one.
 
     Returns:
         A function that writes the copies, for a thread; Megatron's plan.
@@ -75,7 +76,7 @@ def plan_writing(
     if dist.get_rank() == 0:
         whole = io.BytesIO()
         torch.save(common, whole)
-    side = (student.hf_dir, student.dtype)
+    side = (student.hf_dir, student.dtype, card)
     return partial(write, aside, buckets, save_plan, whole, side), save_plan
 
 
@@ -91,13 +92,13 @@ def write(
     buckets: list[Bucket],
     save_plan: SavePlan,
     whole: io.BytesIO | None,
-    side: tuple[str | Path, torch.dtype],
+    side: tuple[str | Path, torch.dtype, str | None],
 ) -> Written:
     """Write and sync this rank's files; on rank 0 also what there is once. In a thread.
 
     Args:
         whole: `common.pt`, on rank 0.
-        side: Hugging Face directory and dtype of the model, for what is kept next to it.
+        side: Hugging Face directory, dtype and card of the model, for what is kept next to it.
     """
     start, written = time.perf_counter(), Written()
 
@@ -112,9 +113,11 @@ def write(
             with SummedFile(aside / COMMON) as stream:
                 stream.write(whole.getbuffer())
             written.files[COMMON] = stream.sum
-            hf_dir, dtype = side
+            hf_dir, dtype, card = side
             (aside / SIDE_FILES).mkdir()
             copy_side_files(hf_dir, aside / SIDE_FILES, [dtype])
+            if card is not None:
+                (aside / SIDE_FILES / CARD).write_text(card, encoding="utf-8")
             for file in (aside / SIDE_FILES).iterdir():
                 written.files[f"{SIDE_FILES}/{file.name}"] = _synced_sum(file)
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 
+ENDED_AT_ONCE = 130  # exit status after a Ctrl-C, as a shell says it
 COMMANDS = {
     "train": ("megatron_taopd.train", "run a training: CONFIG.yaml section.key=value …"),
-    "launch": ("megatron_taopd.launch", "torchrun that ends as its workers did"),
+    "launch": (
+        "megatron_taopd.launch",
+        "start a run's ranks: [torchrun's options] CONFIG.yaml section.key=value …",
+    ),
     "doctor": ("megatron_taopd.cli.doctor", "examine a run before it starts"),
     "plan": ("megatron_taopd.cli.plan", "memory and time of a run on GPUs that need not be there"),
     "serve": ("megatron_taopd.cli.serve", "this machine's SGLang servers, for a run on others"),
@@ -25,7 +29,10 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that the first argument names, and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return choose("taopd", __doc__ or "", COMMANDS, arguments)
+    try:
+        return choose("taopd", __doc__ or "", COMMANDS, arguments)
+    except KeyboardInterrupt:  # also while a command is imported
+        return ENDED_AT_ONCE
 
 
 def choose(

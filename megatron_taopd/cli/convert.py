@@ -3,7 +3,7 @@
     taopd convert to-megatron --hf DIR --out DIR
     taopd convert to-hf --megatron DIR --out DIR
     taopd convert verify --hf DIR --megatron DIR
-    torchrun --nproc-per-node 8 -m megatron_taopd convert verify --hf DIR --megatron DIR --tp 4
+    taopd launch --nproc-per-node 8 -m megatron_taopd convert verify --hf DIR --megatron DIR --tp 4
 
 Under torchrun the ranks share the work. docs/convert.md has sizes, memory and times.
 """
@@ -15,26 +15,19 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from megatron_taopd.checkpoints.verify import check_layout, compare_logits, compare_tensors
 from megatron_taopd.cli import common
 from megatron_taopd.formats import convert
+from megatron_taopd.formats.convert import Advance
 from megatron_taopd.formats.hf import DTYPES, MAX_FILE_BYTES
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, progress
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of logits, by the dtype they are in
 
@@ -122,7 +115,7 @@ def to_megatron(arguments) -> tuple[dict, bool]:
     refuse_existing(arguments)
     layout = (arguments.tp, arguments.pp, arguments.ep)
     dtype = DTYPES.get(arguments.dtype)
-    with progress("to Megatron", arguments) as bar:
+    with shown("to Megatron", arguments) as bar:
         done = convert.to_megatron(arguments.hf, arguments.out, *layout, dtype, bar)
     return asdict(done), True
 
@@ -131,7 +124,7 @@ def to_hf(arguments) -> tuple[dict, bool]:
     """Write a Megatron checkpoint as a Hugging Face directory."""
     refuse_existing(arguments)
     dtype, file_bytes = DTYPES.get(arguments.dtype), int(arguments.max_file_gb * 1e9)
-    with progress("to Hugging Face", arguments) as bar:
+    with shown("to Hugging Face", arguments) as bar:
         done = convert.to_hf(
             arguments.megatron, arguments.out, arguments.hf, dtype, file_bytes, bar
         )
@@ -143,7 +136,7 @@ def verify(arguments) -> tuple[dict, bool]:
     layout = (arguments.tp, arguments.pp, arguments.ep)
     if not arguments.no_logits:
         check_layout(arguments.hf, *layout)
-    with progress("comparing", arguments) as bar:
+    with shown("comparing", arguments) as bar:
         found = compare_tensors(arguments.hf, arguments.megatron, bar)
     results = asdict(found)
     passed = found.different == 0
@@ -189,14 +182,10 @@ def refuse_existing(arguments) -> None:
 
 
 @contextmanager
-def progress(title: str, arguments):
-    """Show a bar of the bytes done; the work is known once the first of it is."""
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    hidden = arguments.quiet or not common.is_first()
-    with Progress(f"{title}", *columns, console=Console(stderr=True), disable=hidden) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, advance=done, total=total)
-
-        yield advance
+def shown(title: str, arguments) -> Iterator[Advance]:
+    """Show the bytes done; the work is known once the first of it is."""
+    if arguments.quiet:
+        yield convert.ignore
+        return
+    with progress.phase(title, unit="MB") as bar:
+        yield lambda done, total: bar.advance(done / 1e6, total / 1e6)

@@ -2,7 +2,7 @@
 
     taopd diagnose bank --student DIR --prompts FILE --out BANK [--engine sglang]
     taopd diagnose score --bank BANK --checkpoint DIR --teacher DIR --out before.parquet
-    torchrun --nproc-per-node 4 -m megatron_taopd diagnose score --tp 2 --pp 2 …
+    taopd launch --nproc-per-node 4 -m megatron_taopd diagnose score --tp 2 --pp 2 …
     taopd diagnose gain --before before.parquet --after after.parquet --out gain.parquet
     taopd diagnose analyze gain_seed0.parquet gain_seed1.parquet --out DIR
     taopd diagnose alignment --bank BANK --checkpoint DIR --teacher DIR --out FILE

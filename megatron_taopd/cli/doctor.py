@@ -1,7 +1,7 @@
 """Examine a run before it starts: what can be known of machine, disk, texts and models.
 
     taopd doctor CONFIG.yaml section.key=value … --ranks 8
-    torchrun --nproc-per-node 8 -m megatron_taopd doctor CONFIG.yaml section.key=value …
+    taopd launch --nproc-per-node 8 -m megatron_taopd doctor CONFIG.yaml section.key=value …
 
 Under torchrun, with the run's own command line, links, hosts and layouts are examined, too.
 Exit status: 0 the run can start, 1 it cannot, 2 the configuration cannot be read.
@@ -22,6 +22,7 @@ from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
 from megatron_taopd.preflight.examine import examine, fewest_ranks
 from megatron_taopd.preflight.findings import Finding
+from megatron_taopd.preflight.models import with_model_directories
 
 MARKS = {"ok": "[green]ok", "warning": "[yellow]warning", "error": "[bold red]error"}
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
 
 def work(arguments: argparse.Namespace) -> int:
     """Print the findings of each check as it ends."""
-    config = configuration.load(arguments.config, arguments.overrides)
+    config = with_model_directories(configuration.load(arguments.config, arguments.overrides))
     ranks = int(os.environ.get("WORLD_SIZE", arguments.ranks or fewest_ranks(config)))
     console = common.open_console()
     results = []

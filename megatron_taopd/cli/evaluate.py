@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.evaluation import benchmarks, tables
 from megatron_taopd.evaluation.benchmarks import PAPER, Endpoint, Missing
 from megatron_taopd.formats.convert import to_hf
-from megatron_taopd.formats.hf import weight_map
+from megatron_taopd.formats.directory import weight_map
+from megatron_taopd.parallel import progress
 from megatron_taopd.serving.server import Server
 
 
@@ -203,7 +204,9 @@ def serve(
         mem_fraction=arguments.mem_fraction,
         token_ids_only=False,
     )
-    with server:
+    with ExitStack() as stack:
+        with progress.phase(f"starting {server.url}", seconds=server.start_timeout):
+            stack.enter_context(server)
         yield Endpoint(server.url, str(hf_dir), *generation, sums=sums, ends=ends)
 
 

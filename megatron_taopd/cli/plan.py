@@ -20,6 +20,7 @@ from megatron_taopd.plan.memory import GIB, peak
 from megatron_taopd.plan.propose import proposals
 from megatron_taopd.plan.results import Plan, as_json, tables
 from megatron_taopd.plan.setup import Setup
+from megatron_taopd.preflight.models import with_model_directories
 
 
 def main(arguments: list[str]) -> int:
@@ -49,6 +50,7 @@ def work(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--trained-share: {arguments.trained_share}; it has to be in (0, 1]")
     cluster = load_cluster(arguments.cluster)
     config = configuration.load(arguments.config, arguments.overrides)
+    config = with_model_directories(config, weights=False)
     setup = Setup.of(
         config,
         arguments.gpus,
@@ -69,6 +71,7 @@ def work(arguments: argparse.Namespace) -> int:
     console.print(f"The last stage of the student holds, beside what all do (GiB): {extra}.")
     for line in plan.problems():
         console.print(f"does not fit: {line}", style="red")
+    console.print(f"devices: {setup.devices}", highlight=False)
     phase, size = peak(plan.memory[plan.worst])
     console.print(
         f"{'does not fit' if plan.problems() else 'fits'}: at most {size / GIB:.1f} of "

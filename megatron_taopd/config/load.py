@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_taopd.config.schema import Config, leaf_keys
 from megatron_taopd.data.sources import with_paths
+from megatron_taopd.formats.hub import is_model
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,12 @@ RENAMED = {
     "watchdog.silent_s": "watchdog.heartbeat_timeout_s",
     "watchdog.stuck_s": "watchdog.stall_timeout_s",
 }
-_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
+_MODELS = ("student.path", "teacher.path")
+_INPUT_PATHS = (*_MODELS, "data.prompts", "eval.prompts")
 _OUTPUT_PATHS = ("run.dir", "data.cache_dir")
 
 
-def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = True) -> Config:
     """Read a YAML file, then `section.key=value` overrides (YAML values); defaults fill the rest.
 
     A relative path is relative to where it is written: an input in the file to the file's
@@ -42,11 +44,17 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     `${oc.env:NAME}` an environment variable, `${section.key}` another key. A key under its old name
     (`RENAMED`) is accepted, with a warning from rank 0.
 
+    Args:
+        tell: give these warnings; one of several readers does.
+
     Raises:
         ValueError: no such file, not YAML, an unknown key, a value of the wrong type, a required
             key without a value, a key under both its old and its new name.
     """
-    written, given = map(_under_new_names, (_read_yaml(Path(path)), _read_overrides(overrides)))
+    written, given = (
+        _under_new_names(tree, tell)
+        for tree in (_read_yaml(Path(path)), _read_overrides(overrides))
+    )
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.merge(written, given))
     except TypeError:
@@ -83,7 +91,9 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
 
 
 def _absolute(key: str, value: Any, base: Path) -> Any:
-    """Make a path absolute, or those of a list of prompts."""
+    """Make a path absolute, or those of a list of prompts; a model's name on the hub stays."""
+    if key in _MODELS and is_model(value) and not (base / value).exists():
+        return value
     try:
         return with_paths(value, lambda path: os.path.abspath(base / Path(path).expanduser()))
     except ValueError as error:
@@ -135,10 +145,10 @@ def _retries(key: str, attempts: Any) -> Any:
     )
 
 
-def _under_new_names(given: Any) -> Any:
+def _under_new_names(given: Any, tell: bool) -> Any:
     plain: Any = OmegaConf.to_container(given)
     tree, lines = with_new_names(plain)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if tell and int(os.environ.get("RANK", 0)) == 0:
         for line in lines:
             logger.warning(line)
     return OmegaConf.create(tree)
@@ -159,8 +169,9 @@ def _read_yaml(path: Path):
         raise ValueError(f"{path}: no such file; give a YAML configuration")
     try:
         written = OmegaConf.load(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {reason}; correct that place") from None
     if not OmegaConf.is_dict(written):
         raise ValueError(f"{path}: a list; sections such as student: and train: are expected")
     return written
@@ -213,8 +224,26 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif isinstance(value, list) != _takes_list(types[name]) and not _is_open(value):
             wanted = "one value is" if isinstance(value, list) else "a list, such as [1, 2], is"
             raise ValueError(f"{key}: {value!r}; {wanted} expected")
+        elif isinstance(value, list):
+            _check_items(key, value, types[name])
         elif value == MISSING:  # which a merge takes for "as it was"
             raise ValueError(f"{key}: ??? is left open; set it on the command line")
+
+
+def _check_items(key: str, items: list, hint: Any) -> None:
+    """Refuse an item of the wrong type, which OmegaConf does not name the key of."""
+    whole = any(get_args(kind)[:1] == (int,) for kind in (hint, *get_args(hint)))
+    for item in items:
+        if _is_open(item) and item is not None:
+            continue
+        fits = (
+            isinstance(item, int) and not isinstance(item, bool)
+            if whole
+            else (isinstance(item, str | int | float))
+        )
+        if not fits:
+            kind = "whole numbers" if whole else "words"
+            raise ValueError(f"{key}: {items!r}: {item!r} in a list of {kind}; it has to be one")
 
 
 def _takes_list(hint: Any) -> bool:

@@ -26,12 +26,12 @@ This page is made of `megatron_taopd/config/schema.py`:
 
 
 def reference() -> str:
-    """The whole page, Markdown: a table for every section."""
+    """Return the whole page, Markdown: a table for every section."""
     return "\n".join([INTRODUCTION, *_tables(Config, "")])
 
 
 def _tables(kind: type, prefix: str) -> list[str]:
-    """The section's own keys first, then the sections within it."""
+    """Return the section's own keys first, then the sections within it."""
     hints = get_type_hints(kind)
     own = [f for f in fields(kind) if not is_dataclass(hints[f.name])]
     lines: list[str] = []

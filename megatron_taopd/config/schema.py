@@ -1,9 +1,9 @@
 """Every key of a run's configuration: its type, its default, what it means, what it may be.
 
 These frozen dataclasses are the whole configuration. They import nothing of the package, so that
-anything may be given a section as it is. `load.py` reads them from YAML, `preflight/check_config`
-compares them with each other, with the models and with the files; docs/configuration.md is made of
-what stands here.
+anything may be given a section as it is. `load.py` reads them from YAML, `values.py` compares them
+with each other and with the files, `preflight/check_config` with the models; docs/configuration.md
+is made of what stands here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import MISSING
+
+# The keys of step.selection.SELECTORS, and step.loss.LOSSES.
+Selector = Literal[
+    "full", "random", "entropy", "divergence", "compatibility", "tip", "teachability",
+    "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+]  # fmt: skip
+# Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
+CONCENTRATES = tuple(n for n in get_args(Selector) if n not in ("full", "random", "q3_low_dl"))
+Loss = Literal["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl", "sampled_token"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,9 @@ class ParallelSection:
 class StudentSection:
     """The model that learns."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     parallel: ParallelSection = field(default_factory=ParallelSection)
 
 
@@ -166,7 +177,9 @@ class ServersSection:
 class TeacherSection:
     """The model that is distilled."""
 
-    path: str = key(MISSING, "Hugging Face checkpoint directory.")
+    path: str = key(
+        MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )
@@ -306,7 +319,7 @@ class RolloutSection:
 class SelectionSection:
     """The response rows that the loss falls on."""
 
-    selector: str = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
+    selector: Selector = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
     ratio: float = key(0.10, "ρ, the share of the response rows that is trained on.", SHARE)
     k: int = key(16, "Top-K of both models, for D and C.", COUNT)
     concentrate: float = key(
@@ -322,7 +335,7 @@ class SelectionSection:
 class LossSection:
     """The loss of the kept rows."""
 
-    kind: str = key(
+    kind: Loss = key(
         "reverse_kl", "`reverse_kl`, `forward_kl`, `jsd`, `skewed_reverse_kl` or `sampled_token`."
     )
     beta: float = key(0.5, "jsd: the teacher's share in the mixture.", INSIDE)
@@ -469,6 +482,12 @@ class LogSection:
         PORT,
     )
     prometheus_host: str = key("127.0.0.1", "The address that rank 0 listens on.")
+    samples: int = key(
+        4,
+        "Responses of a step, and answers of an evaluation, that the report shows with their "
+        "tokens; of the first and the newest, in `samples.json`. 0: none, and no D–C plane.",
+        Bounds(at_least=0, at_most=16),
+    )
 
 
 @dataclass(frozen=True)

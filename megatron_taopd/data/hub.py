@@ -6,20 +6,16 @@ variables: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 
 from __future__ import annotations
 
-import glob
-import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-from megatron_taopd.data.records import SUFFIXES
+from megatron_taopd.data.kinds import SUFFIXES
+from megatron_taopd.formats.hub import fetch
 
-logger = logging.getLogger(__name__)
 PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*?))?/?")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$|/\d{4}$")  # as people upload, and as the hub converts
@@ -42,48 +38,19 @@ def files(address: str) -> list[Path]:
         ValueError: in one line: no address; no such data set, revision, file or split, or several;
             no access; the hub cannot be reached and the files are not in the cache.
     """
-    # Importing these takes a while, which runs on local files need not wait for.
-    import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
-
     if not (parts := _ADDRESS.fullmatch(address)):
         raise ValueError(
             f"{address}: no data set; write hf://datasets/OWNER/NAME, then @REVISION and /FILE or "
             "/SPLIT if need be"
         )
-    repo, revision, wanted = parts[1], unquote(parts[2] or "main"), parts[3] or ""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        disable_progress_bars()  # the ranks of a machine wait for one of them
-    place: dict[str, Any] = {"repo_id": repo, "repo_type": "dataset", "revision": revision}
-    try:
-        chosen = choose(HfApi().list_repo_files(**place), wanted, address)
-        folder = snapshot_download(**place, allow_patterns=[*map(glob.escape, chosen)])
-    except (HfHubHTTPError, httpx.TransportError, OSError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        if status in (401, 403, 404):
-            raise ValueError(
-                f"{address}: {constants.ENDPOINT} answers {status}; is that the right name and "
-                "revision, and does HF_TOKEN open it?"
-            ) from None
-        reason = f"{constants.ENDPOINT} does not answer"
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set"
-        try:
-            folder = snapshot_download(**place, local_files_only=True)
-        except LocalEntryNotFoundError as missing:
-            # Of a snapshot of which only some files were asked for, the error has the place.
-            if not (folder := getattr(missing, "snapshot_path", "")):
-                raise ValueError(
-                    f"{address}: {reason}, and the cache {constants.HF_HUB_CACHE} does not have "
-                    f"it; `hf download --repo-type dataset {repo}` where there is a network"
-                ) from None
-        there = [str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()]
-        chosen = choose(there, wanted, f"{address}: {reason}, and of the files in the cache")
-        if not constants.HF_HUB_OFFLINE:
-            logger.warning("%s: %s; the files in the cache are taken", address, reason)
-    return [Path(folder) / name for name in chosen]
+    wanted = parts[3] or ""
+    repository = {
+        "repo_id": parts[1],
+        "repo_type": "dataset",
+        "revision": unquote(parts[2] or "main"),
+    }
+    folder, chosen = fetch(address, repository, lambda names, where: choose(names, wanted, where))
+    return [folder / name for name in chosen]
 
 
 def choose(names: Sequence[str], wanted: str, address: str) -> list[str]:

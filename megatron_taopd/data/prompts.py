@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,13 +18,13 @@ import transformers
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache
+from megatron_taopd.data.records import content_of
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.data.rows import Row, Rows
-from megatron_taopd.data.sources import Source, content_of, sources_of
+from megatron_taopd.data.sources import Source, sources_of
+from megatron_taopd.parallel import progress
 
-logger = logging.getLogger(__name__)
 BATCH = 1024  # prompts that are tokenised at a time
-SILENT_S = 10.0  # the longest that nothing is logged while prompts are tokenised
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class _Writer:
         limit: int | None,
     ):
         self.renderers, self.data, self.answer_column = renderers, data, answer_column
-        self.limit, self.sizes, self.said = limit, list[int](), time.monotonic()
+        self.limit, self.sizes = limit, list[int]()
         self.counts = {"rows": 0, "duplicates": 0, "dropped": 0}
         self.differ = False  # the ids of the two models
         names = ["ids", "teacher_ids"][: len(renderers)]
@@ -175,20 +173,18 @@ class _Writer:
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
-        rows = Rows(files, self.data, self.answer_column)
+        rows, name = Rows(files, self.data, self.answer_column), ", ".join(source.paths)
         each, found, dropped = iter(rows), 0, 0
-        while batch := [*islice(each, self._room(found))]:
-            ids = [_rendered(renderer, batch) for renderer in self.renderers]
-            for row, *renderings in zip(batch, *ids, strict=True):
-                if max(map(len, renderings)) > self.data.max_prompt_tokens:
-                    dropped += 1
-                    continue
-                found += 1
-                self._write(row, renderings)
-            if time.monotonic() - self.said > SILENT_S:
-                self.said = time.monotonic()
-                logger.info(f"{source.paths[0]}: {rows.read:,} rows tokenised")
-        name = ", ".join(source.paths)
+        with progress.phase(f"tokenising {name}", unit="rows") as shown:
+            while batch := [*islice(each, self._room(found))]:
+                ids = [_rendered(renderer, batch) for renderer in self.renderers]
+                for row, *renderings in zip(batch, *ids, strict=True):
+                    if max(map(len, renderings)) > self.data.max_prompt_tokens:
+                        dropped += 1
+                        continue
+                    found += 1
+                    self._write(row, renderings)
+                shown.advance(rows.read - shown.done)
         if not rows.read:
             raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
         if not found:
@@ -293,7 +289,8 @@ def render(
             the prompts.
     """
     renderer, rendered = Renderer(tokenizer, template, kwargs), []
-    for number, messages in enumerate(conversations, 1):
+    shown = progress.track(conversations, None, "tokenising prompts")
+    for number, messages in enumerate(shown, 1):
         with _told(f"prompt {number}"):
             rendered.append(renderer(messages))
     return rendered

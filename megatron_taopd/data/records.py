@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import re
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_taopd.data.kinds import KNOWN, SUFFIXES
 from megatron_taopd.parallel import watchdog
 
-KNOWN = ".jsonl, .json (also .gz) and .parquet"
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".arrow")
 ROWS = 1024  # of a table that are Python's at a time
 CHUNK = 1 << 20  # characters of an array that are read at a time
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -167,3 +167,24 @@ def _rows(path: Path, open_tables: Any) -> Iterator[Record]:
         raise ValueError(
             f"{path}: cannot be read after row {row}: {reason}; fetch the file again"
         ) from None
+
+
+def content_of(files: Sequence[Path]) -> tuple[int, str]:
+    """Return the bytes of files together, and the SHA-256 of what is in them, in hexadecimal.
+
+    Of several files it is that of their own sums, one after the other.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    size, sums = 0, []
+    with watchdog.file_io():
+        for path in files:
+            try:
+                with open(path, "rb") as file:
+                    sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+                    size += file.tell()
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    together = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+    return size, together

@@ -6,18 +6,16 @@ stream of prompts draws these shares (`prompts.PromptStream`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megatron_taopd.data import hub
-from megatron_taopd.data.records import KNOWN
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.data.kinds import KNOWN
 
 
 @dataclass(frozen=True)
@@ -136,24 +134,3 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-
-
-def content_of(files: Sequence[Path]) -> tuple[int, str]:
-    """Return the bytes of files together, and the SHA-256 of what is in them, in hexadecimal.
-
-    Of several files it is that of their own sums, one after the other.
-
-    Raises:
-        ValueError: a file cannot be read.
-    """
-    size, sums = 0, []
-    with watchdog.file_io():
-        for path in files:
-            try:
-                with open(path, "rb") as file:
-                    sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-                    size += file.tell()
-            except OSError as error:
-                raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    together = sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-    return size, together

@@ -129,7 +129,7 @@ def align(
     lrs: Sequence[float],
     teacher_prompt: str = "own",
 ) -> list[dict[str, float | None]]:
-    """`Steps.summary` on the first sequences of a bank; each step's figures go to `out`, parquet.
+    """Write `Steps.summary` of the first sequences of a bank; each step's figures go to `out`.
 
     L_fix is taken over all response positions of these sequences.
 
@@ -188,7 +188,7 @@ def align(
 
 
 def load_float64(hf_dir: Path):
-    """A transformers model that computes in float64 throughout.
+    """Return a transformers model that computes in float64 throughout.
 
     Its norms are replaced: transformers' work in fp32 whatever they get, which puts 1e-7 on a loss,
     far above the remainder of a small step.
@@ -204,7 +204,7 @@ def load_float64(hf_dir: Path):
 
 
 def row_logits(model, read: Sequences, parameters: dict[str, Tensor] | None = None) -> Tensor:
-    """[R, V] at the response rows, with these parameters in place of the model's own."""
+    """Return [R, V] at the response rows, with these parameters in place of the model's own."""
     tokens = [read.sequence(i) for i in range(read.num_sequences)]
     padded = pad_sequence(tokens, batch_first=True)  # which no row sees: attention is causal
     logits = torch.func.functional_call(model, parameters or {}, (padded,)).logits

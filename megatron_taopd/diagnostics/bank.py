@@ -28,6 +28,7 @@ from megatron_taopd.data.prompts import load_prompts, render
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.formats.files import file_written_aside, reason_of
 from megatron_taopd.formats.hf import HFCheckpoint, load_config
+from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
@@ -72,7 +73,7 @@ class Contexts:
         return {number: self.batch.sequence(i)[:n].tolist() for i, (number, n) in pairs}
 
     def prompts_for(self, tokenizer) -> dict[int, list[int]]:
-        """The token ids of each prompt in another tokenizer and its chat template, by number."""
+        """Return each prompt's token ids in another tokenizer and its chat template, by number."""
         ids = render(self.messages.values(), tokenizer, self.template, self.template_kwargs)
         return dict(zip(self.messages, ids, strict=True))
 
@@ -122,7 +123,7 @@ class Bank:
             )
 
     def read(self, shard: int) -> Contexts:
-        """One shard.
+        """Return one shard.
 
         Raises:
             ValueError: the file is missing or not as it was written.
@@ -132,7 +133,7 @@ class Bank:
         return _contexts(self._table(shard), first, about["template"], about.get("template_kwargs"))
 
     def first(self, sequences: int) -> Contexts:
-        """The first sequences, of as many shards as they take.
+        """Return the first sequences, of as many shards as they take.
 
         Raises:
             ValueError: there are fewer, or several templates rendered them; as for `read`.
@@ -164,7 +165,7 @@ class Bank:
         return pq.read_table(path)
 
     def prompts(self) -> tuple[dict[tuple[int, ...], int], set[tuple[int, int]]]:
-        """The number of each prompt, by its token ids; and the (number, seed) there are."""
+        """Return the number of each prompt, by its token ids; and the (number, seed) there are."""
         numbers, answered = {}, set()
         for shard, about in enumerate(self.shards):
             table = self._table(shard).select(["prompt", "prompt_tokens"]).to_pydict()
@@ -275,7 +276,8 @@ def add_rollouts(
     added = []
     with open_engine(vocabulary, longest) as engine:
         made_by["engine"] = engine.name
-        for part in _parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples)):
+        parts = [*_parts(list(asked), max(1, SEQUENCES_PER_SHARD // sampling.samples))]
+        for part in progress.track(parts, None, "generating shards"):
             batch = engine.generate(part, [numbers[ids] for ids in part], 0, sampling)
             if batch.weight_versions.any():
                 raise ValueError(
@@ -332,7 +334,7 @@ def _write_shard(path: Path, batch: RolloutBatch, messages: dict[int, list]) -> 
 
 
 def digest(value) -> str:
-    """16 hexadecimal digits that change with anything in a JSON value."""
+    """Return 16 hexadecimal digits that change with anything in a JSON value."""
     return blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 

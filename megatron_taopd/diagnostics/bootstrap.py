@@ -21,7 +21,7 @@ _T = (
 
 
 def draw_counts(num_prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """[W, P] float64, how often each prompt is in each resample; row 0 is all ones."""
+    """Return [W, P] float64, how often each prompt is in each resample; row 0 is all ones."""
     shares = np.full(num_prompts, 1 / num_prompts)
     drawn = np.random.default_rng(seed).multinomial(num_prompts, shares, size=resamples)
     return np.concatenate([np.ones((1, num_prompts)), drawn])
@@ -30,7 +30,7 @@ def draw_counts(num_prompts: int, resamples: int, seed: int) -> np.ndarray:
 def group_sums(
     values: np.ndarray, prompts: np.ndarray, num_prompts: int, groups: np.ndarray, num_groups: int
 ) -> np.ndarray:
-    """[P, G] sums of values [R] by prompt and group; rows of group −1 are left out."""
+    """Return [P, G] sums of values [R] by prompt and group; rows of group −1 are left out."""
     inside = groups >= 0
     cells = prompts[inside] * num_groups + groups[inside]
     sums = np.bincount(cells, weights=values[inside], minlength=num_prompts * num_groups)
@@ -38,13 +38,13 @@ def group_sums(
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """The quotient, NaN where the denominator is 0: a mean over no rows."""
+    """Return the quotient, NaN where the denominator is 0: a mean over no rows."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(denominator == 0, np.nan, numerator / denominator)
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """[3, …] from [W, …]: the estimate and its 95 % percentile interval.
+    """Return [3, …] from [W, …]: the estimate and its 95 % percentile interval.
 
     Resamples in which the statistic does not exist (NaN) are left out.
     """
@@ -59,7 +59,7 @@ def interval(values: np.ndarray) -> np.ndarray:
 
 
 def t_interval(values: np.ndarray) -> np.ndarray:
-    """[3, …] from [S, …], S ≥ 2: the mean over seeds and its 95 % t-interval."""
+    """Return [3, …] from [S, …], S ≥ 2: the mean over seeds and its 95 % t-interval."""
     seeds = len(values)
     mean = values.mean(axis=0)
     half = _T[min(seeds - 1, len(_T)) - 1] * values.std(axis=0, ddof=1) / math.sqrt(seeds)

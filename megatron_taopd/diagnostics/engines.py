@@ -36,7 +36,7 @@ def local_engine(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Iterator[LocalEngine]:
-    """On every rank of the job, if there is one.
+    """Open it on every rank of the job, if there is one.
 
     Args:
         student: Hugging Face directory.
@@ -70,7 +70,7 @@ def sglang_engine(
     servers: ServersSection,
     logs: Path,
 ) -> Iterator[SGLangEngine]:
-    """On servers that rank 0 starts and, whatever happens, ends; or on some that are there.
+    """Open servers that rank 0 starts and, whatever happens, ends; or some that are there.
 
     Every rank calls this, in a process group (`platform.initialize`).
 
@@ -100,5 +100,5 @@ def sglang_engine(
 
 
 def tokens_of(vocabulary: Vocabulary) -> int:
-    """How many ids can be drawn: those up to the last that stands for a token."""
+    """Return how many ids can be drawn: those up to the last that stands for a token."""
     return 1 + max(vocabulary.tokenizer.get_vocab().values())

@@ -64,7 +64,7 @@ STYLE = {
 
 
 def draw(tables: Tables, k: int) -> dict[str, Figure]:
-    """Every figure by file name; with several training seeds their mean is drawn."""
+    """Return every figure by file name; with several training seeds their mean is drawn."""
     several = any(row["seed"] == "mean" for row in tables["table5_bank"])
     main = {
         name: [row for row in rows if (row.get("seed", "mean") == "mean") or not several]
@@ -112,7 +112,7 @@ def pretty(text: str) -> str:
 
 
 def decomposition(tables: Tables) -> Figure:
-    """Figure 2: gain over (D^L, D^I); both on the plane of entropy and disagreement."""
+    """Draw Figure 2: gain over (D^L, D^I); both on the plane of entropy and disagreement."""
     figure, axes = _panels(3, 3.6)
     facts = {row["quantity"]: row["estimate"] for row in tables["table5_bank"]}
     for axis, (plane, title, colors, labels) in zip(
@@ -148,7 +148,7 @@ def decomposition(tables: Tables) -> Figure:
 
 
 def evidence(tables: Tables, k: int) -> Figure:
-    """Figure 3: coefficients; the parts of Q3 with as many kept rows; support gaps by K."""
+    """Draw Figure 3: coefficients; parts of Q3 with as many kept rows; support gaps by K."""
     figure, axes = _panels(3, 3.3)
     ks = sorted({row["K"] for row in tables["table9_regression"]})
     for shift, name, color in ((-0.12, "D^L", BLUE), (0.12, "D^I", ORANGE)):
@@ -178,7 +178,7 @@ def evidence(tables: Tables, k: int) -> Figure:
 
 
 def q3_controls(tables: Tables, every: Tables, k: int) -> Figure:
-    """Figure 4: exact top-N selectors, total and per kept token; proxies; bucket trends."""
+    """Draw Figure 4: exact top-N selectors, total and per kept token; proxies; trends."""
     figure, axes = _panels(4, 4.2)
     names = [name for name in SELECTOR_NAMES.values() if name != "Full OPD"]
     for axis, quantity, title, label in (
@@ -199,7 +199,7 @@ def q3_controls(tables: Tables, every: Tables, k: int) -> Figure:
 
 
 def robustness(tables: Tables, every: Tables, k: int) -> Figure:
-    """Figure 5: support gaps by seed and K; every proxy; gain by bucket with intervals."""
+    """Draw Figure 5: support gaps by seed and K; every proxy; gain by bucket."""
     figure, axes = _panels(3, 3.8)
     rows = every["table1_robustness"]
     labels = list(dict.fromkeys((row["seed"], row["K"]) for row in rows))
@@ -233,7 +233,7 @@ def robustness(tables: Tables, every: Tables, k: int) -> Figure:
 
 
 def budget_and_position(tables: Tables, k: int) -> Figure:
-    """Budget sweep, where kept tokens stand, and what lines leave of the gain."""
+    """Draw a budget sweep, where kept tokens stand, and what lines leave of the gain."""
     figure, axes = _panels(3, 4.0)
     for name, color in zip(MODEST, PALETTE, strict=True):
         rows = _pick(tables["table10_budget_sweep"], selector=name, quantity="per kept")
@@ -291,7 +291,7 @@ def _pick(rows: list[Row], **keys) -> list[Row]:
 
 
 def _columns(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """Estimates [n], and how far the interval goes below and above them [2, n]."""
+    """Return estimates [n], and how far the interval goes below and above them [2, n]."""
     values, low, high = np.array([[r["estimate"], r["low"], r["high"]] for r in rows]).T
     return values, np.abs(np.stack([values - low, high - values]))
 
@@ -326,7 +326,7 @@ def _proxies(axis: Axes, tables: Tables, ks) -> None:
 
 
 def _wrapped(name: str) -> str:
-    """In two lines of about the same length."""
+    """Break a text into two lines of about the same length."""
     middle = min(
         (abs(i - len(name) / 2), i) for i, letter in enumerate(name + " ") if letter == " "
     )[1]
@@ -334,7 +334,7 @@ def _wrapped(name: str) -> str:
 
 
 def _bucket_trends(axis: Axes, tables: Tables) -> None:
-    """Thin: each seed and K; bold: their mean."""
+    """Draw each seed and K thin, and their mean bold."""
     for name, color in VARIABLE_COLORS.items():
         rows = [r for r in _pick(tables["bucket_gains"], variable=name) if r["seed"] != "mean"]
         for seed, k in dict.fromkeys((row["seed"], row["K"]) for row in rows):

@@ -33,7 +33,7 @@ class View:
 
 
 def read_views(path: Path, bank: ScoredBank, gain: np.ndarray, k: int) -> list[View]:
-    """The responses that `score --view` stored, joined with their scores.
+    """Return the responses that `score --view` stored, joined with their scores.
 
     Raises:
         ValueError: not such a file, or one of another bank.

@@ -25,6 +25,7 @@ from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.megatron import MegatronCheckpoint
 from megatron_taopd.models import gpt
 from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import Compared, compare_hidden
 from megatron_taopd.step.output_heads import open_heads
@@ -39,7 +40,7 @@ TOP = 5  # likeliest tokens that a view shows
 
 
 def measures(compared: Compared) -> Tensor:
-    """[len(MEASURES), R] float32, what the table says of each row."""
+    """Return [len(MEASURES), R] float32, what the table says of each row."""
     tops = compared.tops
     columns = [tops.student_entropy, tops.teacher_entropy, *compared[1:]]
     for k in KS:
@@ -48,7 +49,7 @@ def measures(compared: Compared) -> Tensor:
 
 
 def support_measures(compared: Compared, k: int) -> list[Tensor]:
-    """[R] each of SUPPORT: how much of what the teacher wants lies on the student's top-K (S_S).
+    """Return [R] each of SUPPORT: what the teacher wants that lies on the student's top-K (S_S).
 
     D and C are Eq. 9 and 10. With S_T the teacher's top-K: overlap is |S_S ∩ S_T| / K, jaccard
     |S_S ∩ S_T| / |S_S ∪ S_T|, shared the teacher's mass on S_S ∩ S_T. The paper names a contrastive
@@ -73,8 +74,8 @@ def support_measures(compared: Compared, k: int) -> list[Tensor]:
 
 
 def likeliest(compared: Compared) -> Tensor:
-    """[4·TOP, R] float32: ids and probabilities of the student's likeliest tokens, then of the
-    teacher's.
+    """Return [4·TOP, R] float32: ids and probabilities of the student's likeliest tokens, then
+    the teacher's.
     """
     tops = compared.tops.first(TOP)
     parts = (
@@ -267,7 +268,7 @@ def score_bank(
         if writes:
             aside = opened.enter_context(file_written_aside(out))
             writer = opened.enter_context(pq.ParquetWriter(aside, schema))
-        for shard in range(len(bank.shards)):
+        for shard in progress.track(range(len(bank.shards)), None, "scoring shards"):
             contexts = bank.read(shard)
             teacher_inputs = teacher_inputs_of(contexts, vocab_map, tokenizer, pair.teacher)
             table = pair.compare(contexts.batch, teacher_inputs, measures, len(MEASURES))
@@ -290,7 +291,7 @@ def score_bank(
 def teacher_inputs_of(
     contexts: Contexts, vocab_map: VocabMap, tokenizer, teacher: MegatronTeacher
 ) -> Sequences:
-    """The contexts as the teacher reads them.
+    """Return the contexts as the teacher reads them.
 
     Args:
         tokenizer: the teacher's, if it reads its own prompts.
@@ -344,7 +345,7 @@ def check_numbers(table: Tensor, contexts: Contexts) -> None:
 
 
 def view_of(contexts: Contexts, tops: Tensor, tokenizer) -> list[dict]:
-    """Sequences for people: tokens, and what both models would have said there.
+    """Return sequences for people: tokens, and what both models would have said there.
 
     Args:
         tops: [4·TOP, R] of `likeliest`.

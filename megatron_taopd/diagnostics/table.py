@@ -31,7 +31,7 @@ MEASURES = (*WHOLE, *(f"{name}_{k}" for k in KS for name in SUPPORT))
 
 
 def read_table(path: str | Path) -> tuple[pa.Table, dict[str, str]]:
-    """A table that `score_bank` or `write_gain` wrote, and its metadata.
+    """Return a table that `score_bank` or `write_gain` wrote, and its metadata.
 
     Raises:
         ValueError: there is none, or it is another file.

@@ -94,8 +94,9 @@ _NOT_ALONE = frozenset(  # words with which a number is another one, or none
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer a response states, as it is written: the first of these that it has, and the last
-    one of its kind.
+    r"""Return the answer that a response states, as it is written.
+
+    It is the first of these that there is, and the last one of its kind.
 
     \boxed{…} with balanced braces; the number after GSM8K's `####`, or after a `#` within a line;
     what follows "Answer:" or stands below a heading "Final answer"; the number in "the answer is
@@ -105,13 +106,13 @@ def extract_answer(text: str) -> str | None:
 
 
 def is_correct(response: str, gold: str) -> bool:
-    """Whether the answer that a response states is the reference answer."""
+    """Tell whether the answer that a response states is the reference answer."""
     reference = reference_answer(gold)
     return any(_same(answer, reference) for answer in _candidates(response))
 
 
 def reference_answer(gold: str) -> str:
-    """The answer inside a reference solution (GSM8K's "… #### 18"); a bare answer is kept whole."""
+    """Return the answer inside a reference solution (GSM8K's "… #### 18"); a bare one as it is."""
     if boxed := _last_boxed(gold):
         return boxed
     marked = [text.strip() for text in _MARK.findall(gold)]
@@ -119,9 +120,10 @@ def reference_answer(gold: str) -> str:
 
 
 def normalize_answer(answer: str) -> str:
-    r"""One spelling for answers that mean the same: "$1,234.00" and "1234"; "\dfrac{1}{2}" and
-    "1/2"; "068" and "68"; "(B)" and "B". Spaces, the signs of dollars, percent and degrees, final
-    full stops, \(…\), \text{…} go.
+    r"""Return one spelling for answers that mean the same.
+
+    So for "$1,234.00" and "1234"; "\dfrac{1}{2}" and "1/2"; "068" and "68"; "(B)" and "B". Spaces,
+    the signs of dollars, percent and degrees, final full stops, \(…\), \text{…} go.
     """
     answer = _TEXT.sub(r"\1", _plain(answer))
     answer = _GROUP.sub(r"\1", _FRACTION.sub(_fraction, answer).strip())
@@ -141,8 +143,9 @@ def normalize_answer(answer: str) -> str:
 
 
 def _candidates(text: str) -> list[str]:
-    """The answer that a text states; where only words say that it does, its last number, and then
-    the words.
+    """Return the answer that a text states.
+
+    Where only words say that it does, it is the last number, and then the words.
     """
     text = text.rpartition("</think>")[2] or text  # what is stated comes after the reasoning
     if boxed := _last_boxed(text):
@@ -184,8 +187,9 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _stated(text: str) -> tuple[str | None, bool]:
-    """What stands behind the last "answer:", "answer is" or heading; and whether nothing but an
-    answer can, which "is" does not say.
+    """Return what stands behind the last "answer:", "answer is" or heading.
+
+    And whether nothing but an answer can stand there, which "is" does not say.
     """
     for match in reversed([*_STATED.finditer(text)][-_STATEMENTS:]):
         for line in text[match.end() : match.end() + _LINE].split("\n"):
@@ -216,7 +220,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _same(answer: str, gold: str) -> bool:
-    """Whether they are one answer; of two with words beside the number, the words count."""
+    """Tell whether they are one answer; of two with words beside the number, the words count."""
     whole, wanted = normalize_answer(answer), normalize_answer(gold)
     if wanted in (
         whole,
@@ -235,7 +239,7 @@ def _same(answer: str, gold: str) -> bool:
 
 
 def _value(answer: str) -> str | None:
-    """What "x = …" says that x is."""
+    """Return what "x = …" says that x is."""
     plain = _plain(answer[:_LINE])
     name, _, value = plain.partition("=")
     if not _SIMPLE.fullmatch(name.strip()) or "=" in value or _OPEN.search(plain):
@@ -244,13 +248,13 @@ def _value(answer: str) -> str | None:
 
 
 def _choice(answer: str) -> str | None:
-    """The letter of "(B)", "B) 12 apples", "option B"."""
+    """Return the letter of "(B)", "B) 12 apples", "option B"."""
     found = _CHOICE.match(_TEXT.sub(r"\1", _plain(answer[:_LINE])).strip().rstrip("."))
     return found and (found[1] or found[2])
 
 
 def _number(text: str) -> str | None:
-    """The number that a text is about: the right side of an equation, or one among words alone."""
+    """Return the number that a text is about: the right side of an equation, or the only one."""
     text = _TEXT.sub(r" \1 ", _UNIT_POWER.sub("", _plain(_TEXT_POWER.sub(r"\1", text))))
     text = _ASIDE.sub("", _FRACTION.sub(_fraction, text)).strip()
     if _SPACED_THOUSANDS.fullmatch(text):
@@ -277,7 +281,7 @@ def _number(text: str) -> str | None:
 
 
 def _has_a_value(side: str) -> bool:
-    """Whether the left side of an equation is a variable, arithmetic or words, not algebra."""
+    """Tell whether the left side of an equation is a variable, arithmetic or words, not algebra."""
     if _NAME.fullmatch(side.strip()):
         return True
     letters = re.sub(r"\\[A-Za-z]+", " ", side)
@@ -288,7 +292,7 @@ def _has_a_value(side: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without what stands around an answer in LaTeX and Markdown; white space is single spaces."""
+    """Remove what stands around an answer in LaTeX and Markdown; white space is single spaces."""
     text = re.sub(r"\s+", " ", text.replace("−", "-"))
     text = _SPACING.sub("", _THOUSANDS.sub(",", text))
     return _SCIENTIFIC.sub(_exponent, _DELIMITERS.sub("", _BOLD.sub("", text)))

@@ -24,6 +24,7 @@ from megatron_taopd.data.records import read_records
 from megatron_taopd.data.rows import as_answer
 from megatron_taopd.evaluation.tables import mean_and_std
 from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.parallel import progress
 from megatron_taopd.serving.supervise import supervised
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def _rows(source: Path) -> Iterator[dict[str, Any]]:
 def score(
     name: str, data: Path, rows: int, endpoint: Endpoint, seed: int, out: Path, python: str
 ) -> float:
-    """EvalScope's primary metric of one benchmark and seed, in [0, 1].
+    """Return EvalScope's primary metric of one benchmark and seed, in [0, 1].
 
     Args:
         data: what `prepare` has written, and how many rows.
@@ -249,7 +250,7 @@ def evaluate(
     out: Path,
     python: str,
 ) -> Scores:
-    """All benchmarks and seeds of one checkpoint; what fails with any seed has no score.
+    """Return all benchmarks and seeds of one checkpoint; what fails with any seed has no score.
 
     Args:
         prepared: of each benchmark what `prepare` has written, and how many rows.
@@ -260,7 +261,7 @@ def evaluate(
     for name, (data, rows) in prepared.items():
         values = []
         try:
-            for seed in seeds:
+            for seed in progress.track(seeds, None, f"{name}, seeds"):
                 folder = out / name / f"seed_{seed}"
                 values.append(score(name, data, rows, endpoint, seed, folder, python))
                 logger.info("%s  %s  seed %d  %.1f%%", checkpoint, name, seed, 100 * values[-1])
@@ -273,7 +274,7 @@ def evaluate(
 
 
 def average(scores: Scores) -> tuple[str, list[float]]:
-    """What the average is of, and its value for each seed. Never of fewer benchmarks unsaid."""
+    """Return what the average is of, and its value by seed; never of fewer benchmarks unsaid."""
     there = [name for name in PAPER if name in scores.by_benchmark]
     title = "six-benchmark average"
     if len(there) < len(PAPER):
@@ -283,7 +284,7 @@ def average(scores: Scores) -> tuple[str, list[float]]:
 
 
 def table(scores: Scores, seeds: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of one checkpoint's benchmarks, in percent."""
+    """Return header and rows of one checkpoint's benchmarks, in percent."""
     header = ["benchmark", "rows", *(f"seed {seed}" for seed in seeds), "mean ± std"]
     rows = [
         [name, str(scores.rows[name]), *(f"{100 * v:.1f}" for v in values), mean_and_std(values)]
@@ -298,7 +299,7 @@ def table(scores: Scores, seeds: Sequence[int]) -> tuple[list[str], list[list[st
 
 
 def comparison(all_scores: Sequence[Scores], names: Sequence[str]) -> tuple[list[str], list]:
-    """Header and rows of several checkpoints; the average, which says of how many it is, last."""
+    """Return header and rows of several checkpoints; last the average, and of how many it is."""
     rows = []
     for scores in all_scores:
         cells = [

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import comb
+from math import comb, sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import NormalDist, mean
 from subprocess import PIPE, Popen
 from tempfile import TemporaryFile
 
@@ -22,7 +22,7 @@ from megatron_taopd.evaluation.answers import (
     normalize_answer,
     reference_answer,
 )
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 
@@ -49,6 +49,7 @@ class Evaluation:
 
     Attributes:
         accuracy: correct / total, of all responses.
+        interval: of the accuracy, 95 % (`wilson`).
         pass_at: of each k that was asked for, the chance that one of k responses to a problem is
             right, estimated without bias from all of them.
         truncated: responses that hit the length limit (counted in total; right where they already
@@ -58,6 +59,7 @@ class Evaluation:
     """
 
     accuracy: float
+    interval: tuple[float, float]
     pass_at: dict[int, float]
     correct: int
     total: int
@@ -72,8 +74,8 @@ Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and t
 def grade_exactly(responses: Sequence[str], golds: Sequence[str]) -> list[bool]:
     """`is_correct`, of each."""
     verdicts = []
-    for response, gold in zip(responses, golds, strict=True):
-        watchdog.heartbeat()
+    pairs = zip(responses, golds, strict=True)
+    for response, gold in progress.track(pairs, len(golds), "grading"):
         verdicts.append(is_correct(response, gold))
     return verdicts
 
@@ -96,11 +98,16 @@ def grade_as_mathematics(responses: Sequence[str], golds: Sequence[str]) -> list
     return right
 
 
+def grader_name(name: str) -> str:
+    """What `eval.grader` comes to: `auto` is math where Math-Verify is there, else exact."""
+    if name != "auto":
+        return name
+    return "exact" if find_spec("math_verify") is None else "math"
+
+
 def grader(name: str) -> Grader:
-    """The grader of this name: exact, math, or auto, which is math where Math-Verify is there."""
-    if name == "auto":
-        name = "exact" if find_spec("math_verify") is None else "math"
-    return {"exact": grade_exactly, "math": grade_as_mathematics}[name]
+    """The grader of this name: exact, math or auto."""
+    return {"exact": grade_exactly, "math": grade_as_mathematics}[grader_name(name)]
 
 
 def open_grader(name: str) -> Grader:
@@ -120,6 +127,13 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
     counts as different.
     """
     command = [sys.executable, "-I", str(Path(__file__).with_name("math_worker.py"))]
+    with progress.phase("comparing expressions", len(pairs)) as shown:
+        return _verdicts(command, pairs, shown)
+
+
+def _verdicts(
+    command: Sequence[str], pairs: Sequence[tuple[str, str]], shown: progress.Phase
+) -> list[bool]:
     verdicts: list[bool] = []
     while rest := pairs[len(verdicts) :]:
         with TemporaryFile("w+") as lines, TemporaryFile("w+") as complaints:
@@ -130,6 +144,7 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> list[bool]:
                     for verdict in worker.stdout:
                         watchdog.heartbeat()
                         verdicts.append(json.loads(verdict))
+                        shown.advance()
                 except BaseException:
                     worker.kill()
                     raise
@@ -146,6 +161,29 @@ def pass_at(k: int, samples: int, correct: int) -> float:
     of pass@k (Chen et al., arXiv 2107.03374).
     """
     return 1 - comb(samples - correct, k) / comb(samples, k)
+
+
+def wilson(per_prompt: Sequence[int], samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of the share of right responses, by Wilson's score.
+
+    Several responses to one prompt are no independent ones: together they count as many as would
+    have the variance that is seen between prompts (Korn and Graubard 1998), which is the number of
+    prompts at least.
+
+    Args:
+        per_prompt: right responses to each prompt, of `samples`.
+    """
+    prompts, z = len(per_prompt), NormalDist().inv_cdf(0.975)
+    share = sum(per_prompt) / (prompts * samples)
+    number = float(prompts)
+    if samples > 1 and 0 < share < 1:
+        between = sum((c / samples - share) ** 2 for c in per_prompt) / max(1, prompts - 1)
+        most = prompts * samples
+        number = most if not between else share * (1 - share) * prompts / between
+        number = min(max(number, prompts), most)
+    middle = (share + z**2 / (2 * number)) / (1 + z**2 / number)
+    reach = z * sqrt(share * (1 - share) / number + z**2 / (4 * number**2)) / (1 + z**2 / number)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def evaluate(
@@ -192,6 +230,7 @@ def evaluate(
     ]
     return Evaluation(
         accuracy=sum(correct) / len(correct),
+        interval=wilson(per_prompt, n),
         pass_at={k: mean(pass_at(k, n, c) for c in per_prompt) for k in ks},
         correct=sum(correct),
         total=len(correct),

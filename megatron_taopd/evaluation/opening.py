@@ -27,5 +27,5 @@ def open_evaluation(
     )
     grade, tokenizer = open_grader(section.grader), texts.student.tokenizer
     return lambda step: evaluate(
-        engine, held_out, tokenizer, sampling, step, grade, section.pass_at
+        engine, held_out, tokenizer, sampling, step, grade, section.pass_at, config.log.samples
     )

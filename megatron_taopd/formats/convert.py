@@ -6,6 +6,7 @@ one of them. What is written does not depend on how many there were, nor on a la
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig
 from megatron_taopd.formats import hf_map
 from megatron_taopd.formats.files import check_space, written_aside
 from megatron_taopd.formats.hf import (
+    CARD,
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -124,7 +126,7 @@ def to_megatron(
 def _dtypes_by_key(
     hf_dir, parameters: Iterable[Parameter], stored: dict, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """The dtype of each tensor of the checkpoint, which all its layers have to share."""
+    """Return the dtype of each tensor of the checkpoint, which all its layers have to share."""
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
     for parameter in parameters:
         for name in parameter.mapping.names:
@@ -171,7 +173,8 @@ def to_hf(
     """Write the model of a Megatron distributed checkpoint as a Hugging Face directory.
 
     Every rank calls this; none is needed. Whatever layout saved the checkpoint, and whatever else
-    is in it (the optimizer's state, say), the model's tensors alone are read.
+    is in it (the optimizer's state, say), the model's tensors alone are read. The model card that a
+    run has put into its checkpoint becomes the directory's.
 
     Args:
         out: replaced if it exists.
@@ -218,11 +221,13 @@ def to_hf(
         if rank == 0:
             writer.write_index()
             copy_side_files(side, aside, dtypes.values())
+            if (card := Path(megatron_dir) / SIDE_FILES / CARD).is_file():
+                shutil.copyfile(card, aside / CARD)
     return Converted(str(out), _name(hf), len(shapes), writer.total_bytes, len(writer.files))
 
 
 def side_directory(megatron_dir: str | Path, hf_dir: str | Path | None) -> Path:
-    """Where config and tokenizer of a Megatron checkpoint are: hf_dir, or else kept beside it.
+    """Return where a Megatron checkpoint's config and tokenizer are: hf_dir, or next to it.
 
     Raises:
         ValueError: neither.
@@ -246,7 +251,7 @@ def check_apart(out: str | Path, *sources: str | Path) -> None:
 
 
 def _in_order(shapes: dict, parameters: dict[str, Parameter]) -> Iterator[tuple[str, tuple]]:
-    """HF names front to back, so that a parameter's tensors mostly share a file."""
+    """Return HF names front to back, so that a parameter's tensors mostly share a file."""
     for parameter in parameters.values():
         for name in parameter.mapping.names:
             yield name, shapes[name]

@@ -18,15 +18,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from megatron_taopd.formats.directory import INDEX, SINGLE, check_fetched, weight_map
 from megatron_taopd.formats.hf_map import Parameter
 
 # Above it a new safetensors file is begun, as transformers 4 does.
 MAX_FILE_BYTES = 5 * 10**9
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The model card. A student has one of its own, so the card of the model that it was is left behind.
+CARD = "README.md"
 # Bytes of a block of a fingerprint, and how many there are at most.
 _BLOCK, _BLOCKS = 4096, 2048
-# Everything of a directory that is not weights.
-_SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*")
+# Everything of a directory that is neither weights nor card. The Python files are those that
+# `auto_map` names, and what they import.
+_SIDE_FILES = (
+    *("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+    *("*.py", "LICENSE*"),
+)
 # The names that safetensors' headers have for what a weight may be.
 _DTYPES = {
     "F64": torch.float64,
@@ -48,6 +54,7 @@ def load_config(hf_dir: str | Path) -> PretrainedConfig:
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise ValueError(f"{hf_dir}: no config.json; give a Hugging Face checkpoint directory")
+    check_fetched(path)
     try:
         return AutoConfig.from_pretrained(hf_dir, local_files_only=True)
     except Exception as error:  # whatever transformers trips over in the user's file
@@ -89,51 +96,6 @@ def whole_shapes(
     }
 
 
-def weight_map(hf_dir: str | Path) -> dict[str, str] | None:
-    """The file of each tensor by the directory's index, or None: all are in model.safetensors.
-
-    This is transformers' choice: model.safetensors where there is one, else the index's shards;
-    neither other indexes, formats and variants nor what lies in folders. SGLang goes by the index,
-    and without one takes every safetensors file. A directory that is two models to the two is
-    refused, as is one where transformers would apply an adapter and others would not.
-
-    Raises:
-        ValueError: one line: no safetensors, a file that the index names is missing, or readers
-            differ.
-    """
-    directory = Path(hf_dir)
-    index, named = directory / INDEX, None
-    if index.is_file():
-        named = _read_index(index)
-        for file in sorted(set(named.values())):
-            if not (directory / file).is_file():
-                raise ValueError(f"{index}: names {file}, which is not there; that file is missing")
-    if (directory / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{hf_dir}: adapter_config.json beside the weights: transformers applies the adapter, "
-            "others do not; merge it into the weights, or move it elsewhere"
-        )
-    if not (directory / SINGLE).is_file():
-        if named is None:
-            raise ValueError(f"{hf_dir}: no {SINGLE} and no {INDEX}")
-        return named
-    if named is not None:
-        if others := sorted(set(named.values()) - {SINGLE}):
-            raise ValueError(
-                f"{hf_dir}: {SINGLE}, which transformers reads, beside an index of {others[0]}, "
-                "which SGLang reads: two models in one directory; keep one of them"
-            )
-        return named
-    beside = sorted(path.name for path in directory.glob("[!.]*.safetensors"))
-    beside.remove(SINGLE)
-    if beside and beside != ["consolidated.safetensors"]:  # which SGLang leaves out
-        raise ValueError(
-            f"{hf_dir}: {beside[0]} beside {SINGLE}: SGLang reads both, transformers the latter; "
-            "move it elsewhere"
-        )
-    return None
-
-
 def load_model(hf_dir: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a directory with transformers, on the CPU, if every reader takes the same weights of it.
 
@@ -166,7 +128,9 @@ class HFCheckpoint:
                 yield opened
         except (SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{self.dir / file}: damaged safetensors file ({reason})") from error
+            raise ValueError(
+                f"{self.dir / file}: damaged safetensors file ({reason}); fetch it again"
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         with self._holding(name) as file:
@@ -221,7 +185,11 @@ class HFCheckpoint:
                 "give the original, or move it elsewhere"
             )
         if missing := sorted(shapes.keys() - self.files.keys()):
-            raise ValueError(f"{self.dir}: {len(missing)} tensors are missing, first {missing[0]}")
+            first = f"{missing[0]} {list(shapes[missing[0]])}"
+            raise ValueError(
+                f"{self.dir}: {len(missing)} tensors are missing, first {first}; fetch the rest, "
+                "or the config.json of these weights"
+            )
         extra = self.files.keys() - shapes.keys()
         if config.tie_word_embeddings and "lm_head.weight" in extra:
             # Some checkpoints of tied models repeat the embedding.
@@ -230,7 +198,8 @@ class HFCheckpoint:
         if strangers := sorted(name for name in extra if "rotary_emb" not in name):
             raise ValueError(
                 f"{self.dir}: {len(strangers)} tensors do not belong to {config.model_type}, "
-                f"first {strangers[0]}"
+                f"first {strangers[0]} of {self.files[strangers[0]]}; give the config.json of "
+                "these weights"
             )
         dtypes = {}
         for file, names in _grouped(self.files).items():
@@ -246,12 +215,13 @@ class HFCheckpoint:
                     tensor = opened.get_slice(name)
                     if (shape := tuple(tensor.get_shape())) != shapes[name]:
                         raise ValueError(
-                            f"{self.dir}: {name} is {list(shape)} where config.json asks for "
-                            f"{list(shapes[name])}"
+                            f"{self.dir / file}: {name} is {list(shape)} where config.json asks "
+                            f"for {list(shapes[name])}; they are of different models"
                         )
                     if (dtype := tensor.get_dtype()) not in _DTYPES:
                         raise ValueError(
-                            f"{self.dir}: {name} is {dtype}; one of {', '.join(_DTYPES)} is needed"
+                            f"{self.dir / file}: {name} is {dtype}; one of "
+                            f"{', '.join(_DTYPES)} is needed"
                         )
                     dtypes[name] = _DTYPES[dtype]
         return {name: dtypes[name] for name in shapes}
@@ -278,19 +248,8 @@ class HFCheckpoint:
         if not torch.equal(self["lm_head.weight"], self["model.embed_tokens.weight"]):
             raise ValueError(
                 f"{self.dir}: config.json says tie_word_embeddings, but lm_head.weight differs "
-                "from model.embed_tokens.weight"
+                "from model.embed_tokens.weight; which of the two is right?"
             )
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
-            raise ValueError("a file that is not beside it")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(repr(error).split())
-        raise ValueError(f"{index}: not an index of safetensors files ({reason})") from error
-    return files
 
 
 def _grouped(files: Mapping[str, str]) -> dict[str, list[str]]:
@@ -378,7 +337,7 @@ class HFWriter:
 
 
 def side_files(directory: str | Path) -> Iterator[Path]:
-    """Config, generation config, tokenizer, chat template, licence: all that is not weights."""
+    """Config, generation config, tokenizer, chat template, code, licence: not weights and card."""
     for pattern in _SIDE_FILES:
         for path in sorted(Path(directory).glob(pattern)):
             if path.is_file() and not path.name.endswith(".index.json"):

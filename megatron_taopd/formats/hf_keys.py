@@ -97,7 +97,7 @@ _OFF: dict[str, tuple] = {
 
 
 def unsupported(config: PretrainedConfig) -> Iterator[str]:
-    """What of this config the trunk does not compute: each a sentence with the key and its value.
+    """Return what the trunk does not compute of this config: sentences with key and value.
 
     Args:
         config: of a family in `hf_map.FAMILIES`.
@@ -206,6 +206,6 @@ def _choices(values: tuple) -> str:
 
 
 def _written(value) -> str:
-    """A value as config.json has it, on one line."""
+    """Return a value as config.json has it, on one line."""
     written = value if isinstance(value, str) else json.dumps(value, default=str)
     return written if len(written) <= 60 else written[:57] + "…"

@@ -280,7 +280,7 @@ class Parameter:
 
 
 def parameters(config: PretrainedConfig) -> dict[str, Parameter]:
-    """Every parameter of the model by name, front to back.
+    """Return every parameter of the model by name, front to back.
 
     The output of a tied model is left out: it is the embedding.
     """
@@ -365,17 +365,19 @@ def plain_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
 
 
 def num_experts(config: PretrainedConfig) -> int:
-    """Experts per layer; 0 for a dense model."""
+    """Return the number of experts per layer; 0 for a dense model."""
     return config.num_experts if config.model_type == "qwen3_moe" else 0
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Width of one attention head, which some configs leave to be derived."""
+    """Return the width of one attention head, which some configs leave to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 64) -> int:
-    """Vocabulary rows after padding: the same for every power-of-two TP up to 64, so that
-    checkpoint shapes do not depend on it (151,936 and 152,064 need no padding).
+    """Return the vocabulary's rows after padding.
+
+    They are the same for every power-of-two TP up to 64, so that checkpoint shapes do not depend on
+    it (151,936 and 152,064 need no padding).
     """
     return -(-vocab_size // multiple) * multiple

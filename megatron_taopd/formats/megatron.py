@@ -248,6 +248,13 @@ def find_keys(
         if key not in checkpoint and parameter.key_in_layer in checkpoint:
             key, index, lead = parameter.key_in_layer, index[1:], lead[1:]
         if key not in checkpoint:
+            if prefixed := [k for k in checkpoint.tensors if k.endswith(f".{key}")]:
+                prefix = prefixed[0].removesuffix(key)
+                raise ValueError(
+                    f"{checkpoint.dir}: keys begin with {prefix!r} ({prefixed[0]}), as NeMo and "
+                    "unwrapped DDP modules save them; save it from Megatron's own model, or export "
+                    "it to Hugging Face there (NeMo: llm.export_ckpt) and give that directory"
+                )
             raise ValueError(f"{checkpoint.dir}: tensor {key} is missing")
         shape, wanted = checkpoint.shape(key), (*lead, *shapes[name])
         # Others pad the vocabulary to other multiples.

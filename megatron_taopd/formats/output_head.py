@@ -45,7 +45,7 @@ class OutputHead(NamedTuple):
 
 
 def find_head(hf_dir: str | Path) -> OutputHead:
-    """The head of a Hugging Face directory. Of the weights the headers of two files are read.
+    """Return a Hugging Face directory's head; of the weights two files' headers are read.
 
     Raises:
         ValueError: see `head_of`; or the head is missing, quantised or of another shape than
@@ -75,7 +75,7 @@ def find_head(hf_dir: str | Path) -> OutputHead:
 
 
 def head_of(config: PretrainedConfig) -> tuple[list[str], tuple[int, int], float]:
-    """What a model of this configuration has as its head.
+    """Return what a model of this configuration has as its head.
 
     Returns:
         The names that a checkpoint may have for the weight, likeliest first; its shape
@@ -113,7 +113,7 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _names(model: PreTrainedModel, weight: Tensor) -> Iterator[str]:
-    """What checkpoints call this parameter: for a tied head first what they call the embedding."""
+    """Yield checkpoints' names for this parameter: of a tied head first the embedding's."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter is weight:
             yield from revert_weight_conversion(model, {name: parameter})
@@ -123,7 +123,7 @@ def _names(model: PreTrainedModel, weight: Tensor) -> Iterator[str]:
 
 @torch.no_grad()
 def factor_of(model: PreTrainedModel) -> float | None:
-    """The factor by which logits are head · hidden, None if they are not; ruins the model.
+    """Return the factor by which logits are head · hidden, None if they are not; ruins the model.
 
     Args:
         model: with an output head; its weights are not looked at and may be on the meta device.
@@ -146,7 +146,7 @@ def factor_of(model: PreTrainedModel) -> float | None:
 
 
 def _trunk(model: torch.nn.Module) -> torch.nn.Module:
-    """What is under the head; a model for images may have its whole language model there."""
+    """Return what is under the head; a model for images may have its whole language model there."""
     trunk = getattr(model, "base_model", model)
     if trunk is model:
         trunk = model.model if hasattr(model, "model") else model.language_model

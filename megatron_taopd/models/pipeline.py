@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.models.gpt import packed_forward
-from megatron_taopd.parallel import platform, watchdog
+from megatron_taopd.parallel import platform, progress, watchdog
 from megatron_taopd.parallel.layout import Layout
 
 
@@ -56,6 +56,7 @@ def forward_backward(
 def _run(model, layout, micro_batches, last_stage, forward_only: bool) -> list:
     def forward_step(iterator, model):
         watchdog.heartbeat()
+        shown.advance()
         micro_batch = next(iterator).to(platform.device())
         hidden_states = packed_forward(
             model,
@@ -71,16 +72,17 @@ def _run(model, layout, micro_batches, last_stage, forward_only: bool) -> list:
     if layout.pp > 1:
         run = forward_backward_pipelining_without_interleaving
         communicator = P2PCommunicator(pp_group=layout.groups.pp, config=model.config)
-    return run(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=model,
-        num_microbatches=len(micro_batches),
-        # Shapes travel with the tensors (variable_seq_lengths); these two are not used.
-        seq_length=0,
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-        p2p_communicator=communicator,
-        pg_collection=layout.groups,
-    )
+    with progress.phase("micro-batches", len(micro_batches)) as shown:
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            # Shapes travel with the tensors (variable_seq_lengths); these two are not used.
+            seq_length=0,
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+            p2p_communicator=communicator,
+            pg_collection=layout.groups,
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_taopd.formats import hf_map
 from megatron_taopd.formats.files import written_aside
 from megatron_taopd.formats.hf import (
+    CARD,
     MAX_FILE_BYTES,
     HFCheckpoint,
     HFWriter,
@@ -30,7 +31,7 @@ from megatron_taopd.formats.megatron import (
 from megatron_taopd.formats.output_head import OutputHead, find_head
 from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models.gpt import Trunk
-from megatron_taopd.parallel import platform, watchdog
+from megatron_taopd.parallel import platform, progress, watchdog
 from megatron_taopd.parallel.layout import Layout
 
 
@@ -56,8 +57,8 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
     if model.hf.tie_word_embeddings:  # the last stage's own copy
         known["output_layer.weight"] = known["embedding.word_embeddings.weight"]
     with torch.no_grad():
-        for name, parameter in named_parameters(model):
-            watchdog.heartbeat()
+        parameters = list(named_parameters(model))
+        for name, parameter in progress.track(parameters, None, f"loading {hf_dir}"):
             mapping = known[name].mapping
             whole = mapping.merge([checkpoint[n] for n in mapping.names], model.hf)
             parameter.copy_(mapping.shard(whole, layout.tp_rank, layout.tp))
@@ -82,7 +83,8 @@ def load_megatron(model: Trunk, directory: str | Path) -> None:
         sharded_weights(model, layers_are_apart(keys.values(), directory))
     )
     try:
-        loaded = dist_checkpointing.load(sharded, str(directory))
+        with progress.phase(f"loading {directory}"):
+            loaded = dist_checkpointing.load(sharded, str(directory))
     except Exception as error:  # Megatron and torch raise a dozen kinds on damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{directory}: Megatron cannot load it: {reason[:300]}") from error
@@ -199,6 +201,7 @@ def save_hf(
     out: str | Path,
     dtype: torch.dtype,
     max_file_bytes: int = MAX_FILE_BYTES,
+    card: str | None = None,
 ) -> None:
     """Write a Hugging Face directory with these weights and the source's config and tokenizer.
 
@@ -210,6 +213,7 @@ def save_hf(
         source: the directory the model came from.
         dtype: of the tensors.
         max_file_bytes: size above which a new safetensors file is begun.
+        card: README.md, the model card; None: there is none.
 
     Raises:
         ValueError: no space left, or no right to write there.
@@ -218,11 +222,13 @@ def save_hf(
         if dist.get_rank() == 0:
             shapes = tensor_shapes(load_config(source))
             writer = HFWriter(aside, {n: (s, dtype) for n, s in shapes.items()}, max_file_bytes)
-            for name, tensor in named_tensors:
+            for name, tensor in progress.track(named_tensors, len(shapes), f"writing {out}"):
                 writer.write(name, tensor)
             assert not writer.missing, writer.missing
             writer.write_index()
             copy_side_files(source, aside, [dtype])
+            if card is not None:
+                (aside / CARD).write_text(card, encoding="utf-8")
         else:
             for _ in named_tensors:
                 pass

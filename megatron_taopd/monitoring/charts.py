@@ -1,25 +1,27 @@
 """Line charts over the steps of a run, as the numbers that chart.html draws.
 
 A chart is inline SVG in the page's own colours, so that it is sharp at any size and follows the
-reader's light or dark theme. All coordinates are in the chart's own units, WIDTH × HEIGHT.
+reader's light or dark theme. Lines are in the chart's own units, WIDTH × HEIGHT, and stretched to
+the room that there is; the texts of its axes are not in it, but stand in percent of its sides, so
+that they have the same size on a telephone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
 from typing import Any
 
 from megatron_taopd.monitoring.numbers import number, percent, seconds
-from megatron_taopd.monitoring.summary import PHASES, Points, Record, column
+from megatron_taopd.monitoring.summary import PHASES, Points, Record, column, phase_times
 
-WIDTH, HEIGHT = 560, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 26
+WIDTH, HEIGHT = 600, 200
 LOG_DECADES = 5
 MOST_POINTS = 240  # per line; longer runs are averaged over neighbouring steps
+COLORS = {phase: color for color, phase in enumerate(PHASES, 1)}  # of phases, by their place
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Line:
     """A line, or the upper edge of a stacked area.
 
     Attributes:
-        color: 1–8, an entry of the page's palette.
+        color: 1–9, an entry of the page's palette.
         band: (step, low), (step, high): a range drawn behind the line.
         smooth: draw a running mean, with the values themselves faintly behind it.
         marks: draw a dot at each point.
@@ -43,7 +45,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot over steps, from zero up or, if `log`, over at most LOG_DECADES powers of ten."""
+    """A plot over steps, from zero up or, if `log`, over at most LOG_DECADES powers of ten.
+
+    Attributes:
+        limit: a value that is drawn across as a rule, if it is not far above all others, and its
+            name.
+        along: what the horizontal axis is, and `whole` whether it counts something.
+    """
 
     title: str
     note: str
@@ -51,6 +59,9 @@ class Chart:
     format: Callable[[float], str]
     log: bool = False
     stacked: bool = False
+    limit: tuple[float, str] | None = None
+    along: str = "step"
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,7 @@ class Scale:
 
     def x(self, value: float) -> float:
         """Place a step."""
-        share = (value - self.x_low) / (self.x_high - self.x_low)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return WIDTH * (value - self.x_low) / (self.x_high - self.x_low)
 
     def y(self, value: float) -> float:
         """Place a value; on a logarithmic axis those below its end lie on it."""
@@ -74,7 +84,7 @@ class Scale:
             share = math.log(max(value, low) / low) / math.log(high / low)
         else:
             share = (value - low) / (high - low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT * (1 - share)
 
     def path(self, points: Points) -> str:
         """Write the SVG path through some points."""
@@ -86,19 +96,22 @@ class Scale:
 
 
 def charts_of(
-    records: Sequence[Record], config: Mapping[str, Any], sampling: str
+    records: Sequence[Record], config: Mapping[str, Any], sampling: str, ranks: Points = ()
 ) -> list[dict[str, Any]]:
     """Prepare every chart for which there is something in the records, for chart.html.
 
     Args:
         config: of the run, as in its YAML file.
         sampling: how evaluations draw their responses, in words.
+        ranks: (first step, ranks) of each start of the run.
     """
-    charts = _charts(records, config, sampling)
+    charts = _charts(records, config, sampling, ranks)
     return [drawn(chart) for chart in charts if any(line.points for line in chart.lines)]
 
 
-def _charts(records: Sequence[Record], config: Mapping[str, Any], sampling: str) -> list[Chart]:
+def _charts(
+    records: Sequence[Record], config: Mapping[str, Any], sampling: str, ranks: Points
+) -> list[Chart]:
     def line(key: str, label: str, color: int = 1, **options) -> Line:
         return Line(label, column(records, key), color, **options)
 
@@ -115,11 +128,15 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any], sampling: str)
 
     loss = str((config.get("loss") or {}).get("kind", "divergence")).replace("_", " ")
     trained = [record for record in records if "loss" in record]
+    ends = (column(records, "eval/accuracy_low"), column(records, "eval/accuracy_high"))
+    interval = "95 % interval (Wilson)" if all(ends) else ""
+    clip = float((config.get("optimizer") or {}).get("clip") or 0)
+    throughput = tokens_per_second(records)
     return [
         Chart(
             "Held-out accuracy",
-            ", ".join(filter(None, [sampling, "checkable answers"])),
-            [line("eval/accuracy", "accuracy", marks=True)],
+            ", ".join(filter(None, [sampling, "checkable answers", interval])),
+            [line("eval/accuracy", "accuracy", marks=True, band=ends)],
             percent,
         ),
         Chart(
@@ -145,9 +162,10 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any], sampling: str)
         ),
         Chart(
             "Gradient norm",
-            "before clipping",
+            _about_clipping(column(records, "grad_norm"), clip),
             [line("grad_norm", "gradient norm", smooth=True)],
             number,
+            limit=(clip, "optimizer.clip") if clip else None,
         ),
         Chart(
             "Disagreement D",
@@ -183,13 +201,19 @@ def _charts(records: Sequence[Record], config: Mapping[str, Any], sampling: str)
         ),
         Chart(
             "Time per step",
-            "phases of rank 0, stacked",
-            [
-                Line(phase, column(trained, f"time/{phase}"), color)
-                for color, phase in enumerate(PHASES, 1)
-            ],
+            "phases of rank 0, stacked; evaluation and checkpoint follow the step",
+            [Line(phase, phase_times(trained, phase), color) for phase, color in COLORS.items()],
             seconds,
             stacked=True,
+        ),
+        Chart(
+            "Tokens per second",
+            "prompts and responses of a step, over its time",
+            [
+                Line("all ranks", throughput, 1, smooth=True),
+                Line("per device", _per_device(throughput, ranks), 2, smooth=True),
+            ],
+            number,
         ),
         Chart(
             "Response length",
@@ -214,14 +238,15 @@ def drawn(chart: Chart) -> dict[str, Any]:
     """Prepare a chart with at least one point for chart.html.
 
     Returns:
-        `title`, `note`; `legend`, (color, label) of the lines, empty if there is one only; `frame`,
-        its left, right, top and bottom; `rows` and `columns`, (place, text) of the ticks;
-        `paths`, (class, color, d); `dots`, (color, x, y); `hover`, what charts.js shows.
+        `title`, `note`, `along`; `legend`, (color, label) of the lines, empty if there is one only;
+        `rows` and `columns`, (percent from the top or left, text) of the ticks; `paths`, (class,
+        color, d); `limit`, (percent from the top, text) or None; `hover`, what charts.js shows;
+        `words`, the ends of each line for those who do not see them.
     """
     lines = [line for line in chart.lines if line.points]
     shown = _stack(lines) if chart.stacked else lines
     scale = _scale(chart, shown)
-    paths, dots = [], []
+    paths = []
     floor: Points = [(scale.x_low, scale.y_ticks[0]), (scale.x_high, scale.y_ticks[0])]
     for line in shown:
         if chart.stacked:
@@ -237,21 +262,68 @@ def drawn(chart: Chart) -> dict[str, Any]:
             points = _smooth(points)
         paths.append(("line", line.color, scale.path(points)))
         if line.marks:
-            dots += [(line.color, f"{scale.x(x):.1f}", f"{scale.y(y):.1f}") for x, y in points]
+            paths.append(("dots", line.color, dots((scale.x(x), scale.y(y)) for x, y in points)))
+    limit = None
+    if chart.limit and scale.y_ticks[0] <= chart.limit[0] <= scale.y_ticks[-1]:
+        value, name = chart.limit
+        limit = (f"{100 * scale.y(value) / HEIGHT:.1f}", f"{name} {chart.format(value)}")
     return {
         "title": chart.title,
         "note": chart.note,
+        "along": chart.along,
         "legend": [(line.color, line.label) for line in lines] if len(lines) > 1 else [],
-        "rows": [(f"{scale.y(y):.1f}", chart.format(y)) for y in scale.y_ticks],
+        "rows": [(f"{100 * scale.y(y) / HEIGHT:.1f}", chart.format(y)) for y in scale.y_ticks],
         "columns": [
-            (f"{scale.x(x):.1f}", f"{x:g}")
-            for x in ticks(scale.x_low, scale.x_high, 6)
-            if scale.x_low <= x <= scale.x_high and x == int(x)
+            (f"{100 * scale.x(x) / WIDTH:.1f}", number(x) if x >= 1e4 else f"{x:g}")
+            for x in ticks(scale.x_low, scale.x_high)
+            if scale.x_low <= x <= scale.x_high and (x == int(x) or not chart.whole)
         ],
         "paths": paths,
-        "dots": dots,
+        "limit": limit,
         "hover": _hover(chart, scale),
+        "words": _words(chart, lines),
     }
+
+
+def dots(points: Iterable[tuple[float, float]]) -> str:
+    """Write the SVG path of dots, which have the width of its stroke, however it is stretched."""
+    return "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
+
+
+def tokens_per_second(records: Sequence[Record]) -> Points:
+    """List (step, tokens of prompts and responses over the step's seconds)."""
+    times = dict(column(records, "time/step"))
+    counts = column(records, "tokens_rolled_out")
+    return [(step, tokens / times[step]) for step, tokens in counts if times.get(step)]
+
+
+def _per_device(throughput: Points, ranks: Points) -> Points:
+    """Divide by the ranks that the run had at each step; nothing if it never had several."""
+    if all(number <= 1 for _, number in ranks):
+        return []
+    return [
+        (step, y / [number for first, number in ranks if first <= step or first == ranks[0][0]][-1])
+        for step, y in throughput
+    ]
+
+
+def _about_clipping(norms: Points, clip: float) -> str:
+    if not clip or not norms:
+        return "before clipping" if norms else ""
+    share = sum(norm > clip for _, norm in norms) / len(norms)
+    return f"before clipping at {number(clip)}, which {percent(share)} of the steps exceed"
+
+
+def _words(chart: Chart, lines: list[Line]) -> str:
+    """Say from what to what each line goes."""
+    said = []
+    for line in lines:
+        (first, start), (last, end) = line.points[0], line.points[-1]
+        values = f"{chart.format(start)} at {chart.along} {number(first)}"
+        if last != first:
+            values += f", {chart.format(end)} at {chart.along} {number(last)}"
+        said.append(f"{line.label} {values}")
+    return "; ".join(said)
 
 
 def _scale(chart: Chart, lines: list[Line]) -> Scale:
@@ -265,8 +337,11 @@ def _scale(chart: Chart, lines: list[Line]) -> Scale:
         bottom = max(math.floor(math.log10(min(positive))), top - LOG_DECADES)
         y_ticks = [10.0**power for power in range(min(bottom, top - 1), top + 1)]
     else:
+        if chart.limit and chart.limit[0] <= 3 * max(ys):
+            ys.append(chart.limit[0])
         y_ticks = ticks(min(0.0, *ys), max(ys))
-    return Scale(min(xs), max(max(xs), min(xs) + 1), y_ticks, chart.log)
+    end = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    return Scale(min(xs), end, y_ticks, chart.log)
 
 
 def _hover(chart: Chart, scale: Scale) -> dict[str, Any]:
@@ -283,7 +358,10 @@ def _hover(chart: Chart, scale: Scale) -> dict[str, Any]:
     return {
         "labels": [line.label for line in lines],
         "colors": [line.color for line in lines],
-        "at": [[x, round(scale.x(x), 1), by_step[x]] for x in sorted(by_step)],
+        "at": [
+            [x if chart.whole else number(x), round(100 * scale.x(x) / WIDTH, 1), by_step[x]]
+            for x in sorted(by_step)
+        ],
     }
 
 

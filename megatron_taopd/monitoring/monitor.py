@@ -6,18 +6,22 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from megatron_taopd.config.schema import LogSection, RunSection
+from megatron_taopd.config.values import check_installed
 from megatron_taopd.formats.files import reason_of
 from megatron_taopd.monitoring.progress import ProgressLine
-from megatron_taopd.monitoring.report import Sample, answered, write_report
-from megatron_taopd.monitoring.sinks import check_installed, open_sinks, truncate_records
+from megatron_taopd.monitoring.report import Kept, write_report
+from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot
+from megatron_taopd.monitoring.sessions import Sessions
+from megatron_taopd.monitoring.sinks import open_sinks, truncate_records
 from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel.progress import Display, display
 
 if TYPE_CHECKING:
     from megatron_taopd.evaluation.in_loop import Example
@@ -62,17 +66,25 @@ class Monitor:
         self.name = run.name or self.run_dir.resolve().name
         self.config_yaml = config_yaml
         self.records: list[dict[str, Any]] = []
-        self.samples: Sequence[Sample] = ()
-        self.examples: Sequence[Example] = ()  # of the last evaluation, for the report
         self._synchronize = synchronize or (lambda: None)
         self._times: dict[str, float] = defaultdict(float)
+        self._longest: dict[str, float] = defaultdict(float)  # span of each phase, in this step
+        self._expected: dict[str, float] = {}  # likewise, in the step before
+        self._stepped = False  # a whole step is done
         self._noted: set[str] = set()
         self._writes = rank == 0
         if self._writes:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.records = truncate_records(self.run_dir / "metrics.jsonl", first_step)
+            self.sessions = Sessions(self.run_dir / "sessions.json", first_step)
+            self._num_samples = log.samples
+            self._samples_file = self.run_dir / "samples.json"
+            self.samples = Samples()
             self._sinks = open_sinks(log, self.run_dir, self.name, config_yaml, first_step)
-            self._progress = ProgressLine(steps, first_step, console or Console())
+            self._display = Display(console) if console else display()
+            self._progress = ProgressLine(steps, first_step, self._display)
+            with self._survived(str(self._samples_file), "the report begins anew"):
+                self.samples = Samples.read(self._samples_file, first_step)
 
     @property
     def report_path(self) -> Path:
@@ -85,11 +97,30 @@ class Monitor:
         self._synchronize()
         start = time.perf_counter()
         try:
-            with watchdog.phase(phase):
+            with watchdog.phase(phase), self._shown(phase):
                 yield
         finally:
             self._synchronize()
-            self._times[f"time/{phase}"] += time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._times[f"time/{phase}"] += spent
+            self._longest[phase] = max(self._longest[phase], spent)
+
+    @contextmanager
+    def _shown(self, phase: str) -> Iterator[None]:
+        """Show a phase in the terminal, with the time that it took in the step before.
+
+        A log hears of the parts of the first step, of evaluations and checkpoints: lines about
+        every step's parts would fill it.
+        """
+        if not self._writes or phase == "step":  # which has a line of its own
+            yield
+            return
+        quiet = self._stepped and phase not in ("eval", "checkpoint")
+        with (
+            self._display.hushed() if quiet else nullcontext(),
+            self._display.phase(phase, seconds=self._expected.get(phase)),
+        ):
+            yield
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Record one step; call once per step, in order, on every rank.
@@ -105,6 +136,9 @@ class Monitor:
             k: _plain(v) for k, v in (*metrics.items(), *self._times.items())
         }
         self._times.clear()
+        self._expected |= self._longest
+        self._longest.clear()
+        self._stepped = self._stepped or "time/step" in record
         if not self._writes:
             return record
         self.records.append(record)
@@ -116,33 +150,54 @@ class Monitor:
             self.write_report()
         return record
 
+    def keep_tokens(self, look: Callable[[], Snapshot | None], newest: bool) -> None:
+        """Keep a look at a step's tokens for the report: of the first step and of the newest.
+
+        Args:
+            look: takes it; None where the step had none to look at.
+            newest: take it in any case; otherwise only if it is the first.
+        """
+        if not self._writes or not self._num_samples or (self.samples.steps and not newest):
+            return
+        if (snapshot := look()) is not None:
+            self.samples.keep(self.samples.steps, snapshot)
+            self._write_samples()
+
+    def keep_answers(self, step: int, examples: Sequence[Example]) -> None:
+        """Keep the answers of an evaluation for the report: of the first and of the newest."""
+        if self._writes and examples:
+            self.samples.keep(self.samples.evaluations, Answers(step, list(examples)))
+            self._write_samples()
+
+    def _write_samples(self) -> None:
+        with self._survived(str(self._samples_file), "a resumed run's report lacks them"):
+            self.samples.write(self._samples_file)
+
     @contextmanager
     def _survived(self, name: str, consequence: str) -> Iterator[None]:
-        """Report an OSError: what only shows a run does not end it."""
+        """Report what went wrong with a file: what only shows a run does not end it."""
         try:
             yield
         except OSError as error:
             self.note(name, f"{reason_of(error)}; {consequence}")
+        except ValueError as error:  # which names the file
+            self.note(name, f"{str(error).removeprefix(name + ': ')}; {consequence}")
 
     def note(self, key: str, text: str) -> None:
         """Tell the person at the terminal, once for each key."""
         if self._writes and key not in self._noted:
             self._noted.add(key)
-            self._progress.console.print(f"{key}: {text}", highlight=False, soft_wrap=True)
+            self._display.console.print(f"{key}: {text}", highlight=False, soft_wrap=True)
 
-    def write_report(self, samples: Sequence[Sample] | None = None) -> None:
-        """Write report.html anew; `samples` are shown from now on."""
-        if samples is not None:
-            self.samples = samples
-        if self._writes:
-            with self._survived(str(self.report_path), "some of it is lost"):
-                write_report(
-                    self.report_path,
-                    self.records,
-                    self.name,
-                    self.config_yaml,
-                    [*self.samples, *map(answered, self.examples)],
-                )
+    def write_report(self) -> None:
+        """Write report.html anew."""
+        if not self._writes:
+            return
+        with self._survived(str(self.sessions.path), "the next start does not know of this one"):
+            self.sessions.write()
+        with self._survived(str(self.report_path), "some of it is lost"):
+            kept = Kept.of(self.run_dir, self.samples, self.sessions.entries)
+            write_report(self.report_path, self.records, self.name, self.config_yaml, kept)
 
     def close(self) -> None:
         """Write the report and close everything; a second time does no harm."""

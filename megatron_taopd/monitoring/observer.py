@@ -15,7 +15,7 @@ from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
 from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.monitoring.monitor import Monitor
-from megatron_taopd.monitoring.report import Sample, sample_rollouts
+from megatron_taopd.monitoring.samples import Snapshot, take
 from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.step.distiller import Lesson, replay_mib
 from megatron_taopd.step.extensions.horizon import Horizon
@@ -26,7 +26,7 @@ from megatron_taopd.types import Sequences
 
 ENDLESS = 0.95  # the share of responses without an end above which a run says so
 
-Samples = Callable[[], list[Sample] | None]  # picks a step's samples for the report
+Samples = Callable[[], Snapshot | None]  # looks at a step's tokens, for the report
 
 
 class Observer:
@@ -52,7 +52,7 @@ class Observer:
     def observe(
         self, step: int, length: int, lesson: Lesson, teacher_inputs: Sequences
     ) -> tuple[dict[str, float], Samples]:
-        """Return a step's metrics and what picks its samples; warn of what looks wrong.
+        """Return a step's metrics and what looks at its tokens; warn of what looks wrong.
 
         Args:
             length: the longest response that was allowed.
@@ -79,7 +79,8 @@ class Observer:
         if length == config.rollout.max_new_tokens:  # a shorter horizon cuts them on purpose
             truncated = metrics["rollout/truncated_share"]
             self._warn_of_endless("rollout.max_new_tokens", truncated, f"step {step}")
-        return metrics, lambda: sample_rollouts(batch, mask, self.tokenizer, scores=teachability)
+        selector, count = (config.selection.selector, lesson.seed), config.log.samples
+        return metrics, lambda: take(step, batch, scores, mask, self.tokenizer, selector, count)
 
     def observe_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Return an evaluation's metrics, and warn if responses hardly ever end."""
@@ -88,6 +89,8 @@ class Observer:
         self._warn_of_endless(f"{longest}.max_new_tokens", truncated, f"evaluation {step}")
         return {
             "eval/accuracy": evaluation.accuracy,
+            "eval/accuracy_low": evaluation.interval[0],
+            "eval/accuracy_high": evaluation.interval[1],
             "eval/truncated_share": truncated,
             "eval/response_length_mean": evaluation.mean_length,
             **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},

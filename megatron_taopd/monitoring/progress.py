@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes."""
+"""What the terminal shows of the steps of a run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from megatron_taopd.monitoring.numbers import number, percent, seconds
+from megatron_taopd.parallel.progress import Display, Phase
 
 PLAIN_LINES = 20  # about this many progress lines where there is no terminal to redraw
 
@@ -17,41 +15,37 @@ PLAIN_LINES = 20  # about this many progress lines where there is no terminal to
 class ProgressLine:
     """One line that redraws itself in a terminal; elsewhere about PLAIN_LINES lines for a run."""
 
-    def __init__(self, steps: int, first_step: int, console: Console):
+    def __init__(self, steps: int, first_step: int, display: Display):
         self.steps = steps
-        self.console = console
+        self.display = display
         self.every = max(1, math.ceil(steps / PLAIN_LINES))
-        self.accuracy: float | None = None
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            self.bar = Progress(
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=console,
-            )
-            self.task = self.bar.add_task("starting", total=steps, completed=first_step)
-            self.bar.start()
+        self.evaluated = ""  # the last accuracy, and the step that it is of
+        self.run = Phase("steps", steps, before=first_step)
+        self.bar = display.add(self.run, "starting") if display.console.is_terminal else None
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Show the newest record; without a terminal only some steps and each evaluation."""
         step = record["step"]
-        evaluated = record.get("eval/accuracy") is not None
-        self.accuracy = record["eval/accuracy"] if evaluated else self.accuracy
+        accuracy = record.get("eval/accuracy")
         text = self.text(record)
-        if self.bar:
-            self.bar.update(self.task, completed=step, description=text)
-        elif evaluated or step % self.every == 0 or step >= self.steps:
-            self.console.print(f"step {step}/{self.steps}  {text}", highlight=False, soft_wrap=True)
+        self.run.done = step
+        if self.bar is not None:
+            if accuracy is not None:
+                self.evaluated = f"  accuracy {percent(accuracy)} at step {step}"
+            shown = text if accuracy is not None else text + self.evaluated
+            self.display.describe(self.bar, shown)
+        elif accuracy is not None or step % self.every == 0 or step >= self.steps:
+            line = f"step {step}/{self.steps}  {text}"
+            self.display.console.print(line, highlight=False, soft_wrap=True)
 
-    def text(self, record: Mapping[str, Any]) -> str:
-        """Put a record into words; the accuracy is that of the last evaluation."""
+    @staticmethod
+    def text(record: Mapping[str, Any]) -> str:
+        """Put a record into words: its accuracy is there if it was measured in this step."""
         parts = []
         if record.get("loss") is not None:
             parts.append(f"loss {number(record['loss'])}")
-        if self.accuracy is not None:
-            parts.append(f"accuracy {percent(self.accuracy)}")
+        if record.get("eval/accuracy") is not None:
+            parts.append(f"accuracy {percent(record['eval/accuracy'])}")
         if record.get("kept_rows") is not None and record.get("valid_rows"):
             parts.append(f"kept {record['kept_rows']:,.0f} of {record['valid_rows']:,.0f} rows")
         if record.get("time/step") is not None:
@@ -60,5 +54,6 @@ class ProgressLine:
 
     def close(self) -> None:
         """Leave the line as it is and give the terminal back."""
-        if self.bar:
-            self.bar.stop()
+        if self.bar is not None:
+            self.display.remove(self.bar, stays=True)
+            self.bar = None

@@ -1,94 +1,57 @@
-"""report.html: one self-contained page about a run, drawn from the records of metrics.jsonl."""
+"""report.html: one self-contained page about a run, drawn from what the run has left."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 import yaml
-from torch import Tensor
+from omegaconf import MISSING as REQUIRED
 
+from megatron_taopd.config.schema import leaf_keys
+from megatron_taopd.evaluation.in_loop import Example
 from megatron_taopd.monitoring import charts
 from megatron_taopd.monitoring.numbers import number, percent, seconds
 from megatron_taopd.monitoring.pages import environment
-from megatron_taopd.monitoring.summary import PHASES, Record, summarize
-from megatron_taopd.types import RolloutBatch
-
-if TYPE_CHECKING:
-    from megatron_taopd.evaluation.in_loop import Example
+from megatron_taopd.monitoring.plane import SIDE, drawn_plane
+from megatron_taopd.monitoring.samples import KINDS, Answers, Response, Samples, shortened
+from megatron_taopd.monitoring.summary import Record, column, summarize
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One response to show, token by token.
+class Kept:
+    """What a run has left besides its records.
 
     Attributes:
-        prompt: as a person reads it.
-        tokens: the text of each response token.
-        kept: whether each of them was trained on; None: it is an answer to a held-out prompt.
-        scores: a number of each token to show under the pointer (its teachability, say).
-        correct: whether the answer was right, if known.
-        note: further words on it.
+        sessions: each start of the run (`sessions.Sessions.entries`).
+        best: what the run says of its best checkpoint: step, accuracy, path.
+        newest: the directory of the newest checkpoint.
+        student: whether the student was exported.
     """
 
-    prompt: str
-    tokens: Sequence[str]
-    kept: Sequence[bool] | None
-    scores: Sequence[float] | None = None
-    correct: bool | None = None
-    note: str = ""
+    samples: Samples = field(default_factory=Samples)
+    sessions: Sequence[Mapping[str, Any]] = ()
+    best: Mapping[str, Any] | None = None
+    newest: str | None = None
+    student: bool = False
 
-
-def sample_rollouts(
-    batch: RolloutBatch,
-    kept: Tensor,
-    tokenizer,
-    count: int = 6,
-    scores: Tensor | None = None,
-    most_tokens: int = 400,
-) -> list[Sample]:
-    """Pick the first `count` sequences of a batch of which a row was kept, for the report.
-
-    Args:
-        kept: [R] bool, the rows trained on.
-        scores: [R] float32, what to show of each row under the pointer.
-        most_tokens: shown of a response.
-    """
-    samples = []
-    cu_rows = batch.cu_rows.tolist()
-    for i in range(batch.num_sequences):
-        if len(samples) == count:
-            break
-        rows = slice(cu_rows[i], min(cu_rows[i + 1], cu_rows[i] + most_tokens))
-        if not kept[rows].any():
-            continue
-        prompt, response = batch.sequence(i).tensor_split([int(batch.prompt_lengths[i])])
-        # A token's text can depend on those before it (spaces, bytes of one character).
-        texts = [tokenizer.decode(response[:n]) for n in range(len(kept[rows]) + 1)]
-        samples.append(
-            Sample(
-                prompt=tokenizer.decode(prompt, skip_special_tokens=True),
-                tokens=[after[len(before) :] for before, after in pairwise(texts)],
-                kept=kept[rows].tolist(),
-                scores=None if scores is None else scores[rows].tolist(),
-            )
-        )
-    return samples
-
-
-def answered(example: Example, most_characters: int = 2000) -> Sample:
-    """Turn an example of an evaluation into what the report shows of it."""
-    response = example.response
-    if len(response) > most_characters:
-        half = most_characters // 2
-        response = f"{response[:half]} … {response[-half:]}"
-    stated = f"it says {example.answer}" if example.answer else "it states no answer"
-    note = f"{stated}; the reference is {example.gold}"
-    return Sample(example.prompt, [response], None, correct=example.correct, note=note)
+    @classmethod
+    def of(
+        cls, run_dir: Path, samples: Samples, sessions: Sequence[Mapping[str, Any]] = ()
+    ) -> Kept:
+        """Look at what is in the directory of a run."""
+        folder, best = run_dir / "checkpoints", None
+        with suppress(OSError, ValueError):  # there is none yet
+            best = json.loads((folder / "best.json").read_text())
+        saved = sorted(path.name for path in folder.glob("step_*") if path.name[5:].isdecimal())
+        student = (run_dir / "student" / "config.json").is_file()
+        return cls(samples, sessions, best, saved[-1] if saved else None, student)
 
 
 def write_report(
@@ -96,16 +59,16 @@ def write_report(
     records: Sequence[Record],
     name: str,
     config_yaml: str = "",
-    samples: Sequence[Sample] = (),
+    kept: Kept | None = None,
 ) -> None:
     """Write the page in one move, so that a reader never finds half of it."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(render_report(records, name, config_yaml, samples), encoding="utf-8")
+    temporary.write_text(render_report(records, name, config_yaml, kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
 def render_report(
-    records: Sequence[Record], name: str, config_yaml: str = "", samples: Sequence[Sample] = ()
+    records: Sequence[Record], name: str, config_yaml: str = "", kept: Kept | None = None
 ) -> str:
     """Render the page as HTML.
 
@@ -113,35 +76,143 @@ def render_report(
         records: those of metrics.jsonl, by step; what they lack is left out of the page.
         name: of the run.
         config_yaml: the whole configuration.
-        samples: responses to show; those with `kept` are rollouts, the others held-out answers.
+        kept: tokens, answers, machines and checkpoints to show.
     """
+    kept = kept or Kept()
     config = yaml.safe_load(config_yaml) or {}
     summary, drawn_as = summarize(records), sampling(config)
-    frame = {
-        "width": charts.WIDTH,
-        "height": charts.HEIGHT,
-        "left": charts.LEFT,
-        "right": charts.WIDTH - charts.RIGHT,
-        "top": charts.TOP,
-        "bottom": charts.HEIGHT - charts.BOTTOM,
-    }
-    page = environment().get_template("report.html")
+    ranks = [(session["first_step"], session["ranks"]) for session in kept.sessions]
+    snapshots = [
+        {
+            "step": snapshot.step,
+            "plane": drawn_plane(snapshot),
+            "responses": [(response, tooltips(response)) for response in snapshot.responses],
+        }
+        for snapshot in kept.samples.steps
+    ]
+    templates = environment()
+    templates.filters["shortened"] = shortened
+    page = templates.get_template("report.html")
     return page.render(
         name=name,
-        facts=_facts(config),
-        cards=_cards(summary, drawn_as),
-        charts=charts.charts_of(records, config, drawn_as),
-        frame=frame,
-        rollouts=[sample for sample in samples if sample.kept is not None],
-        held_out=[sample for sample in samples if sample.kept is None],
+        facts=_facts(config, summary["steps"]),
+        cards=_cards(summary, records, drawn_as, kept),
+        charts=charts.charts_of(records, config, drawn_as, ranks),
+        size=(charts.WIDTH, charts.HEIGHT),
+        side=SIDE,
+        snapshots=snapshots,
+        kinds=KINDS,
+        pairs=paired(kept.samples.evaluations),
+        evaluated=[answers.step for answers in kept.samples.evaluations],
         sampling=drawn_as,
         phases=summary["phases"],
-        colors={phase: color for color, phase in enumerate(PHASES, 1)},
+        colors=charts.COLORS,
+        about=_about(config, kept),
+        changed=changed_keys(config),
         config_yaml=config_yaml,
+        thinned=thinned(records, kept),
     )
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def tooltips(response: Response) -> dict[str, Any]:
+    """Return what the script shows of a response's tokens: names, and a column of values each."""
+    scores = response.scores
+    return {
+        "kept": [int(kept) for kept in response.kept],
+        "kinds": response.kinds,
+        **{name: values for name, values in scores.items() if values is not None},
+    }
+
+
+def paired(evaluations: Sequence[Answers]) -> list[tuple[str, str, list[Example | None]]]:
+    """Put what was answered to the same prompt side by side: prompt, reference, answers."""
+    if not evaluations:
+        return []
+    answered = [{example.prompt: example for example in each.examples} for each in evaluations]
+    return [
+        (
+            shortened(example.prompt),
+            example.gold,
+            [found.get(example.prompt) for found in answered],
+        )
+        for example in evaluations[-1].examples
+    ]
+
+
+def changed_keys(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List key, value and default of what is set to something else, required keys first."""
+    required, others = [], []
+    for dotted, kind, name in leaf_keys():
+        given: Any = config
+        for part in dotted.split("."):
+            given = given.get(part, MISSING) if isinstance(given, dict) else MISSING
+        if given is MISSING:
+            continue
+        its = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+        default = its.default if its.default_factory is MISSING else its.default_factory()
+        if default == REQUIRED:
+            required.append((dotted, _shown(given), "required"))
+        elif given != (list(default) if isinstance(default, tuple) else default):
+            others.append((dotted, _shown(given), _shown(default)))
+    return required + others
+
+
+def _shown(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def thinned(records: Sequence[Record], kept: Kept) -> list[str]:
+    """Say what the page does not show of all that there is."""
+    said = []
+    if len(records) > charts.MOST_POINTS:
+        said.append(
+            f"lines of more than {charts.MOST_POINTS} steps are means of neighbouring steps "
+            "(metrics.jsonl has all of them)"
+        )
+    for snapshot in kept.samples.steps:
+        if len(snapshot.points) < snapshot.rows:
+            taken = sum(point[3] for point in snapshot.points)
+            said.append(
+                f"the plane of step {snapshot.step} shows {taken:,} of {snapshot.kept:,} kept "
+                f"tokens and {len(snapshot.points) - taken:,} of "
+                f"{snapshot.rows - snapshot.kept:,} others"
+            )
+    if any(r.length > len(r.tokens) for s in kept.samples.steps for r in s.responses):
+        said.append("of long responses the first tokens are shown")
+    return said
+
+
+def _about(config: Mapping[str, Any], kept: Kept) -> list[tuple[str, str]]:
+    """Say what the run ran on, and where what it made is: (what, in words)."""
+    rows = []
+    if kept.sessions:
+        last = kept.sessions[-1]
+        hosts = f" on {last['hosts']} hosts" if last["hosts"] > 1 else ""
+        ranks = "1 rank" if last["ranks"] == 1 else f"{last['ranks']} ranks"
+        rows.append(("Hardware", f"{ranks}{hosts}, {last['device']}"))
+        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+        rows.append(("Versions", versions))
+        rows.append(
+            ("Started", str(kept.sessions[0]["began"]).replace("T", " ").replace("+00:00", " UTC"))
+        )
+        spent = sum(session["seconds"] for session in kept.sessions)
+        starts = len(kept.sessions)
+        rows.append(("Duration", seconds(spent) + (f" in {starts} starts" if starts > 1 else "")))
+    place = (config.get("run") or {}).get("dir")
+    place = f"{place}/" if place else ""
+    if kept.best:
+        accuracy = percent(kept.best["accuracy"])
+        where = f"{place}checkpoints/{kept.best['path']}"
+        rows.append(("Best checkpoint", f"step {kept.best['step']}, accuracy {accuracy}: {where}"))
+    if kept.newest:
+        rows.append(("Newest checkpoint", f"{place}checkpoints/{kept.newest}"))
+    if kept.student:
+        rows.append(("Student", f"{place}student (a Hugging Face directory)"))
+    return rows
+
+
+def _facts(config: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Collect what was run for the line below the title; None where the YAML does not say."""
 
     def get(key: str) -> Any:
@@ -169,7 +240,10 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         ("prompts", "rollout.prompts"),
         ("seed", "run.seed"),
     )
+    steps = get("train.steps")
+    progress = f"{step} of {steps}" if steps and step < steps else str(steps or step)
     return {
+        "steps": progress,
         "teacher": model("teacher"),
         "student": model("student"),
         "selector": get("selection.selector"),
@@ -205,17 +279,23 @@ class Card:
     before: str = ""
 
 
-def _cards(s: Mapping[str, Any], drawn_as: str) -> list[Card]:
+def _cards(
+    s: Mapping[str, Any], records: Sequence[Record], drawn_as: str, kept: Kept
+) -> list[Card]:
     """Choose the figures that stand at the top.
 
     Args:
-        s: of `summarize`.
+        s: of `summarize`, records being what that was given.
         drawn_as: how evaluations draw their responses, in words.
     """
     cards = []
     if s["accuracy_last"] is not None:
         first, last = s["accuracy_first"], s["accuracy_last"]
         note = ", ".join(filter(None, [f"{100 * (last - first):+.1f} points", drawn_as]))
+        ends = [column(records, f"eval/accuracy_{end}") for end in ("low", "high")]
+        if all(ends):
+            low, high = (percent(end[-1][1]).removesuffix(" %") for end in ends)
+            note += f"; 95 % interval {low} – {high}"
         cards.append(Card("Held-out accuracy", percent(last), note, percent(first)))
     if s["loss_first"] is not None:
         note = "means of the first and last tenth"
@@ -232,6 +312,15 @@ def _cards(s: Mapping[str, Any], drawn_as: str) -> list[Card]:
         cards.append(Card("Operations", percent(s["operations"]), note))
     if s["step_time"] is not None:
         cards.append(Card("Step", seconds(s["step_time"]), f"median of {s['steps']} steps"))
+    if throughput := [rate for _, rate in charts.tokens_per_second(records)]:
+        middle, ranks = median(throughput), kept.sessions[-1]["ranks"] if kept.sessions else None
+        note = "prompts and responses, median of steps"
+        if ranks:
+            note = f"{number(middle / ranks)} per device of {ranks}; median of steps"
+        cards.append(Card("Tokens per second", number(middle), note))
+    if kept.sessions:
+        spent = sum(session["seconds"] for session in kept.sessions)
+        cards.append(Card("Duration", seconds(spent), "start-up and evaluations included"))
     if s["gap"] is not None:
         cards.append(Card("Engine gap", number(s["gap"]), "mean |Δ log p| to the trainer"))
     return cards

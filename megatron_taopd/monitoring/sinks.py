@@ -6,7 +6,6 @@ which does not end the run: the monitor reports it with the sink's `name` and `w
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -33,23 +32,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write what is left and let go of files and ports."""
-
-
-def check_installed(log: LogSection) -> None:
-    """Check that the packages are there that the section asks for.
-
-    Raises:
-        ValueError: one of them is not installed.
-    """
-    for module, key, wanted in (
-        ("tensorboard", "log.tensorboard: true", log.tensorboard),
-        ("wandb", f"log.wandb_project: {log.wandb_project}", log.wandb_project is not None),
-        ("prometheus_client", f"log.prometheus_port: {log.prometheus_port}", log.prometheus_port),
-    ):
-        if wanted and importlib.util.find_spec(module) is None:
-            raise ValueError(
-                f"{key}: {module} is not installed; pip install {module}, or leave it out"
-            )
 
 
 def open_sinks(

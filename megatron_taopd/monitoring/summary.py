@@ -22,7 +22,9 @@ PHASES = (
     "sync",
     "eval",
     "checkpoint",
+    "other",
 )
+OUTSIDE = ("eval", "checkpoint", "other")  # of a step, or no span of their own
 
 Record = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -37,6 +39,17 @@ def column(records: Sequence[Record], key: str) -> Points:
     ]
 
 
+def phase_times(records: Sequence[Record], phase: str) -> Points:
+    """List (step, seconds) of a phase; `other` is what is left of the step without the others."""
+    if phase != "other":
+        return column(records, f"time/{phase}")
+    named = [dict(column(records, f"time/{each}")) for each in PHASES if each not in OUTSIDE]
+    return [
+        (step, max(0.0, whole - sum(times.get(step, 0.0) for times in named)))
+        for step, whole in column(records, "time/step")
+    ]
+
+
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """Compute the figures of a run that fit on a card; None where the records lack them.
 
@@ -45,7 +58,8 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         over the first and last tenth of the steps; `kept_rows`, `valid_rows`, `tokens_trained`,
         `tokens_rolled_out`, sums over the run; `operations`, the mean share of full OPD's;
         `step_time`, the median in seconds; `gap`, the mean engine–trainer gap in nats; `phases`,
-        the total seconds of each phase, longest first.
+        the total seconds of each phase, longest first: they add up to those of the steps,
+        evaluations and checkpoints.
     """
 
     def values(key: str) -> list[float]:
@@ -59,7 +73,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         counts[key] = int(sum(counted)) if counted else None
     operations, step_times = values("flops/of_full_opd"), values("time/step")
     gap = values("rollout/logprob_gap_mean")
-    phases = {phase: sum(values(f"time/{phase}")) for phase in PHASES}
+    phases = {phase: sum(y for _, y in phase_times(records, phase)) for phase in PHASES}
     return {
         "steps": int(records[-1]["step"]) if records else 0,
         "accuracy_first": accuracy[0] if accuracy else None,

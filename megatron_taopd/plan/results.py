@@ -66,6 +66,7 @@ def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
     phase, size = peak(plan.memory[worst])
     return {
         "gpus": plan.setup.gpus,
+        "devices": plan.setup.devices,
         "cluster": vars(plan.cluster),
         "student": str(plan.setup.student_grid),
         "teacher": str(plan.setup.teacher_grid or "served"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
+from megatron_taopd.config.values import check_layouts, check_sections
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
 from megatron_taopd.plan.shapes import Architecture, Grid
@@ -16,7 +17,8 @@ class Servers:
     """SGLang servers of one model.
 
     Attributes:
-        gpus: of the first node, that the run's own servers share with ranks.
+        gpus: of the first node, that the run's own servers run on.
+        apart: how many devices no rank shares with the servers.
         mem_fraction: of the memory of these.
     """
 
@@ -25,6 +27,7 @@ class Servers:
     concurrency: int
     gpus: tuple[int, ...]
     mem_fraction: float
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,13 @@ class Setup:
     stream: bool
     checkpoint_every: int
 
+    @property
+    def devices(self) -> str:
+        """How many devices train and, if servers have some of their own, serve."""
+        serve = sum(servers.apart for servers in (self.rollout, self.teacher_servers) if servers)
+        both = f" + {serve} serve = {self.gpus + serve}" if serve else ""
+        return f"{self.gpus} train{both}"
+
     @classmethod
     def of(
         cls,
@@ -118,7 +128,7 @@ class Setup:
         response_tokens: int | None = None,
         trained_share: float = 1.0,
     ) -> Setup:
-        """Read both models' config.json and check that the layouts divide them.
+        """Check the values, read both models' config.json, check that the layouts divide them.
 
         Args:
             prompt_tokens, response_tokens: of the average sequence; None: the longest.
@@ -129,6 +139,7 @@ class Setup:
         for key, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
             if value < 1:
                 raise ValueError(f"{key}: {value}; it has to be at least 1")
+        check_sections(config)
         rollout, train, teacher = config.rollout, config.train, config.teacher
         served = teacher.engine == "sglang"
         models = {
@@ -140,7 +151,7 @@ class Setup:
             for name in ("student", "teacher")
             if not (served and name == "teacher")
         }
-        rules.check_replay(config)
+        check_layouts(config, gpus, "--gpus")
         horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
@@ -150,9 +161,7 @@ class Setup:
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-        for name in grids:
-            rules.check_micro_batch(config, getattr(config, name).parallel)
-        rules.check_sequences(config, grids["student"].dp)
+        ranks = min(gpus, gpus_per_node)  # of the first node, from its first device on
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
@@ -174,8 +183,8 @@ class Setup:
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
             batch_size=rollout.batch_size,
-            rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
-            teacher_servers=_servers(teacher.servers) if served else None,
+            rollout=_servers(rollout.servers, ranks) if rollout.engine == "sglang" else None,
+            teacher_servers=_servers(teacher.servers, ranks) if served else None,
             sync_way=rollout.sync.transport,
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
@@ -201,8 +210,7 @@ def _read_model(name: str, path: str, served: bool):
 
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
-    rules.check_sequence_parallel(name, parallel)
-    dp = rules.check_grid(name, section.path, parallel, hf, gpus, "--gpus")
+    dp = rules.check_grid(name, section.path, parallel, hf, gpus)
     return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
 
 
@@ -214,9 +222,10 @@ def _length(key: str, given: int | None, longest: int) -> int:
     return given
 
 
-def _servers(section) -> Servers:
+def _servers(section, ranks: int) -> Servers:
     if section.urls:
-        return Servers(len(section.urls), section.tp, section.concurrency, (), 0.0)
+        count = len(section.urls)
+        return Servers(count, section.tp, section.concurrency, (), 0.0, count * section.tp)
     # Without `gpus` every server begins at the first device of the machine.
     gpus = section.gpus if section.gpus is not None else tuple(range(section.tp))
     return Servers(
@@ -225,6 +234,7 @@ def _servers(section) -> Servers:
         section.concurrency,
         tuple(gpus),
         section.mem_fraction or SGLANG_MEM_FRACTION,
+        sum(gpu >= ranks for gpu in gpus),
     )
 
 

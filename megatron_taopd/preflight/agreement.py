@@ -221,5 +221,7 @@ def _engine(config: Config, vocabulary: Vocabulary):
             eos_token_ids=vocabulary.eos_token_ids,
         )
     servers = begin_rollout_servers(config, fixed_weights=True)
-    model, replicas = wait_for_servers(servers, "rollout.servers")
+    model, replicas = wait_for_servers(
+        servers, "rollout.servers", config.rollout.servers.start_timeout_s
+    )
     return SGLangEngine(replicas, model, model.vocab_size, vocabulary.eos_token_ids)

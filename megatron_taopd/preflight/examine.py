@@ -18,9 +18,12 @@ from pathlib import Path
 import torch
 
 from megatron_taopd import config as configuration
+from megatron_taopd.checkpoints import end
+from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.config import Config
+from megatron_taopd.config.values import check_files
 from megatron_taopd.data.texts import held_out_prompts, training_prompts, vocabularies
-from megatron_taopd.formats.hf import DTYPES, load_config
+from megatron_taopd.formats.hf import DTYPES, HFCheckpoint, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.logs import OF_THE_RUN
 from megatron_taopd.parallel import platform
@@ -75,21 +78,28 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
         return on_rank_0(lambda: [f for each in checks for f in examined(*each)])
 
     all_found = first((_check_config, config, ranks))
+    # What is wrong with a file is said once, not again by each check that reads it.
+    there = on_rank_0(lambda: _are_there(config))
+    if there:
+        all_found += first((_check_weights, config))
     yield "configuration", all_found
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     yield "versions", hosts((machine.check_versions, sglang), (machine.check_kernels,))
     yield "machine", hosts((machine.check_devices, local_ranks), (machine.check_limits,))
     servers = [] if not sglang else [*_check_servers(config)]
+    servers += _check_ports(config)
     yield "network", hosts((network.check_loopback,)) + first((network.check_rendezvous,), *servers)
     if together:
         yield "ranks", network.check_ranks(host)
 
     write = storage.check_shared(run_dir, host) if together else first(_write(config)[0])
-    disk = (*_write(config)[1:], (_check_space, config))
+    disk = (*_write(config)[1:], *([(_check_space, config)] if there else []))
     yield "disk", write + first(*disk) + hosts((storage.check_shared_memory,))
-    yield "run.dir", first((_check_resume, config))
-    found = first((_check_texts, config))
-    yield "texts", found
+    found = []
+    if there:
+        yield "run.dir", first((_check_resume, config))
+        found = first((_check_texts, config))
+        yield "texts", found
     all_found = all_found + write + found
     if torch.cuda.is_available() and not _failed(all_found):
         yield "memory", first((_check_memory, config, ranks, local_ranks))
@@ -117,12 +127,14 @@ def before_run(config: Config) -> bool:
     """
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     checks = [
+        *_check_ports(config),
+        *([] if not sglang else _check_servers(config, urls=False)),
+        (_check_weights, config),
         (_check_resume, config),
         (machine.check_versions, sglang),
         *_write(config),
         (_check_space, config),
         (_check_start_of_texts, config),
-        *([] if not sglang else _check_servers(config, urls=False)),
     ]
 
     def work() -> list[Finding]:
@@ -141,6 +153,15 @@ def _failed(findings: Sequence[Finding]) -> bool:
     return any(f.level == "error" for f in findings)
 
 
+def _are_there(config: Config) -> bool:
+    """Whether the files are there that the checks read."""
+    try:
+        check_files(config)
+    except ValueError:
+        return False
+    return True
+
+
 def _join() -> Iterator[Finding]:
     platform.initialize()
     yield from ()
@@ -155,6 +176,29 @@ def _check_config(config: Config, ranks: int) -> Iterator[Finding]:
         yield ok(f"{ranks} ranks: it can run")
 
 
+def _check_weights(config: Config) -> Iterator[Finding]:
+    """Compare the header of each file of weights that ranks load with config.json."""
+    for model in ("student", "teacher"):
+        if model == "teacher" and config.teacher.engine != "megatron":
+            continue  # of a served one `check` has looked at the head
+        path = getattr(config, model).path
+        try:
+            HFCheckpoint(path).check(load_config(path))
+        except ValueError as problem:
+            yield error(f"{model}.path: {problem}", "no model is built before that is right")
+        else:
+            yield ok(f"{model}.path: {path}: the weights are those of its config.json")
+
+
+def _check_ports(config: Config) -> list[tuple]:
+    log = config.log
+    if log.prometheus_port is None:
+        return []
+    return [
+        (network.check_listening, "log.prometheus_port", log.prometheus_host, log.prometheus_port)
+    ]
+
+
 def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
     for key, engine in ("rollout", config.rollout.engine), ("teacher", config.teacher.engine):
         section = getattr(config, key).servers
@@ -162,8 +206,9 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
             continue
         if not section.urls:
             yield network.check_own_servers, f"{key}.servers", section.host
-        elif urls:
-            yield network.check_urls, f"{key}.servers", section.urls
+        else:
+            check = network.check_urls if urls else network.check_names
+            yield check, f"{key}.servers", section.urls
     if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
@@ -211,8 +256,10 @@ def _check_memory(config: Config, ranks: int, local_ranks: int) -> Iterator[Find
 
 
 def _check_resume(config: Config) -> Iterator[Finding]:
-    tree = configuration.to_tree(config)
-    return storage.check_resume(Path(config.run.dir), config.train.steps, tree)
+    tree, run_dir = configuration.to_tree(config), Path(config.run.dir)
+    newest = max(checkpoint_files.steps(run_dir / "checkpoints"), default=0)
+    missing = end.missing(config, newest)
+    return storage.check_resume(run_dir, config.train.steps, tree, missing)
 
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:

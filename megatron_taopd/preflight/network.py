@@ -18,7 +18,7 @@ from megatron_taopd.parallel import nccl, platform
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 from megatron_taopd.preflight.machine import driver, versions
-from megatron_taopd.serving.server import PORTS, free_port, is_free
+from megatron_taopd.serving.ports import PORTS, free_port, is_free
 
 TORCHRUN_PORT = 29500
 CONNECT_S = 5.0
@@ -60,7 +60,7 @@ def check_rendezvous() -> Iterator[Finding]:
     else:
         yield warning(
             f"rendezvous: port {port} of this host is in use",
-            "torchrun --standalone on one host, --master-port with another one on several",
+            "taopd launch --standalone on one host, --master-port with another one on several",
         )
 
 
@@ -76,6 +76,32 @@ def check_own_servers(key: str, host: str) -> Iterator[Finding]:
         )
         return
     yield ok(f"{key}.host: {host}: port {port} and others are free")
+
+
+def check_names(key: str, urls: Sequence[str]) -> Iterator[Finding]:
+    """Check that the hosts of servers have an address; whether they listen, time will tell."""
+    for url in urls:
+        host = urlsplit(url).hostname
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as problem:
+            yield error(
+                f"{key}.urls: {url}: {host} does not resolve ({problem.strerror or problem})",
+                "correct the name, or add it to /etc/hosts or the DNS",
+            )
+        else:
+            yield ok(f"{key}.urls: {host} resolves")
+
+
+def check_listening(key: str, host: str, port: int) -> Iterator[Finding]:
+    """Check that this process could listen there; key: of the port."""
+    if is_free(host, port):
+        yield ok(f"{key}: {port} of {host} is free")
+    else:
+        yield error(
+            f"{key}: {port} of {host} cannot be listened on",
+            "another port; or an address of this host, if that is none",
+        )
 
 
 def check_urls(key: str, urls: Sequence[str]) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import starmap
 from pathlib import Path
@@ -162,8 +162,14 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------- resuming
 
 
-def check_resume(directory: Path, steps: int, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Where a run with this directory and configuration (as a tree) would go on, if it can."""
+def check_resume(
+    directory: Path, steps: int, config: Mapping[str, Any], missing: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """Where a run with this directory and configuration (as a tree) would go on, if it can.
+
+    Args:
+        missing: what is not written of a run whose steps are done (`checkpoints.end.missing`).
+    """
     before = resume.last_start(directory / "checkpoints")
     if before:
         refused = [*resume.refusals(before, resume.start_of(config), directory)]
@@ -182,7 +188,9 @@ def check_resume(directory: Path, steps: int, config: Mapping[str, Any]) -> Iter
         else:
             yield ok("run.dir: a new run")
         return
-    if saved >= steps:
+    if saved >= steps and missing:
+        yield ok(f"run.dir: all {steps} steps are done; {' and '.join(missing)} is still to write")
+    elif saved >= steps:
         yield warning(
             f"run.dir: {directory} has a checkpoint of step {saved}, and train.steps is {steps}: "
             "nothing is left to do",

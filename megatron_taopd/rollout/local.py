@@ -27,7 +27,7 @@ from transformers import (
 
 from megatron_taopd.data.vocab_map import end_ids
 from megatron_taopd.formats.hf import load_model
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 
@@ -110,7 +110,8 @@ class LocalEngine:
         share = -(-len(prompts) // self.world_size)
         # Columns: token ids | log-probabilities, by their bits | length.
         payload = torch.zeros(share, 2 * width + 1, dtype=torch.int32)
-        for start in range(0, len(mine), self.batch_size):
+        starts = range(0, len(mine), self.batch_size)
+        for start in progress.track(starts, None, "batches of responses"):
             batch = mine[start : start + self.batch_size]
             tokens, log_probs = self._generate_batch(
                 [prompts[i] for i in batch], [keys[i] for i in batch], stops, sampling

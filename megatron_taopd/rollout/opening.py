@@ -72,7 +72,9 @@ def open_engine(
                 vocab_size=texts.vocab_map.size,
                 eos_token_ids=texts.student.eos_token_ids,
             )
-    model, replicas = wait_for_servers(servers, "rollout.servers")
+    model, replicas = wait_for_servers(
+        servers, "rollout.servers", config.rollout.servers.start_timeout_s
+    )
     sync = config.rollout.sync
     log_probs = partial(
         sequence_log_probs,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel import watchdog
+from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 
@@ -115,14 +115,14 @@ class Generating:
     def _advance(self) -> None:
         """Wait for what rank 0 sees next, and act on it. Collective."""
         try:
-            progress = self.engine.on_rank_0(self._next)
+            seen = self.engine.on_rank_0(self._next)
         except RuntimeError:
             self.engine.pending -= 1
             raise
-        if progress.resync:
+        if seen.resync:
             self.engine.resync()
-        if progress.responses:
-            self._take(progress.responses)
+        if seen.responses:
+            self._take(seen.responses)
 
     def _next(self) -> Progress:
         """Return what happens next, on rank 0; nothing, if that is more than SIGN_OF_LIFE_S away.
@@ -181,7 +181,10 @@ class Generating:
                             "reports log-probabilities at that temperature, not at 1; start it "
                             "with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
                         )
-            await gather(*tasks)
+            with progress.phase("responses", len(tasks)) as shown:
+                for task in tasks:
+                    task.add_done_callback(lambda _: shown.advance())
+                await gather(*tasks)
         except Exception as error:
             self.finished.put(error)
         finally:

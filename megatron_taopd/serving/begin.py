@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.config.schema import ServersSection
+from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.objects import in_background, on_rank_0
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import CONTEXT_MARGIN, ServedModel
@@ -107,11 +108,14 @@ def begin_servers(
     return in_background(lambda: (model, replicas()))
 
 
-def wait_for_servers(servers: Future, key: str) -> tuple[ServedModel, Replicas | None]:
+def wait_for_servers(
+    servers: Future, key: str, at_most: float | None = None
+) -> tuple[ServedModel, Replicas | None]:
     """Wait for servers that were begun; every rank calls this.
 
     Args:
         key: of the configuration, for what goes wrong.
+        at_most: seconds that it may take, for the terminal.
 
     Raises:
         ValueError: they do not serve, on every rank.
@@ -119,7 +123,8 @@ def wait_for_servers(servers: Future, key: str) -> tuple[ServedModel, Replicas |
     Collectives: see `on_rank_0`.
     """
     try:
-        on_rank_0(lambda: servers, tell=False)  # `start_timeout_s` ends that
+        with progress.phase(f"waiting for {key}", seconds=at_most):
+            on_rank_0(lambda: servers, tell=False)  # `start_timeout_s` ends that
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
     model, replicas = servers.result()

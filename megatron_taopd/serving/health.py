@@ -6,6 +6,8 @@ One that is ours is restarted; one that is not is tried again from time to time.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
 from contextlib import suppress
 
@@ -14,14 +16,17 @@ import httpx
 from megatron_taopd.serving.protocol import FIRST_DELAY_S, delay_before
 from megatron_taopd.serving.replica import Replica, State
 
+logger = logging.getLogger(__name__)
+
 RESTARTS = 3  # in a row that may fail
+TELL_EVERY_S = 30.0  # that a server is still waited for
 
 
 async def wait_until_up(replica: Replica) -> None:
     """Wait until our own server generates, or somebody else's listens.
 
-    Somebody else's may not listen for `start_timeout_s`; what is wrong with one that does,
-    `Replica.check` says.
+    Somebody else's may not listen for `start_timeout_s`, of which a line tells at once and then
+    every TELL_EVERY_S; what is wrong with one that does, `Replica.check` says.
 
     Raises:
         RuntimeError: our own server does not start.
@@ -31,12 +36,21 @@ async def wait_until_up(replica: Replica) -> None:
         return
     limits = replica.shared.limits
     deadline = time.monotonic() + limits.start_timeout_s
-    while time.monotonic() < deadline:
+    tell_at = -math.inf
+    while (now := time.monotonic()) < deadline:
         try:
             await replica.shared.http.get(
                 replica.url + "/model_info", timeout=limits.health_timeout_s
             )
-        except (httpx.ConnectError, httpx.ConnectTimeout):
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            if now >= tell_at:
+                first = tell_at < 0
+                reason = f" ({str(error) or type(error).__name__})" if first else ""
+                logger.info(
+                    f"{replica.url} {'does not answer' if first else 'still does not answer'}"
+                    f"{reason}; it is waited for, {deadline - now:.0f} s more"
+                )
+                tell_at = now + TELL_EVERY_S
             await asyncio.sleep(1)
             continue
         except httpx.TransportError:

@@ -8,10 +8,8 @@ cache, sampler, log-probabilities and weight updates are the real ones.
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,12 +25,12 @@ import psutil
 import torch
 
 from megatron_taopd.parallel import nccl
+from megatron_taopd.serving.ports import free_port, is_free
 from megatron_taopd.serving.supervise import supervised
 
 _HERE = Path(__file__).parent
 POLL_S = 0.25
 ATTEMPTS = 3  # at a free port
-PORTS = range(20000, 32768)  # below those that the kernel hands out by itself
 ERROR = re.compile(r"^(?:[\w.]+(?:Error|Exception)\b|\S+: error:).*", re.MULTILINE)
 LIFELESS = {
     psutil.STATUS_ZOMBIE: "dead",
@@ -41,6 +39,8 @@ LIFELESS = {
 }
 IN_USE = re.compile(r"address already in use|port.* is not available", re.IGNORECASE)
 
+MODULE = ("sglang.launch_server",)
+CPU_MODULE = ("forking", *MODULE)  # of cpu_stubs
 CPU_ARGS = (
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
@@ -98,7 +98,8 @@ class Options:
             "mem-fraction-static": self.mem_fraction,
             "api-key": self.api_key,
         }
-        command = [sys.executable, "-m", "sglang.launch_server"]
+        module = CPU_MODULE if device == "cpu" else MODULE
+        command = [sys.executable, "-m", *module]
         for name, value in named.items():
             command += [] if value is None else [f"--{name}", str(value)]
         command += ["--skip-tokenizer-init"] if self.token_ids_only else []
@@ -309,25 +310,6 @@ def server_environment(device: str, gpus: Sequence[int] | None, raw_logprobs: bo
         path = [str(_HERE / "cpu_stubs"), environment.get("PYTHONPATH")]
         environment |= {**CPU_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     return environment
-
-
-def free_port(host: str) -> int:
-    """Return one of PORTS that nobody listens on now."""
-    # Not the kernel's choice, which it may repeat for somebody else before the server binds, and
-    # not `random`'s generator, which ranks seed alike.
-    ports = random.SystemRandom().sample(PORTS, 100)
-    return next(port for port in ports if is_free(host, port))
-
-
-def is_free(host: str, port: int) -> bool:
-    """Tell whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def cause(output: str) -> str:

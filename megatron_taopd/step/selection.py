@@ -12,6 +12,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from megatron_taopd.config.schema import CONCENTRATES
 from megatron_taopd.step.extensions.concentration import cut_responses, inside
 from megatron_taopd.step.teachability import (
     bounded,
@@ -78,10 +79,6 @@ SELECTORS: dict[str, Callable[[TokenScores, int], Tensor]] = {
     "q3_low_dl": lambda s, seed: _in_q3(s, -_learnable(s)),
     "q3_high_di": lambda s, seed: _in_q3(s, _incompatible(s)),
 }
-
-
-# Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
-CONCENTRATES = tuple(name for name in SELECTORS if name not in ("full", "random", "q3_low_dl"))
 
 
 def budget(ratio: float, num_rows: int) -> int:

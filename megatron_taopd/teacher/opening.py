@@ -46,7 +46,7 @@ def open_teacher(
     if servers is None:
         layout, tokens = forward_layout(**vars(section.parallel)), config.train.micro_batch_tokens
         return MegatronTeacher(section.path, layout, dtype, tokens, section.offload)
-    model, replicas = wait_for_servers(servers, "teacher.servers")
+    model, replicas = wait_for_servers(servers, "teacher.servers", section.servers.start_timeout_s)
     if section.form == "hidden_states":
         return SGLangTeacher(replicas, model, find_head(model.path).shape[1], dtype)
     logger.info(

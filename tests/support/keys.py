@@ -194,6 +194,7 @@ KEYS: dict[str, dict[str, str]] = {
     "log.wandb_project": {"a project": LOGS},
     "log.prometheus_port": {ANY: LOGS},
     "log.prometheus_host": {"127.0.0.2": LOGS},
+    "log.samples": {"1": LOGS},
 }  # fmt: skip
 
 

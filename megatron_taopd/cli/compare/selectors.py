@@ -3,7 +3,8 @@
     taopd compare selectors examples/tiny_pair.yaml --out runs/selectors --seeds 0 1 2
 
 Every run is a process of its own on one rank; finished runs in --out are not repeated. Settings of
-each run: `--set train.steps=80 optimizer.lr=3e-4`.
+each run: `--set train.steps=80 optimizer.lr=3e-4`. comparison.html in --out has their curves over
+one another.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from megatron_taopd.cli import common
+from megatron_taopd.cli.compare import curves, page
 
 SELECTORS = (
     "full",
@@ -32,6 +34,7 @@ SELECTORS = (
     "teachability",
     "teachability_entropy",
 )
+BY = "selection.selector"
 ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
 
 
@@ -70,6 +73,12 @@ def work(arguments: argparse.Namespace) -> int:
     ]
     common.show(as_table(rows, len(arguments.seeds)))
     common.write_json(arguments.json, rows)
+    paths = [arguments.out / f"{selector}-{seed}" for selector, seed in jobs]
+    runs, missing = curves.read_all(paths, BY)
+    compared = {axis: curves.compare(runs, axis) for axis in curves.AXES}
+    page.write(arguments.out / "comparison.html", runs, BY, compared, missing)
+    line = f"page: {arguments.out / 'comparison.html'}"
+    common.open_console().print(line, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -27,6 +27,7 @@ from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
 from megatron_taopd.models.weights import load_head
 from megatron_taopd.parallel.vocab import VocabShard
+from megatron_taopd.preflight.models import with_model_directories
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.opening import sampling_of
 from megatron_taopd.serving.begin import open_replicas
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Print what differs in the scores and in the tokens that are kept."""
     config = configuration.load(arguments.config, ["run.dir=unused", *arguments.set])
+    config = with_model_directories(config)
     ratio = arguments.ratio or config.selection.ratio
 
     vocabularies = [Vocabulary.from_pretrained(m.path) for m in (config.student, config.teacher)]

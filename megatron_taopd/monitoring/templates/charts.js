@@ -1,22 +1,47 @@
-for (const plot of document.querySelectorAll(".plot")) {
-  const [svg, tip, cursor] = ["svg", ".tip", ".cursor"].map((s) => plot.querySelector(s));
+const place = (tip, frame, left) => {
+  const x = left / 100 * frame.clientWidth, room = frame.clientWidth - x - 12;
+  tip.style.left = tip.style.right = "auto";
+  if (tip.offsetWidth <= room) tip.style.left = `${x + 12}px`;
+  else tip.style.left = `${Math.max(-40, x - 12 - tip.offsetWidth)}px`;
+};
+const walked = (key, at, count) => {
+  const to = {ArrowRight: at + 1, ArrowLeft: at < 0 ? count - 1 : at - 1, Home: 0, End: count - 1};
+  return count && key in to ? Math.max(0, Math.min(count - 1, to[key])) : undefined;
+};
+const escaped = (text) => new Option(text).innerHTML;
+for (const plot of document.querySelectorAll(".plot:not(.plane)")) {
+  const [frame, tip, cursor] = [".frame", ".tip", ".cursor"].map((s) => plot.querySelector(s));
   const {labels, colors, at} = JSON.parse(plot.querySelector("script").textContent);
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const scale = box.width / svg.viewBox.baseVal.width;
-    const distance = ([, x]) => Math.abs(x - (event.clientX - box.left) / scale);
-    const [step, x, values] = at.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+  const along = plot.querySelector(".along").textContent;
+  const {width, height} = cursor.dataset;
+  let chosen = -1;
+  const show = (index) => {
+    chosen = index;
+    const [step, x, values] = at[index];
     const rows = labels.map((label, i) => values[i] === undefined ? "" :
-      `<br><i style="background: var(--${colors[i]})"></i>${label} ${values[i]}`);
-    tip.innerHTML = `<b>step ${step}</b>` + rows.join("");
+      `<br><i style="background: var(--${colors[i]})"></i>${escaped(label)} ${values[i]}`);
+    tip.innerHTML = `<b>${along} ${step}</b>` + rows.join("");
     tip.hidden = false;
-    const right = x * scale + 12;
-    const fits = right + tip.offsetWidth <= box.width;
-    tip.style.left = `${fits ? right : x * scale - 12 - tip.offsetWidth}px`;
-    cursor.setAttribute("d", `M${x} ${cursor.dataset.top}V${cursor.dataset.bottom}`);
-  });
-  svg.addEventListener("pointerleave", () => {
+    place(tip, frame, x);
+    cursor.setAttribute("d", `M${x / 100 * width} 0V${height}`);
+  };
+  const hide = () => {
     tip.hidden = true;
     cursor.setAttribute("d", "");
+  };
+  frame.addEventListener("pointermove", (event) => {
+    const box = frame.getBoundingClientRect();
+    const left = 100 * (event.clientX - box.left) / box.width;
+    const distance = (i) => Math.abs(at[i][1] - left);
+    show([...at.keys()].reduce((a, b) => (distance(b) < distance(a) ? b : a)));
+  });
+  frame.addEventListener("pointerleave", hide);
+  plot.addEventListener("blur", hide);
+  plot.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hide();
+    const next = walked(event.key, chosen, at.length);
+    if (next === undefined) return;
+    event.preventDefault();
+    show(next);
   });
 }

@@ -1,0 +1,363 @@
+"""A configuration compared with itself, with this environment and with the files that it names.
+
+Neither torch nor transformers is imported here, nor is anything read that takes long: a mistake of
+a user is told before either is waited for. `preflight/check_config` compares the rest with what the
+models' own files say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_taopd.config.schema import (
+    CONCENTRATES,
+    Config,
+    EvalSection,
+    LogSection,
+    ParallelSection,
+    ServersSection,
+    check_bounds,
+)
+from megatron_taopd.data.sources import sources_of
+from megatron_taopd.formats.directory import check_directory
+from megatron_taopd.formats.hub import is_model
+
+
+def check_values(config: Config, ranks: int | None = None) -> None:
+    """Refuse a configuration that cannot run, as far as that is known without a model.
+
+    Args:
+        ranks: of the run; None where they are not known.
+
+    Raises:
+        ValueError: one line with the key, its value and what would be right.
+    """
+    check_sections(config)
+    check_environment(config)
+    check_files(config)
+    check_layouts(config, ranks)
+
+
+# ------------------------------------------------------------------------------------ the sections
+
+
+def check_sections(config: Config) -> None:
+    """Compare values with their bounds and with each other. Raises as `check_values`."""
+    check_bounds(config)
+    if (experts := config.student.parallel.ep) != 1:
+        raise ValueError(
+            f"student.parallel.ep: {experts}; it has to be 1: a mixture of experts can be a "
+            "teacher only"
+        )
+    _check_selection(config)
+    _check_replay(config)
+    _check_rollout(config)
+    _check_engines(config)
+    _check_evaluation(config.eval)
+    _check_optimizer(config)
+    for model in ("student", "teacher"):
+        parallel = getattr(config, model).parallel
+        if parallel.sequence and parallel.tp == 1:
+            raise ValueError(
+                f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
+            )
+    sequences = config.rollout.prompts * config.rollout.samples
+    if config.train.mini_batches > sequences:
+        raise ValueError(
+            f"train.mini_batches: {config.train.mini_batches} is more than the {sequences} "
+            "sequences of a step (rollout.prompts × rollout.samples)"
+        )
+
+
+def _check_selection(config: Config) -> None:
+    selection = config.selection
+    if selection.concentrate and selection.selector not in CONCENTRATES:
+        raise ValueError(
+            f"selection.concentrate: {selection.concentrate} with selector {selection.selector}, "
+            f"which has no priorities to add up; one of {', '.join(CONCENTRATES)} is needed"
+        )
+    if selection.ratio > 1 - selection.concentrate:
+        raise ValueError(
+            f"selection.concentrate: {selection.concentrate} leaves fewer rows than "
+            f"selection.ratio {selection.ratio} keeps; it has to be at most {1 - selection.ratio:g}"
+        )
+
+
+def _check_replay(config: Config) -> None:
+    """Refuse a replay over several stages or mini-batches."""
+    if config.train.schedule != "replay":
+        return
+    for key, value in (
+        ("student.parallel.pp", config.student.parallel.pp),
+        ("train.mini_batches", config.train.mini_batches),
+    ):
+        if value != 1:
+            raise ValueError(
+                f"train.schedule: replay with {key} {value}; it has to be 1, or the schedule "
+                "two_pass"
+            )
+
+
+def _check_rollout(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.horizon not in ("none", "auto"):
+        if not isinstance(rollout.horizon, int) or rollout.horizon < 1:
+            raise ValueError(
+                f"rollout.horizon: {rollout.horizon!r}; none, auto or a number of tokens is needed"
+            )
+        if rollout.horizon > rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.horizon: {rollout.horizon} is more than rollout.max_new_tokens "
+                f"{rollout.max_new_tokens}; give at most that"
+            )
+    if config.loss.kind == "sampled_token":
+        plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        for name, wanted in plain.items():
+            if (value := getattr(rollout, name)) != wanted:
+                raise ValueError(
+                    f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
+                    f"is that of unwarped sampling; it has to be {wanted}"
+                )
+
+
+def _check_optimizer(config: Config) -> None:
+    lr, min_lr, decay = config.optimizer.lr, config.optimizer.min_lr, config.optimizer.decay
+    if (min_lr is None) != (decay == "constant"):
+        raise ValueError(
+            f"optimizer.min_lr: {min_lr} with optimizer.decay {decay}; "
+            "cosine and linear need the rate they end at, constant needs null"
+        )
+    if min_lr is not None and min_lr > lr:
+        raise ValueError(
+            f"optimizer.min_lr: {min_lr} is above optimizer.lr {lr}, from which it decays"
+        )
+
+
+def _check_evaluation(section: EvalSection) -> None:
+    if section.samples > 1 and section.temperature == 0:
+        raise ValueError(
+            f"eval.samples: {section.samples} with eval.temperature 0, at which they are all the "
+            "same; it has to be 1, or the temperature above 0"
+        )
+    for k in section.pass_at:
+        if not 1 <= k <= section.samples:
+            raise ValueError(
+                f"eval.pass_at: {k}; it has to be between 1 and eval.samples {section.samples}"
+            )
+
+
+def _check_engines(config: Config) -> None:
+    rollout, teacher = config.rollout, config.teacher
+    if rollout.engine == "sglang":
+        _check_servers("rollout", rollout.servers)
+    elif rollout.ahead:
+        raise ValueError(
+            f"rollout.ahead: {rollout.ahead} with rollout.engine local, which generates in the "
+            "ranks that train; it has to be 0, or the engine sglang"
+        )
+    if rollout.sync.release_memory and rollout.ahead:
+        raise ValueError(
+            "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
+            "the student trains cannot give their memory back; one of them has to be off"
+        )
+    if teacher.engine == "megatron":
+        return
+    _check_servers("teacher", teacher.servers)
+    if teacher.parallel != ParallelSection() or teacher.offload:
+        raise ValueError(
+            "teacher.parallel and teacher.offload are of teacher.engine megatron; leave them out "
+            "with sglang, whose layout is teacher.servers.tp and replicas"
+        )
+    if teacher.form == "topk" and teacher.topk < config.selection.k:
+        raise ValueError(
+            f"teacher.topk: {teacher.topk} is less than selection.k {config.selection.k}; several "
+            "times that is better"
+        )
+    shared = set(rollout.servers.gpus or ()) & set(teacher.servers.gpus or ())
+    if rollout.engine == "sglang" and shared:
+        raise ValueError(
+            f"teacher.servers.gpus: {_listed(sorted(shared))} are also in rollout.servers.gpus; "
+            "give each model its own"
+        )
+
+
+# Of servers that a run starts itself. (With those that are there, the plan asks for `tp`.)
+_OF_OWN_SERVERS = (
+    "replicas", "gpus", "host", "context_length", "max_running_requests", "max_total_tokens",
+    "mem_fraction", "args",
+)  # fmt: skip
+
+
+def _check_servers(model: str, servers: ServersSection) -> None:
+    key = f"{model}.servers"
+    for name in _OF_OWN_SERVERS if servers.urls else ():
+        value = getattr(servers, name)
+        if value != getattr(ServersSection, name):
+            value = _listed(value) if isinstance(value, tuple) else value
+            raise ValueError(
+                f"{key}.{name}: {value} with {key}.urls, whose servers the run does not start; "
+                "leave one of them out"
+            )
+    wanted = servers.replicas * servers.tp
+    if servers.gpus is not None:
+        if len(set(servers.gpus)) != wanted:
+            raise ValueError(
+                f"{key}.gpus: {_listed(servers.gpus)}; {key}.replicas {servers.replicas} × "
+                f"tp {servers.tp} take {wanted} different ones"
+            )
+        if min(servers.gpus) < 0:
+            raise ValueError(f"{key}.gpus: {_listed(servers.gpus)}; devices are numbered from 0 on")
+    for url in servers.urls:
+        if not re.fullmatch(r"https?://[^/:\s]+(:\d{1,5})?/?", url) or _port(url) > 65535:
+            raise ValueError(f"{key}.urls: {url!r}; http://HOST:PORT is expected")
+    given = [url.rstrip("/") for url in servers.urls]
+    if twice := [url for url in given if given.count(url) > 1]:
+        raise ValueError(f"{key}.urls: {twice[0]} is there twice; name each server once")
+
+
+def _port(url: str) -> int:
+    port = re.search(r":(\d+)/?$", url)
+    return int(port[1]) if port else 80
+
+
+def _check_micro_batch(config: Config, parallel: ParallelSection) -> None:
+    """Refuse micro-batches that cannot hold the longest sequence."""
+    multiple = parallel.tp if parallel.sequence else 1
+    capacity = config.train.micro_batch_tokens // multiple * multiple
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > capacity:
+        raise ValueError(
+            f"train.micro_batch_tokens: {config.train.micro_batch_tokens} does not hold "
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
+        )
+
+
+# ------------------------------------------------------------------------------ ranks, environment
+
+
+def check_layouts(config: Config, ranks: int | None, whose: str = "the number of ranks,") -> None:
+    """Refuse layouts that do not divide the ranks, or leave some without work.
+
+    Args:
+        ranks: of the run; None where they are not known.
+        whose: names the ranks in the line: as it is here, or an option.
+
+    Raises:
+        ValueError: one line with the key, its value and what would be right.
+    """
+    for model in ("student", "teacher"):
+        parallel = getattr(config, model).parallel
+        _check_micro_batch(config, parallel)
+        size = parallel.tp * parallel.pp
+        if ranks is not None and ranks % size:
+            raise ValueError(
+                f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {size} does not divide "
+                f"{whose} {ranks}; start a multiple of {size}"
+            )
+    if ranks is None:
+        return
+    rollout, parallel = config.rollout, config.student.parallel
+    data_parallel = ranks // (parallel.tp * parallel.pp)
+    if rollout.prompts * rollout.samples < data_parallel:
+        raise ValueError(
+            f"rollout.prompts: {rollout.prompts} × rollout.samples {rollout.samples} are fewer "
+            f"than the {data_parallel} data-parallel ranks of the student; each needs one"
+        )
+
+
+def check_environment(config: Config) -> None:
+    """Refuse what asks for a package that is not installed, or a variable that is not set.
+
+    Raises:
+        ValueError: one line with the key, its value and what would be right.
+    """
+    for model in ("rollout", "teacher"):
+        section = getattr(config, model)
+        if section.engine != "sglang":
+            continue
+        if find_spec("sglang") is None:
+            raise ValueError(
+                f"{model}.engine: sglang, which is not installed: pip install '.[sglang]' with "
+                "CUDA, requirements/sglang-cpu.txt without"
+            )
+        variable = section.servers.api_key_env
+        if variable is not None and variable not in os.environ:
+            raise ValueError(
+                f"{model}.servers.api_key_env: {variable} is not set; export it with the servers' "
+                "key"
+            )
+    if config.eval.grader == "math" and find_spec("math_verify") is None:
+        raise ValueError(
+            "eval.grader: math, which needs Math-Verify: pip install '.[math]', or use exact"
+        )
+    check_installed(config.log)
+
+
+def check_installed(log: LogSection) -> None:
+    """Check that the packages are there that the section asks for.
+
+    Raises:
+        ValueError: one of them is not installed.
+    """
+    for module, key, wanted in (
+        ("tensorboard", "log.tensorboard: true", log.tensorboard),
+        ("wandb", f"log.wandb_project: {log.wandb_project}", log.wandb_project is not None),
+        ("prometheus_client", f"log.prometheus_port: {log.prometheus_port}", log.prometheus_port),
+    ):
+        if wanted and find_spec(module) is None:
+            raise ValueError(
+                f"{key}: {module} is not installed; pip install {module.replace('_', '-')}, or "
+                "leave it out"
+            )
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def check_files(config: Config) -> None:
+    """Look whether the files that a configuration names are there. Raises as `check_values`."""
+    for key, path in ("run.dir", config.run.dir), ("rollout.sync.dir", config.rollout.sync.dir):
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"{key}: {path} is a file; give a directory")
+    _check_prompts(config)
+    for model in ("student", "teacher"):
+        path = getattr(config, model).path
+        if is_model(path) and not Path(path).exists():
+            continue  # a name on the hub, which `preflight.models` asks for it
+        try:
+            check_directory(path, weights=reads_weights(config, model))
+        except ValueError as error:
+            raise ValueError(f"{model}.path: {error}") from None
+
+
+def _check_prompts(config: Config) -> None:
+    named = {"data.prompts": config.data.prompts, "eval.prompts": config.eval.prompts}
+    for key, prompts in named.items():
+        if prompts is None:
+            continue
+        try:
+            sources = sources_of(prompts)
+            for source in sources:
+                source.files()
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if key == "eval.prompts" and len(sources) > 1:
+            raise ValueError(
+                f"{key}: {prompts}; weights say how often training draws from a file, and every "
+                "held-out prompt is asked: give a list of paths"
+            )
+
+
+def reads_weights(config: Config, model: str) -> bool:
+    """Say whether the run itself reads weights of this model, student or teacher."""
+    teacher = config.teacher
+    return model == "student" or teacher.engine == "megatron" or teacher.form == "hidden_states"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,31 @@
+"""Both models of a configuration as directories, wherever they come from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_taopd.config.schema import Config
+from megatron_taopd.formats.hub import model_directory
+
+
+def with_model_directories(config: Config, weights: bool = True) -> Config:
+    """Return a configuration whose models are directories, downloaded if need be.
+
+    Args:
+        weights: whether they are needed; False for what looks at a model's description alone.
+
+    Raises:
+        ValueError: see `model_directory`; the line begins with the key.
+    """
+    paths = []
+    for name, section in ("student", config.student), ("teacher", config.teacher):
+        try:
+            paths.append(model_directory(section.path, weights))
+        except ValueError as error:
+            raise ValueError(f"{name}.path: {error}") from None
+    student, teacher = paths
+    return replace(
+        config,
+        student=replace(config.student, path=student),
+        teacher=replace(config.teacher, path=teacher),
+    )
