@@ -67,6 +67,7 @@ def bank_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="a new bank, or one to append to")
     command.add_argument("--prompt-column", default="prompt")
     command.add_argument("--template", default="auto")
+    common.add_template_kwargs(command)
     command.add_argument("--system")
     command.add_argument("--max-prompt-tokens", type=int, default=1024)
     command.add_argument("--limit", type=int, help="prompts; default: all")
@@ -121,6 +122,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
     data = DataSection(
         prompt_column=arguments.prompt_column,
         template=arguments.template,
+        template_kwargs=arguments.template_kwargs,
         system=arguments.system,
         max_prompt_tokens=arguments.max_prompt_tokens,
         limit=arguments.limit,
