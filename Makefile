@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart quickstart-sglang test test-fast lint docs requirements clean
+.PHONY: quickstart quickstart-sglang test test-fast users lint docs requirements clean
 
 # ARGS="train.steps=20 selection.selector=random" changes what a quickstart does.
 quickstart: $(VENV)/.installed
@@ -27,6 +27,10 @@ test: $(VENV)/.installed
 # What to run at every save: one process of ranks at most, no server, nothing that takes seconds.
 test-fast: $(VENV)/.installed
 	$(PYTEST) -m "not ranks and not sglang and not slow"
+
+# What three users do, from one end to the other: scripts to be read as well as run.
+users: $(VENV)/.installed
+	for user in mistakes laptop cluster; do bash tests/users/$$user.sh || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

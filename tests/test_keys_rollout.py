@@ -19,7 +19,9 @@ from support.keys import (
     CHAT,
     GRADER,
     HORIZON,
+    KWARGS,
     PROMPT,
+    REPEATS,
     ROLLOUT,
     SEED,
     STREAM,
@@ -51,7 +53,8 @@ def chat_models(directory: Path, student: str = "so", teacher: str = "so") -> li
         for file in ("config.json", "generation_config.json", "model.safetensors"):
             (model / file).symlink_to(Path(path) / file)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        template = "{% for m in messages %}WORD {{ m['content'] }} {% endfor %}?"
+        template = "{% for m in messages %}WORD {{ m['content'] }} {% endfor %}"
+        template += "{{ ends if ends is defined else '?' }}"
         tokenizer.chat_template = template.replace("WORD", word)
         tokenizer.save_pretrained(model)
         overrides.append(f"{name}.path={model}")
@@ -216,6 +219,42 @@ def test_a_teacher_reads_the_students_prompt(tmp_path):
     models = chat_models(tmp_path, teacher="then")
     seen = observe([f"run.dir={tmp_path}/run", *models, *written(keys)])
     assert seen.read == [seen.generated[0].batch.tokens.tolist()]
+
+
+def test_variables_reach_the_template_of_each_model(tmp_path):
+    """Also that of held-out prompts, which only the student reads. Without its own, the teacher's
+    template gets those of the student's."""
+    keys = given(KWARGS)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": ask, "answer": 1}) + "\n" for ask in ASKS))
+    models = [*chat_models(tmp_path), f"eval.prompts={held_out}", "eval.at_start=true"]
+    ids = AutoTokenizer.from_pretrained(STUDENT).convert_tokens_to_ids
+    ours, theirs = (value(keys[f"{name}.template_kwargs"])["ends"] for name in ("data", "teacher"))
+    seen = observe([f"run.dir={tmp_path}/run", *models, *written(keys)])
+    prompts = [call.prompts for call in seen.generated]
+    assert len(prompts) >= 2 and {each[-1] for each in chain(*prompts)} == {ids(ours)}
+    (read,), batch = seen.read, seen.generated[-2].batch
+    assert len(read) == len(batch.tokens) and read.count(ids(theirs)) > read.count(ids(ours))
+    del keys["teacher.template_kwargs"]
+    seen = observe([f"run.dir={tmp_path}/same", *models[:2], *written(keys)])
+    assert seen.read == [seen.generated[0].batch.tokens.tolist()]
+
+
+def test_rows_that_repeat_are_kept_if_that_is_asked_for(tmp_path):
+    """Two of the rows are one prompt with the same answer, and one is it with another."""
+    keys = given(REPEATS, {"data.cache_dir": tmp_path / "kept"})
+    rows = zip([*ASKS[:2], *ASKS[:2]], (1, 2, 1, 3), strict=True)
+    file = tmp_path / "repeats.jsonl"
+    file.write_text("".join(json.dumps({"prompt": a, "answer": n}) + "\n" for a, n in rows))
+    options = [f"data.prompts={file}", "data.shuffle=false", "rollout.prompts=8"]
+    seen = observe([f"run.dir={tmp_path}/kept_run", *options, *written(keys)])
+    assert seen.generated[0].indices == [0, 1, 2, 3] * 2 and "repeat" not in seen.printed
+    (entry,) = (tmp_path / "kept").iterdir()
+
+    seen = observe([f"run.dir={tmp_path}/run", *options])
+    assert seen.generated[0].indices == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert "1 prompts dropped: they repeat another with its answer" in seen.printed
+    assert [*entry.parent.iterdir()] == [entry]  # that run had another place for its own
 
 
 # ------------------------------------------------------------------- evaluation, and the teacher

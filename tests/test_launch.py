@@ -22,6 +22,7 @@ from support.launchers import launch as launch_with_stand_ins
 from support.patience import finish, known_patience, patience, wait_for
 from support.ranks import run_ranks
 
+from megatron_taopd.cli import serve as serving
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import ServedModel
@@ -238,6 +239,15 @@ def test_servers_are_not_opened_to_the_network_without_a_key():
     output = finish(process)
     assert process.returncode == 2
     assert output.startswith("error: --host: 0.0.0.0 without --api-key-env")
+
+
+def test_servers_for_people_have_a_tokenizer():
+    """Those for a run have none, and a teacher's answers are no texts."""
+    for option, ids_only in (([], True), (["--text"], False)):
+        (start,) = serving.plan(serving.parse([str(TINY_STUDENT), *option]))
+        assert start.keywords["token_ids_only"] == ids_only
+    with pytest.raises(SystemExit):
+        serving.parse([str(TINY_STUDENT), "--text", "--hidden-states"])
 
 
 def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):

@@ -206,7 +206,7 @@ def test_the_pages_commands_by_hand(tmp_path):
     (block,) = [b for b in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "MASTER_ADDR" in b]
     block = block.replace("SGLANG_KEY=…", "SGLANG_KEY=secret")
     given = {"CONFIG": str(path.relative_to(ROOT)), "NPROC": "8"}
-    status, output, started = launch(tmp_path, ["bash", "-c", block], **given)
+    status, output, started = launch(tmp_path, ["bash", "-c", block], servers=1, **given)
     assert status == 0, output
     [train], [server] = apart(started)
     (urls,) = [a for a in train.arguments if a.startswith("rollout.servers.urls=")]

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import warnings
 from contextlib import redirect_stdout
 
 import pytest
@@ -99,3 +100,18 @@ def test_a_root_logger_that_a_library_configures_shows_no_line_twice(capsys):
         logging.getLogger().removeHandler(root)
     out, err = capsys.readouterr()
     assert out + err == "once\n"
+
+
+@pytest.mark.parametrize("level, shown", [("info", 1), ("debug", 3)])
+def test_optional_libraries_are_missed_in_silence(level, shown):
+    """As Megatron says so, and beside another warning, which is not silenced."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        logs.set_up(level)
+        for text in (
+            "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.",
+            "Apex is not installed. Falling back to Torch Norm",
+            "Apex is installed, and something is wrong",
+        ):
+            warnings.warn(text, stacklevel=1)
+    assert len(said) == shown and "something is wrong" in str(said[-1].message)

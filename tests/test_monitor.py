@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.patience import patience
 
+from megatron_taopd.config import values
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.evaluation.in_loop import Example
 from megatron_taopd.monitoring.charts import HEIGHT, MOST_POINTS, WIDTH, ticks
@@ -244,7 +245,7 @@ def test_wandb_resumes_the_run_of_the_directory(make_monitor, monkeypatch):
 def test_a_missing_logger_is_refused_on_every_rank(
     make_monitor, monkeypatch, tmp_path, log, message, rank
 ):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(values, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         make_monitor(rank=rank, log=log)
     assert not (tmp_path / "run").exists()

@@ -56,15 +56,24 @@ def test_lines_get_rarer(log):
 
 
 def test_a_phase_of_known_length_counts_down():
-    shown = Phase("waiting for servers", None, 900, "")
+    shown = Phase("waiting for servers", seconds=900)
     shown.began -= 100
     assert str(shown) == "waiting for servers: 0:01:40, 0:13:20 left"
     shown.began -= 1000  # longer than it was to take
     assert shown.completed == 900 and shown.left == 0
 
 
+def test_what_was_done_before_says_nothing_of_the_pace():
+    """A run of 100 steps that is resumed after 60 and has taken 10 in 50 s."""
+    run = Phase("steps", 100, before=60)
+    assert run.left is None
+    run.began -= 50
+    run.done = 70
+    assert str(run) == "steps: 70/100, 0:00:50, 0:02:30 left"
+
+
 def test_what_nobody_knows_is_not_said():
-    shown = Phase("loading", None, None, "")
+    shown = Phase("loading")
     assert shown.left is None and str(shown) == "loading: 0:00:00"
     shown.advance(5, total=20)
     assert shown.count == "5/20" and shown.total == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,31 @@ def test_measures_what_it_teaches(path, places):
     answers = 30 * config.eval.samples
     assert answers <= 2 * config.rollout.prompts * config.rollout.samples
     assert config.eval.temperature > 0 and max(config.eval.pass_at) == config.eval.samples
+
+
+def test_the_page_fetches_what_the_recipes_name(places, monkeypatch):
+    """docs/launch.md: every model but the one that is one's own, and each problem once."""
+    page = (RECIPES[0].parents[2] / "docs" / "launch.md").read_text()
+    for path in RECIPES:
+        config = configuration.load(path, ranks_and_servers(path.stem)[1])
+        for model in (config.student.path, config.teacher.path):
+            name = Path(model).name
+            fetched = rf"(Qwen|deepseek-ai)/{name}`|`{name}` is your own|for model in .*{name}"
+            assert re.search(fetched, page), name
+    (mend,) = re.findall(r"python - <<'END'\n(.*?)END\n", page, re.DOTALL)
+    (places / "DATA" / "published" / "data").mkdir(parents=True)
+    long = "Find x. " * 200  # two problems differ at their ends alone
+    rows = [
+        {"prompt": [{"role": "user", "content": long + end}], "reward_model": {"ground_truth": end}}
+        for end in ("1", "2", "1", "2", "1")
+    ]
+    for name in ("dapo-math-17k", "aime-2024"):
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, places / "DATA" / "published" / "data" / f"{name}.parquet")
+    exec(mend, {})
+    for name in ("dapo-math-17k", "aime-2024"):
+        left = parquet.read_table(places / "DATA" / f"{name}.parquet")
+        assert left.select(["prompt", "reward_model"]).to_pylist() == rows[:2]
 
 
 @pytest.mark.skipif("TAOPD_DATA" not in os.environ, reason="TAOPD_DATA is not set")

@@ -109,7 +109,8 @@ def test_what_a_run_logs_and_leaves(tmp_path):
     run_dir = tmp_path / "run"
     (_, records), _ = run_ranks(2, train, [f"run.dir={run_dir}", "train.steps=3"])
     assert [record["step"] for record in records] == [0, 1, 2, 3]
-    assert "eval/accuracy" in records[0] and "eval/accuracy" in records[-1]
+    for record in (records[0], records[-1]):
+        assert record["eval/accuracy_low"] < record["eval/accuracy"] < record["eval/accuracy_high"]
     for record in records[1:]:
         assert record["kept_rows"] == -(-record["valid_rows"] // 10)
         assert 0 < record["tokens_trained"] < record["tokens_rolled_out"]
@@ -120,6 +121,14 @@ def test_what_a_run_logs_and_leaves(tmp_path):
         assert 0 < record["memory/head_training"] <= record["memory/head_scoring"]
     for name in ("report.html", "student/model.safetensors", "checkpoints/step_00000003"):
         assert (run_dir / name).exists()
+    kept = json.loads((run_dir / "samples.json").read_text())
+    assert [look["step"] for look in kept["steps"]] == [1, 3]
+    assert [answers["step"] for answers in kept["evaluations"]] == [0, 3]
+    for look, record in zip(kept["steps"], (records[1], records[3]), strict=True):
+        assert sum(rows for rows, _ in look["counts"].values()) == record["valid_rows"]
+        assert sum(chosen for _, chosen in look["counts"].values()) == record["kept_rows"]
+    (session,) = json.loads((run_dir / "sessions.json").read_text())
+    assert session["ranks"] == 2 and session["seconds"] > 0 and "torch" in session["versions"]
 
 
 def train_and_listen(overrides):
@@ -155,9 +164,9 @@ def test_responses_that_never_end_are_told(tmp_path, options, said):
 def test_the_report_shows_held_out_answers_marked(tmp_path):
     run_ranks(2, train, [f"run.dir={tmp_path}/run", "train.steps=1"])
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Held-out prompts, as the student answers them" in page
+    assert "Held-out prompts, before and after training" in page
     marks = page.count('<em class="good">right') + page.count('<em class="bad">wrong')
-    assert marks == 4 and page.count("; the reference is ") == 4
+    assert marks == 8 and page.count("; the reference is ") == 8  # four of each evaluation
 
 
 def test_a_forgotten_weight_update_shows_in_the_gap(tmp_path):

@@ -1,6 +1,6 @@
 """Take the picture of the README: a run's report.html, abridged, in headless Chromium.
 
-    bash examples/quickstart.sh train.steps=40 eval.every=10 run.dir=runs/picture
+    bash examples/quickstart.sh train.steps=100 eval.every=20 run.dir=runs/picture
     python tools/report_picture.py runs/picture --out docs/images/report.png
 
 Needs playwright (`pip install -e '.[dev]'`) and a Chromium or Chrome on the path.
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="directory of a run, which has a report.html")
     parser.add_argument("--out", type=Path, required=True, help="a .png file")
-    parser.add_argument("--charts", type=int, default=4, help="so many of them stay in the picture")
+    parser.add_argument("--charts", type=int, default=2, help="so many of them stay in the picture")
     parser.add_argument("--samples", type=int, default=4, help="likewise, of each section")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     options = parser.parse_args(arguments)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def take(report: Path, out: Path, charts: int, samples: int, scheme: str) -> None:
-    """Write a picture of a page, 1200 wide, with its first charts and samples only.
+    """Write a picture of a page, 1200 wide, with its first charts and samples and what is above.
 
     Raises:
         ValueError: there is no such page, playwright or browser.
@@ -63,6 +63,7 @@ def take(report: Path, out: Path, charts: int, samples: int, scheme: str) -> Non
         page.goto(report.resolve().as_uri())
         for kind, most in (("figure", charts), ("article", samples)):
             page.add_style_tag(content=f"{kind}:nth-of-type(n + {most + 1}) {{ display: none; }}")
+        page.add_style_tag(content=".charts ~ * { display: none; }")
         page.screenshot(path=out, full_page=True)
         running.close()
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 import transformers
+import yaml
 from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -41,6 +42,25 @@ class Parser(argparse.ArgumentParser):
 def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None:
     """Add the option that `write_json` obeys."""
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write {what} there, too")
+
+
+def add_template_kwargs(parser: argparse.ArgumentParser) -> None:
+    """Add the option that has the variables of the chat templates, as `data.template_kwargs`."""
+    parser.add_argument(
+        "--template-kwargs", type=_mapping, metavar="YAML",
+        help="variables of the chat template, such as '{enable_thinking: false}'",
+    )  # fmt: skip
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Read a mapping; argparse turns a ValueError into its one line."""
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
 
 def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

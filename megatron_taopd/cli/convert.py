@@ -3,7 +3,7 @@
     taopd convert to-megatron --hf DIR --out DIR
     taopd convert to-hf --megatron DIR --out DIR
     taopd convert verify --hf DIR --megatron DIR
-    torchrun --nproc-per-node 8 -m megatron_taopd convert verify --hf DIR --megatron DIR --tp 4
+    taopd launch --nproc-per-node 8 -m megatron_taopd convert verify --hf DIR --megatron DIR --tp 4
 
 Under torchrun the ranks share the work. docs/convert.md has sizes, memory and times.
 """

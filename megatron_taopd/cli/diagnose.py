@@ -2,7 +2,7 @@
 
     taopd diagnose bank --student DIR --prompts FILE --out BANK [--engine sglang]
     taopd diagnose score --bank BANK --checkpoint DIR --teacher DIR --out before.parquet
-    torchrun --nproc-per-node 4 -m megatron_taopd diagnose score --tp 2 --pp 2 …
+    taopd launch --nproc-per-node 4 -m megatron_taopd diagnose score --tp 2 --pp 2 …
     taopd diagnose gain --before before.parquet --after after.parquet --out gain.parquet
     taopd diagnose analyze gain_seed0.parquet gain_seed1.parquet --out DIR
     taopd diagnose alignment --bank BANK --checkpoint DIR --teacher DIR --out FILE
@@ -67,6 +67,7 @@ def bank_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="a new bank, or one to append to")
     command.add_argument("--prompt-column", default="prompt")
     command.add_argument("--template", default="auto")
+    common.add_template_kwargs(command)
     command.add_argument("--system")
     command.add_argument("--max-prompt-tokens", type=int, default=1024)
     command.add_argument("--limit", type=int, help="prompts; default: all")
@@ -121,6 +122,7 @@ def run_bank(arguments) -> tuple[dict, list[Table]]:
     data = DataSection(
         prompt_column=arguments.prompt_column,
         template=arguments.template,
+        template_kwargs=arguments.template_kwargs,
         system=arguments.system,
         max_prompt_tokens=arguments.max_prompt_tokens,
         limit=arguments.limit,

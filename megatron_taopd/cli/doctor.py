@@ -1,7 +1,7 @@
 """Examine a run before it starts: what can be known of machine, disk, texts and models.
 
     taopd doctor CONFIG.yaml section.key=value … --ranks 8
-    torchrun --nproc-per-node 8 -m megatron_taopd doctor CONFIG.yaml section.key=value …
+    taopd launch --nproc-per-node 8 -m megatron_taopd doctor CONFIG.yaml section.key=value …
 
 Under torchrun, with the run's own command line, links, hosts and layouts are examined, too.
 Exit status: 0 the run can start, 1 it cannot, 2 the configuration cannot be read.

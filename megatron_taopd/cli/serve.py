@@ -5,6 +5,7 @@
 They listen on consecutive ports and are started anew when they die; the run, which knows them by
 `rollout.servers.urls` (or `teacher.servers.urls`) and their key by `….servers.api_key_env`, gives
 them its weights. `--hidden-states` lets them be a teacher that answers with hidden states.
+`--text` serves people: the OpenAI API under /v1, with the model's chat template.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, help="longest sequence; default: the model's")
     parser.add_argument("--mem-fraction", type=float, help="of the memory; default: SGLang's")
     parser.add_argument("--max-total-tokens", type=int, help="of the KV cache")
-    parser.add_argument("--hidden-states", action="store_true", help="for a teacher")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--hidden-states", action="store_true", help="for a teacher")
+    what.add_argument("--text", action="store_true", help="for people: texts, not token ids alone")
     parser.add_argument("--logs", type=Path, default=Path("server-logs"))
     parser.add_argument("--restarts", type=int, default=20, help="of all servers together")
     parser.add_argument("args", nargs="*", help="of sglang.launch_server, after --")
@@ -100,6 +103,7 @@ def plan(arguments: argparse.Namespace) -> list[partial]:
             mem_fraction=arguments.mem_fraction,
             max_total_tokens=arguments.max_total_tokens,
             api_key=arguments.api_key_env and os.environ[arguments.api_key_env],
+            token_ids_only=not arguments.text,
             args=[*(HOOK_ARGS if arguments.hidden_states else ()), *arguments.args],
         )
         for place, group in enumerate(groups or [None])  # no GPU: one on the CPU

@@ -221,7 +221,7 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif types[name] is Any:
             continue  # `_absolute` looks at it
         elif _takes_mapping(types[name]):
-            if not isinstance(value, dict) and (value or type(None) not in get_args(types[name])):
+            if value is not None and not isinstance(value, dict):
                 raise ValueError(
                     f"{key}: {value!r}; a mapping, such as {{enable_thinking: false}}, is expected"
                 )

@@ -67,8 +67,7 @@ def _type(hint: Any) -> str:
 
 
 def _default(f: Field) -> str:
-    if f.default_factory is not NO_DEFAULT:
-        return f"`{f.default_factory()}`"
+    assert f.default is not NO_DEFAULT, f.name
     if f.default == MISSING:
         return "*required*"
     if f.default is None or isinstance(f.default, bool):

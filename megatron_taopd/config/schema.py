@@ -89,10 +89,7 @@ def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
         doc: what it means; Markdown, one or more sentences.
         bounds: of a number; None allows every value of its type.
     """
-    metadata = {"doc": doc, "bounds": bounds}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"doc": doc, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -228,8 +225,8 @@ class DataSection:
         "`chat` applies the tokenizer's chat template, `plain` joins the messages; `auto` is chat "
         "where the tokenizer has a template.",
     )
-    template_kwargs: dict[str, Any] = key(
-        {},
+    template_kwargs: dict[str, Any] | None = key(
+        None,
         "Variables of the chat template, such as `{enable_thinking: false}`. One that writes the "
         "date has to be given it: `{date_string: 26 Jul 2024}`.",
     )

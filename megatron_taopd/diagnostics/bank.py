@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,12 +56,14 @@ class Contexts:
         first: the number of its first sequence in the bank.
         messages: what each of its prompts says, by number.
         template: how the student's chat template was applied (`prompts.TEMPLATES`).
+        template_kwargs: the variables that it was given.
     """
 
     batch: RolloutBatch
     first: int
     messages: dict[int, list[dict[str, str]]]
     template: str
+    template_kwargs: dict[str, Any] | None = None
 
     @property
     def prompts(self) -> dict[int, list[int]]:
@@ -71,7 +74,7 @@ class Contexts:
 
     def prompts_for(self, tokenizer) -> dict[int, list[int]]:
         """Return each prompt's token ids in another tokenizer and its chat template, by number."""
-        ids = render(self.messages.values(), tokenizer, self.template)
+        ids = render(self.messages.values(), tokenizer, self.template, self.template_kwargs)
         return dict(zip(self.messages, ids, strict=True))
 
 
@@ -126,7 +129,8 @@ class Bank:
             ValueError: the file is missing or not as it was written.
         """
         first = sum(s["sequences"] for s in self.shards[:shard])
-        return _contexts(self._table(shard), first, self.shards[shard]["template"])
+        about = self.shards[shard]
+        return _contexts(self._table(shard), first, about["template"], about.get("template_kwargs"))
 
     def first(self, sequences: int) -> Contexts:
         """Return the first sequences, of as many shards as they take.
@@ -138,14 +142,16 @@ class Bank:
         if sequences > ends[-1]:
             raise ValueError(f"{self.dir}: has {ends[-1]} sequences; {sequences} are asked for")
         shards = range(1 + bisect_left(ends, sequences))
-        templates = sorted({self.shards[shard]["template"] for shard in shards})
+        templates = sorted({_template_of(self.shards[shard]) for shard in shards})
         if len(templates) > 1:
             raise ValueError(
                 f"{self.dir}: the templates {' and '.join(templates)} rendered its first "
                 f"{sequences} sequences; take fewer, of one template"
             )
         table = pa.concat_tables([self._table(shard) for shard in shards])
-        return _contexts(table.slice(0, sequences), 0, templates[0])
+        about = self.shards[0]
+        kwargs = about.get("template_kwargs")
+        return _contexts(table.slice(0, sequences), 0, about["template"], kwargs)
 
     def _table(self, shard: int) -> pa.Table:
         about = self.shards[shard]
@@ -169,7 +175,15 @@ class Bank:
         return numbers, answered
 
 
-def _contexts(table: pa.Table, first: int, template: str) -> Contexts:
+def _template_of(about: dict) -> str:
+    """Name a shard's template, and the variables that it was given if there were any."""
+    kwargs = about.get("template_kwargs")
+    return about["template"] + (f" {json.dumps(kwargs, sort_keys=True)}" if kwargs else "")
+
+
+def _contexts(
+    table: pa.Table, first: int, template: str, kwargs: dict[str, Any] | None
+) -> Contexts:
     columns = table.to_pydict()
     responses = [torch.tensor(tokens) for tokens in columns["response"]]
     batch = make_rollout_batch(
@@ -181,7 +195,8 @@ def _contexts(table: pa.Table, first: int, template: str) -> Contexts:
         [torch.zeros_like(tokens) for tokens in responses],
     )
     said = zip(columns["prompt"], columns["messages"], strict=True)
-    return Contexts(batch, first, {prompt: json.loads(text) for prompt, text in said}, template)
+    messages = {prompt: json.loads(text) for prompt, text in said}
+    return Contexts(batch, first, messages, template, kwargs)
 
 
 FIRST_TO_LAST = DataSection()  # prompts of the column `prompt`, all of them
@@ -256,7 +271,8 @@ def add_rollouts(
 
     writes = not dist.is_initialized() or dist.get_rank() == 0
     made_by = {"prompts": str(prompts), "seed": seed, "system": data.system}
-    made_by |= {"template": data.template, "sampling": asdict(sampling)}
+    made_by |= {"template": data.template, "template_kwargs": data.template_kwargs}
+    made_by |= {"sampling": asdict(sampling)}
     added = []
     with open_engine(vocabulary, longest) as engine:
         made_by["engine"] = engine.name

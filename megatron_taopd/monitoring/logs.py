@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 
 PACKAGE = "megatron_taopd"  # of a module that runs as __main__, too: its __name__ is not its name
 LEVELS = ("debug", "info", "warning", "error")
 LEVEL = "TAOPD_LOG_LEVEL"
 # logger.error(line, extra=OF_THE_RUN): a line that rank 0 says for all ranks names none.
 OF_THE_RUN = {"of_the_run": True}
+# Megatron says so six times on every rank when it is imported; `taopd doctor` says it once.
+_OPTIONAL = r"(Transformer Engine and Apex are|Apex is) not installed"
 
 
 def set_up(level: str | None = None, rank: int | None = None, ranks: int | None = None) -> None:
@@ -22,7 +25,8 @@ def set_up(level: str | None = None, rank: int | None = None, ranks: int | None 
 
     Lines below WARNING are those of rank 0 and go to stdout as they are. Warnings and errors go to
     stderr and begin with `warning: ` or `error: `, or, where there are several ranks, with
-    `error on rank 3: `, unless they are `OF_THE_RUN`.
+    `error on rank 3: `, unless they are `OF_THE_RUN`. That optional libraries are not there is
+    shown at level debug alone.
 
     Args:
         level: one of LEVELS; None for that of the environment variable TAOPD_LOG_LEVEL, or info.
@@ -39,6 +43,8 @@ def set_up(level: str | None = None, rank: int | None = None, ranks: int | None 
     logger = logging.getLogger(PACKAGE)
     logger.setLevel(name.upper())
     logger.propagate = False  # a library that configures the root logger would show lines twice
+    if logger.level > logging.DEBUG:
+        warnings.filterwarnings("ignore", message=_OPTIONAL)
     logger.handlers = [
         TerminalHandler(
             int(os.environ.get("RANK", 0)) if rank is None else rank,

@@ -20,8 +20,7 @@ class ProgressLine:
         self.display = display
         self.every = max(1, math.ceil(steps / PLAIN_LINES))
         self.evaluated = ""  # the last accuracy, and the step that it is of
-        self.run = Phase("steps", steps, None, "")
-        self.run.done = first_step
+        self.run = Phase("steps", steps, before=first_step)
         self.bar = display.add(self.run, "starting") if display.console.is_terminal else None
 
     def update(self, record: Mapping[str, Any]) -> None:

@@ -26,8 +26,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from megatron_taopd.parallel import watchdog
@@ -42,13 +40,21 @@ class Phase:
     """A phase that goes on.
 
     Attributes:
-        done: what has been done of it, in the unit of `total`.
+        done: what has been done of it, in the unit of `total`; `before` of that when it began.
         total: what there is to do; None: nobody knows.
         seconds: that it will take, or may take at most; None: it is counted instead.
     """
 
-    def __init__(self, what: str, total: float | None, seconds: float | None, unit: str):
-        self.what, self.done, self.seconds, self.unit = what, 0.0, seconds, unit
+    def __init__(
+        self,
+        what: str,
+        total: float | None = None,
+        seconds: float | None = None,
+        unit: str = "",
+        before: float = 0.0,
+    ):
+        self.what, self.seconds, self.unit = what, seconds, unit
+        self.done = self.before = before
         self.total = total if seconds is None else seconds
         self.began = time.monotonic()
 
@@ -70,9 +76,10 @@ class Phase:
     @property
     def left(self) -> float | None:
         """Seconds that it will go on if it goes on like this; None: nobody knows."""
-        if self.total is None or not self.completed:
+        if self.total is None or self.completed <= self.before:
             return None
-        return self.elapsed * max(0.0, self.total / self.completed - 1)
+        to_do = max(0.0, self.total - self.completed)
+        return self.elapsed * to_do / (self.completed - self.before)
 
     @property
     def count(self) -> str:
@@ -82,11 +89,14 @@ class Phase:
         of = "" if self.total is None else f"/{self.total:,.0f}"
         return f"{self.done:,.0f}{of}{' ' * bool(self.unit)}{self.unit}"
 
+    @property
+    def times(self) -> str:
+        """How long it has gone on, and will."""
+        left = "" if self.left is None else f", {clock(self.left)} left"
+        return clock(self.elapsed) + left
+
     def __str__(self) -> str:
-        parts = [self.count, clock(self.elapsed)]
-        if self.left is not None:
-            parts.append(f"{clock(self.left)} left")
-        return f"{self.what}: {', '.join(filter(None, parts))}"
+        return f"{self.what}: {', '.join(filter(None, [self.count, self.times]))}"
 
 
 class Display:
@@ -180,15 +190,14 @@ class _Bars(Progress):
         super().__init__(
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[times]}", markup=False),
             TextColumn("{task.fields[text]}", markup=False),
             console=console,
         )
 
     def add_phase(self, phase: Phase, text: str) -> TaskID:
-        task = self.add_task("", total=phase.total, text=text, count=phase.count)
-        self._tasks[task].start_time = self.get_time() - phase.elapsed
+        shown = {"text": text, "count": phase.count, "times": phase.times}
+        task = self.add_task("", total=phase.total, **shown)
         self._of[task] = phase
         return task
 
@@ -203,7 +212,13 @@ class _Bars(Progress):
         return not self._of
 
     def _follow(self, task: TaskID, phase: Phase) -> None:
-        self.update(task, completed=phase.completed, total=phase.total, count=phase.count)
+        self.update(
+            task,
+            completed=phase.completed,
+            total=phase.total,
+            count=phase.count,
+            times=phase.times,
+        )
 
     def get_renderables(self):
         for task, phase in [*self._of.items()]:

@@ -28,6 +28,8 @@ SEED = "test_keys_rollout.py::test_the_seed_orders_prompts_and_draws_another_mas
 HORIZON = "test_keys_rollout.py::test_a_horizon_of_tokens_is_for_training_alone"
 AUTO = "test_keys_rollout.py::test_the_horizon_is_where_a_token_stops_to_pay"
 CHAT = "test_keys_rollout.py::test_chat_needs_a_template"
+KWARGS = "test_keys_rollout.py::test_variables_reach_the_template_of_each_model"
+REPEATS = "test_keys_rollout.py::test_rows_that_repeat_are_kept_if_that_is_asked_for"
 PROMPT = "test_keys_rollout.py::test_a_teacher_reads_the_students_prompt"
 GRADER = "test_keys_rollout.py::test_the_grader_that_was_asked_for"
 STREAM = "test_keys_rollout.py::test_without_streaming_the_teacher_reads_once"
@@ -78,6 +80,7 @@ KEYS: dict[str, dict[str, str]] = {
     "teacher.form": {"topk": OWN},
     "teacher.topk": {"20": OWN},
     "teacher.prompt": {"student": PROMPT},
+    "teacher.template_kwargs": {"{ends: then}": KWARGS},
     "teacher.parallel.tp": {"2": LAYOUT},
     "teacher.parallel.pp": {"2": LAYOUT},
     "teacher.parallel.sequence": {"true": LAYOUT},
@@ -87,10 +90,13 @@ KEYS: dict[str, dict[str, str]] = {
     "data.prompt_column": {"task.asks": ROLLOUT},
     "data.answer_column": {"task.says": ROLLOUT},
     "data.template": {"plain": ROLLOUT, "chat": CHAT},
+    "data.template_kwargs": {"{ends: gets}": KWARGS},
     "data.system": {"Tom has nuts .": ROLLOUT},
     "data.max_prompt_tokens": {"20": ROLLOUT},
     "data.shuffle": {"false": ROLLOUT},
     "data.limit": {"6": ROLLOUT},
+    "data.deduplicate": {"false": REPEATS},
+    "data.cache_dir": {ANY: REPEATS},
     "rollout.engine": {"sglang": OWN},
     "rollout.servers.urls": {ANY: FOUND},
     "rollout.servers.replicas": {"2": OWN},

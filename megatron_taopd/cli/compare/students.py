@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--teacher-prompt", choices=("own", "student"), default="own")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--template", default="auto")
+    common.add_template_kwargs(parser)
     parser.add_argument("--system")
     parser.add_argument("--limit", type=int, default=32, help="prompts")
     parser.add_argument("--max-new-tokens", type=int, default=96)
@@ -85,6 +86,7 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
         DataSection(
             prompt_column=arguments.prompt_column,
             template=arguments.template,
+            template_kwargs=arguments.template_kwargs,
             system=arguments.system,
         ),
         limit=arguments.limit,

@@ -133,6 +133,7 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         config.data,
         limit=min(limit, config.data.limit or limit),
         teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
+        teacher_kwargs=config.teacher.template_kwargs,
     )
     rollout = config.rollout
     engine = LocalEngine(
