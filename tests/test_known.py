@@ -364,9 +364,9 @@ def test_a_sample_of_wrong_inputs_is_told_in_one_line(tmp_path):
 
 
 def test_the_plan_counts_devices_of_servers_that_no_rank_has():
-    def devices(gpus, per_node, **servers):
-        found = _servers(ServersSection(**servers), min(gpus, per_node))
-        return Setup.devices.fget(SimpleNamespace(gpus=gpus, rollout=found, teacher_servers=None))
+    def devices(train, per_node, **servers):
+        found = _servers(ServersSection(**servers), min(train, per_node))
+        return Setup.devices.fget(SimpleNamespace(gpus=train, rollout=found, teacher_servers=None))
 
     urls = tuple(f"http://node{n}:1" for n in range(24))
     assert devices(40, 8, urls=urls) == "40 train + 24 serve = 64"
