@@ -264,7 +264,10 @@ def test_a_served_model_is_started_anew_and_ends_with_the_tool(tmp_path):
     )  # fmt: skip
 
     def said():
-        return in_background(process.stdout.readline).result(timeout=patience(600))
+        while True:
+            line = in_background(process.stdout.readline).result(timeout=patience(600))
+            if not line.startswith("starting "):  # how long that takes already
+                return line
 
     try:
         assert said() == f"http://127.0.0.1:{port} serves\n"
