@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 # Whose builds for CUDA, or whose neighbours there, want other versions than the tried ones.
-DECIDED_BY_CUDA = {"numpy", "protobuf", "triton"}
+DECIDED_BY_CUDA = {"numpy", "protobuf"}
 MACHINE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64"}
 
 
