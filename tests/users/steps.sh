@@ -49,8 +49,8 @@ begin() {
 
 end_all() {
     local pid
-    for pid in "${STARTED[@]}"; do kill -TERM "$pid" 2>/dev/null; done
-    wait
+    for pid in "${STARTED[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    wait || true
     [ -z "$MADE" ] || rm -rf "$OUT"
 }
 trap end_all EXIT
