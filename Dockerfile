@@ -8,7 +8,7 @@ ARG CUDA=13.0.1-cudnn-devel-ubuntu24.04
 # ---------------------------------------------------------------- the environment, in /opt/venv
 FROM nvidia/cuda:${CUDA} AS environment
 ARG TE=0
-ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -19,9 +19,9 @@ ENV PATH=/opt/venv/bin:$PATH
 # The packages come first: a change of the code leaves this layer as it is.
 COPY requirements/cuda.txt /tmp/cuda.txt
 # hadolint ignore=DL3042
-RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement /tmp/cuda.txt
+RUN --mount=type=cache,target=/var/cache/pip pip install --requirement /tmp/cuda.txt
 # hadolint ignore=DL3042
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     if [ "$TE" = 1 ]; then \
         pip install --no-build-isolation --constraint /tmp/cuda.txt \
             'transformer-engine[core_cu13,pytorch]>=2.9,<2.12'; \
