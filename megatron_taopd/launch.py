@@ -189,11 +189,16 @@ def _hold_back_ctrl_c() -> None:
 def _launch(arguments: list[str], command: Asked, asked: Sequence[int]) -> int:
     """Run torchrun; asked: the signals that have come, of which more may come."""
     # They take seconds to import, for which a mistake does not wait.
+    import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if logger.getEffectiveLevel() > logging.DEBUG:
         _silence_torchrun()
+    if not torch.cuda.is_available():
+        # Megatron decorates functions with torch.compile. Its import of the compiler takes a second
+        # of each rank, and nothing calls those functions on a CPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         parser = run.get_args_parser()
         parser.error = _refuse

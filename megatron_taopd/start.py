@@ -19,7 +19,6 @@ from rich.console import Console
 from megatron_taopd import build as building
 from megatron_taopd.checkpoints.end import is_finished
 from megatron_taopd.checkpoints.saving import NotSaved
-from megatron_taopd.config.load import to_yaml
 from megatron_taopd.config.schema import Config
 from megatron_taopd.launch import ENDED_AT_ONCE, INTERRUPTED, MISTAKE, SIGNALS
 from megatron_taopd.loop import distill
@@ -89,7 +88,7 @@ def keep_config(run) -> None:
     if dist.get_rank() != 0:
         return
     try:
-        storage.save_config(run.monitor.run_dir, to_yaml(run.config))
+        storage.save_config(run.monitor.run_dir, run.monitor.config_yaml)
     except ValueError as error:
         logger.info(f"not kept: {error}")
 

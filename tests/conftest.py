@@ -6,16 +6,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import shutil
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # a second of each process: see launch.py
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 from hypothesis import settings
 from support.patience import patience
 from support.ranks import close_pools
 
 from megatron_taopd.monitoring import logs
 
+# Where matplotlib keeps the fonts that it has found: looking for them takes another second.
+caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))
 # Of tokenised prompts: as on a machine on which nothing has run before.
 CACHE = tempfile.TemporaryDirectory(prefix="taopd-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name

@@ -167,7 +167,8 @@ def to_yaml(config: Config) -> str:
 
 def to_tree(config: Config) -> dict[str, Any]:
     """The configuration as nested plain dicts and lists."""
-    return yaml.safe_load(to_yaml(config))
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    return tree
 
 
 def _read_yaml(path: Path):

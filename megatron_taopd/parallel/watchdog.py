@@ -309,8 +309,10 @@ class Watchdog:
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / f"rank_{self.rank}.txt", "w") as file:
                     faulthandler.dump_traceback(file, all_threads=True)
-        if self.rank == 0:
-            time.sleep(2 * self.period)  # the store can be in this process
+        # The store can be in the process of rank 0; and in stacks, the collective of one that has
+        # not written them yet should not have failed because another one is gone.
+        if self.rank == 0 or verdict["hang"]:
+            time.sleep(2 * self.period)
         sys.stdout.flush()
         os._exit(ENDED)
 

@@ -47,7 +47,12 @@ CPU_ARGS = (
     "--disable-overlap-schedule",
     "--sleep-on-idle",  # or an idle server takes a whole core
 )
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+# Without the compiler, which takes longer to import and to run than it can save on a CPU.
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 # A server is not a rank of the process that starts it: with torchrun's variables it would wait for
 # torchrun's store.
 RANK_VARIABLE = re.compile(

@@ -1,7 +1,7 @@
 """A pool of gloo ranks that lives as long as the test session.
 
-Importing torch and Megatron takes many seconds. So one server process imports them, once, and each
-world size gets one pool of ranks forked from it, on its first use:
+Importing torch, Megatron and this package takes seconds. So one server process does it, once, and
+each world size gets one pool of ranks forked from it, on its first use:
 
     def total(x):                       # module level: ranks import it by name
         x = x * (dist.get_rank() + 1)
@@ -37,8 +37,11 @@ from megatron_taopd.monitoring import logs
 from support.patience import Deadline, known_patience, took
 
 START_S = 120
-QUIET_START_S = 12.0  # of the first pool, which imports Megatron
-PRELOAD = ["torch.distributed", "megatron.core.models.gpt", "megatron.core.optimizer"]
+QUIET_START_S = 12.0  # of the first pool, which imports everything
+PRELOAD = [
+    *("megatron_taopd.start", "megatron_taopd.preflight.check_config"),
+    *("megatron_taopd.preflight.models", "transformers.models.qwen3.modeling_qwen3", "pytest"),
+]
 
 
 class RankError(RuntimeError):
