@@ -22,6 +22,7 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer
+from megatron_taopd.monitoring.throughput import Devices
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import on_rank_0
@@ -82,6 +83,7 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     if before.step:
         logger.info(f"resuming after step {before.step}")
     costs = ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))
+    devices = Devices.of(config, dist.get_world_size(), platform.local_world_size())
     own_prompts = texts.prompts.teacher_token_ids
     return Run(
         config=config,
@@ -93,7 +95,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
         ),
         engine=engine,
         rollouts=open_rollouts(config, engine, texts, horizon, state["prompts_consumed"]),
-        observer=Observer(config, student, costs, horizon, texts.student.tokenizer, monitor),
+        observer=Observer(
+            config, student, costs, horizon, texts.student.tokenizer, monitor, devices
+        ),
         evaluate=open_evaluation(config, engine, texts),
         monitor=monitor,
         checkpoints=Checkpoints(

@@ -118,6 +118,7 @@ class Run:
         """
         config, checkpoints, guard = self.config, self.checkpoints, self.guard
         checkpoints.poll()
+        metrics |= self.observer.throughput(metrics)
         jumped = guard.jumped
         if jumped:  # where the next start compares losses with those that it finds
             guard.forget()

@@ -23,7 +23,7 @@ from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.plan import links, memory, shapes, time
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
 from megatron_taopd.plan.propose import grids, proposals
-from megatron_taopd.plan.results import Plan
+from megatron_taopd.plan.results import Plan, as_json
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import Architecture, Grid
 
@@ -590,6 +590,37 @@ def run_tool(models, tmp_path, *arguments):
     file.write_text(RUN.format(models=models))
     tool = Path(__file__).parents[1] / "tools" / "plan.py"
     return run([sys.executable, tool, file, *arguments], seconds=120)
+
+
+def test_tokens_per_second_and_mfu_are_those_of_the_planned_seconds(setup_of):
+    """The teacher's with the exchange, training's with the optimizer, as a run measures them."""
+    setup, h800 = setup_of("train.recompute=full", gpus=16), CLUSTERS["h800"]
+    plan = Plan.of(setup, h800)
+    seconds, perf = {name: phase.seconds for name, phase in plan.time.items()}, plan.throughput
+    work, student, teacher = setup.workload, setup.student.cost, setup.teacher.cost
+    lengths = torch.full((work.sequences,), work.length)
+    rows, forward = work.sequences * work.response, student.trunk(lengths - 1)
+    kept = round(work.kept * rows)
+    operations = {
+        "rollout": forward + rows * student.per_row,
+        "teacher": teacher.trunk(lengths - 1),
+        "scoring": forward + rows * (student.per_row + teacher.per_row),
+        "training": 3 * student.trunk(lengths) + kept * (3 * student.per_row + teacher.per_row),
+    }
+    took = {
+        "rollout": seconds["rollout"],
+        "teacher": seconds["teacher"] + seconds["exchange"],
+        "scoring": seconds["scoring"],
+        "training": seconds["training"] + seconds["optimizer"],
+    }
+    for phase, count in operations.items():
+        share = count / took[phase] / 16 / 989e12
+        assert perf[f"perf/mfu_{phase}"] == pytest.approx(share) and share < 1
+    step = plan.seconds * 16
+    assert perf["perf/mfu"] == pytest.approx(sum(operations.values()) / step / 989e12)
+    tokens = work.sequences * work.length
+    assert perf["perf/tokens_per_second_per_gpu"] == pytest.approx(tokens / step)
+    assert as_json(plan, [])["throughput"] == perf
 
 
 def test_exit_status_0_and_the_same_figures_as_json(models, tmp_path):

@@ -68,6 +68,7 @@ NUMBERS = {
     "watchdog.heartbeat_timeout_s": ("0.5", ".inf", "0 or at least 1"),
     "watchdog.stall_timeout_s": NOT_NEGATIVE,
     "log.prometheus_port": ("0", "65536", "in [1, 65535]"),
+    "log.peak_tflops": POSITIVE,
     "log.samples": ("-1", "17", "in [0, 16]"),
     **{
         f"{model}.servers.{name}": bounds

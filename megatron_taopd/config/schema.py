@@ -482,6 +482,13 @@ class LogSection:
         PORT,
     )
     prometheus_host: str = key("127.0.0.1", "The address that rank 0 listens on.")
+    peak_tflops: float | None = key(
+        None,
+        "What one GPU can do at most in `train.precision`, in 10^12 operations a second, dense: "
+        "100 % of `perf/mfu`. null: by the device's name; on the CPU, and on a device that is not "
+        "known, there is no `perf/mfu`.",
+        POSITIVE,
+    )
     samples: int = key(
         4,
         "Responses of a step, and answers of an evaluation, that the report shows with their "

@@ -91,6 +91,11 @@ class Monitor:
         """Path of the report, whether it is written yet or not."""
         return self.run_dir / "report.html"
 
+    @property
+    def times(self) -> dict[str, float]:
+        """`time/<phase>` in seconds since the step that was logged last."""
+        return dict(self._times)
+
     @contextmanager
     def span(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `time/<phase>` of the step that is logged next."""

@@ -28,6 +28,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str | None:
+    """Return the name of this rank's GPU; None on a CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def local_world_size() -> int:
+    """Count the ranks of this node, as torchrun tells; without it, they are all here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
 def synchronize() -> None:
     """Wait for the device, so that a timer read next is true."""
     if torch.cuda.is_available():

@@ -37,6 +37,7 @@ LAYOUT = "test_keys_run.py::test_models_lie_in_their_layouts"
 EXPERTS = "test_keys_run.py::test_experts_lie_on_several_ranks"
 CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
+PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
 SPIKE = "test_keys_run.py::test_a_loss_within_its_bound_is_no_spike"
@@ -194,6 +195,7 @@ KEYS: dict[str, dict[str, str]] = {
     "log.wandb_project": {"a project": LOGS},
     "log.prometheus_port": {ANY: LOGS},
     "log.prometheus_host": {"127.0.0.2": LOGS},
+    "log.peak_tflops": {"0.25": PEAK},
     "log.samples": {"1": LOGS},
 }  # fmt: skip
 
