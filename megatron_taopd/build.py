@@ -22,6 +22,7 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer
+from megatron_taopd.monitoring.profiling import StepProfiler
 from megatron_taopd.monitoring.throughput import Devices
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import student_layout
@@ -111,6 +112,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
         first_step=before.step,
         interrupted=catch_signals(),
         start=start,
+        profiler=StepProfiler(
+            config.train.profile, Path(config.run.dir) / "profile", dist.get_rank()
+        ),
     )
 
 

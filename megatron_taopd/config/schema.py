@@ -343,6 +343,19 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class ProfileSection:
+    """Steps that run under a profiler, and are slower for it; see docs/launch.md."""
+
+    steps: tuple[int, ...] = key((), "Steps that are profiled, counted from 1; none: off.")
+    kind: Literal["torch", "nsys", "memory"] = key(
+        "torch",
+        "`torch`: a trace in `run.dir/profile/`. `nsys`: a range for Nsight Systems. `memory`: a "
+        "snapshot of the device's allocator in `run.dir/profile/`. The last two need CUDA.",
+    )
+    ranks: tuple[int, ...] = key((0,), "Ranks that are profiled.")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """The length of the training, its pieces and its precision."""
 
@@ -370,6 +383,7 @@ class TrainSection:
     head_memory_mib: int = key(
         1024, "MiB for the logits of both models that exist at a time, per rank.", COUNT
     )
+    profile: ProfileSection = field(default_factory=ProfileSection)
 
 
 @dataclass(frozen=True)

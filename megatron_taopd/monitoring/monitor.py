@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from torch.profiler import record_function
 
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.config.values import check_installed
@@ -102,7 +103,7 @@ class Monitor:
         self._synchronize()
         start = time.perf_counter()
         try:
-            with watchdog.phase(phase), self._shown(phase):
+            with watchdog.phase(phase), self._shown(phase), record_function(phase):
                 yield
         finally:
             self._synchronize()
