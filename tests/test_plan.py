@@ -488,7 +488,9 @@ def test_a_streaming_teacher_is_planned(setup_of):
     assert rollout["rollout servers"] == teacher["rollout servers"] == round(0.4 * 79 * 2**30)
     assert "rollout servers" not in items(offloaded, "scoring")
     exchange = items(offloaded, "exchange")
-    assert (exchange["rows read"], exchange["rows in transit"]) == (rows, rows)
+    # Where they were read, where they are scored, and a 32nd on its way.
+    assert (exchange["rows read"], exchange["teacher rows"]) == (rows, half)
+    assert exchange["rows in transit"] == rows // 32
     assert items(offloaded, "scoring")["teacher rows"] == half
     kept = items(offloaded, "training")["kept teacher rows"]  # 10 %, at the ranks that train them
     assert kept == round(0.1 * 16 * 7168) * 5120 * 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_taopd.parallel.exchange import rounds
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
@@ -142,9 +143,9 @@ def phases(
         tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
         forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
         found["teacher"] = resident | servers | read | forward
-    # Next to the send buffer there is first what was read, which is freed, then what is received.
-    ends = max({"rows read": reads}, scored, key=lambda items: sum(items.values()))
-    found["exchange"] = resident | ends | {"rows in transit": sends * reads}
+    most = max(sends * reads, *scored.values(), row) // row
+    in_transit = sends * reads // rounds(most)
+    found["exchange"] = resident | {"rows read": reads} | scored | {"rows in transit": in_transit}
 
     rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
     columns = student.vocab // grid.tp
