@@ -27,6 +27,7 @@ from megatron_taopd.monitoring.throughput import Devices
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.plan.colocated import sized
 from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, open_rollouts
 from megatron_taopd.run import Run
 from megatron_taopd.step.distiller import Distiller
@@ -51,7 +52,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     torch.manual_seed(config.run.seed)
     before = Before.newest(config)
     start = on_rank_0(lambda: start_of(to_tree(config)))
-    rollout_servers, teacher_servers = begin_rollout_servers(config), begin_teacher_servers(config)
+    serving = sized(config, platform.local_world_size(), platform.device_memory())
+    rollout_servers = begin_rollout_servers(serving)
+    teacher_servers = begin_teacher_servers(serving)
     texts = open_texts(config)
     before.check_prompts(len(texts.prompts), config)
     student = open_student(config, before, texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -284,6 +284,87 @@ def test_rounds_are_even_and_alike_on_both_sides():
     assert places.tolist() == [0, 2, 4, 5, 7]
     assert counts.tolist() == [[3, 0], [2, 0]]
     assert [rounds(rows) for rows in (0, 1, 128, 129, 4096, 10**6)] == [1, 1, 1, 2, 32, 32]
+
+
+def order_of_an_offload(teacher_dir, batch):
+    """What an offloaded teacher asks of the device, in its order, and what it read; and what one
+    that is not offloaded read."""
+    from unittest import mock
+
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.teacher import megatron
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.emulate_cuda()
+    layouts.student_layout(1, 1)
+    layout, calls = layouts.forward_layout(1, 1), []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    copy, forward = torch.Tensor.copy_, megatron.forward
+
+    def copied(self, source, non_blocking=False):
+        if current[-1] == "copies":
+            calls.append("copy" if non_blocking else "copy that blocks")
+        current.append("inside")  # torch looks `copy_` up again to tell a mode of it
+        copy(self, source)
+        current.pop()
+        return self
+
+    def run(*args):
+        calls.append("forward")
+        return forward(*args)
+
+    @contextmanager
+    def on(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    current = ["computing"]
+    plain = MegatronTeacher(teacher_dir, layout, torch.float32, 64)
+    with plain.resident():
+        expected = plain.read(batch).held.rows
+    with (
+        mock.patch.object(torch.cuda, "Stream", lambda: Stream("copies")),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: Stream("computing")),
+        mock.patch.object(torch.cuda, "stream", on),
+        mock.patch.object(torch.Tensor, "copy_", copied),
+        mock.patch.object(megatron, "forward", run),
+        mock.patch.object(platform, "empty_cache", lambda: calls.append("empty cache")),
+    ):
+        teacher = MegatronTeacher(teacher_dir, layout, torch.float32, 64, offload=True)
+        host = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+        with teacher.resident():
+            calls.append("servers generate")
+            away = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+            rows = teacher.read(batch).held.rows
+        back = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+    moved = not {*host} & {*away} and back == host
+    return calls, moved, torch.equal(rows, expected)
+
+
+def test_offloaded_weights_travel_while_others_work(teacher_dir):
+    batch = make_batch(VOCABULARY, num_sequences=4)
+    ((calls, moved, equal),) = run_ranks(1, order_of_an_offload, teacher_dir, batch)
+    assert moved and equal
+    copies = calls.count("copy")
+    assert copies > 10
+    assert calls == [
+        "copies waits for computing",
+        *["copy"] * copies,
+        "servers generate",  # nobody has waited for the copies
+        "computing waits for copies",
+        "forward",
+        "computing waits for copies",
+        "empty cache",  # once nothing refers to the weights on the device
+    ]
 
 
 def peak_of_reading(teacher_dir, batch, micro_batch_tokens):

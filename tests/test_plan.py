@@ -19,9 +19,11 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import plan as command
+from megatron_taopd.formats.hf import load_config
 from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.plan import links, memory, shapes, time
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
+from megatron_taopd.plan.colocated import sized
 from megatron_taopd.plan.propose import grids, proposals
 from megatron_taopd.plan.results import Plan, as_json
 from megatron_taopd.plan.setup import Setup
@@ -685,3 +687,42 @@ def test_a_cluster_of_ones_own(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load(**changes)
         assert "\n" not in str(error.value)
+
+
+def test_servers_on_devices_of_ranks_get_a_cache_of_the_planned_size(models, tmp_path):
+    """Qwen3-4B has 8 key-value heads of 128 in 36 layers; servers get .4 or .85 of 79 GiB."""
+    file, total = tmp_path / "run.yaml", 79 * 2**30
+    file.write_text(RUN.format(models=models))
+
+    def tokens_of(servers: str, device_bytes=total):
+        given = ["rollout.engine=sglang", f"rollout.servers={servers}", "train.precision=bf16"]
+        config = configuration.load(file, given)
+        return sized(config, 8, device_bytes).rollout.servers.max_total_tokens
+
+    weights = Architecture.of(load_config(f"{models}/Qwen3-4B")).elements * 2
+    cache = 2 * 36 * 8 * 128 * 2
+    assert tokens_of("{mem_fraction: 0.4}") == (0.4 * total - weights) // cache
+    assert tokens_of("{}") == (0.85 * total - weights) // cache
+    half = (0.4 * total - weights / 2) // (cache // 2)
+    assert tokens_of("{tp: 2, gpus: [6, 7], mem_fraction: 0.4}") == half
+    assert tokens_of("{gpus: [8], mem_fraction: 0.4}") is None  # a device of its own
+    assert tokens_of("{urls: ['http://node:1']}") is None
+    assert tokens_of("{mem_fraction: 0.4, max_total_tokens: 7}") == 7
+    assert tokens_of("{mem_fraction: 0.4}", device_bytes=None) is None  # a CPU
+    with pytest.raises(ValueError, match=r"rollout.servers.mem_fraction: 0.05 of 79 GiB does not"):
+        tokens_of("{mem_fraction: 0.05}")
+
+
+def test_what_torch_has_cached_counts_while_servers_are_there(setup_of):
+    """It was emptied before the sync, whose buckets stay reserved while servers generate."""
+    servers = ("rollout.engine=sglang", "rollout.servers={replicas: 1, tp: 8, mem_fraction: 0.4}")
+    released = setup_of(*servers, "rollout.sync.release_memory=true", "rollout.stream=false")
+    by_phase = {phase: items(released, phase) for phase in ("sync", "rollout", "teacher")}
+    own = {
+        phase: sum(size for item, size in found.items() if "servers" not in item and item[0] != "c")
+        for phase, found in by_phase.items()
+    }
+    assert own["sync"] > own["rollout"]
+    assert by_phase["rollout"]["cached by torch"] == own["sync"] - own["rollout"]
+    assert "cached by torch" not in by_phase["sync"]
+    assert "cached by torch" not in items(setup_of(*servers), "rollout")

@@ -168,7 +168,11 @@ class ServersSection:
         None, "Tokens of the KV cache; null: what `mem_fraction` leaves.", COUNT
     )
     mem_fraction: float | None = key(
-        None, "Share of the device's memory for weights and KV cache; null: SGLang chooses.", INSIDE
+        None,
+        "Share of the device's memory for weights and KV cache; null: SGLang chooses. Servers on "
+        "devices of ranks get so much of all memory, whatever is free (null: .85), as a number of "
+        "tokens; elsewhere it is of what is free at their start.",
+        INSIDE,
     )
     args: tuple[str, ...] = key((), "Further arguments of `sglang.launch_server`.")
 
@@ -198,7 +202,11 @@ class TeacherSection:
         None, "Variables of the teacher's chat template; null: as in `data.template_kwargs`."
     )
     parallel: ParallelSection = field(default_factory=ParallelSection)
-    offload: bool = key(False, "Keep the weights in host memory between uses.")
+    offload: bool = key(
+        False,
+        "Keep the weights in pinned host memory between uses. They come back while rollout servers "
+        "generate (`rollout.stream`), or when the responses are there.",
+    )
 
 
 @dataclass(frozen=True)

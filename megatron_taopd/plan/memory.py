@@ -51,6 +51,7 @@ REMEDIES = {
     "backward of a layer": "train.micro_batch_tokens",
     "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
     "whole tensors": "rollout.sync.bucket_mib",
+    "cached by torch": "rollout.sync.bucket_mib",
     "gathered optimizer states": "student.parallel.tp or pp",
 }
 
@@ -173,10 +174,26 @@ def phases(
     found["checkpoint"] = resident | {
         "gathered optimizer states": 4 * max(bucket.size for bucket in buckets)
     }
+    if setup.release_memory and "rollout" in place.servers:
+        _add_cached(found)
     return {
         phase: {item: size for item, size in items.items() if size}
         for phase, items in found.items()
     }
+
+
+def _add_cached(found: dict[str, dict[str, int]]) -> None:
+    """Add what torch's allocator has reserved and does not use, while servers are there, too.
+
+    It is emptied before the servers take their memory again, and grows with the phases after that.
+    In one process it is used again, and so adds nothing to the peak where no server comes back.
+    """
+    reserved = 0
+    for phase in ("sync", "rollout", "teacher"):
+        if (items := found.get(phase)) is not None:
+            own = sum(items.values()) - items.get("rollout servers", 0)
+            reserved = max(reserved, own)
+            found[phase] = items | {"cached by torch": reserved - own}
 
 
 def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:
