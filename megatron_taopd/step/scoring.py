@@ -81,6 +81,7 @@ def score(
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
         scores = heads.scores(rows, read, k)
+        assert scores.topk_overlap is not None  # heads of either kind count it
         probed = micro_batch.row_ids % stride == 0
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(

@@ -148,7 +148,7 @@ class MegatronTeacher:
         Their memory is the computing stream's, which frees it, too.
         """
         device = platform.device()
-        arriving = [torch.empty_like(copy, device=device) for copy in host]
+        arriving = [torch.empty(copy.shape, dtype=copy.dtype, device=device) for copy in host]
         self.copies.wait_stream(torch.cuda.current_stream())  # which may still read what was there
         with torch.cuda.stream(self.copies):
             for parameter, weights, copy in zip(
