@@ -22,9 +22,12 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer
+from megatron_taopd.monitoring.profiling import StepProfiler
+from megatron_taopd.monitoring.throughput import Devices
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import student_layout
 from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.plan.colocated import sized
 from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, open_rollouts
 from megatron_taopd.run import Run
 from megatron_taopd.step.distiller import Distiller
@@ -49,7 +52,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     torch.manual_seed(config.run.seed)
     before = Before.newest(config)
     start = on_rank_0(lambda: start_of(to_tree(config)))
-    rollout_servers, teacher_servers = begin_rollout_servers(config), begin_teacher_servers(config)
+    serving = sized(config, platform.local_world_size(), platform.device_memory())
+    rollout_servers = begin_rollout_servers(serving)
+    teacher_servers = begin_teacher_servers(serving)
     texts = open_texts(config)
     before.check_prompts(len(texts.prompts), config)
     student = open_student(config, before, texts)
@@ -82,6 +87,7 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     if before.step:
         logger.info(f"resuming after step {before.step}")
     costs = ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))
+    devices = Devices.of(config, dist.get_world_size(), platform.local_world_size())
     own_prompts = texts.prompts.teacher_token_ids
     return Run(
         config=config,
@@ -93,7 +99,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
         ),
         engine=engine,
         rollouts=open_rollouts(config, engine, texts, horizon, state["prompts_consumed"]),
-        observer=Observer(config, student, costs, horizon, texts.student.tokenizer, monitor),
+        observer=Observer(
+            config, student, costs, horizon, texts.student.tokenizer, monitor, devices
+        ),
         evaluate=open_evaluation(config, engine, texts),
         monitor=monitor,
         checkpoints=Checkpoints(
@@ -107,6 +115,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
         first_step=before.step,
         interrupted=catch_signals(),
         start=start,
+        profiler=StepProfiler(
+            config.train.profile, Path(config.run.dir) / "profile", dist.get_rank()
+        ),
     )
 
 

@@ -25,7 +25,7 @@ def distill(run: Run) -> int:
         watchdog.at_step(step)
         consumed = run.rollouts.consumed
         try:
-            with run.monitor.span("step"):
+            with run.profiler.step(step), run.monitor.span("step"):
                 metrics, samples = take_step(run, step)
         except Interrupted:
             run.rollouts.rewind(consumed)  # nothing was learned from its prompts: once more, then

@@ -16,6 +16,7 @@ from megatron_taopd.models.weights import save_hf
 from megatron_taopd.monitoring.model_card import model_card
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.observer import Observer, Samples
+from megatron_taopd.monitoring.profiling import StepProfiler
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.memory import rank_memory
 from megatron_taopd.parallel.objects import on_rank_0
@@ -40,6 +41,7 @@ class Run:
         first_step: steps that were done before this start.
         interrupted: whether any rank was signalled, the same on every rank; collective.
         start: `resume.start_of` the configuration, which checkpoints hold.
+        profiler: of single steps.
     """
 
     config: Config
@@ -54,6 +56,7 @@ class Run:
     first_step: int
     interrupted: Callable[[], bool]
     start: dict
+    profiler: StepProfiler
 
     @property
     def student(self) -> Student:
@@ -118,6 +121,7 @@ class Run:
         """
         config, checkpoints, guard = self.config, self.checkpoints, self.guard
         checkpoints.poll()
+        metrics |= self.observer.throughput(metrics)
         jumped = guard.jumped
         if jumped:  # where the next start compares losses with those that it finds
             guard.forget()

@@ -145,6 +145,8 @@ class TokenScores:
         compatibility: [R] float32, C (Eq. 4): teacher mass on the student's top-K ids, in [0, 1].
         student_entropy: [R] float32, H(p_S) over the whole common vocabulary, in nats.
         teacher_entropy: [R] float32, likewise for the teacher.
+        topk_overlap: [R] float32, |S_S ∩ S_T| / K, the share of the student's top-K ids that are
+            among the teacher's; None where nobody has counted.
         student_topk_ids: [R, K] int64, highest logit first, on request.
         teacher_topk_ids: [R, K] int64, on request.
     """
@@ -153,6 +155,7 @@ class TokenScores:
     compatibility: Tensor
     student_entropy: Tensor
     teacher_entropy: Tensor
+    topk_overlap: Tensor | None = None
     student_topk_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None
 

@@ -500,6 +500,13 @@ def test_overrides_that_are_refused(user, override, parts):
         ("optimizer.decay=cosine", ("optimizer.min_lr: None with optimizer.decay cosine",)),
         ("optimizer.min_lr=0", ("optimizer.min_lr: 0.0 with optimizer.decay constant", "null")),
         ("optimizer.decay=linear optimizer.min_lr=1", ("1.0 is above optimizer.lr 0.0001",)),
+        (
+            "train.steps=3 train.profile.steps=[3,4]",
+            ("train.profile.steps: 4", "between 1 and train.steps 3"),
+        ),
+        ("train.profile.steps=[0]", ("train.profile.steps: 0", "between 1 and train.steps")),
+        ("train.profile.ranks=[-1]", ("train.profile.ranks: -1", "from 0 on")),
+        ("train.profile.ranks=[0,99]", ("train.profile.ranks: 99", "from 0 to")),
         ("rollout.prompts=1 train.mini_batches=2", ("train.mini_batches: 2", "1 sequences")),
         # Lengths
         ("train.micro_batch_tokens=47", ("micro_batch_tokens: 47", "32", "16", "at least 48")),

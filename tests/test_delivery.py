@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +222,149 @@ def test_delivery_has_every_row_at_most_twice(size):
     batch = make_batch(VOCABULARY, num_sequences=800)
     for held, received, peak in run_ranks(2, peak_of_delivery, batch, arriving(batch, size)):
         assert peak <= 2.2 * max(held, received)  # numbers of rows, and 256 rows at a time
+
+
+def peak_between_layouts(batch, tp, holding, width, dtype):
+    """(bytes held, bytes received, the most that existed, all arrived) of a delivery to a student
+    with TP, where `holding` teacher ranks have the rows of each sequence by turns."""
+    from megatron_taopd.data import batching
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.exchange import RowShard
+    from megatron_taopd.parallel.memory import peak_memory
+    from megatron_taopd.teacher.dispatch import ReadRows, dispatch
+
+    platform.emulate_cuda()
+    layout, rank = layouts.student_layout(tp, 1), dist.get_rank()
+    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    scorers = batching.assign(batch, everything, layout, 4096).owner
+    holders = torch.arange(batch.num_sequences) % holding
+    with peak_memory() as memory:
+        ids = batch.rows_of((holders == rank).nonzero()[:, 0])
+        rows = (ids[:, None] % 199).expand(-1, width).to(dtype)
+        rows = rows.contiguous()
+        held = rows.nbytes
+        read = [
+            (torch.arange(batch.num_sequences), ReadRows(RowShard(ids, rows), holders[:, None]))
+        ]
+        del rows
+        came = dispatch(read, batch, layout, scorers)
+    arrived = came.rows == (came.ids[:, None] % 199).to(dtype)
+    wanted = batch.rows_of((scorers == layout.dp_rank).nonzero()[:, 0])
+    whole = bool(arrived.all()) and torch.equal(came.ids.sort().values, wanted.sort().values)
+    return held, came.rows.nbytes, memory.peak, whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("world_size", "tp", "holding"), [(2, 2, 2), (2, 2, 1), (2, 1, 1), (4, 4, 4)]
+)
+def test_every_layout_has_every_row_at_most_twice(world_size, tp, holding, dtype):
+    """Each of a student's TP ranks gets all rows, so that holders send many copies of theirs."""
+    batch = make_batch(VOCABULARY, num_sequences=800)
+    case = peak_between_layouts, batch, tp, holding, 2048, dtype
+    for held, received, peak, whole in run_ranks(world_size, *case):
+        assert whole
+        assert received == batch.num_rows * 2048 * dtype.itemsize * tp // world_size or tp == 1
+        sent = tp * held
+        # Numbers of rows take as much as 3 % of these; 256 rows are copied by their numbers.
+        assert peak <= 1.03 * (held + received) + sent / 16 + 256 * 2048 * dtype.itemsize
+
+
+def test_rounds_are_even_and_alike_on_both_sides():
+    """By hand: rank 0 sends five rows to rank 1 and two to itself, in two rounds."""
+    from megatron_taopd.parallel.exchange import _in_rounds, rounds
+
+    source = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
+    destination = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1])
+    places, counts = _in_rounds(source == 0, destination, 2, 2)
+    assert places.tolist() == [1, 0, 2, 4, 6, 5, 7]  # 4 is the third of five: 2 · 2 // 5 = 0
+    assert counts.tolist() == [[1, 3], [1, 2]]
+    places, counts = _in_rounds(destination == 1, source, 2, 2)
+    assert places.tolist() == [0, 2, 4, 5, 7]
+    assert counts.tolist() == [[3, 0], [2, 0]]
+    assert [rounds(rows) for rows in (0, 1, 128, 129, 4096, 10**6)] == [1, 1, 1, 2, 32, 32]
+
+
+def order_of_an_offload(teacher_dir, batch):
+    """What an offloaded teacher asks of the device, in its order, and what it read; and what one
+    that is not offloaded read."""
+    from unittest import mock
+
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.teacher import megatron
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    platform.emulate_cuda()
+    layouts.student_layout(1, 1)
+    layout, calls = layouts.forward_layout(1, 1), []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    copy, forward = torch.Tensor.copy_, megatron.forward
+
+    def copied(self, source, non_blocking=False):
+        if current[-1] == "copies":
+            calls.append("copy" if non_blocking else "copy that blocks")
+        current.append("inside")  # torch looks `copy_` up again to tell a mode of it
+        copy(self, source)
+        current.pop()
+        return self
+
+    def run(*args):
+        calls.append("forward")
+        return forward(*args)
+
+    @contextmanager
+    def on(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    current = ["computing"]
+    plain = MegatronTeacher(teacher_dir, layout, torch.float32, 64)
+    with plain.resident():
+        expected = plain.read(batch).held.rows
+    with (
+        mock.patch.object(torch.cuda, "Stream", lambda: Stream("copies")),
+        mock.patch.object(torch.cuda, "current_stream", lambda *_: Stream("computing")),
+        mock.patch.object(torch.cuda, "stream", on),
+        mock.patch.object(torch.Tensor, "copy_", copied),
+        mock.patch.object(megatron, "forward", run),
+        mock.patch.object(platform, "empty_cache", lambda: calls.append("empty cache")),
+    ):
+        teacher = MegatronTeacher(teacher_dir, layout, torch.float32, 64, offload=True)
+        host = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+        with teacher.resident():
+            calls.append("servers generate")
+            away = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+            rows = teacher.read(batch).held.rows
+        back = [parameter.data_ptr() for parameter in teacher.trunk.parameters()]
+    moved = not {*host} & {*away} and back == host
+    return calls, moved, torch.equal(rows, expected)
+
+
+def test_offloaded_weights_travel_while_others_work(teacher_dir):
+    batch = make_batch(VOCABULARY, num_sequences=4)
+    ((calls, moved, equal),) = run_ranks(1, order_of_an_offload, teacher_dir, batch)
+    assert moved and equal
+    copies = calls.count("copy")
+    assert copies > 10
+    assert calls == [
+        "copies waits for computing",
+        *["copy"] * copies,
+        "servers generate",  # nobody has waited for the copies
+        "computing waits for copies",
+        "forward",
+        "computing waits for copies",
+        "empty cache",  # once nothing refers to the weights on the device
+    ]
 
 
 def peak_of_reading(teacher_dir, batch, micro_batch_tokens):

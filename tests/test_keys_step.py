@@ -77,6 +77,9 @@ def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
         for q, suffix in ((0.05, "q05"), (0.5, "q50"), (0.95, "q95")):
             expected[f"scores/{name}_{suffix}"] = dense.quantile(column.tolist(), q)
         expected[f"selection/kept_{name}"] = column[mask].mean().item()
+    overlap = dense.topk_overlap(z_s.detach(), z_t, k)
+    assert 0 < overlap.mean() < 1
+    expected["selection/topk_overlap"] = overlap.mean().item()
     for name, wanted in expected.items():
         assert record[name] == pytest.approx(wanted, rel=1e-3, abs=1e-5), name
     # Where both models are sure, all that there is of a gradient is rounding.

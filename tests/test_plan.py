@@ -19,11 +19,13 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import plan as command
+from megatron_taopd.formats.hf import load_config
 from megatron_taopd.parallel.vocab import logits_bytes, rows_within
 from megatron_taopd.plan import links, memory, shapes, time
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
+from megatron_taopd.plan.colocated import sized
 from megatron_taopd.plan.propose import grids, proposals
-from megatron_taopd.plan.results import Plan
+from megatron_taopd.plan.results import Plan, as_json
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import Architecture, Grid
 
@@ -488,7 +490,9 @@ def test_a_streaming_teacher_is_planned(setup_of):
     assert rollout["rollout servers"] == teacher["rollout servers"] == round(0.4 * 79 * 2**30)
     assert "rollout servers" not in items(offloaded, "scoring")
     exchange = items(offloaded, "exchange")
-    assert (exchange["rows read"], exchange["rows in transit"]) == (rows, rows)
+    # Where they were read, where they are scored, and a 32nd on its way.
+    assert (exchange["rows read"], exchange["teacher rows"]) == (rows, half)
+    assert exchange["rows in transit"] == rows // 32
     assert items(offloaded, "scoring")["teacher rows"] == half
     kept = items(offloaded, "training")["kept teacher rows"]  # 10 %, at the ranks that train them
     assert kept == round(0.1 * 16 * 7168) * 5120 * 2
@@ -592,6 +596,37 @@ def run_tool(models, tmp_path, *arguments):
     return run([sys.executable, tool, file, *arguments], seconds=120)
 
 
+def test_tokens_per_second_and_mfu_are_those_of_the_planned_seconds(setup_of):
+    """The teacher's with the exchange, training's with the optimizer, as a run measures them."""
+    setup, h800 = setup_of("train.recompute=full", gpus=16), CLUSTERS["h800"]
+    plan = Plan.of(setup, h800)
+    seconds, perf = {name: phase.seconds for name, phase in plan.time.items()}, plan.throughput
+    work, student, teacher = setup.workload, setup.student.cost, setup.teacher.cost
+    lengths = torch.full((work.sequences,), work.length)
+    rows, forward = work.sequences * work.response, student.trunk(lengths - 1)
+    kept = round(work.kept * rows)
+    operations = {
+        "rollout": forward + rows * student.per_row,
+        "teacher": teacher.trunk(lengths - 1),
+        "scoring": forward + rows * (student.per_row + teacher.per_row),
+        "training": 3 * student.trunk(lengths) + kept * (3 * student.per_row + teacher.per_row),
+    }
+    took = {
+        "rollout": seconds["rollout"],
+        "teacher": seconds["teacher"] + seconds["exchange"],
+        "scoring": seconds["scoring"],
+        "training": seconds["training"] + seconds["optimizer"],
+    }
+    for phase, count in operations.items():
+        share = count / took[phase] / 16 / 989e12
+        assert perf[f"perf/mfu_{phase}"] == pytest.approx(share) and share < 1
+    step = plan.seconds * 16
+    assert perf["perf/mfu"] == pytest.approx(sum(operations.values()) / step / 989e12)
+    tokens = work.sequences * work.length
+    assert perf["perf/tokens_per_second_per_gpu"] == pytest.approx(tokens / step)
+    assert as_json(plan, [])["throughput"] == perf
+
+
 def test_exit_status_0_and_the_same_figures_as_json(models, tmp_path):
     out = tmp_path / "plan.json"
     done = run_tool(models, tmp_path, "--gpus", "64", "--json", str(out))
@@ -652,3 +687,42 @@ def test_a_cluster_of_ones_own(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load(**changes)
         assert "\n" not in str(error.value)
+
+
+def test_servers_on_devices_of_ranks_get_a_cache_of_the_planned_size(models, tmp_path):
+    """Qwen3-4B has 8 key-value heads of 128 in 36 layers; servers get .4 or .85 of 79 GiB."""
+    file, total = tmp_path / "run.yaml", 79 * 2**30
+    file.write_text(RUN.format(models=models))
+
+    def tokens_of(servers: str, device_bytes=total):
+        given = ["rollout.engine=sglang", f"rollout.servers={servers}", "train.precision=bf16"]
+        config = configuration.load(file, given)
+        return sized(config, 8, device_bytes).rollout.servers.max_total_tokens
+
+    weights = Architecture.of(load_config(f"{models}/Qwen3-4B")).elements * 2
+    cache = 2 * 36 * 8 * 128 * 2
+    assert tokens_of("{mem_fraction: 0.4}") == (0.4 * total - weights) // cache
+    assert tokens_of("{}") == (0.85 * total - weights) // cache
+    half = (0.4 * total - weights / 2) // (cache // 2)
+    assert tokens_of("{tp: 2, gpus: [6, 7], mem_fraction: 0.4}") == half
+    assert tokens_of("{gpus: [8], mem_fraction: 0.4}") is None  # a device of its own
+    assert tokens_of("{urls: ['http://node:1']}") is None
+    assert tokens_of("{mem_fraction: 0.4, max_total_tokens: 7}") == 7
+    assert tokens_of("{mem_fraction: 0.4}", device_bytes=None) is None  # a CPU
+    with pytest.raises(ValueError, match=r"rollout.servers.mem_fraction: 0.05 of 79 GiB does not"):
+        tokens_of("{mem_fraction: 0.05}")
+
+
+def test_what_torch_has_cached_counts_while_servers_are_there(setup_of):
+    """It was emptied before the sync, whose buckets stay reserved while servers generate."""
+    servers = ("rollout.engine=sglang", "rollout.servers={replicas: 1, tp: 8, mem_fraction: 0.4}")
+    released = setup_of(*servers, "rollout.sync.release_memory=true", "rollout.stream=false")
+    by_phase = {phase: items(released, phase) for phase in ("sync", "rollout", "teacher")}
+    own = {
+        phase: sum(size for item, size in found.items() if "servers" not in item and item[0] != "c")
+        for phase, found in by_phase.items()
+    }
+    assert own["sync"] > own["rollout"]
+    assert by_phase["rollout"]["cached by torch"] == own["sync"] - own["rollout"]
+    assert "cached by torch" not in by_phase["sync"]
+    assert "cached by torch" not in items(setup_of(*servers), "rollout")

@@ -146,7 +146,7 @@ def test_everything_that_moves_a_run_is_kept(done, begun, inputs):
 
     status, _, _ = on_one_rank(begun, *given(inputs))
     assert status == 0
-    times = ("time/", "checkpoint/", "memory/", "rollout/tokens_per_second")
+    times = ("time/", "checkpoint/", "memory/", "rollout/tokens_per_second", "perf/")
     plain = [
         [{k: v for k, v in r.items() if not k.startswith(times)} for r in records(directory)]
         for directory in (done, begun)

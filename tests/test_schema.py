@@ -68,6 +68,7 @@ NUMBERS = {
     "watchdog.heartbeat_timeout_s": ("0.5", ".inf", "0 or at least 1"),
     "watchdog.stall_timeout_s": NOT_NEGATIVE,
     "log.prometheus_port": ("0", "65536", "in [1, 65535]"),
+    "log.peak_tflops": POSITIVE,
     "log.samples": ("-1", "17", "in [0, 16]"),
     **{
         f"{model}.servers.{name}": bounds
@@ -109,12 +110,14 @@ SWITCHES = {
     "rollout.sync.transport": ("ftp", "['distributed', 'tensor', 'disk']"),
     "train.schedule": ("once", "['two_pass', 'replay']"),
     "train.precision": ("fp8", "['fp32', 'bf16']"),
+    "train.profile.kind": ("rocprof", "['torch', 'nsys', 'memory']"),
     "train.recompute": ("some", "['none', 'selective', 'full']"),
     "optimizer.decay": ("step", "['constant', 'cosine', 'linear']"),
     "eval.grader": ("me", "['auto', 'exact', 'math']"),
     **{
         name: ("5", "list")
         for name in (
+            "train.profile.steps", "train.profile.ranks",
             "rollout.stop_token_ids", "eval.pass_at", "rollout.servers.urls",
             "rollout.servers.args", "rollout.servers.gpus", "teacher.servers.urls",
             "teacher.servers.args", "teacher.servers.gpus",

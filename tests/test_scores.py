@@ -39,6 +39,7 @@ def oracle(student, teacher, k, size):
         "compatibility": dense.compatibility(student, teacher, k, size),
         "student_entropy": dense.entropy(student, size),
         "teacher_entropy": dense.entropy(teacher, size),
+        "topk_overlap": dense.topk_overlap(student, teacher, k, size),
     }
 
 

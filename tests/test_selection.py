@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -217,6 +218,16 @@ def test_metrics_of_a_small_batch():
     assert metrics["selection/threshold"] == pytest.approx(0)
     assert metrics["selection/mass_of_best"] == pytest.approx(1 / (1 + 2.8 / 3.6))
     assert metrics["selection/trained_share"] == pytest.approx(2 / 5)  # neither has rows before it
+
+
+def test_the_overlap_of_top_sets_is_that_of_all_rows():
+    """Kept or not; where nobody has counted, nothing is said."""
+    mask = torch.tensor([True, False, False, False, True])
+    counted = replace(SMALL, topk_overlap=torch.tensor([1.0, 0.5, 0.25, 0.25, 0.0]))
+    metrics = selection_metrics("divergence", counted, mask, CU_ROWS, seed=0)
+    assert metrics["selection/topk_overlap"] == pytest.approx(2 / 5)
+    without = selection_metrics("divergence", SMALL, mask, CU_ROWS, seed=0)
+    assert "selection/topk_overlap" not in without
 
 
 def test_metrics_of_everything_kept():

@@ -57,6 +57,15 @@ def report(teacher, n, size=SIZE):
     return top.indices.masked_fill(top.indices >= size, -1), top.values.float()
 
 
+def overlap(student, ids, log_probs):
+    """|S_S ∩ S_T| / K of each row, S_T being the K likeliest reported ids that both models have."""
+    shares = []
+    for own, row, log_p in zip(dense.topk_ids(student, K, SIZE), ids, log_probs, strict=True):
+        common = [(-p, v) for v, p in zip(row.tolist(), log_p.tolist(), strict=True) if v >= 0]
+        shares.append(len({*own} & {v for _, v in sorted(common)[:K]}) / K)
+    return shares
+
+
 def topk_scores_on_rank(bounds, cases, k):
     """Scores of logits: the head is the identity."""
     shard = shard_of(bounds)
@@ -83,6 +92,7 @@ def test_topk_scores_match_the_oracle(bounds, n):
                 got = getattr(scores, field)
                 assert torch.equal(got, getattr(first, field))
                 torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6, msg=field)
+            assert scores.topk_overlap.tolist() == pytest.approx(overlap(student, *reported))
 
 
 @pytest.mark.parametrize("kind", ["flat", "plain", "peaked"])

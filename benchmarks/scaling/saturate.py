@@ -120,7 +120,7 @@ def _seconds(
     return seconds | {
         "longest response": tail,
         "bubble": bubble,
-        "score table": links.all_reduce_bytes(24 * rows, setup.gpus) / rate,
+        "score table": links.all_reduce_bytes(28 * rows, setup.gpus) / rate,
         "host": host_s_per_million * rows / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),
     }

@@ -168,7 +168,11 @@ class ServersSection:
         None, "Tokens of the KV cache; null: what `mem_fraction` leaves.", COUNT
     )
     mem_fraction: float | None = key(
-        None, "Share of the device's memory for weights and KV cache; null: SGLang chooses.", INSIDE
+        None,
+        "Share of the device's memory for weights and KV cache; null: SGLang chooses. Servers on "
+        "devices of ranks get so much of all memory, whatever is free (null: .85), as a number of "
+        "tokens; elsewhere it is of what is free at their start.",
+        INSIDE,
     )
     args: tuple[str, ...] = key((), "Further arguments of `sglang.launch_server`.")
 
@@ -198,7 +202,11 @@ class TeacherSection:
         None, "Variables of the teacher's chat template; null: as in `data.template_kwargs`."
     )
     parallel: ParallelSection = field(default_factory=ParallelSection)
-    offload: bool = key(False, "Keep the weights in host memory between uses.")
+    offload: bool = key(
+        False,
+        "Keep the weights in pinned host memory between uses. They come back while rollout servers "
+        "generate (`rollout.stream`), or when the responses are there.",
+    )
 
 
 @dataclass(frozen=True)
@@ -343,6 +351,19 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class ProfileSection:
+    """Steps that run under a profiler, and are slower for it; see docs/launch.md."""
+
+    steps: tuple[int, ...] = key((), "Steps that are profiled, counted from 1; none: off.")
+    kind: Literal["torch", "nsys", "memory"] = key(
+        "torch",
+        "`torch`: a trace in `run.dir/profile/`. `nsys`: a range for Nsight Systems. `memory`: a "
+        "snapshot of the device's allocator in `run.dir/profile/`. The last two need CUDA.",
+    )
+    ranks: tuple[int, ...] = key((0,), "Ranks that are profiled.")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """The length of the training, its pieces and its precision."""
 
@@ -370,6 +391,7 @@ class TrainSection:
     head_memory_mib: int = key(
         1024, "MiB for the logits of both models that exist at a time, per rank.", COUNT
     )
+    profile: ProfileSection = field(default_factory=ProfileSection)
 
 
 @dataclass(frozen=True)
@@ -482,6 +504,13 @@ class LogSection:
         PORT,
     )
     prometheus_host: str = key("127.0.0.1", "The address that rank 0 listens on.")
+    peak_tflops: float | None = key(
+        None,
+        "What one GPU can do at most in `train.precision`, in 10^12 operations a second, dense: "
+        "100 % of `perf/mfu`. null: by the device's name; on the CPU, and on a device that is not "
+        "known, there is no `perf/mfu`.",
+        POSITIVE,
+    )
     samples: int = key(
         4,
         "Responses of a step, and answers of an evaluation, that the report shows with their "

@@ -55,6 +55,7 @@ def check_sections(config: Config) -> None:
         )
     _check_selection(config)
     _check_replay(config)
+    _check_profile(config)
     _check_rollout(config)
     _check_engines(config)
     _check_evaluation(config.eval)
@@ -100,6 +101,18 @@ def _check_replay(config: Config) -> None:
                 f"train.schedule: replay with {key} {value}; it has to be 1, or the schedule "
                 "two_pass"
             )
+
+
+def _check_profile(config: Config) -> None:
+    profile, steps = config.train.profile, config.train.steps
+    for step in profile.steps:
+        if not 1 <= step <= steps:
+            raise ValueError(
+                f"train.profile.steps: {step}; it has to be between 1 and train.steps {steps}"
+            )
+    for rank in profile.ranks:
+        if rank < 0:
+            raise ValueError(f"train.profile.ranks: {rank}; ranks are numbered from 0 on")
 
 
 def _check_rollout(config: Config) -> None:
@@ -250,6 +263,11 @@ def check_layouts(config: Config, ranks: int | None, whose: str = "the number of
     Raises:
         ValueError: one line with the key, its value and what would be right.
     """
+    for rank in config.train.profile.ranks:
+        if ranks is not None and rank >= ranks:
+            raise ValueError(
+                f"train.profile.ranks: {rank}; {whose} {ranks} has those from 0 to {ranks - 1}"
+            )
     for model in ("student", "teacher"):
         parallel = getattr(config, model).parallel
         _check_micro_batch(config, parallel)

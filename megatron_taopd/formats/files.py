@@ -79,7 +79,8 @@ def file_written_aside(out: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"{out}: {reason_of(error)}; nothing was kept") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or nothing can be there
+            aside.unlink()
 
 
 def reason_of(error: OSError) -> str:

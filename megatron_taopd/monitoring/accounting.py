@@ -85,6 +85,7 @@ def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[
     Returns:
         flops/{rollout,teacher,scoring,training}: rollout as one forward pass over all tokens and a
             head per row; scoring with both heads on all rows.
+        flops/recomputed: the part of training that `recompute` computes a second time.
         flops/full_opd: teacher and training on all rows and tokens, with the same recomputation and
             no scoring.
         flops/of_full_opd: teacher, scoring and training over that.
@@ -103,14 +104,17 @@ def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[
     training = 3 * student.trunk(work.trained) + work.kept_rows * heads
     # A replayed layer runs once forward and once backward; nothing is left to recompute but what it
     # does not keep itself.
+    recomputed = 0
     if not work.replayed or work.recompute == "selective":
-        training += again(work.trained)
+        recomputed = again(work.trained)
+    training += recomputed
     full = reading + 3 * student.trunk(work.scored) + again(work.scored) + work.num_rows * heads
     return {
         "flops/rollout": float(student.trunk(work.scored) + work.num_rows * student.per_row),
         "flops/teacher": float(reading),
         "flops/scoring": float(scoring),
         "flops/training": float(training),
+        "flops/recomputed": float(recomputed),
         "flops/full_opd": float(full),
         "flops/of_full_opd": (reading + scoring + training) / full,
     }

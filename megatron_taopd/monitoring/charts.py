@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_taopd.monitoring.numbers import number, percent, seconds
 from megatron_taopd.monitoring.summary import PHASES, Points, Record, column, phase_times
+from megatron_taopd.monitoring.throughput import PHASES as MEASURED
 
 WIDTH, HEIGHT = 600, 200
 LOG_DECADES = 5
@@ -181,6 +182,12 @@ def _charts(
             number,
         ),
         Chart(
+            "Top-K overlap",
+            "share of the student's top-K that is in the teacher's, mean over the rows",
+            [line("selection/topk_overlap", "overlap", 3, smooth=True)],
+            percent,
+        ),
+        Chart(
             "Entropy H",
             "full vocabulary, nats · medians, 5–95 % of the student's rows",
             [
@@ -211,9 +218,27 @@ def _charts(
             "prompts and responses of a step, over its time",
             [
                 Line("all ranks", throughput, 1, smooth=True),
-                Line("per device", _per_device(throughput, ranks), 2, smooth=True),
+                Line(
+                    "per device",
+                    column(records, "perf/tokens_per_second_per_gpu")
+                    or _per_device(throughput, ranks),  # of runs from before there was the metric
+                    2,
+                    smooth=True,
+                ),
             ],
             number,
+        ),
+        Chart(
+            "Model FLOPs utilization",
+            "operations by formula, recomputation left out, over what the devices can do",
+            [
+                line("perf/mfu", "step", 1, smooth=True),
+                *(
+                    line(f"perf/mfu_{phase}", phase, color, smooth=True)
+                    for color, phase in enumerate(MEASURED, 2)
+                ),
+            ],
+            percent,
         ),
         Chart(
             "Response length",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from torch.profiler import record_function
 
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.config.values import check_installed
@@ -92,13 +93,18 @@ class Monitor:
         """Path of the report, whether it is written yet or not."""
         return self.run_dir / "report.html"
 
+    @property
+    def times(self) -> dict[str, float]:
+        """`time/<phase>` in seconds since the step that was logged last."""
+        return dict(self._times)
+
     @contextmanager
     def span(self, phase: str) -> Iterator[None]:
         """Add the time spent inside to `time/<phase>` of the step that is logged next."""
         self._synchronize()
         start = time.perf_counter()
         try:
-            with watchdog.phase(phase), self._shown(phase):
+            with watchdog.phase(phase), self._shown(phase), record_function(phase):
                 yield
         finally:
             self._synchronize()

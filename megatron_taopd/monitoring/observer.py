@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operation
 from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.samples import Snapshot, take
+from megatron_taopd.monitoring.throughput import Devices, device_peak, throughput
+from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.step.distiller import Lesson, replay_mib
 from megatron_taopd.step.extensions.horizon import Horizon
@@ -35,6 +37,7 @@ class Observer:
     Args:
         horizon: learns from each batch how long the next may be.
         costs: of student and teacher.
+        devices: of the run.
     """
 
     def __init__(
@@ -45,9 +48,13 @@ class Observer:
         horizon: Horizon,
         tokenizer: PreTrainedTokenizerBase,
         monitor: Monitor,
+        devices: Devices,
     ):
         self.config, self.student, self.costs = config, student, costs
         self.horizon, self.tokenizer, self.monitor = horizon, tokenizer, monitor
+        self.devices, self.peak_tflops = devices, config.log.peak_tflops
+        if self.peak_tflops is None and (name := platform.device_name()):
+            self.peak_tflops = device_peak(name, config.train.precision)
 
     def observe(
         self, step: int, length: int, lesson: Lesson, teacher_inputs: Sequences
@@ -70,9 +77,9 @@ class Observer:
         metrics |= rollout_metrics(batch, scored.gap, step)
         metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
         metrics |= self._head_memory(scored.assigned, head_rows)
-        metrics |= step_operations(
-            *self.costs, _work(lesson, teacher_inputs, config.train.recompute)
-        )
+        work = _work(lesson, teacher_inputs, config.train.recompute)
+        metrics |= step_operations(*self.costs, work)
+        metrics |= {"tokens_read": int(work.read.sum()), "tokens_scored": int(work.scored.sum())}
         self._warn_of_replay(scored)
         self._warn_of_small_q3(mask, step)
         self._warn_of_gap(scored.gap, step)
@@ -81,6 +88,10 @@ class Observer:
             self._warn_of_endless("rollout.max_new_tokens", truncated, f"step {step}")
         selector, count = (config.selection.selector, lesson.seed), config.log.samples
         return metrics, lambda: take(step, batch, scores, mask, self.tokenizer, selector, count)
+
+    def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the `perf/*` of a step whose spans have ended; none of one that was skipped."""
+        return throughput({**metrics, **self.monitor.times}, self.devices, self.peak_tflops)
 
     def observe_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Return an evaluation's metrics, and warn if responses hardly ever end."""

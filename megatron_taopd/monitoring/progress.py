@@ -50,6 +50,10 @@ class ProgressLine:
             parts.append(f"kept {record['kept_rows']:,.0f} of {record['valid_rows']:,.0f} rows")
         if record.get("time/step") is not None:
             parts.append(f"{seconds(record['time/step'])}/step")
+        if record.get("perf/tokens_per_second_per_gpu") is not None:
+            parts.append(f"{number(record['perf/tokens_per_second_per_gpu'])} tokens/s/GPU")
+        if record.get("perf/mfu") is not None:
+            parts.append(f"MFU {percent(record['perf/mfu'])}")
         return "  ".join(parts)
 
     def close(self) -> None:

@@ -320,7 +320,11 @@ def _cards(
         note = "prompts and responses, median of steps"
         if ranks:
             note = f"{number(middle / ranks)} per device of {ranks}; median of steps"
+        if s["tokens_per_gpu"] is not None:
+            note = f"{number(s['tokens_per_gpu'])} per device; median of steps"
         cards.append(Card("Tokens per second", number(middle), note))
+    if s["mfu"] is not None:
+        cards.append(Card("MFU", percent(s["mfu"]), "of the devices' peak; median of steps"))
     if kept.sessions:
         spent = sum(session["seconds"] for session in kept.sessions)
         cards.append(Card("Duration", seconds(spent), "start-up and evaluations included"))

@@ -57,9 +57,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         `steps`, the last step; `accuracy_first`, `accuracy_last`; `loss_first`, `loss_last`, means
         over the first and last tenth of the steps; `kept_rows`, `valid_rows`, `tokens_trained`,
         `tokens_rolled_out`, sums over the run; `operations`, the mean share of full OPD's;
-        `step_time`, the median in seconds; `gap`, the mean engine–trainer gap in nats; `phases`,
-        the total seconds of each phase, longest first: they add up to those of the steps,
-        evaluations and checkpoints.
+        `step_time`, the median in seconds; `tokens_per_gpu` (a second) and `mfu`, medians; `gap`,
+        the mean engine–trainer gap in nats; `phases`, the total seconds of each phase, longest
+        first: they add up to those of the steps, evaluations and checkpoints.
     """
 
     def values(key: str) -> list[float]:
@@ -73,6 +73,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         counts[key] = int(sum(counted)) if counted else None
     operations, step_times = values("flops/of_full_opd"), values("time/step")
     gap = values("rollout/logprob_gap_mean")
+    per_gpu, mfu = values("perf/tokens_per_second_per_gpu"), values("perf/mfu")
     phases = {phase: sum(y for _, y in phase_times(records, phase)) for phase in PHASES}
     return {
         "steps": int(records[-1]["step"]) if records else 0,
@@ -83,6 +84,8 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         **counts,
         "operations": fmean(operations) if operations else None,
         "step_time": median(step_times) if step_times else None,
+        "tokens_per_gpu": median(per_gpu) if per_gpu else None,
+        "mfu": median(mfu) if mfu else None,
         "gap": fmean(gap) if gap else None,
         "phases": {
             phase: spent
@@ -115,6 +118,9 @@ def summary_table(records: Sequence[Record], report: str | Path | None = None) -
             table.add_row(label, f"{part:,} of {whole:,}", percent(part / whole))
     if s["operations"] is not None:
         table.add_row("operations", percent(s["operations"]), "of full OPD's")
+    if s["tokens_per_gpu"] is not None:
+        used = "" if s["mfu"] is None else f"MFU {percent(s['mfu'])}"
+        table.add_row("tokens/s per GPU", number(s["tokens_per_gpu"]), used)
     table.add_section()
     total = sum(s["phases"].values())
     for phase, spent in s["phases"].items():

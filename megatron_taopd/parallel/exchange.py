@@ -1,7 +1,7 @@
 """Rows of hidden states from the ranks that have them to the ranks that need them.
 
 The plan of a step is a pure function of token counts, so every rank knows where every row is and
-where it has to go: rows travel in one all-to-all, with no negotiation before it.
+where it has to go: rows travel in all-to-alls, with no negotiation before them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from megatron_taopd.parallel import platform
 
 _ROWS_AT_A_TIME = 256  # that are copied by their numbers, which takes a temporary of so many
+_MOST_ROUNDS = 32  # a rank has this share of what it sends in its send buffer
+_FEWEST_ROWS = 128  # of a round, or all of them, on the rank that moves most
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ class RowShard:
 def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Tensor) -> RowShard:
     """Move rows between ranks, as all of them have agreed.
 
+    They go in `rounds` of about equally many rows of each pair of ranks, so that a rank has every
+    row at most twice, where it was and where it comes to, and in addition the rows that it sends in
+    one round.
+
     Args:
-        held: what this rank has, in any number of pieces (of no rows: [0, D]). The list is emptied:
-            a piece that nobody else refers to is freed as soon as its rows are in the send buffer,
-            so that no more than twice the rows that are held or received exist at a time.
+        held: what this rank has, in any number of pieces (of no rows: [0, D]). The list is emptied.
         ids, source, destination: [P] int64 on the CPU, equal on every rank: row `ids[i]` goes from
             global rank `source[i]` to `destination[i]`. A row may go to several ranks, and also to
             its own.
@@ -68,39 +72,75 @@ def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Te
     Raises:
         KeyError: a row that this rank was to send is not held.
 
-    Collectives: one all-to-all over the world, P·D elements in total, of which rows that stay on
-    their rank cost nothing on the wire.
+    Collectives: `rounds` all-to-alls over the world, P·D elements in total, of which rows that stay
+    on their rank cost nothing on the wire.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    outgoing = (source == rank).nonzero()[:, 0]
-    outgoing = outgoing[destination[outgoing].argsort(stable=True)]
-    incoming = (destination == rank).nonzero()[:, 0]
-    incoming = incoming[source[incoming].argsort(stable=True)]
-    send_counts = destination[outgoing].bincount(minlength=world_size).tolist()
-    receive_counts = source[incoming].bincount(minlength=world_size).tolist()
-    sent = _take(held, ids[outgoing])
-    received = sent.new_empty(len(incoming), sent.shape[1])
-    # Bytes, because gloo moves no bfloat16.
-    dist.all_to_all_single(
-        received.view(torch.uint8), sent.view(torch.uint8), receive_counts, send_counts
-    )
+    by_rank = (each.bincount(minlength=world_size) for each in (source, destination))
+    count = rounds(max(int(rows.max()) for rows in by_rank))
+    outgoing, send_counts = _in_rounds(source == rank, destination, count, world_size)
+    incoming, receive_counts = _in_rounds(destination == rank, source, count, world_size)
+    sent, width = send_counts.sum(1).tolist(), held[0].rows.shape[1]
+    received = held[0].rows.new_empty(len(incoming), width)
+    # One for all rounds: gloo's threads let go of what they have sent at their leisure.
+    buffer = held[0].rows.new_empty(max(sent), width)
+    arrivals = received.split(receive_counts.sum(1).tolist())
+    for i, departing in enumerate(ids[outgoing].split(sent)):
+        leaving = buffer[: len(departing)]
+        _take(held, departing, leaving)
+        # Bytes, because gloo moves no bfloat16.
+        dist.all_to_all_single(
+            arrivals[i].view(torch.uint8),
+            leaving.view(torch.uint8),
+            receive_counts[i].tolist(),
+            send_counts[i].tolist(),
+        )
+    held.clear()
     return RowShard(ids[incoming], received)
 
 
-def _take(held: list[RowShard], ids: Tensor) -> Tensor:
-    """Take rows out of pieces: [len(ids), D], in the order asked for; the list is emptied."""
-    rows = held[0].rows.new_empty(len(ids), held[0].rows.shape[1])
+def rounds(most_rows: int) -> int:
+    """Return in how many rounds rows are sent.
+
+    Args:
+        most_rows: that any rank sends or receives, its own included.
+    """
+    return max(1, min(_MOST_ROUNDS, -(-most_rows // _FEWEST_ROWS)))
+
+
+def _in_rounds(own: Tensor, partner: Tensor, count: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """Deal a rank's copies to rounds: the rows of a pair of ranks evenly, in their order.
+
+    Both ranks of a pair see the same rows in the same order, and so deal them alike.
+
+    Args:
+        own: [P] bool, the copies that this rank sends, or receives.
+        partner: [P] the other rank of each.
+
+    Returns:
+        [p] int64, the places of its copies, by round and partner; [count, world_size] how many.
+    """
+    places = own.nonzero()[:, 0]
+    places = places[partner[places].argsort(stable=True)]
+    partners = partner[places]
+    of_pair = partners.bincount(minlength=world_size)
+    within = torch.arange(len(places)) - (of_pair.cumsum(0) - of_pair)[partners]
+    cells = within * count // of_pair[partners] * world_size + partners
+    counts = cells.bincount(minlength=count * world_size).view(count, world_size)
+    return places[cells.argsort(stable=True)], counts
+
+
+def _take(held: list[RowShard], ids: Tensor, out: Tensor) -> None:
+    """Copy rows out of pieces to `out`, [len(ids), D], in the order asked for."""
     missing = len(ids)
-    while held:
-        piece = held.pop()
+    for piece in held:
         where = piece.places(ids)
         here = (where >= 0).nonzero()[:, 0]
         for some in here.split(_ROWS_AT_A_TIME):
-            rows[some.to(rows.device)] = piece.rows[where[some].to(rows.device)]
+            out[some.to(out.device)] = piece.rows[where[some].to(out.device)]
         missing -= len(here)
     if missing:
         raise KeyError("asked for a row that this rank does not hold")
-    return rows
 
 
 def no_rows(width: int, dtype: torch.dtype) -> RowShard:

@@ -28,6 +28,29 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_name() -> str | None:
+    """Return the name of this rank's GPU; None on a CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def device_memory() -> int | None:
+    """Return all bytes of this rank's GPU, free or not; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def local_world_size() -> int:
+    """Count the ranks of this node, as torchrun tells; without it, they are all here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def empty_cache() -> None:
+    """Give the device what torch keeps of it without need, for other processes that share it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def synchronize() -> None:
     """Wait for the device, so that a timer read next is true."""
     if torch.cuda.is_available():

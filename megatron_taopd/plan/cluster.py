@@ -9,6 +9,8 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_taopd.monitoring.throughput import device_peak
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -38,11 +40,17 @@ class Cluster:
     local_layer_us: float = 600.0
 
 
+def _known(name: str, memory_gib: float, *rates: float) -> Cluster:
+    """Describe a device whose peaks the log of a run knows, too."""
+    peaks = (device_peak(name, precision) for precision in ("bf16", "fp32"))
+    return Cluster(name, memory_gib, *peaks, *rates)
+
+
 CLUSTERS = {
-    "h800": Cluster("H800 80 GB", 79.0, 989.0, 67.0, 3350.0, 400.0, 50.0),
-    "h100": Cluster("H100 80 GB", 79.0, 989.0, 67.0, 3350.0, 900.0, 50.0),
-    "h200": Cluster("H200 141 GB", 139.0, 989.0, 67.0, 4800.0, 900.0, 50.0),
-    "a100": Cluster("A100 80 GB", 79.0, 312.0, 19.5, 2039.0, 600.0, 25.0),
+    "h800": _known("H800 80 GB", 79.0, 3350.0, 400.0, 50.0),
+    "h100": _known("H100 80 GB", 79.0, 3350.0, 900.0, 50.0),
+    "h200": _known("H200 141 GB", 139.0, 4800.0, 900.0, 50.0),
+    "a100": _known("A100 80 GB", 79.0, 2039.0, 600.0, 25.0),
 }
 
 

@@ -6,8 +6,10 @@ Exact where sequences are of one length and divide evenly over the data-parallel
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from megatron_taopd.parallel import exchange
 from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
 from megatron_taopd.plan.setup import Setup
@@ -219,8 +221,10 @@ def _teacher(setup: Setup, rank: int) -> list[Collective]:
                 )
             )
     world = setup.gpus
-    sent = _rows_sent(setup, rank) * _teacher_row(setup)
-    return [*found, Collective("exchange", "all_to_all", "world", world, world, 1, sent)]
+    rows, most = _rows_sent(setup, rank)
+    sent = rows * _teacher_row(setup)
+    calls = exchange.rounds(most)
+    return [*found, Collective("exchange", "all_to_all", "world", world, world, calls, sent)]
 
 
 def _teacher_row(setup: Setup) -> int:
@@ -228,13 +232,14 @@ def _teacher_row(setup: Setup) -> int:
     return (2 * setup.k + 1) * 4 if setup.columns_only else setup.teacher.hidden * setup.itemsize
 
 
-def _rows_sent(setup: Setup, rank: int) -> int:
-    """Count the rows that a rank sends to others (`teacher.dispatch`).
+def _rows_sent(setup: Setup, rank: int) -> tuple[int, int]:
+    """Count the rows that a rank sends to others (`teacher.dispatch`), and the most that any moves.
 
     Sequences of one length are dealt round, and every rank of the scoring TP group takes its copy
     from itself or from a holder.
     """
     grid, own, sent = setup.student_grid, setup.teacher_grid, 0
+    moved = {"from": Counter(), "to": Counter()}
     for sequence in range(setup.workload.sequences):
         holders = [0]
         if own is not None:
@@ -243,7 +248,10 @@ def _rows_sent(setup: Setup, rank: int) -> int:
             destination = _last_stage_rank(grid, sequence, t)
             source = destination if destination in holders else holders[t % len(holders)]
             sent += source == rank != destination
-    return sent * setup.workload.response
+            moved["from"][source] += 1
+            moved["to"][destination] += 1
+    most = max(max(counts.values()) for counts in moved.values())
+    return sent * setup.workload.response, most * setup.workload.response
 
 
 def _last_stage_rank(grid: Grid, sequence: int, tp_rank: int) -> int:
@@ -262,7 +270,7 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
     probed = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response // stride)
     chunk = _chunk_rows(setup)
     a_row = (12 if setup.columns_only else 24) * (setup.k + 1)
-    table = links.all_reduce_bytes(24 * rows, world)
+    table = links.all_reduce_bytes(28 * rows, world)
     return [
         *scored.forward("scoring"),
         *scored.heads("scores", chunk, a_row),

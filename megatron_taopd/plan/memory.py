@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_taopd.parallel.exchange import rounds
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
@@ -50,6 +51,7 @@ REMEDIES = {
     "backward of a layer": "train.micro_batch_tokens",
     "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
     "whole tensors": "rollout.sync.bucket_mib",
+    "cached by torch": "rollout.sync.bucket_mib",
     "gathered optimizer states": "student.parallel.tp or pp",
 }
 
@@ -142,9 +144,9 @@ def phases(
         tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
         forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
         found["teacher"] = resident | servers | read | forward
-    # Next to the send buffer there is first what was read, which is freed, then what is received.
-    ends = max({"rows read": reads}, scored, key=lambda items: sum(items.values()))
-    found["exchange"] = resident | ends | {"rows in transit": sends * reads}
+    most = max(sends * reads, *scored.values(), row) // row
+    in_transit = sends * reads // rounds(most)
+    found["exchange"] = resident | {"rows read": reads} | scored | {"rows in transit": in_transit}
 
     rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
     columns = student.vocab // grid.tp
@@ -172,10 +174,26 @@ def phases(
     found["checkpoint"] = resident | {
         "gathered optimizer states": 4 * max(bucket.size for bucket in buckets)
     }
+    if setup.release_memory and "rollout" in place.servers:
+        _add_cached(found)
     return {
         phase: {item: size for item, size in items.items() if size}
         for phase, items in found.items()
     }
+
+
+def _add_cached(found: dict[str, dict[str, int]]) -> None:
+    """Add what torch's allocator has reserved and does not use, while servers are there, too.
+
+    It is emptied before the servers take their memory again, and grows with the phases after that.
+    In one process it is used again, and so adds nothing to the peak where no server comes back.
+    """
+    reserved = 0
+    for phase in ("sync", "rollout", "teacher"):
+        if (items := found.get(phase)) is not None:
+            own = sum(items.values()) - items.get("rollout servers", 0)
+            reserved = max(reserved, own)
+            found[phase] = items | {"cached by torch": reserved - own}
 
 
 def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:

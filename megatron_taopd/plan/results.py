@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from megatron_taopd.monitoring.numbers import percent
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.memory import GIB, Place, peak, phases, places, problems
 from megatron_taopd.plan.propose import Proposal
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.plan.time import Phase, step_phases, step_seconds
+from megatron_taopd.plan.time import Phase, step_phases, step_seconds, step_throughput
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Plan:
     @property
     def seconds(self) -> float:
         return step_seconds(self.time, self.setup.ahead)
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Return the `perf/*` of a step of the run."""
+        return step_throughput(self.setup, self.cluster, self.time)
 
     def problems(self) -> list[str]:
         return [
@@ -81,6 +87,7 @@ def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
         "last_stage_extra": plan.last_stage_extra(),
         "seconds": {name: vars(phase) for name, phase in plan.time.items()},
         "step_seconds": plan.seconds,
+        "throughput": plan.throughput,
         "proposals": [
             {"keys": p.keys(), "seconds": p.seconds, "peak_bytes": p.peak} for p in proposed
         ],
@@ -141,15 +148,26 @@ def _time(plan: Plan) -> Table:
     table = Table(title="Seconds of a step, by arithmetic")
     table.add_column("phase")
     table.add_column("s", justify="right")
+    table.add_column("tokens/s/GPU", justify="right")
+    table.add_column("MFU", justify="right")
     table.add_column("of which")
+    perf = plan.throughput
+
+    def rates(suffix: str) -> tuple[str, str]:
+        tokens, mfu = (
+            perf.get(f"perf/tokens_per_second_per_gpu{suffix}"),
+            perf.get(f"perf/mfu{suffix}"),
+        )
+        return "" if tokens is None else f"{tokens:,.0f}", "" if mfu is None else percent(mfu)
+
     for name, phase in plan.time.items():
         parts = ", ".join(f"{part} {s:.2f}" for part, s in phase.parts.items() if s >= 0.005)
         if name == "checkpoint":
             every = plan.setup.checkpoint_every
             parts += f"; every {every} steps, not of the sum" if every else "; at the end"
-        table.add_row(name, f"{phase.seconds:.2f}", parts)
+        table.add_row(name, f"{phase.seconds:.2f}", *rates(f"_{name}"), parts)
     table.add_section()
-    table.add_row("step", f"{plan.seconds:.2f}", "")
+    table.add_row("step", f"{plan.seconds:.2f}", *rates(""), "")
     return table
 
 

@@ -8,6 +8,7 @@ from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.config.values import check_layouts, check_sections
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
+from megatron_taopd.monitoring.throughput import Devices, devices_apart, devices_of
 from megatron_taopd.plan.shapes import Architecture, Grid
 from megatron_taopd.preflight import rules
 
@@ -110,11 +111,12 @@ class Setup:
     ahead: int
     stream: bool
     checkpoint_every: int
+    used: Devices
 
     @property
     def devices(self) -> str:
         """How many devices train and, if servers have some of their own, serve."""
-        serve = sum(servers.apart for servers in (self.rollout, self.teacher_servers) if servers)
+        serve = self.used.apart
         both = f" + {serve} serve = {self.gpus + serve}" if serve else ""
         return f"{self.gpus} train{both}"
 
@@ -191,6 +193,7 @@ class Setup:
             ahead=rollout.ahead,
             stream=rollout.stream and rollout.engine == "sglang",
             checkpoint_every=config.checkpoint.every,
+            used=Devices.of(config, gpus, ranks),
         )
 
 
@@ -225,16 +228,16 @@ def _length(key: str, given: int | None, longest: int) -> int:
 def _servers(section, ranks: int) -> Servers:
     if section.urls:
         count = len(section.urls)
-        return Servers(count, section.tp, section.concurrency, (), 0.0, count * section.tp)
-    # Without `gpus` every server begins at the first device of the machine.
-    gpus = section.gpus if section.gpus is not None else tuple(range(section.tp))
+        return Servers(
+            count, section.tp, section.concurrency, (), 0.0, devices_apart(section, ranks)
+        )
     return Servers(
         section.replicas,
         section.tp,
         section.concurrency,
-        tuple(gpus),
+        devices_of(section),
         section.mem_fraction or SGLANG_MEM_FRACTION,
-        sum(gpu >= ranks for gpu in gpus),
+        devices_apart(section, ranks),
     )
 
 

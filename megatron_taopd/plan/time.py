@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_taopd.monitoring.accounting import Work, step_operations
+from megatron_taopd.monitoring.throughput import throughput
 from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.memory import replay_bytes
@@ -43,29 +44,58 @@ def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
 
     `checkpoint` is not of every step.
     """
-    work = setup.workload
-    lengths = torch.full((work.sequences,), work.length)
-    kept = max(1, round(work.kept * work.sequences * work.response))
-    run = Work(
-        scored=lengths - 1,
-        read=lengths - 1,
-        trained=(lengths.double() * work.trained).ceil().long(),
-        num_rows=work.sequences * work.response,
-        kept_rows=kept,
-        replayed=is_replayed(setup),
-        recompute=setup.recompute,
-    )
+    run = _work(setup)
     operations = step_operations(setup.student.cost, setup.teacher.cost, run)
     return {
         "rollout": rollout(setup, cluster),
         "teacher": teacher(setup, cluster, operations["flops/teacher"]),
         "exchange": exchange(setup, cluster),
         "scoring": scoring(setup, cluster),
-        "training": training(setup, cluster, operations["flops/training"], kept),
+        "training": training(setup, cluster, operations["flops/training"], run.kept_rows),
         "optimizer": optimizer(setup, cluster),
         "sync": sync(setup, cluster),
         "checkpoint": checkpoint(setup, cluster),
     }
+
+
+def _work(setup: Setup) -> Work:
+    """Return what a step runs."""
+    work = setup.workload
+    lengths = torch.full((work.sequences,), work.length)
+    return Work(
+        scored=lengths - 1,
+        read=lengths - 1,
+        trained=(lengths.double() * work.trained).ceil().long(),
+        num_rows=work.sequences * work.response,
+        kept_rows=max(1, round(work.kept * work.sequences * work.response)),
+        replayed=is_replayed(setup),
+        recompute=setup.recompute,
+    )
+
+
+def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) -> dict[str, float]:
+    """Return the `perf/*` that a run of these phases would log (`monitoring.throughput`).
+
+    A run's teacher phase has the exchange, and its training the optimizer.
+    """
+    run, seconds = _work(setup), {name: phase.seconds for name, phase in phases.items()}
+    record = step_operations(setup.student.cost, setup.teacher.cost, run)
+    record |= {
+        "time/teacher": seconds["teacher"] + seconds["exchange"],
+        "time/scoring": seconds["scoring"],
+        "time/training": seconds["training"] + seconds["optimizer"],
+        "time/step": step_seconds(phases, setup.ahead),
+        "rollout/tokens_per_second": run.num_rows / seconds["rollout"],
+        "valid_rows": run.num_rows,
+        "tokens_rolled_out": setup.workload.sequences * setup.workload.length,
+        "tokens_read": int(run.read.sum()),
+        "tokens_scored": int(run.scored.sum()),
+        "tokens_trained": int(run.trained.sum()),
+    }
+    if setup.teacher_grid is None:
+        record["teacher/tokens_per_second"] = record["tokens_read"] / seconds["teacher"]
+    peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
+    return throughput(record, setup.used, peak)
 
 
 def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:

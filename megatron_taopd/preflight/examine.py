@@ -127,6 +127,7 @@ def before_run(config: Config) -> bool:
     """
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     checks = [
+        (machine.check_profile, config.train.profile),
         *_check_ports(config),
         *([] if not sglang else _check_servers(config, urls=False)),
         (_check_weights, config),

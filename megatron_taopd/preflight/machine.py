@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from megatron_taopd.config.schema import ProfileSection
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
 DISTRIBUTION = "megatron-taopd"
@@ -33,6 +34,16 @@ _LISTED = re.compile(
     r"(NCCL|GLOO|SGLANG)_.*|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|"
     r"CUDA_(DEVICE_MAX_CONNECTIONS|VISIBLE_DEVICES)"
 )
+
+
+def check_profile(section: ProfileSection) -> Iterator[Finding]:
+    """Refuse a profile of CUDA where there is none."""
+    if section.steps and section.kind != "torch" and not torch.cuda.is_available():
+        yield error(
+            f"train.profile.kind: {section.kind} needs CUDA, which this machine has not",
+            "take torch, or leave train.profile.steps empty",
+        )
+
 
 # ------------------------------------------------------------------------------------- versions
 

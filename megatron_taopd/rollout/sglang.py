@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.sglang_batch import Generating
@@ -153,6 +154,8 @@ class SGLangEngine:
             targets = self.replicas.run(self.replicas.begin_update(targets))
         if not self.on_rank_0(lambda: bool(targets)):
             return
+        if self.updates.release_memory:
+            self._make_room()
         trouble = None
         try:
             self.updates.sync.push(self.replicas, targets, weights(), version)
@@ -165,6 +168,15 @@ class SGLangEngine:
         self._settle(trouble, targets, f"weights of version {version}")
         if trouble is None:
             self.failed_syncs = 0
+
+    def _make_room(self) -> None:
+        """Give back what torch has cached, on every rank, before servers take their memory again.
+
+        Collective: a barrier.
+        """
+        platform.empty_cache()
+        if self.group is not None:
+            dist.barrier(self.group)
 
     def _settle(self, trouble: str | None, targets: Sequence[Replica] | None, what: str) -> None:
         """Go on after a trouble with these servers if one of them is in trouble itself.

@@ -69,7 +69,7 @@ def score(
             rank that scored them and their sequences. (A D of +inf is a score like any other.)
 
     Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
-    rows) per row and rank over TP; an all-reduce of 24 bytes per row over all ranks.
+    rows) per row and rank over TP; an all-reduce of 28 bytes per row over all ranks.
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
@@ -81,6 +81,7 @@ def score(
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
         scores = heads.scores(rows, read, k)
+        assert scores.topk_overlap is not None  # heads of either kind count it
         probed = micro_batch.row_ids % stride == 0
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
@@ -92,6 +93,7 @@ def score(
                 scores.compatibility,
                 scores.student_entropy,
                 scores.teacher_entropy,
+                scores.topk_overlap,
                 log_probs,
                 culprits(rows.isfinite().all(1), heads.sound(read), scores),
             ]
@@ -100,7 +102,7 @@ def score(
     with student.keep_outputs() if keep_outputs else nullcontext() as kept:
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
-    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 6, layout)
+    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 7, layout)
     if faults.any():
         raise _fault(faults, batch.row_sequences(), layout.last_stage_rank(assigned.owner, 0))
     probed = torch.arange(0, batch.num_rows, stride)

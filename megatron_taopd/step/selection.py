@@ -159,6 +159,8 @@ def selection_metrics(
     Returns:
         scores/{disagreement,compatibility,student_entropy,teacher_entropy}_{q05,q50,q95}: over all
             rows (nats; compatibility a probability).
+        selection/topk_overlap: mean share of the student's top-K that is in the teacher's, over all
+            rows; not where nobody has counted.
         selection/kept_share: kept rows over all rows.
         selection/kept_{disagreement,compatibility,student_entropy,teacher_entropy}: means over the
             kept rows, an infinite D counting as the largest finite one.
@@ -179,6 +181,8 @@ def selection_metrics(
         if mask.any():
             metrics[f"selection/kept_{name}"] = values[mask].mean()
 
+    if scores.topk_overlap is not None:
+        metrics["selection/topk_overlap"] = scores.topk_overlap.double().mean()
     metrics["selection/kept_share"] = mask.double().mean()
     learnable = _learnable(scores).double()
     if (total := learnable.sum()) > 0:

@@ -32,7 +32,7 @@ def dispatch(
 
     Args:
         parts: (places in the batch, what was read); every sequence of the batch once. The list is
-            emptied, so that rows are freed once they are sent (`send_rows`).
+            emptied, so that rows are freed when all are sent.
         batch: the whole batch; the same on every rank.
         student: layout of the model whose last stage scores.
         owner: [N] int64, the student's data-parallel rank that scores each sequence.
@@ -40,7 +40,8 @@ def dispatch(
     Returns:
         On the student's last-stage ranks the rows of their sequences, elsewhere none.
 
-    Collectives: one all-to-all of R · D · tp elements over all ranks, tp being the student's.
+    Collectives: all-to-alls (`exchange.rounds`) of R · D · tp elements together over all ranks, tp
+    being the student's.
     """
     held, holders = _in_batch(parts, batch)
     return send_rows(held, *_routes(batch, student, owner, holders))

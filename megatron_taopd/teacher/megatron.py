@@ -53,6 +53,7 @@ class MegatronTeacher:
         self.rows_held = torch.zeros(layout.dp, dtype=torch.int64)  # by `read`, since `resident`
         self.host = self._host_copy() if offload else None
         if offload:
+            self.copies = torch.cuda.Stream()  # on which weights travel
             self._release()
 
     @property
@@ -78,7 +79,8 @@ class MegatronTeacher:
         what one part alone gives its ranks more than others, a sequence or so.
 
         Args:
-            sequences: in the teacher's ids; the same on every rank. The weights are `resident`.
+            sequences: in the teacher's ids; the same on every rank. The weights are `resident`, or
+                on their way.
 
         Collectives: those of the trunk's forward.
         """
@@ -87,6 +89,7 @@ class MegatronTeacher:
             sequences, everything, self.layout, self.micro_batch_tokens, self.rows_held
         )
         self.rows_held += batching.rows_by_rank(sequences, own.owner, self.layout.dp)
+        self._await_weights()
         held = self._forward(own.micro_batches)
         tp_ranks = torch.arange(self.layout.tp)
         holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
@@ -139,16 +142,42 @@ class MegatronTeacher:
         for parameter, host in zip(self.trunk.parameters(), self.host, strict=True):
             parameter.data = host
 
+    def _begin_to_fetch(self, host: list[Tensor]) -> None:
+        """Copy the weights to the device on a stream of their own, next to what it does.
+
+        Their memory is the computing stream's, which frees it, too.
+        """
+        device = platform.device()
+        arriving = [torch.empty(copy.shape, dtype=copy.dtype, device=device) for copy in host]
+        self.copies.wait_stream(torch.cuda.current_stream())  # which may still read what was there
+        with torch.cuda.stream(self.copies):
+            for parameter, weights, copy in zip(
+                self.trunk.parameters(), arriving, host, strict=True
+            ):
+                weights.copy_(copy, non_blocking=True)
+                parameter.data = weights
+
+    def _await_weights(self) -> None:
+        """Have the device wait until the weights are there; the host goes on."""
+        if self.host is not None:
+            torch.cuda.current_stream().wait_stream(self.copies)
+
     @contextmanager
     def resident(self) -> Iterator[None]:
-        """Hold the weights on the device while a batch is read in the block, whole or in parts."""
+        """Hold the weights on the device while a batch is read in the block, whole or in parts.
+
+        Offloaded weights are on their way when the block begins: what is done in it before the
+        first `read`, waiting for servers that generate, goes on meanwhile. After it their memory
+        is the device's again.
+        """
         self.rows_held.zero_()
         if self.host is None:
             yield
             return
-        for parameter in self.trunk.parameters():
-            parameter.data = parameter.data.to(platform.device(), non_blocking=True, copy=True)
+        self._begin_to_fetch(self.host)
         try:
             yield
         finally:
+            self._await_weights()  # or what takes their memory next could be written over
             self._release()
+            platform.empty_cache()

@@ -52,7 +52,9 @@ LAYOUTS = {  # ranks, further options
 PHASES = ["build", "rollout", "teacher", "scoring", "selection", "training", "sync", "checkpoint"]
 PHASES += ["eval"]
 # What a step took and how full the machine was is no part of what it computed.
-UNREPEATABLE = ("time/", "checkpoint/", "memory/most", "memory/least", "rollout/tokens_per_second")
+UNREPEATABLE = (
+    "time/", "perf/", "checkpoint/", "memory/most", "memory/least", "rollout/tokens_per_second",
+)  # fmt: skip
 END_WITHIN = 120  # seconds, for the ranks that are left
 
 

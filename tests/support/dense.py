@@ -79,6 +79,12 @@ def compatibility(student: Tensor, teacher: Tensor, k: int, size: int | None = N
     return p_t.gather(1, top).sum(1)
 
 
+def topk_overlap(student: Tensor, teacher: Tensor, k: int, size: int | None = None) -> Tensor:
+    """[R] |S_S ∩ S_T| / K: the share of the student's top-K ids that are among the teacher's."""
+    both = zip(topk_ids(student, k, size), topk_ids(teacher, k, size), strict=True)
+    return torch.tensor([sum(v in t for v in s) / k for s, t in both], dtype=torch.float64)
+
+
 def compatibility_bound(student: Tensor, teacher: Tensor, k: int, size: int | None = None):
     """[R] Ĉ (Eq. 17): teacher mass on the ids in both top-K sets, a lower bound of C."""
     p_t = log_probs(teacher, size).exp()

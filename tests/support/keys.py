@@ -37,6 +37,9 @@ LAYOUT = "test_keys_run.py::test_models_lie_in_their_layouts"
 EXPERTS = "test_keys_run.py::test_experts_lie_on_several_ranks"
 CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
+PROFILE = "test_profiling.py::test_a_trace_has_the_spans_of_the_step_that_was_asked_for"
+NO_CUDA = "test_profiling.py::test_profiles_of_cuda_are_refused_without_it"
+PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
 SPIKE = "test_keys_run.py::test_a_loss_within_its_bound_is_no_spike"
@@ -159,6 +162,9 @@ KEYS: dict[str, dict[str, str]] = {
     "train.precision": {"bf16": BF16},
     "train.recompute": {"selective": RECOMPUTE, "full": RECOMPUTE},
     "train.head_memory_mib": {"1": BOUNDS},
+    "train.profile.steps": {"[2]": PROFILE},
+    "train.profile.kind": {"nsys": NO_CUDA, "memory": NO_CUDA},
+    "train.profile.ranks": {"[1]": PROFILE},
     "optimizer.lr": {"0.002": ADAM},
     "optimizer.min_lr": {"0.0005": ADAM},
     "optimizer.decay": {"cosine": ADAM, "linear": ADAM},
@@ -194,6 +200,7 @@ KEYS: dict[str, dict[str, str]] = {
     "log.wandb_project": {"a project": LOGS},
     "log.prometheus_port": {ANY: LOGS},
     "log.prometheus_host": {"127.0.0.2": LOGS},
+    "log.peak_tflops": {"0.25": PEAK},
     "log.samples": {"1": LOGS},
 }  # fmt: skip
 

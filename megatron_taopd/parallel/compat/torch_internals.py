@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 # Where a chunk of a checkpoint lies: (file, first byte, number of bytes). Torch reads it, by this
 # class, from a checkpoint's `.metadata`, and has no public name for it.
 StorageInfo = _StorageInfo
+
+MEMORY_EVENTS = 1_000_000  # of a step; of more, the last
 
 _REDUCED_DEVICE = 6  # the device's place among the arguments that rebuild a CUDA tensor
 
@@ -48,6 +51,25 @@ def write_item(transforms: Any, stream: Any, data: Any, item: WriteItem, file: s
         file: name of the file behind the stream.
     """
     return _write_item(transforms, stream, data, item, file, SerializationFormat.TORCH_SAVE)
+
+
+@contextmanager
+def memory_history() -> Iterator[Callable[[str], None]]:
+    """Record each allocation and free of CUDA's caching allocator, with its Python stack.
+
+    `record_function` blocks are recorded, too. What the block is given writes the snapshot to a
+    path, for https://pytorch.org/memory_viz.
+    """
+    torch.cuda.memory._record_memory_history(
+        stacks="python",
+        max_entries=MEMORY_EVENTS,
+        clear_history=True,
+        global_record_annotations=True,
+    )
+    try:
+        yield torch.cuda.memory._dump_snapshot
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def allocations(profiler: profile, device: str) -> list[tuple[int, int]]:

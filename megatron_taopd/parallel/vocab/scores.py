@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> Toke
         compatibility=tops.compatibility().float(),
         student_entropy=tops.student_entropy.float(),
         teacher_entropy=tops.teacher_entropy.float(),
+        topk_overlap=tops.overlap().float(),
         student_topk_ids=tops.student.ids.long() if return_ids else None,
         teacher_topk_ids=tops.teacher.ids.long() if return_ids else None,
     )
@@ -142,12 +144,21 @@ class TopSets:
         mass = (self.student.other - self.teacher_max[:, None]).exp().sum(1)
         return (mass / self.teacher_sum).clamp(max=1)
 
+    @cached_property
+    def _union(self) -> tuple[Tensor, Tensor]:
+        """Both sets sorted by id, [R, 2K] each: the order, and where an id comes again."""
+        union, order = torch.cat([self.student.ids, self.teacher.ids], dim=1).sort(dim=1)
+        return order, torch.nn.functional.pad(union.diff(dim=1) == 0, (1, 0))
+
+    def overlap(self) -> Tensor:
+        """Return [R]: |S_S ∩ S_T| / K."""
+        _, again = self._union
+        return again.double().sum(1) / self.student.ids.shape[1]
+
     def disagreement(self) -> Tensor:
         """Return [R]: D (Eq. 9), in nats."""
-        # An id in both sets must count once: sorted by id, its second copy gets no mass from
-        # anyone.
-        union, order = torch.cat([self.student.ids, self.teacher.ids], dim=1).sort(dim=1)
-        again = torch.nn.functional.pad(union.diff(dim=1) == 0, (1, 0))
+        # An id in both sets must count once: its second copy gets no mass from anyone.
+        order, again = self._union
         z_s = torch.cat([self.student.own, self.teacher.other], dim=1)
         z_t = torch.cat([self.student.other, self.teacher.own], dim=1)
         log_p_s, log_p_t = (

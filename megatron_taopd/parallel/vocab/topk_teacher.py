@@ -178,6 +178,7 @@ def merge_topk_candidates(
         compatibility=compatibility.clamp(max=1).float(),
         student_entropy=student_entropy.float(),
         teacher_entropy=teacher_entropy.float(),
+        topk_overlap=(in_both.sum(1) / k).float(),
         student_topk_ids=student_ids.long() if return_ids else None,
         teacher_topk_ids=teacher_ids if return_ids else None,
     )
