@@ -332,11 +332,11 @@ def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool)
     if last:
         rows = max(1, round(work.kept * work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)))
         columns = student.vocab // grid.tp
-        logits = logits_bytes(rows, rows_within(setup.head_memory, columns), columns)
-        # Rows of both models and the student's gradient; a block of the head's, on its way to the
-        # gradient buffer.
+        chunk = rows_within(setup.head_memory, columns)
+        logits = logits_bytes(rows, chunk, columns)
+        # Rows of both models and the student's gradient, which is fp32 at first.
         logits += rows * (student.hidden * 2 + setup.teacher.hidden) * e
-        logits += min(columns, 8192) * student.hidden * 4 if cuda and e == 2 else 0
+        logits += min(rows, chunk) * student.hidden * 4 if cuda and e == 2 else 0
         if logits > layer:
             return items | {"logits": logits}
     return items | {"backward of a layer": layer}

@@ -313,6 +313,9 @@ def _compute(operator, args: tuple, kwargs: dict):
     if operator is torch.ops.aten.mm.dtype:  # of half precision, summed and put out in fp32
         left, right, dtype = args
         return left.to(dtype) @ right.to(dtype)
+    if operator is torch.ops.aten.addmm.dtype_out:  # likewise
+        total, left, right, dtype = args
+        return torch.addmm(total, left.to(dtype), right.to(dtype), out=kwargs["out"])
     return operator(*args, **kwargs)
 
 
