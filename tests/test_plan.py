@@ -85,7 +85,7 @@ def test_weights_gradients_and_optimizer_states_are_exact(tmp_path, layout, fami
     grid = Grid(**parallel, dp=world_size // (parallel["tp"] * parallel["pp"]))
     measured = run_ranks(world_size, built, str(tmp_path), parallel, dtype)
     for stage, dp_rank, weights, weight_buffer, gradient_buffer, states in measured:
-        buckets = shapes.student_buckets(model, grid, stage, overlap=False)
+        buckets = shapes.student_buckets(model, grid, stage)
         owned = shapes.optimizer_elements(buckets, grid.dp, dp_rank)
         assert weights == shapes.parameter_elements(model, grid, stage) * dtype.itemsize
         assert weight_buffer == shapes.buffer_elements(buckets) * dtype.itemsize

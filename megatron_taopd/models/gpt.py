@@ -33,8 +33,10 @@ from megatron_taopd.models.attention import PackedAttention, Packing, RMSNorm, S
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat.megatron_internals import (
     HiddenStatesModel,
+    accumulates_gradients,
     define_missing_names,
     keep_norm_before_router,
+    let_engine_accumulate,
 )
 from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.layout import Layout
@@ -73,6 +75,8 @@ def transformer_config(
     """
     hf_map.check_keys(hf)
     engine = use_transformer_engine()
+    if engine:
+        let_engine_accumulate()
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -105,12 +109,11 @@ def transformer_config(
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        # Kernels of Apex and TransformerEngine, where they are.
-        gradient_accumulation_fusion=bool(
-            importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        ),
+        # Kernels of Apex and TransformerEngine, where they are; SwiGLU's, forward and backward, is
+        # compiled by torch, which takes the CPU longer than it saves.
+        gradient_accumulation_fusion=engine or accumulates_gradients(),
         apply_rope_fusion=engine,
-        bias_activation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
         **_experts(hf, layout),
@@ -190,6 +193,7 @@ class Trunk(HiddenStatesModel):
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel takes no spec for it
         if not head and self.post_process:
             del self.output_layer
+        self.to(platform.device())  # but for a router's weight, all is made there
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **options

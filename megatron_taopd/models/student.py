@@ -130,7 +130,7 @@ class Student(FrozenStudent):
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            overlap_grad_reduce=torch.cuda.is_available(),
+            overlap_grad_reduce=True,
         )
         self.model = DistributedDataParallel(
             self.config, ddp, self.trunk, pg_collection=layout.groups

@@ -31,7 +31,7 @@ HARMFUL = {
 }
 _LISTED = re.compile(
     r"(NCCL|GLOO|SGLANG)_.*|OMP_NUM_THREADS|TOKENIZERS_PARALLELISM|"
-    r"CUDA_(DEVICE_MAX_CONNECTIONS|VISIBLE_DEVICES)"
+    r"CUDA_(DEVICE_MAX_CONNECTIONS|VISIBLE_DEVICES)|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
 
 # ------------------------------------------------------------------------------------- versions
