@@ -60,7 +60,7 @@ def initialize(timeout_s: float = 1800.0) -> bool:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    # No `device_id`: with one, torch makes NCCL's communicators of all of Megatron's groups at once,
+    # No `device_id`: with one, torch makes the communicators of all of Megatron's groups at once,
     # and their buffers, also of those that nobody uses.
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
