@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from support import dense
 from support.apart import Apart
 from support.families import EXPERTS, SIZES, save_random
 from support.host_waits import Wait
@@ -191,6 +192,49 @@ def test_host_waits_are_counted_by_phase_and_line(on_cuda):
     assert phases == {"outer": 2, "inner": 3, "copies": 3}
     [line] = lines
     assert line.startswith("tests/test_pretend_cuda.py:") and line.endswith(" <listcomp>")
+
+
+def head_gradients(size, at_once):
+    """Gradients of bf16 hidden states and an fp32 main_grad of `size` ids of 448 rows of a head."""
+    from support.pretend_cuda import pretend_cuda
+
+    from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
+
+    pretend_cuda()
+    hidden, weight, *teacher = (t.cuda() for t in odd_heads(size))
+    hidden.requires_grad_(), weight.requires_grad_()
+    weight.main_grad = torch.ones(weight.shape, device="cuda")
+    row_weight = torch.ones(len(hidden), device="cuda")
+    shard = VocabShard(0, len(weight), None, size)
+    if at_once:
+        linear_divergence(hidden, weight, *teacher, shard, "jsd", 4, row_weight).backward()
+    else:
+        linear_divergence(hidden, weight, *teacher, shard, "jsd", 4).backward(row_weight)
+    return hidden.grad.cpu(), weight.main_grad.cpu() - 1
+
+
+def odd_heads(size):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((11, 24), (448, 24), (11, 40), (448, 40))
+    heads = [torch.randn(s, generator=generator).bfloat16() for s in sizes]
+    for weight in heads[1::2]:
+        weight[size:] = torch.nan  # in rows that take no part
+    return heads
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("size", [389, 384, 100])  # three blocks and a rest; no rest; a rest alone
+def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_once):
+    """By matmuls that only CUDA has: the sum over the vocabulary in two parts, the head's gradient
+    on top of what is in its buffer."""
+    [((hidden, weight), _)] = on_cuda(1, head_gradients, size, at_once)
+    z, w, z_t, w_t = (t.double() for t in odd_heads(size))
+    z.requires_grad_(), w.requires_grad_()
+    dense.divergence(z @ w[:size].t(), z_t @ w_t[:size].t(), "jsd").sum().backward()
+    # Of what CUDA has, only the gradient of the logits is rounded to bf16, and the result.
+    torch.testing.assert_close(hidden.double(), z.grad, rtol=2**-7, atol=2e-3)
+    torch.testing.assert_close(weight.double(), w.grad, rtol=2**-7, atol=2e-3)
+    assert not weight[size:].any()
 
 
 # ---------------------------------------------------------------------------------------- the loop
