@@ -218,6 +218,7 @@ def odd_heads(size):
     sizes = ((11, 24), (448, 24), (11, 40), (448, 40))
     heads = [torch.randn(s, generator=generator).bfloat16() for s in sizes]
     for weight in heads[1::2]:
+        weight /= 8  # so that no token has all the mass
         weight[size:] = torch.nan  # in rows that take no part
     return heads
 
@@ -232,8 +233,8 @@ def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_o
     z.requires_grad_(), w.requires_grad_()
     dense.divergence(z @ w[:size].t(), z_t @ w_t[:size].t(), "jsd").sum().backward()
     # Of what CUDA has, only the gradient of the logits is rounded to bf16, and the result.
-    torch.testing.assert_close(hidden.double(), z.grad, rtol=2**-7, atol=2e-3)
-    torch.testing.assert_close(weight.double(), w.grad, rtol=2**-7, atol=2e-3)
+    for got, exact in ((hidden, z.grad), (weight, w.grad)):
+        assert (got.double() - exact).norm() < 2**-7 * exact.norm()
     assert not weight[size:].any()
 
 
