@@ -118,10 +118,11 @@ def catch_signals() -> Callable[[], bool]:
         A function that says whether any rank was signalled, the same on every rank. Collective: an
         all-reduce of one integer.
     """
-    received = torch.zeros(1, dtype=torch.int32)
+    received = False
 
     def handler(number, _frame):
-        received[0] = 1
+        nonlocal received
+        received = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, end_at_once)
 
@@ -129,7 +130,7 @@ def catch_signals() -> Callable[[], bool]:
         signal.signal(asked, handler)
 
     def interrupted() -> bool:
-        any_rank = received.to(platform.device(), copy=True)
+        any_rank = torch.full((), int(received), dtype=torch.int32, device=platform.device())
         dist.all_reduce(any_rank, op=dist.ReduceOp.MAX)
         return bool(any_rank.item())
 

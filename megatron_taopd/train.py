@@ -18,6 +18,7 @@ from megatron_taopd.config.load import load
 from megatron_taopd.config.values import check_values
 from megatron_taopd.launch import INTERRUPTED, MISTAKE
 from megatron_taopd.monitoring import logs
+from megatron_taopd.parallel import cuda_variables
 
 
 def main(arguments: list[str]) -> int:
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
         config = load(arguments[0], arguments[1:])
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         check_values(config, ranks)
+        cuda_variables.set_connections(os.environ)
+        cuda_variables.set_allocator(os.environ, config.rollout.sync.transport)
         # transformers takes seconds to import, Megatron too, which nobody should wait for to read
         # what is wrong with a value.
         from megatron_taopd.preflight.check_config import check

@@ -194,6 +194,39 @@ def test_routers_find_the_name_that_they_ask_for():
     assert hasattr(moe_utils, "te_general_gemm")
 
 
+def test_the_gradient_norm_is_taken_on_the_device(monkeypatch):
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    from megatron_taopd.parallel.compat.megatron_internals import keep_norms_on_the_device
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", local_multi_tensor_l2_norm)
+    keep_norms_on_the_device()
+    assert clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm
+    tensors = [[torch.full((2, 2), 3.0), torch.full((4,), 4.0)]]  # of norms 6 and 8
+    norm, _ = clip_grads.multi_tensor_applier(
+        clip_grads.l2_norm_impl, torch.zeros(1, dtype=torch.int), tensors, False
+    )
+    assert norm.tolist() == [10.0]
+    kernel = object()
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", kernel)  # TransformerEngine's, or Apex's
+    keep_norms_on_the_device()
+    assert clip_grads.l2_norm_impl is kernel
+
+
+def test_layers_of_transformer_engine_may_accumulate_without_apex(monkeypatch):
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_taopd.parallel.compat import megatron_internals
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    assert not megatron_internals.accumulates_gradients()
+    megatron_internals.let_engine_accumulate()
+    source = inspect.getsource(layers.ColumnParallelLinear.__init__)
+    assert "gradient_accumulation_fusion and not _grad_accum_fusion_available" in source
+    assert layers._grad_accum_fusion_available
+
+
 def test_the_norm_before_a_router_keeps_its_name():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 

@@ -241,14 +241,14 @@ def test_no_more_than_chunk_rows_of_logits_ever_exist(monkeypatch):
     monkeypatch.setattr(projection.Projection, "__call__", recorded)
     heads, shard = make_heads(rows=10), VocabShard(0, PADDED, None, SIZE)
     score_hidden(*heads, 4, shard, chunk_rows=4)
-    assert seen == [4, 4] * 2 + [2, 2]
+    assert seen == [4, 4, 3, 3, 3, 3]  # both models' rows of each chunk
     seen.clear()
     local = local_heads(heads, shard)
     linear_divergence(*local, shard, "reverse_kl", 4, torch.ones(10)).backward()
-    assert seen == [4, 4] * 2 + [2, 2]  # with row_weight nothing is computed twice
+    assert seen == [4, 4, 3, 3, 3, 3]  # with row_weight nothing is computed twice
     seen.clear()
     linear_divergence(*local, shard, "reverse_kl", 4).sum().backward()
-    assert seen == [4, 4, 4, 4, 2, 2] * 2
+    assert seen == [4, 4, 3, 3, 3, 3] * 2
 
 
 def test_one_backward_pass_when_gradients_are_formed_at_once():
@@ -258,6 +258,72 @@ def test_one_backward_pass_when_gradients_are_formed_at_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ------------------------------------------------------------------------------- an aligned width
+
+ODD, ROWS_OF_HEADS = 389, 448  # 389 ids of 448 rows, as of two ranks with 224 each
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_an_odd_vocabulary_is_computed_at_an_aligned_width(kind, at_once):
+    """The second rank's 165 ids take 224 columns. The rows of the head behind them, of which some
+    are nan here and others huge, leave no trace, and have gradients of exactly zero."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((11, 24), (ROWS_OF_HEADS, 24), (11, 40), (ROWS_OF_HEADS, 40))
+    heads = [torch.randn(s, generator=generator) for s in sizes]
+    for weight in heads[1::2]:
+        weight[ODD:], weight[-2:] = 1e30, torch.nan
+    row_weight, losses = torch.linspace(-0.5, 1, 11), linear_losses(kind, slice(ODD))
+    bounds, by_rank = [0, 224, ROWS_OF_HEADS], []
+    want, *_ = of_heads(losses, heads, row_weight)
+    for loss, hidden, weight, widths in run_ranks(
+        2, odd_on_rank, bounds, heads, kind, row_weight, at_once
+    ):
+        assert widths == {224}
+        expected = (want * row_weight).sum() if at_once else want
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=2e-7)
+        by_rank.append((hidden, weight))
+    assert not by_rank[1][1][ODD - 224 :].any()
+    assert_gradients(by_rank, losses, heads, row_weight)
+
+
+def odd_on_rank(bounds, heads, kind, row_weight, at_once):
+    shard, widths = shard_of(bounds, size=ODD), set()
+    mask = VocabShard.mask
+
+    def recorded(self, logits):
+        widths.add(logits.shape[1])
+        return mask(self, logits)
+
+    VocabShard.mask = recorded
+    try:
+        local = local_heads(heads, shard)
+        if at_once:
+            loss = linear_divergence(*local, shard, kind, 4, row_weight)
+            loss.backward()
+        else:
+            loss = linear_divergence(*local, shard, kind, 4)
+            loss.backward(row_weight)
+    finally:
+        VocabShard.mask = mask
+    return loss.detach(), local[0].grad, local[1].grad, widths
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "size", "width"),
+    [
+        (0, 75968, 151669, 75968),  # Qwen3 with TP2: all columns of the first rank take part,
+        (75968, 151936, 151669, 75776),  # 75,701 of the second's
+        (0, 151936, 151669, 151680),
+        (132944, 151936, 151669, 18816),
+        (90, 96, 90, 0),
+        (0, 96, 90, 96),
+    ],
+)
+def test_the_width_that_is_computed(start, stop, size, width):
+    assert VocabShard(start, stop, None, size).padded_width == width
 
 
 # -------------------------------------------------------------------- under Megatron's main_grad

@@ -22,11 +22,16 @@ from support.launchers import launch as launch_with_stand_ins
 from support.patience import finish, known_patience, patience, wait_for
 from support.ranks import run_ranks
 
+from megatron_taopd import train
 from megatron_taopd.cli import serve as serving
+from megatron_taopd.launch import SIGNALS
+from megatron_taopd.parallel.cuda_variables import ALLOCATOR, CONNECTIONS, EXPANDABLE
+from megatron_taopd.preflight import check_config
 from megatron_taopd.rollout.weight_sync.distributed import in_background
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.replica import Limits
+from megatron_taopd.serving.server import server_environment
 
 pytestmark = pytest.mark.slow
 
@@ -168,6 +173,51 @@ def test_workers_have_sglangs_variables_of_nccl(tmp_path, without_variables):
     module = ["-m", "megatron_taopd.launch", "--standalone", "--nproc-per-node", "1", script]
     output = finish(start([sys.executable, *module], NCCL_NVLS_ENABLE="1"))
     assert "seen 0 1" in output  # what was given stays
+
+
+@pytest.mark.parametrize(
+    ("given", "transport", "expected"),
+    [
+        ({}, "distributed", {CONNECTIONS: "1", ALLOCATOR: EXPANDABLE}),
+        ({}, "disk", {CONNECTIONS: "1", ALLOCATOR: EXPANDABLE}),
+        ({}, "tensor", {CONNECTIONS: "1", ALLOCATOR: None}),  # servers open its memory
+        (
+            {CONNECTIONS: "8", ALLOCATOR: "backend:native"}, "disk",
+            {CONNECTIONS: "8", ALLOCATOR: "backend:native"},
+        ),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "x:y"}, "disk", {CONNECTIONS: "1", ALLOCATOR: None}),
+    ],
+)  # fmt: skip
+def test_variables_of_cuda_are_set_before_anything_asks_for_a_gpu(
+    monkeypatch, capsys, given, transport, expected
+):
+    for name in (CONNECTIONS, ALLOCATOR, "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = {}
+
+    def check(_config, _ranks):  # the first to import Megatron, and to ask
+        seen.update({name: os.environ.get(name) for name in expected})
+        raise ValueError("enough is seen")
+
+    monkeypatch.setattr(check_config, "check", check)
+    overrides = [*ONE_RANK, f"rollout.sync.transport={transport}"]
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert train.main([str(ROOT / "examples" / "tiny_pair.yaml"), *overrides]) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "enough is seen" in capsys.readouterr().err
+    assert seen == expected
+
+
+def test_a_server_does_not_inherit_the_trainers_allocator(monkeypatch):
+    monkeypatch.setenv(ALLOCATOR, EXPANDABLE)
+    assert ALLOCATOR not in server_environment("cuda", None, True)
+    monkeypatch.setenv(ALLOCATOR, "max_split_size_mb:64")
+    assert server_environment("cuda", None, True)[ALLOCATOR] == "max_split_size_mb:64"
 
 
 def sbatch(tmp_path, *arguments, gpus=2, **environment):

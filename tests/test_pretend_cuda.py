@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from concurrent.futures import Future
 from functools import partial
@@ -14,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from support import dense
 from support.apart import Apart
 from support.families import EXPERTS, SIZES, save_random
+from support.host_waits import Wait
 from support.ranks import run_ranks
 from test_train import curve, read_metrics
 from test_vocab_map import relabel_tiny_teacher
@@ -23,6 +26,7 @@ from transformers import Qwen3MoeConfig
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_pair"
 STUDENT, TEACHER = TINY / "student", TINY / "teacher"
+MICRO_BATCHES = Wait("", "micro-batches", "")  # counts those, in all passes of both models
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +37,33 @@ def on_cuda():
 
 
 def pretending(function, *args):
-    """What the function returns, and what the host waited for: a phase is a span of the monitor."""
+    """What the function returns, and what the host waited for: a phase is a span of the monitor,
+    but for what happens in a layer, or else in a pass over micro-batches, which are counted, too.
+    """
+    from megatron.core.transformer.transformer_layer import TransformerLayer
     from support.pretend_cuda import pretend_cuda
 
+    from megatron_taopd.models import pipeline
     from megatron_taopd.monitoring.monitor import Monitor
 
     waits = pretend_cuda()
     waits.counts.clear()
-    with mock.patch.object(Monitor, "span", waits.of_span(Monitor.span)):
+    run_layer, run_passes = TransformerLayer.forward, pipeline._run
+
+    def layer(self, *arguments, **options):
+        with waits.phase("layer"):
+            return run_layer(self, *arguments, **options)
+
+    def passes(model, layout, micro_batches, *arguments, **options):
+        waits.counts[MICRO_BATCHES] += len(micro_batches)
+        with waits.phase("micro-batches"):
+            return run_passes(model, layout, micro_batches, *arguments, **options)
+
+    with (
+        mock.patch.object(Monitor, "span", waits.of_span(Monitor.span)),
+        mock.patch.object(TransformerLayer, "forward", layer),
+        mock.patch.object(pipeline, "_run", passes),
+    ):
         return function(*args), waits.counts
 
 
@@ -171,6 +194,50 @@ def test_host_waits_are_counted_by_phase_and_line(on_cuda):
     assert line.startswith("tests/test_pretend_cuda.py:") and line.endswith(" <listcomp>")
 
 
+def head_gradients(size, at_once):
+    """Gradients of bf16 hidden states and an fp32 main_grad of `size` ids of 448 rows of a head."""
+    from support.pretend_cuda import pretend_cuda
+
+    from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
+
+    pretend_cuda()
+    hidden, weight, *teacher = (t.cuda() for t in odd_heads(size))
+    hidden.requires_grad_(), weight.requires_grad_()
+    weight.main_grad = torch.ones(weight.shape, device="cuda")
+    row_weight = torch.ones(len(hidden), device="cuda")
+    shard = VocabShard(0, len(weight), None, size)
+    if at_once:
+        linear_divergence(hidden, weight, *teacher, shard, "jsd", 4, row_weight).backward()
+    else:
+        linear_divergence(hidden, weight, *teacher, shard, "jsd", 4).backward(row_weight)
+    return hidden.grad.cpu(), weight.main_grad.cpu() - 1
+
+
+def odd_heads(size):
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((11, 24), (448, 24), (11, 40), (448, 40))
+    heads = [torch.randn(s, generator=generator).bfloat16() for s in sizes]
+    for weight in heads[1::2]:
+        weight /= 8  # so that no token has all the mass
+        weight[size:] = torch.nan  # in rows that take no part
+    return heads
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("size", [447, 384, 100])  # three blocks and a rest; no rest; a rest alone
+def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_once):
+    """By matmuls that only CUDA has: the sum over the vocabulary in two parts, the head's gradient
+    on top of what is in its buffer."""
+    [((hidden, weight), _)] = on_cuda(1, head_gradients, size, at_once)
+    z, w, z_t, w_t = (t.double() for t in odd_heads(size))
+    z.requires_grad_(), w.requires_grad_()
+    dense.divergence(z @ w[:size].t(), z_t @ w_t[:size].t(), "jsd").sum().backward()
+    # Of what CUDA has, only the gradient of the logits is rounded to bf16, and the result.
+    for got, exact in ((hidden, z.grad), (weight, w.grad)):
+        assert (got.double() - exact).norm() < 2**-7 * exact.norm()
+    assert not weight[size:].any()
+
+
 # ---------------------------------------------------------------------------------------- the loop
 
 SHORT = [
@@ -294,6 +361,43 @@ def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_p
         assert ours == pytest.approx(reference, rel=1e-4, abs=1e-5)
     phases = {wait.phase for wait in waits}
     assert {"rollout", "teacher", "scoring", "training", "sync", "checkpoint", "eval"} <= phases
+    updates = 3 * max(map(int, re.findall(r"mini_batches\W+(\d)", " ".join(overrides))), default=1)
+    check_waits(waits, 3, updates, pipelined="pp: 2" in str(overrides))
+
+
+# What a step may wait for, however many layers, micro-batches, rows and parameters there are.
+OF_A_STEP = {
+    "step": 6,  # was any rank signalled? after each phase
+    "teacher": 3,  # of a served one: rank 0 has its rows, and tells so
+    "scoring": 1,  # the scores come to the host
+    "selection": 0,
+    "sync": 0,
+}
+OF_AN_UPDATE = 2  # the losses, which the guard looks at, and the gradient norm
+# Experts get as many tokens as there are, which without TransformerEngine the host has to know.
+BY_EXPERTS = "moe/moe_utils.py"
+
+
+def check_waits(waits, steps: int, updates: int, pipelined: bool) -> None:
+    """The host waits no more than it may, apart from the ends of spans, whose time is taken.
+
+    A pipeline tells each micro-batch's shape, at most twice; after a pass with gradients the
+    schedule looks at the number of rows.
+    """
+    micro_batches = waits[MICRO_BATCHES]
+    assert micro_batches > steps
+    once = 1  # the absent ids among a shard's columns
+    of_shapes = 2 * micro_batches if pipelined else 0
+    allowed = {"layer": 0, "micro-batches": of_shapes + updates + once}
+    allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}
+    allowed["training"] = updates * OF_AN_UPDATE
+    for phase, most in allowed.items():
+        found = {
+            f"{wait.kind}: {wait.line}": count
+            for wait, count in waits.items()
+            if wait.phase == phase and wait.kind != "synchronize" and BY_EXPERTS not in wait.line
+        }
+        assert sum(found.values()) <= most, (phase, most, found)
 
 
 @pytest.mark.parametrize("schedule", ["two_pass", "replay"])

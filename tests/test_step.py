@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -90,28 +89,14 @@ def test_an_untied_student_agrees_with_dense_float64(tmp_path, pair, name):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["DP2 | DP2", "PP2 DP2 | TP4"])
 def test_gradients_are_complete_when_their_reduction_begins(tmp_path, pair, name, tied):
-    """As on CUDA, where it overlaps the backward pass; every parameter reports once a micro-batch,
-    the head, whose gradient autograd does not carry, too."""
+    """It overlaps the backward pass; every parameter reports once a micro-batch, the head, whose
+    gradient autograd does not carry, too."""
     student = make_model(tmp_path, SIZE, 32, layers=4, seed=0, tied=tied)
     world_size, *layout = LAYOUTS[name]
     batch = make_batch(SIZE)
     oracle = dense_step(student, pair[1], batch, SIZE)
-    for result in run_ranks(
-        world_size, step_with_overlapped_reduction, student, pair[1], *layout, batch, SIZE
-    ):
+    for result in run_ranks(world_size, step_on_ranks, student, pair[1], *layout, batch, SIZE):
         assert_agrees(result, oracle)
-
-
-def step_with_overlapped_reduction(*arguments):
-    from megatron.core.distributed import DistributedDataParallelConfig
-
-    from megatron_taopd.models import student
-
-    def overlapped(**options):
-        return DistributedDataParallelConfig(**options | {"overlap_grad_reduce": True})
-
-    with mock.patch.object(student, "DistributedDataParallelConfig", overlapped):
-        return step_on_ranks(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

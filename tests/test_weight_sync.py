@@ -401,11 +401,17 @@ def test_device_handles(monkeypatch):
     handle = tensor.DeviceHandle(torch.zeros(2))
     assert handle.__reduce__() == (list, (0, 1, 2, 3, 4, 5, "GPU-1", 7, 8))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert tensor.device_number(1) == 6
+    assert tensor.device_name(1) == 6
     replica = Replica("http://a", 2, (6, 4))
     assert tensor.colocated(replica, {4: "x", 6: "y"}) == ["y", "x"]
     with pytest.raises(ValueError, match="no trainer rank on its GPU 6"):
         tensor.colocated(replica, {4: "x"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab12,MIG-3")  # as a scheduler sets them
+    assert [tensor.device_name(index) for index in (0, 1)] == ["GPU-ab12", "MIG-3"]
+    replica = Replica("http://a", 1, ("MIG-3",))
+    assert tensor.colocated(replica, {"GPU-ab12": "x", "MIG-3": "y"}) == ["y"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert tensor.device_name(1) == 1
 
 
 def test_pickle_needs_no_class_of_ours():

@@ -222,24 +222,20 @@ def named_backward(recorder: Recorder) -> Iterator[None]:
 
 
 def replace_distributed() -> None:
-    """All groups are fake, and names of metrics, which travel pickled, are known."""
+    """All groups are fake."""
     platform.emulate_cuda()
     create = dist.new_group
 
     def new_group(ranks=None, **options):
         return create(ranks, **{**options, "backend": "fake"})
 
-    def broadcast_object_list(objects, *_, **__):
-        objects[:] = [["loss"]]
-
     dist.new_group = dist.distributed_c10d.new_group = new_group
-    dist.broadcast_object_list = broadcast_object_list
 
 
 def compare(setup: Setup, rank: int, recorder: Recorder) -> list[dict]:
     """Calls and bytes by phase, operation and size of the group, measured and by formula."""
     planned: dict[tuple, list] = defaultdict(lambda: [0, 0.0])
-    for c in step_collectives(setup, rank, overlap=False):
+    for c in step_collectives(setup, rank):
         if c.phase == "rollout":
             continue
         entry = planned[_phase(c), c.op, c.ranks]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.types import RolloutBatch, Sequences
 
 if TYPE_CHECKING:
@@ -176,11 +177,12 @@ class MicroBatch:
         tokens: [T] int64, T a multiple of what was asked for (and > 0); padding is 0.
         position_ids: [T] int64, from 0 in every segment.
         sequences: the sequences of the batch that it holds, ascending.
-        cu_seqlens: [S+1] int32, where the segments start, the last entry T. Padding is a segment of
-            its own, the last one, so that no sequence attends to it.
+        cu_seqlens: [S+1] int32, always on the host: where the segments start, the last entry T.
+            Padding is a segment of its own, the last one, so that no sequence attends to it.
         max_seqlen: the longest segment, padding included.
         rows: [r] int64, packed positions of the wanted rows, in canonical order.
-        row_ids: [r] int64, where these rows stand in the batch-wide [R] vectors.
+        row_ids: [r] int64, always on the host: where these rows stand in the batch-wide [R]
+            vectors.
         targets: [r] int64, the token after each row: the response token that it predicts.
     """
 
@@ -194,8 +196,9 @@ class MicroBatch:
     targets: Tensor
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {n: v.to(device) for n, v in values.items() if torch.is_tensor(v)}
+        """Return it with what a model reads on the device, without waiting for it."""
+        names = "tokens", "position_ids", "rows", "targets"
+        tensors: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
         return replace(self, **tensors)
 
 

@@ -7,6 +7,7 @@ sequence parallelism. With these, one data path, always packed, serves every dev
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,25 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+@dataclass
+class Packing(PackedSeqParams):
+    """A packed micro-batch's segments, and what is known of them before the first layer.
+
+    Megatron's own code for RoPE and attention would ask the device for the segments' lengths in
+    every layer.
+
+    Attributes:
+        lengths: tokens of each segment.
+        rotation: RoPE's cosines and sines at the tokens' positions, [T, 1, d] in the parameters'
+            dtype; none with TransformerEngine, whose kernels read `cu_seqlens` on the device.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
 class PackedAttention(torch.nn.Module):
-    """Causal self-attention inside each segment of a packed micro-batch.
+    """Causal self-attention inside each segment of a packed micro-batch, with RoPE.
 
     The `core_attention` of a Megatron layer: query [T, heads, d] and key, value [T, groups, d] of
     this tensor-parallel rank in, [T, heads × d] out. Half precision on CUDA takes torch's variable
@@ -45,18 +63,18 @@ class PackedAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: Packing,
         **_unused,
     ) -> Tensor:
-        cu_seqlens = packed_seq_params.cu_seqlens_q
+        query, key = (_rotate(x, *packed_seq_params.rotation) for x in (query, key))
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            longest = int(packed_seq_params.max_seqlen_q)
+            starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
             out = varlen_attn(
-                query, key, value, cu_seqlens, cu_seqlens, longest, longest,
+                query, key, value, starts, starts, longest, longest,
                 scale=self.scale, window_size=(-1, 0), enable_gqa=True,
             )  # fmt: skip
         else:
-            out = self._per_segment(query, key, value, cu_seqlens.diff().tolist())
+            out = self._per_segment(query, key, value, packed_seq_params.lengths)
         return out.flatten(1)
 
     def _per_segment(self, query, key, value, lengths: list[int]) -> Tensor:
@@ -72,6 +90,12 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Return queries or keys [T, heads, d] turned by their positions' angles (RoPE)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
 class SelfAttention(attention.SelfAttention):

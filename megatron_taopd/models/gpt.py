@@ -15,7 +15,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
@@ -30,13 +29,16 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_taopd.formats import hf_map
-from megatron_taopd.models.attention import PackedAttention, RMSNorm, SelfAttention
+from megatron_taopd.models.attention import PackedAttention, Packing, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat.megatron_internals import (
     HiddenStatesModel,
+    accumulates_gradients,
     define_missing_names,
     keep_norm_before_router,
+    let_engine_accumulate,
 )
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import VocabShard
 
@@ -73,6 +75,8 @@ def transformer_config(
     """
     hf_map.check_keys(hf)
     engine = use_transformer_engine()
+    if engine:
+        let_engine_accumulate()
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -105,12 +109,11 @@ def transformer_config(
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        # Kernels of Apex and TransformerEngine, where they are.
-        gradient_accumulation_fusion=bool(
-            importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        ),
+        # Kernels of Apex and TransformerEngine, where they are; SwiGLU's, forward and backward, is
+        # compiled by torch, which takes the CPU longer than it saves.
+        gradient_accumulation_fusion=engine or accumulates_gradients(),
         apply_rope_fusion=engine,
-        bias_activation_fusion=False,
+        bias_activation_fusion=torch.cuda.is_available(),
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
         **_experts(hf, layout),
@@ -177,16 +180,35 @@ class Trunk(HiddenStatesModel):
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             share_embeddings_and_output_weights=head and hf.tie_word_embeddings,
-            position_embedding_type="rope",
+            # `PackedAttention` rotates queries and keys itself.
+            position_embedding_type="rope" if use_transformer_engine() else "none",
             pg_collection=layout.groups,
         )
         self.hf = hf
         self.layout = layout
-        self.rotary_pos_emb.inv_freq = rope_frequencies(hf).to(platform.device())
+        self.frequencies = rope_frequencies(hf).to(platform.device())
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.inv_freq = self.frequencies
         if self.pre_process:
             self.embedding.word_embeddings.__class__ = Embedding  # GPTModel takes no spec for it
         if not head and self.post_process:
             del self.output_layer
+        self.to(platform.device())  # but for a router's weight, all is made there
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **options
+    ) -> Tensor:
+        if self.position_embedding_type == "none":
+            packed_seq_params.rotation = self._rotation(position_ids[0])
+        return super().forward(
+            input_ids, position_ids, packed_seq_params=packed_seq_params, **options
+        )
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of RoPE at these positions, [T, 1, head_dim] each."""
+        angles = torch.outer(positions.to(self.frequencies.dtype), self.frequencies).repeat(1, 2)
+        dtype = self.config.params_dtype
+        return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -200,6 +222,8 @@ class Trunk(HiddenStatesModel):
         columns = hf_map.padded_vocab_size(self.hf.vocab_size) // self.layout.tp
         start = self.layout.tp_rank * columns
         group = self.layout.groups.tp if self.layout.tp > 1 else None
+        if absent is not None:
+            absent = absent.to(platform.device())
         return VocabShard(start, start + columns, group, size, absent)
 
 
@@ -210,15 +234,17 @@ def packed_forward(
 
     Args:
         tokens, position_ids: [T] int64.
-        cu_seqlens: [S+1] int32, padding being a segment of its own.
+        cu_seqlens: [S+1] int32 on the host, padding being a segment of its own.
         max_seqlen: tokens of the longest segment.
     """
-    packing = PackedSeqParams(
+    starts = to_device(cu_seqlens, tokens.device)
+    packing = Packing(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        lengths=cu_seqlens.diff().tolist(),
     )
     return model(
         input_ids=tokens[None],

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_taopd.models.gpt import Trunk
+from megatron_taopd.parallel.copies import to_device
 
 
 def kept_bytes(trunk: Trunk, num_tokens: int) -> int:
@@ -78,7 +79,7 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
     def look_up(index: int, forward, hidden_states: Tensor, **options) -> tuple[Tensor, None]:
         if index == 0:
             outputs, places = next(turn)
-            current["wanted"] = places.to(outputs[0].device, non_blocking=True)
+            current["wanted"] = to_device(places, outputs[0].device)
             current["outputs"] = list(outputs)
             outputs.clear()
         output = _pick(trunk, current["outputs"].pop(0), current["wanted"])

@@ -21,9 +21,12 @@ from megatron_taopd.config.schema import OptimizerSection
 from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, pipeline, replay, weights
+from megatron_taopd.parallel.compat.megatron_internals import keep_norms_on_the_device
 from megatron_taopd.parallel.faults import Fault, by_rank, listed
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import rows_within
+
+keep_norms_on_the_device()
 
 
 class FrozenStudent:
@@ -127,7 +130,7 @@ class Student(FrozenStudent):
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=True,
-            overlap_grad_reduce=torch.cuda.is_available(),
+            overlap_grad_reduce=True,
         )
         self.model = DistributedDataParallel(
             self.config, ddp, self.trunk, pg_collection=layout.groups
@@ -223,13 +226,9 @@ class Student(FrozenStudent):
 
         Collectives: an all-gather of their names (`guard.by_rank`).
         """
-        found = by_rank(
-            [
-                name
-                for name, parameter in weights.named_parameters(self.trunk)
-                if not of(parameter).isfinite().all()
-            ]
-        )
+        named = list(weights.named_parameters(self.trunk))
+        finite = torch.stack([of(parameter).isfinite().all() for _, parameter in named])
+        found = by_rank([n for (n, _), ok in zip(named, finite.tolist(), strict=True) if not ok])
         if not found:
             return None
         names = sorted(set().union(*found.values()))

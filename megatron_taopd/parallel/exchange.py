@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.copies import to_device
 
 _ROWS_AT_A_TIME = 256  # that are copied by their numbers, which takes a temporary of so many
 _MOST_ROUNDS = 32  # a rank has this share of what it sends in its send buffer
@@ -46,11 +47,15 @@ class RowShard:
         return where.where(self.ids[where] == ids, -1)
 
     def at(self, ids: Tensor) -> Tensor:
-        """Return [len(ids), D], in the order asked for. Raises KeyError if a row is not held."""
-        where = self.places(ids.cpu())
+        """Return [len(ids), D], in the order asked for; ids are on the host.
+
+        Raises:
+            KeyError: a row is not held.
+        """
+        where = self.places(ids)
         if (where < 0).any():
             raise KeyError("asked for a row that this rank does not hold")
-        return self.rows[where.to(self.rows.device)]
+        return self.rows[to_device(where, self.rows.device)]
 
 
 def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Tensor) -> RowShard:
@@ -136,9 +141,10 @@ def _take(held: list[RowShard], ids: Tensor, out: Tensor) -> None:
     for piece in held:
         where = piece.places(ids)
         here = (where >= 0).nonzero()[:, 0]
-        for some in here.split(_ROWS_AT_A_TIME):
-            out[some.to(out.device)] = piece.rows[where[some].to(out.device)]
         missing -= len(here)
+        moves = [to_device(places, out.device) for places in (here, where[here])]
+        for to, of in zip(*(places.split(_ROWS_AT_A_TIME) for places in moves), strict=True):
+            out[to] = piece.rows[of]
     if missing:
         raise KeyError("asked for a row that this rank does not hold")
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from megatron_taopd.parallel import nccl
+from megatron_taopd.parallel import cuda_variables, nccl
 
 
 def device() -> torch.device:
@@ -74,16 +74,17 @@ def initialize(timeout_s: float = 1800.0) -> bool:
         Whether this call joined; False if the process was in a group already.
     """
     quiet()
+    cuda_variables.set_connections(os.environ)
     emulate_cuda()
     nccl.set_defaults(os.environ)
     if dist.is_initialized():
         return False
-    # Megatron overlaps its communication by the order of launches, which needs a single queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    # No `device_id`: with one, torch makes the communicators of all of Megatron's groups at once,
+    # and their buffers, also of those that nobody uses.
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

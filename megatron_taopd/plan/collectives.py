@@ -40,13 +40,10 @@ class Collective:
     bytes: float
 
 
-def step_collectives(
-    setup: Setup, rank: int, overlap: bool = True, moved: float = 0.0
-) -> list[Collective]:
+def step_collectives(setup: Setup, rank: int, moved: float = 0.0) -> list[Collective]:
     """List a rank's collectives in one step, in their order; groups of one are left out.
 
     Args:
-        overlap: gradients are reduced while the backward pass runs, as on CUDA: more buckets.
         moved: share of the kept rows whose sequence another data-parallel rank trains than scored.
     """
     found = [
@@ -54,8 +51,8 @@ def step_collectives(
         *_teacher(setup, rank),
         *_scoring(setup, rank),
         *_training(setup, rank, moved),
-        *_gradients(setup, rank, overlap),
-        *_optimizer(setup, rank, overlap),
+        *_gradients(setup, rank),
+        *_optimizer(setup, rank),
         *_sync(setup, rank),
     ]
     return [c for c in found if c.ranks > 1 and c.calls]
@@ -296,11 +293,11 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     return found
 
 
-def _gradients(setup: Setup, rank: int, overlap: bool) -> list[Collective]:
+def _gradients(setup: Setup, rank: int) -> list[Collective]:
     model, grid = setup.student, setup.student_grid
     stage = grid.stage(rank)
     last = stage == grid.pp - 1
-    buckets = student_buckets(model, grid, stage, overlap)
+    buckets = student_buckets(model, grid, stage)
     bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.dp)
     found = [_over_dp(setup, "gradients", "reduce_scatter", len(buckets), bytes_)]
     # What every rank of the TP group has whole, and has seen a part of the tokens or heads for.
@@ -318,9 +315,9 @@ def _gradients(setup: Setup, rank: int, overlap: bool) -> list[Collective]:
     return found
 
 
-def _optimizer(setup: Setup, rank: int, overlap: bool) -> list[Collective]:
+def _optimizer(setup: Setup, rank: int) -> list[Collective]:
     grid = setup.student_grid
-    buckets = student_buckets(setup.student, grid, grid.stage(rank), overlap)
+    buckets = student_buckets(setup.student, grid, grid.stage(rank))
     bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.dp)
     return [_over_dp(setup, "optimizer", "all_gather", len(buckets), bytes_)]
 

@@ -254,7 +254,6 @@ def activation_bytes(
         # Keys are a view of the projections, and so are queries if they lie side by side there.
         per_token += norm(queries, heads, groups in (1, heads))
         per_token += norm(keys, groups, True)
-    per_token += 4 * model.head_dim * e  # cosines and sines, of queries and of keys
     per_token += (2 * queries + keys) * e  # rotated, and the output
     if recompute == "none":
         per_token += 4 * heads + (0 if cuda else queries * e)
@@ -264,17 +263,17 @@ def activation_bytes(
 
 
 def stage_activation_bytes(
-    model: Architecture, grid: Grid, stage: int, tokens: int, longest: int, itemsize: int,
+    model: Architecture, grid: Grid, stage: int, tokens: int, itemsize: int,
     recompute: str, cuda: bool = True,
 ) -> int:  # fmt: skip
-    """Return what a whole stage keeps of one micro-batch, whose longest sequence is given."""
+    """Return what a whole stage keeps of one micro-batch."""
     layer = activation_bytes(model, grid, tokens, itemsize, recompute, cuda)
     total = model.layers // grid.pp * layer
     hidden = model.hidden // grid.shards
     if stage == 0:
         total += 8 * tokens  # ids
-    if recompute == "full":
-        total += 4 * longest * model.head_dim  # the angles
+    if recompute == "none":
+        total += 2 * tokens * model.head_dim * itemsize  # cosines and sines, the same in all layers
     if stage == grid.pp - 1:
         # The last norm's input, and on CUDA its result, which the head reads.
         total += tokens * hidden * 2 * (itemsize if cuda else 4)
@@ -332,9 +331,7 @@ def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool)
     micro_batches = work.micro_batches(grid.dp, setup.micro_batch_tokens)
     flying = in_flight(grid, stage, micro_batches)
     recompute = "full" if replayed else setup.recompute
-    activations = stage_activation_bytes(
-        student, grid, stage, tokens, work.length, e, recompute, cuda
-    )
+    activations = stage_activation_bytes(student, grid, stage, tokens, e, recompute, cuda)
     if replayed:  # outputs are handed over from the kept ones as they are looked up
         activations -= (student.layers - 1) * tokens * student.hidden // grid.shards * e
     largest = max(
@@ -350,11 +347,11 @@ def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool)
     if last:
         rows = max(1, round(work.kept * work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)))
         columns = student.vocab // grid.tp
-        logits = logits_bytes(rows, rows_within(setup.head_memory, columns), columns)
-        # Rows of both models and the student's gradient; a block of the head's, on its way to the
-        # gradient buffer.
+        chunk = rows_within(setup.head_memory, columns)
+        logits = logits_bytes(rows, chunk, columns)
+        # Rows of both models and the student's gradient, which is fp32 at first.
         logits += rows * (student.hidden * 2 + setup.teacher.hidden) * e
-        logits += min(columns, 8192) * student.hidden * 4 if cuda and e == 2 else 0
+        logits += min(rows, chunk) * student.hidden * 4 if cuda and e == 2 else 0
         if logits > layer:
             return items | {"logits": logits}
     return items | {"backward of a layer": layer}

@@ -224,17 +224,15 @@ def gradient_buckets(
     return tuple(buckets)
 
 
-def default_bucket_size(dp: int, stage: int, overlap: bool) -> int | None:
-    """Return Megatron's, in elements: if reductions overlap the backward pass, on stage 0 only."""
-    return max(40_000_000, 1_000_000 * dp) if overlap and stage == 0 else None
+def default_bucket_size(dp: int, stage: int) -> int | None:
+    """Return Megatron's, in elements: reductions overlap the backward pass on stage 0 only."""
+    return max(40_000_000, 1_000_000 * dp) if stage == 0 else None
 
 
-def student_buckets(
-    model: Architecture, grid: Grid, stage: int, overlap: bool = True
-) -> tuple[Bucket, ...]:
-    """Lay out the buffer of a student's rank; overlap: reductions overlap, as on CUDA."""
+def student_buckets(model: Architecture, grid: Grid, stage: int) -> tuple[Bucket, ...]:
+    """Lay out the buffer of a student's rank."""
     sizes = parameter_sizes(model, grid, stage)
-    return gradient_buckets(sizes, grid.dp, default_bucket_size(grid.dp, stage, overlap))
+    return gradient_buckets(sizes, grid.dp, default_bucket_size(grid.dp, stage))
 
 
 def buffer_elements(buckets: tuple[Bucket, ...]) -> int:

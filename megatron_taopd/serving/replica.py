@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from megatron_taopd.parallel import visible
 from megatron_taopd.serving import identity
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import CONTROL_TIMEOUT_S, Failed, body_of, message_of
@@ -129,11 +130,9 @@ class Replica:
         return self.state in (State.READY, State.STALE)
 
     @property
-    def gpus(self) -> list[int]:
+    def gpus(self) -> list[visible.Name]:
         """List the devices that our own server runs on, by tensor-parallel rank."""
-        visible = self.server.environment.get("CUDA_VISIBLE_DEVICES")
-        devices = range(self.tp) if visible is None else map(int, visible.split(","))
-        return list(devices)[: self.tp]
+        return (visible.names(self.server.environment) or [*range(self.tp)])[: self.tp]
 
     @property
     def has_weights(self) -> bool:

@@ -24,7 +24,7 @@ import httpx
 import psutil
 import torch
 
-from megatron_taopd.parallel import nccl
+from megatron_taopd.parallel import cuda_variables, nccl
 from megatron_taopd.serving.ports import free_port, is_free
 from megatron_taopd.serving.supervise import supervised
 
@@ -309,6 +309,7 @@ def server_environment(device: str, gpus: Sequence[int] | None, raw_logprobs: bo
     environment = {k: v for k, v in os.environ.items() if not RANK_VARIABLE.fullmatch(k)}
     environment["SGLANG_RETURN_ORIGINAL_LOGPROB"] = str(int(raw_logprobs))
     nccl.set_defaults(environment)
+    cuda_variables.leave_out(environment)
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     if device == "cpu":

@@ -20,6 +20,11 @@ if TYPE_CHECKING:  # whoever checks a configuration looks at LOSSES, and needs n
 LOSSES = (*DIVERGENCES, "sampled_token")
 
 
+def metric_names(kind: str) -> tuple[str, ...]:
+    """Return the names of what `kept_row_loss` says of rows besides their loss."""
+    return ("log_ratio", "importance_ratio") if kind == "sampled_token" else ()
+
+
 def kept_row_loss(
     loss: LossSection,
     heads: OutputHeads | TopkOutputHeads,
@@ -40,8 +45,8 @@ def kept_row_loss(
 
     Returns:
         The scalar loss, differentiable in student_hidden (this shard's part: see
-        `linear_divergence`) and the student's head; and detached fp32 scalars. For a divergence
-        there are none. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the
+        `linear_divergence`) and the student's head; and the detached fp32 scalars of
+        `metric_names`. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the
         one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y). A teacher that
         reports its top-K only has a log p_T that is not renormalised over the common vocabulary.
 

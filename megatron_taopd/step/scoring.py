@@ -14,6 +14,7 @@ from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.layout import Layout
@@ -82,7 +83,8 @@ def score(
         read = teacher_rows.at(micro_batch.row_ids)
         scores = heads.scores(rows, read, k)
         assert scores.topk_overlap is not None  # heads of either kind count it
-        probed = micro_batch.row_ids % stride == 0
+        probed = (micro_batch.row_ids % stride == 0).nonzero()[:, 0]
+        probed = to_device(probed, rows.device)
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
             rows[probed], heads.student, micro_batch.targets[probed], whole, heads.chunk_rows
@@ -198,7 +200,7 @@ def gather_rows(
     # Each row is written by one rank, so the sum over all ranks is a gather.
     table = torch.zeros(height, num_rows, device=platform.device())
     if columns and layout.tp_rank == 0:
-        ids = torch.cat([m.row_ids for m in assigned.micro_batches]).to(table.device)
-        table[:, ids] = torch.cat(columns, dim=1)
+        ids = torch.cat([m.row_ids for m in assigned.micro_batches])
+        table[:, to_device(ids, table.device)] = torch.cat(columns, dim=1)
     dist.all_reduce(table)
     return table.cpu()

@@ -17,12 +17,12 @@ from megatron_taopd.data import batching
 from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.exchange import RowShard, send_rows
 from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.parallel.objects import broadcast_object
 from megatron_taopd.step.guard import Guard
-from megatron_taopd.step.loss import kept_row_loss
+from megatron_taopd.step.loss import kept_row_loss, metric_names
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.types import RolloutBatch
@@ -135,15 +135,17 @@ def backward(
             pick_rows(hidden_states, micro_batch.rows, layout),
             teacher_rows.at(micro_batch.row_ids),
             micro_batch.targets,
-            batch.log_probs[micro_batch.row_ids.cpu()].to(device),
+            to_device(batch.log_probs[micro_batch.row_ids], device),
         )
-        count = torch.tensor(len(micro_batch.rows), dtype=torch.int, device=device)
+        count = torch.full((), len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
 
     with outputs:
         sums = student.forward_backward(assigned.micro_batches, loss_func)
     kept = int(mask.sum())
-    means = {name: value / max(kept, 1) for name, value in _global_sums(sums, layout).items()}
+    names = "loss", *metric_names(loss.kind)
+    totals = _global_sums(sums, names, layout)
+    means = {name: total / max(kept, 1) for name, total in zip(names, totals, strict=True)}
     if not math.isfinite(means["loss"]):
         raise _fault(sums, assigned.micro_batches, layout)
     return {
@@ -191,17 +193,16 @@ def _follow(
     )
 
 
-def _global_sums(sums: Sequence[dict[str, Tensor]], layout: Layout) -> dict[str, float]:
-    """Return the sums over micro-batches and data-parallel ranks, on every rank.
+def _global_sums(
+    sums: Sequence[dict[str, Tensor]], names: Sequence[str], layout: Layout
+) -> list[float]:
+    """Return the sums over micro-batches and data-parallel ranks, by name, on every rank.
 
-    Collectives: a broadcast of the names from a rank of the last stage, an all-reduce of the sums.
+    Collectives: an all-reduce of 8 bytes a name.
     """
-    local: Counter = Counter()
-    for metrics in sums:
-        local.update({name: float(value) for name, value in metrics.items()})
-    names = broadcast_object(sorted(local), src=layout.last_stage_rank(0, 0))
-    counted = sums and layout.tp_rank == 0
-    values = [local[name] if counted else 0.0 for name in names]
-    table = torch.tensor(values, dtype=torch.float64, device=platform.device())
-    dist.all_reduce(table)
-    return dict(zip(names, table.tolist(), strict=True))
+    total = torch.zeros(len(names), dtype=torch.float64, device=platform.device())
+    if layout.tp_rank == 0:
+        for metrics in sums:  # empty but on the last stage
+            total += torch.stack([metrics[name] for name in names])
+    dist.all_reduce(total)
+    return total.tolist()

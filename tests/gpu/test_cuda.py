@@ -24,7 +24,13 @@ def test_varlen_attention_agrees_with_segment_by_segment():
         for heads in (8, 2, 2)
     )
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    packing = SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths))
+    quarter = torch.ones(
+        sum(lengths), 1, 64, device="cuda"
+    ).bfloat16()  # turns, which round nothing
+    packing = SimpleNamespace(
+        cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), lengths=lengths,
+        rotation=(0 * quarter, quarter),
+    )  # fmt: skip
     attention = PackedAttention(SimpleNamespace(kv_channels=64))
     flash = attention(query, key, value, packed_seq_params=packing)
     wide = attention(query.float(), key.float(), value.float(), packed_seq_params=packing)
@@ -54,6 +60,34 @@ def test_bf16_heads_score_and_lose_like_float64_fed_the_same_hidden_states():
     loss = linear_divergence(*tensors, shard, "reverse_kl", chunk_rows=24)
     expected = dense.divergence(z_s, z_t, "reverse_kl")
     torch.testing.assert_close(loss.double().cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 11])
+@pytest.mark.parametrize("size", [389, 384, 100])
+def test_matmuls_add_to_fp32_in_place(size, rows):
+    """`addmm` of bf16 with an fp32 `out` that is its own input, which only CUDA has."""
+    from megatron_taopd.parallel.vocab.projection import HeadGradients
+    from megatron_taopd.parallel.vocab.shard import VocabShard
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    hidden, weight, shard = draw(rows, 24), draw(448, 24), VocabShard(0, 448, None, size)
+    weight[size:] = torch.nan
+    main_grad = torch.ones(448, 24, device="cuda")
+    grads = HeadGradients(hidden, weight, shard, (True, True), main_grad)
+    logits_grad = draw(rows, shard.padded_width)
+    logits_grad[:, size:] = 0
+    grads.add(logits_grad, slice(0, rows))
+    wide, columns = logits_grad[:, :size].double(), slice(size)
+    expected = wide @ weight[columns].double()
+    torch.testing.assert_close(grads.hidden.double(), expected, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(
+        main_grad[columns].double(), 1 + wide.t() @ hidden.double(), rtol=1e-5, atol=1e-5
+    )
+    assert (main_grad[size:] == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl"])

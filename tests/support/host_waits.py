@@ -64,7 +64,7 @@ class HostWaits:
         return self._total(lambda wait: wait.phase)
 
     def by_line(self, phase: str) -> Counter[str]:
-        """The waits of a phase by `file:line function`."""
+        """The waits of a phase by `file:line function`, and the library's that the line called."""
         return self._total(lambda wait: wait.line, phase)
 
     def _total(self, key: Callable[[Wait], str], phase: str | None = None) -> Counter[str]:
@@ -76,15 +76,26 @@ class HostWaits:
 
 
 def _line() -> str:
-    """Name the line that made the host wait: the product's, else Megatron's, else a library's."""
+    """Name the line that made the host wait: the product's, else Megatron's, else a library's.
+
+    What the product's has called in Megatron or a library, to wait there, is named after it.
+    """
     innermost: dict[int, FrameType] = {}
+    deeper: FrameType | None = None  # the innermost of all
     frame = sys._getframe()
     while frame:
         file = frame.f_code.co_filename
         if not any(part in file for part in _NOT_THEIRS):
             place = next(i for i, part in enumerate(_PLACES) if part in file)
             innermost.setdefault(place, frame)
+            deeper = deeper or frame
         frame = frame.f_back
-    frame = innermost[min(innermost)]
+    named = [_name(innermost[min(innermost)])]
+    if deeper is not innermost[min(innermost)]:
+        named.append(f"in {_name(deeper)}")
+    return " ".join(named)
+
+
+def _name(frame: FrameType) -> str:
     file = "/".join(Path(frame.f_code.co_filename).parts[-2:])
     return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"

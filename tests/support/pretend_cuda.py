@@ -313,6 +313,9 @@ def _compute(operator, args: tuple, kwargs: dict):
     if operator is torch.ops.aten.mm.dtype:  # of half precision, summed and put out in fp32
         left, right, dtype = args
         return left.to(dtype) @ right.to(dtype)
+    if operator is torch.ops.aten.addmm.dtype_out:  # likewise
+        total, left, right, dtype = args
+        return torch.addmm(total, left.to(dtype), right.to(dtype), out=kwargs["out"])
     return operator(*args, **kwargs)
 
 
@@ -391,10 +394,15 @@ def _patch_distributed() -> None:
 
 def _patch_kernels() -> None:
     """Put references in the place of what is compiled for CUDA."""
+    from megatron.core.fusions import fused_bias_swiglu
+
     from megatron_taopd.models import attention
     from megatron_taopd.parallel.vocab import reductions
 
     reductions._fused = lambda logits: False
+    for name, compiled in list(vars(fused_bias_swiglu).items()):
+        if (plain := getattr(compiled, "_torchdynamo_orig_callable", None)) is not None:
+            setattr(fused_bias_swiglu, name, plain)
 
     def varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, **options):
         assert options == {"window_size": (-1, 0), "enable_gqa": True}, options  # causal

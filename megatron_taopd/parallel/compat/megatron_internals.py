@@ -16,8 +16,11 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
@@ -143,6 +146,37 @@ def define_missing_names() -> None:
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def accumulates_gradients() -> bool:
+    """Tell whether Megatron's own linear layers can add gradients to the buffer in the matmul.
+
+    Apex has the kernel; Megatron looks for it at its import.
+    """
+    return layers._grad_accum_fusion_available
+
+
+def let_engine_accumulate() -> None:
+    """Let layers of TransformerEngine add gradients to the buffer in the matmul, without Apex.
+
+    TransformerEngine has kernels of its own. The one layer of a trunk that is Megatron's even so,
+    the output projection, would refuse without Apex's; its forward pass is never run.
+    """
+    layers._grad_accum_fusion_available = True
+
+
+def keep_norms_on_the_device() -> None:
+    """Let the gradient norm without TransformerEngine and Apex be taken on the device.
+
+    Megatron's own stand-in for their kernel has the host wait for each parameter's norm.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+
+
+def _l2_norm(_chunk: int, _noop_flag: Tensor, tensor_lists: list, _each: bool) -> tuple:
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensor_lists[0]]
+    return torch.linalg.vector_norm(torch.stack(norms))[None], None
 
 
 def keep_norm_before_router(layer: ModuleSpec) -> None:

@@ -2,7 +2,8 @@
 
 Three matmuls a row and model are all that a head needs (one for the teacher's and for scores): bf16
 operands, fp32 accumulation and output. Gradients of the weight add up over the chunks in fp32, in
-place in Megatron's gradient buffer where there is one.
+place in Megatron's gradient buffer where there is one, on CUDA within the matmul itself. The
+gradient of the hidden states is summed over the vocabulary in fp32, too, however cuBLAS splits it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.vocab.shard import VocabShard
+from megatron_taopd.parallel.vocab.shard import ALIGNMENT, VocabShard
 
 # Per row and column of a shard: fp32 logits of both models, and on CUDA a narrow gradient.
 _BYTES_PER_LOGIT = 4 + 4 + 2
-_WEIGHT_BLOCK = 8192  # rows of a head that are widened, or whose gradient is formed, at a time
+_WEIGHT_BLOCK = 8192  # rows of a head that are widened at a time, on the CPU
 
 
 def rows_within(budget_bytes: int, num_columns: int) -> int:
@@ -35,10 +36,17 @@ def logits_bytes(num_rows: int, chunk_rows: int, num_columns: int) -> int:
 
 
 def chunks(num_rows: int, chunk_rows: int) -> Iterator[slice]:
-    """Cut num_rows rows into slices of chunk_rows, in order; the last one may be shorter."""
+    """Cut num_rows rows into as few slices of at most chunk_rows as it takes, in order.
+
+    They differ by at most one row: a short last one would leave most of a GPU idle.
+    """
     assert chunk_rows > 0, chunk_rows
-    for start in range(0, num_rows, chunk_rows):
-        yield slice(start, min(start + chunk_rows, num_rows))
+    count = -(-num_rows // chunk_rows)
+    start = 0
+    for i in range(count):
+        stop = start + (num_rows + count - 1 - i) // count
+        yield slice(start, stop)
+        start = stop
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
@@ -47,7 +55,7 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 class Projection:
-    """Logits of the rows asked for, of the columns of one shard, at least fp32.
+    """Logits of the rows asked for, [n, padded_width] of one shard, masked, at least fp32.
 
     On the CPU they lie in one buffer, so that each answer overwrites the one before.
     """
@@ -76,15 +84,14 @@ class Projection:
                     logits[:, block] = hidden @ self.weight[block].float().t()
             else:
                 torch.mm(hidden, self.weight.t(), out=logits)
-        if self.shard.absent_columns is not None:
-            logits.index_fill_(1, self.shard.absent_columns.to(logits.device), -torch.inf)
-        return logits
+        return self.shard.mask(logits)
 
 
 class HeadGradients:
     """Gradients of hidden [R, D] and weight [V, D], filled chunk by chunk where they are needed.
 
-    The weight's is added to main_grad, [V, D], if that is given.
+    The weight's is added to main_grad, [V, D], if that is given. Columns that take no part have
+    zero gradients, whatever is in their rows of the head.
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class HeadGradients:
     ):
         wide = torch.promote_types(weight.dtype, torch.float32)  # chunks add up in fp32
         assert main_grad is None or main_grad.dtype == wide, (main_grad.dtype, weight.dtype)
-        self.inputs, self.head = hidden, shard.rows(weight)
+        self.inputs, self.head, self.width = hidden, shard.rows(weight), shard.width
         self.hidden = torch.empty_like(hidden) if needed[0] else None
         self.weight, self.in_place = None, main_grad is not None
         if needed[1]:
@@ -105,7 +112,7 @@ class HeadGradients:
         self.narrow = is_narrow(weight.dtype)
 
     def buffer(self, logits: Tensor) -> Tensor:
-        """Return where the gradient of these logits, [n, V], is to be written.
+        """Return where the gradient of these logits, [n, padded_width], is to be written.
 
         It is written in their place, unless it has to be an operand of another dtype.
         """
@@ -117,26 +124,31 @@ class HeadGradients:
         """Add what these rows give to the gradients of hidden states and head.
 
         Args:
-            logits_grad: [n, V] of these rows, as it was written to `buffer`.
+            logits_grad: [n, padded_width] of these rows, as it was written to `buffer`.
             rows: which rows of the hidden states they are.
         """
-        inputs = self.inputs[rows]
-        if self.hidden is not None and (logits_grad.is_cuda or not self.narrow):
-            self.hidden[rows] = logits_grad @ self.head
-        elif self.hidden is not None:
-            pairs = zip(
-                logits_grad.split(_WEIGHT_BLOCK, dim=1), self.head.split(_WEIGHT_BLOCK), strict=True
-            )
-            self.hidden[rows] = sum(grad @ head.float() for grad, head in pairs)
+        if self.hidden is not None:
+            self.hidden[rows] = self._hidden(logits_grad)
         if self.weight is None:
             return
-        total = self.weight[: len(self.head)]
-        if self.narrow and logits_grad.is_cuda:  # a block at a time: the product is not in place
-            for start in range(0, len(self.head), _WEIGHT_BLOCK):
-                block = slice(start, start + _WEIGHT_BLOCK)
-                total[block] += torch.mm(logits_grad[:, block].t(), inputs, out_dtype=torch.float32)
+        total, inputs = self.weight[: len(self.head)], self.inputs[rows]
+        if self.narrow and logits_grad.is_cuda:
+            _add_product(total, logits_grad.t(), inputs)
         else:
             total.addmm_(logits_grad.t(), inputs.to(logits_grad.dtype))
+
+    def _hidden(self, logits_grad: Tensor) -> Tensor:
+        """Return [n, D], fp32 at least: the gradient of these rows' hidden states."""
+        grad, head = logits_grad[:, : self.width], self.head[: self.width]
+        if not self.narrow:
+            return grad @ head
+        if not grad.is_cuda:
+            pairs = zip(grad.split(_WEIGHT_BLOCK, dim=1), head.split(_WEIGHT_BLOCK), strict=True)
+            return sum(g @ h.float() for g, h in pairs)
+        # A sum over an odd number of columns would misalign the matmul: the rest is added apart.
+        cut = self.width // ALIGNMENT * ALIGNMENT
+        total = torch.mm(grad[:, :cut], head[:cut], out_dtype=torch.float32)
+        return _add_product(total, grad[:, cut:], head[cut:]) if cut < self.width else total
 
     def get(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of hidden states and head that autograd is told.
@@ -149,6 +161,11 @@ class HeadGradients:
         if self.in_place:
             return self.hidden, _empty_sparse(self.weight.shape, self.head)
         return self.hidden, self.weight.to(self.head.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add a·b of half precision to the fp32 total, in place, within the matmul; CUDA only."""
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def _empty_sparse(shape: torch.Size, like: Tensor) -> Tensor:

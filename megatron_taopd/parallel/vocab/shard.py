@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ALIGNMENT = 128  # columns: rows of logits begin at addresses that matmuls and wide loads like
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -20,8 +22,9 @@ class VocabShard:
         group: the ranks that hold the other shards; None when this shard is all there is.
         size: the common vocabulary. Columns of ids ≥ size (padding, or tokens that only one model
             has) never take part in anything, and get zero gradients.
-        absent: [n] int64, ids below size that do not take part either, because only one of the
-            models knows them: to both they have no probability. The same on every rank.
+        absent: [n] int64, on the device of the logits, ids below size that do not take part either,
+            because only one of the models knows them: to both they have no probability. The same
+            on every rank.
     """
 
     start: int
@@ -34,6 +37,14 @@ class VocabShard:
     def width(self) -> int:
         """The number of this shard's columns that lie below size; they are its first ones."""
         return max(0, min(self.stop, self.size) - self.start)
+
+    @property
+    def padded_width(self) -> int:
+        """The number of columns whose logits the heads compute: a multiple of ALIGNMENT, or all.
+
+        Those from `width` on are masked, so that they never take part in anything.
+        """
+        return min(self.stop - self.start, -(-self.width // ALIGNMENT) * ALIGNMENT)
 
     @property
     def world_size(self) -> int:
@@ -54,18 +65,25 @@ class VocabShard:
         logits = logits[:, : self.width]
         if self.absent_columns is None:
             return logits
-        return logits.index_fill(1, self.absent_columns.to(logits.device), -torch.inf)
+        return logits.index_fill(1, self.absent_columns, -torch.inf)
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Set the columns of [R, padded_width] logits that take no part to −inf, in place."""
+        logits[:, self.width :] = -torch.inf
+        if self.absent_columns is not None:
+            logits.index_fill_(1, self.absent_columns, -torch.inf)
+        return logits
 
     def rows(self, weight: Tensor) -> Tensor:
-        """Cut [V, D] to [width, D], a view."""
+        """Cut [V, D] to [padded_width, D], a view."""
         assert weight.shape[0] == self.stop - self.start, (weight.shape, self)
-        return weight[: self.width]
+        return weight[: self.padded_width]
 
     def at_ids(self, logits: Tensor, ids: Tensor) -> Tensor:
         """Return [R, n]: the logits of ids [R, n], −inf for those not among this rank's columns.
 
         Args:
-            logits: [R, width].
+            logits: [R, width] or [R, padded_width].
         """
         columns, here = self.locate(ids)
         if self.width == 0:

@@ -264,7 +264,7 @@ def participates(ids: Tensor, shard: VocabShard) -> Tensor:
     """Tell which ids are of the common vocabulary: bool, in their shape."""
     common = (ids >= 0) & (ids < shard.size)
     if shard.absent is not None:
-        common &= ~torch.isin(ids, shard.absent.to(ids.device))
+        common &= ~torch.isin(ids, shard.absent)
     return common
 
 

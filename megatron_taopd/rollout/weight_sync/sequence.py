@@ -25,7 +25,7 @@ class Replica(Protocol):
     """A server and its tensor-parallel size.
 
     TensorSync on CUDA also asks for `gpus`, the devices of this host that it runs on, by
-    tensor-parallel rank, numbered as in CUDA_VISIBLE_DEVICES.
+    tensor-parallel rank, named as in CUDA_VISIBLE_DEVICES.
     """
 
     @property

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import platform, visible
 from megatron_taopd.parallel.compat.torch_internals import ipc_handle
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
@@ -108,25 +108,25 @@ def gather_handles(bucket: Bucket) -> dict[int, str]:
     torch.cuda.synchronize()
     own = (
         socket.gethostname(),
-        device_number(bucket.data.device.index),
+        device_name(bucket.data.device.index),
         pickled(bucket, DeviceHandle(bucket.data)),
     )
     gathered: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, gathered, dst=0)
-    return {number: payload for host, number, payload in gathered or () if host == own[0]}
+    return {name: payload for host, name, payload in gathered or () if host == own[0]}
 
 
-def device_number(index: int) -> int:
-    """Return the number of this process's device on its host."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return int(visible.split(",")[index]) if visible else index
+def device_name(index: int) -> visible.Name:
+    """Return the name of this process's device on its host: its number, or its UUID."""
+    devices = visible.names(os.environ)
+    return index if devices is None else devices[index]
 
 
-def colocated(replica: Replica, handles: Mapping[int, str]) -> list[str]:
+def colocated(replica: Replica, handles: Mapping[visible.Name, str]) -> list[str]:
     """Return the handles of the trainer's ranks on a server's GPUs, by tensor-parallel rank.
 
     Args:
-        handles: by device number, as `gather_handles` returns them.
+        handles: by the device's name, as `gather_handles` returns them.
 
     Raises:
         ValueError: no rank of the trainer has one of the server's GPUs.

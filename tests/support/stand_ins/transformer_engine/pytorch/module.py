@@ -107,12 +107,12 @@ class Linear(_Linear):
         rng_tracker_name: str | None = None,
         ub_name: str | None = None,
     ):
-        assert not fuse_wgrad_accumulation
         super().__init__(
             in_features, out_features, sequence_parallel, tp_group, tp_size, init_method,
             params_dtype, parallel_mode, device,
         )  # fmt: skip
         self.use_bias, self.return_bias = bias, return_bias
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.weight = self._new_weight()
         self.bias = self._new_bias() if bias else torch.empty(0, **self._place)
 
@@ -124,7 +124,8 @@ class Linear(_Linear):
             x = tp.gather_from_sequence_parallel_region(x, **group)
         elif parallel and self.parallel_mode == "column":
             x = tp.copy_to_tensor_model_parallel_region(x, **group)
-        y = F.linear(x, self.weight)
+        fused = self.fuse_wgrad_accumulation and self.weight.requires_grad
+        y = _AddsToMainGrad.apply(x, self.weight) if fused else F.linear(x, self.weight)
         if parallel and self.parallel_mode == "row" and self.sequence_parallel:
             y = tp.reduce_scatter_to_sequence_parallel_region(y, **group)
         elif parallel and self.parallel_mode == "row":
@@ -132,6 +133,24 @@ class Linear(_Linear):
         if self.return_bias:
             return y, self.bias
         return y + self.bias if self.use_bias else y
+
+
+class _AddsToMainGrad(torch.autograd.Function):
+    """A linear layer whose weight's gradient is added to `main_grad`; autograd sees a dummy."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # saved tensors have no attributes
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        product = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        ctx.weight.main_grad += product
+        ctx.weight.grad_added_to_main_grad = True
+        return grad @ weight, torch.full_like(weight, torch.nan)  # that nobody may add
 
 
 class LayerNormLinear(Linear):
@@ -184,7 +203,7 @@ class GroupedLinear(_Linear):
         device: torch.device | str | int = "cuda",
         ub_name: str | None = None,
     ):
-        assert not fuse_wgrad_accumulation and not bias
+        assert not bias
         super().__init__(
             in_features, out_features, sequence_parallel, tp_group, tp_size, init_method,
             params_dtype, parallel_mode, device,
