@@ -151,8 +151,10 @@ def test_a_server_that_does_not_answer_is_told_at_once_and_counted_down(monkeypa
 
 def test_a_name_that_does_not_resolve_is_an_error(tmp_path, capsys):
     url = "http://no-such-host.invalid:30000"
-    found = list(network.check_names("rollout.servers", [url, "http://127.0.0.1:1"]))
+    urls = [url, "http://127.0.0.1:1"]
+    found = list(network.check_urls("rollout.servers", urls, listening=False))
     assert [finding.level for finding in found] == ["error", "ok"]
+    assert next(network.check_urls("rollout.servers", urls)) == found[0]
     assert found[0].what.startswith(f"rollout.servers.urls: {url}: no-such-host.invalid does not")
     overrides = [
         f"run.dir={tmp_path}/run",
