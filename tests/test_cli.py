@@ -171,10 +171,12 @@ def fail_on(rank: int, message: str) -> tuple[int, str]:
 
     import torch.distributed as dist
 
+    from megatron_taopd.parallel.objects import anyone_was
+
     def work(_):
         if rank in (-1, int(os.environ["RANK"])):
             raise ValueError(message)
-        while not common.anyone_was(common.FAILURE):
+        while not anyone_was(common.FAILURE):
             pass
         raise RuntimeError("connection closed by peer")
 

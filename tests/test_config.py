@@ -23,6 +23,7 @@ from transformers import (
 
 from megatron_taopd.config import Config, load, to_yaml
 from megatron_taopd.config.load import RENAMED
+from megatron_taopd.config.values import check_values
 from megatron_taopd.preflight.check_config import check
 
 WORDS = ["<eos>", *(f"w{i}" for i in range(99))]
@@ -82,6 +83,7 @@ def user(tmp_path, monkeypatch):
 
     def check_run(*overrides: str, world_size: int = 2) -> Config:
         config = load("conf/run.yaml", overrides)
+        check_values(config, world_size)
         check(config, world_size)
         return config
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from faults import bad_inputs
 from safetensors.torch import load_file, save_file
-from support.patience import finish, wait_for
+from support.patience import finish, run, wait_for
 from support.ranks import run_ranks
 from torch.distributed import run as torchrun
 
@@ -44,10 +44,14 @@ ONE_RANK = ["student.parallel.tp=1", "teacher.parallel.pp=1"]
 
 
 def test_a_typo_is_told_without_torch(tmp_path):
-    """An unknown key, a bad value, a missing file, ranks that do not fit: train and launch."""
+    """An unknown key, a bad value, a missing file: every command that reads a configuration; ranks
+    that do not fit: train and launch."""
     wrong = [[TINY, "train.step=1"], [TINY, "train.steps=0"], ["none.yaml"], [TINY]]
     wrong += [[TINY, *ONE_RANK, "student.path=none"], [TINY, *ONE_RANK, "data.prompts=none.jsonl"]]
     calls = [[command, *arguments] for command in ("train", "launch") for arguments in wrong]
+    typos = wrong[:3]
+    calls += [["plan", *arguments, "--gpus", "2"] for arguments in typos]
+    calls += [["doctor", *arguments] for arguments in (typos[0], typos[2])]  # a value: a finding
     code = f"""
 import sys
 from megatron_taopd import cli
@@ -60,7 +64,9 @@ print(statuses, [name for name in ("torch", "transformers") if name in sys.modul
     assert done.stdout == f"{[2] * len(calls)} []\n", done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(calls) and all(line.startswith("error: ") for line in lines)
-    assert lines[: len(wrong)] == lines[len(wrong) :]
+    train, launched = lines[: len(wrong)], lines[len(wrong) : 2 * len(wrong)]
+    assert launched == train
+    assert lines[2 * len(wrong) :] == [*train[:3], train[0], train[2]]
 
 
 # ------------------------------------------------------------------------------------- the launcher
@@ -145,8 +151,10 @@ def test_a_server_that_does_not_answer_is_told_at_once_and_counted_down(monkeypa
 
 def test_a_name_that_does_not_resolve_is_an_error(tmp_path, capsys):
     url = "http://no-such-host.invalid:30000"
-    found = list(network.check_names("rollout.servers", [url, "http://127.0.0.1:1"]))
+    urls = [url, "http://127.0.0.1:1"]
+    found = list(network.check_urls("rollout.servers", urls, listening=False))
     assert [finding.level for finding in found] == ["error", "ok"]
+    assert next(network.check_urls("rollout.servers", urls)) == found[0]
     assert found[0].what.startswith(f"rollout.servers.urls: {url}: no-such-host.invalid does not")
     overrides = [
         f"run.dir={tmp_path}/run",
@@ -332,6 +340,36 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path, until, times, status):
     assert "Traceback" not in output and "KeyboardInterrupt" not in output, output
     assert ended == status, output
     assert len([line for line in output.splitlines() if "torch/" in line]) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_every_phase_ends_without_a_traceback_and_the_same_command_resumes(tmp_path):
+    """Once and twice; what is not a checkpoint yet when a run ends at once does not become one."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "support.interrupted", tmp_path]
+    done = run(command, seconds=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    ended = [json.loads(line) for line in done.stdout.splitlines()]
+    for each in ended:
+        assert "Traceback" not in each["output"] and "KeyboardInterrupt" not in each["output"], each
+    assert [(each["phase"], each["times"], each["status"], each["steps"]) for each in ended] == [
+        ("tokenising", 1, 3, []),
+        ("tokenising", 2, 3, []),  # nothing is there that a second press would have to wait for
+        ("waiting", 1, 3, []),
+        ("waiting", 2, 3, []),
+        ("evaluating", 1, 3, []),
+        ("evaluating", 2, 130, []),
+        ("saving", 1, 3, ["step_00000001", "step_00000002"]),
+        ("saving", 2, 130, ["step_00000001", "step_00000002", "step_00000003.incomplete"]),
+        ("nothing", 0, 0, ["step_00000002", "step_00000003"]),
+        ("comparing", 1, 0, []),
+    ]
+    outputs = {(each["phase"], each["times"]): each["output"] for each in ended}
+    for phase in "evaluating", "saving":
+        assert "the same command resumes" in outputs[phase, 1]
+        assert outputs[phase, 2].count("ended at once; the same command goes on") == 1
+    assert "resuming after step 2" in outputs["saving", 2]
+    assert "resuming after step 2" in outputs["nothing", 0]
 
 
 # ------------------------------------------------------------------------------------- wrong inputs

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from support.published import MODELS
 
 from megatron_taopd import config as configuration
+from megatron_taopd.config.values import check_values
 from megatron_taopd.formats.hf import HFWriter, load_config
 from megatron_taopd.plan.cluster import CLUSTERS
 from megatron_taopd.plan.results import Plan
@@ -120,4 +121,6 @@ def test_can_start(path, places):
     for name in ("dapo-math-17k", "aime-2024"):
         parquet.write_table(pyarrow.Table.from_pylist([row]), places / "DATA" / f"{name}.parquet")
     ranks, options = ranks_and_servers(path.stem)
-    check(configuration.load(path, options), ranks)
+    config = configuration.load(path, options)
+    check_values(config, ranks)
+    check(config, ranks)

@@ -135,7 +135,7 @@ BAD = {
     "array of texts": ("a.json", b'["a"]', "row 1: '\"a\"'; each element of the array is a JSON"),
     "two arrays": ("a.json", b'[{"prompt": "a", "answer": 1}] []', "there is more behind its"),
     "pretty object": ("a.json", b'{\n"prompt": "a"}', "line 1: not JSON (Expecting property"),
-    "pointer": ("a.jsonl", POINTER, "a pointer of Git LFS, not the data; `git lfs pull` gets it"),
+    "pointer": ("a.jsonl", POINTER, "a pointer of Git LFS in the place of the file; git lfs pull"),
     "pointer for parquet": ("a.parquet", POINTER, "a pointer of Git LFS"),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-ENDED_AT_ONCE = 130  # exit status after a Ctrl-C, as a shell says it
+from megatron_taopd.launch import ENDED_AT_ONCE, MISTAKE
+
 COMMANDS = {
     "train": ("megatron_taopd.train", "run a training: CONFIG.yaml section.key=value …"),
     "launch": (
@@ -54,7 +55,7 @@ def choose(
         for command, (_, does) in commands.items():
             print(f"  {command:11}{does}")
         print(f"\n`{program} COMMAND --help` has the options of one.")
-        return 0 if name else 2
+        return 0 if name else MISTAKE
     known = ", ".join(commands)
     print(f"error: {program}: no command {name!r}; there are {known}", file=sys.stderr)
-    return 2
+    return MISTAKE

@@ -1,4 +1,8 @@
-"""What every command does alike: one line for a mistake, `--json FILE`, tables, their width."""
+"""What every command does alike: one line for a mistake, `--json FILE`, tables, their width.
+
+Neither torch nor transformers is imported at the top, so that a command can tell a mistake in a
+configuration before it takes the seconds that they need.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
-import torch.distributed as dist
-import transformers
 import yaml
 from rich.box import SIMPLE
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from megatron_taopd.formats.files import file_written_aside
+from megatron_taopd.launch import MISTAKE
 from megatron_taopd.monitoring import logs
-from megatron_taopd.parallel.objects import anyone_was, comes_first
 
-MISTAKE = 2  # exit status
 PIPED_WIDTH = 160  # columns of what is no terminal
 FAILURE = "cli: the line that says what is wrong"
 
@@ -74,16 +75,28 @@ def run(work: Callable[[argparse.Namespace], int], arguments: argparse.Namespace
         check_json(arguments)
         status = work(arguments)
     except (ValueError, OSError) as error:
-        if comes_first(FAILURE):  # others may have come to the same line
+        if not _in_group() or _objects().comes_first(FAILURE):  # others may have come to it, too
             refuse(str(error))
         return MISTAKE
     except RuntimeError:
-        if not anyone_was(FAILURE):
+        if not _in_group() or not _objects().anyone_was(FAILURE):
             raise
         return MISTAKE  # a rank that had ended left this one alone in a collective
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if _in_group():
+        sys.modules["torch.distributed"].destroy_process_group()
     return status
+
+
+def _in_group() -> bool:
+    """Tell whether this process is one of a group of ranks; it is not before torch is imported."""
+    torch_distributed = sys.modules.get("torch.distributed")
+    return torch_distributed is not None and torch_distributed.is_initialized()
+
+
+def _objects() -> ModuleType:
+    from megatron_taopd.parallel import objects  # it imports torch
+
+    return objects
 
 
 def refuse(message: str) -> None:
@@ -91,7 +104,7 @@ def refuse(message: str) -> None:
 
     Before there is a group, the ranks of a host have read the same and one of them says it.
     """
-    if not dist.is_initialized() and os.environ.get("LOCAL_RANK", "0") != "0":
+    if not _in_group() and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     rank = f" on rank {os.environ['RANK']}" if several else ""
@@ -114,6 +127,8 @@ def check_json(arguments: argparse.Namespace) -> None:
 def write_json(path: Path | None, figures: Any) -> None:
     """Write the figures, on rank 0 alone, if a file was given."""
     if path is not None and is_first():
+        from megatron_taopd.formats.files import file_written_aside  # it imports torch
+
         with file_written_aside(path) as aside:
             aside.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -152,5 +167,7 @@ def as_table(figures: dict[str, Any]) -> Table:
 
 def quiet_transformers() -> None:
     """Silence what transformers prints while it loads a model."""
+    import transformers  # it takes seconds
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

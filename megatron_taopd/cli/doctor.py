@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -20,9 +21,10 @@ from rich.table import Table
 
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
-from megatron_taopd.preflight.examine import examine, fewest_ranks
-from megatron_taopd.preflight.findings import Finding
 from megatron_taopd.preflight.models import with_model_directories
+
+if TYPE_CHECKING:
+    from megatron_taopd.preflight.findings import Finding
 
 MARKS = {"ok": "[green]ok", "warning": "[yellow]warning", "error": "[bold red]error"}
 
@@ -35,6 +37,9 @@ def main(arguments: list[str]) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Print the findings of each check as it ends."""
     config = with_model_directories(configuration.load(arguments.config, arguments.overrides))
+    # It takes seconds to import, for which a typo does not wait.
+    from megatron_taopd.preflight.examine import examine, fewest_ranks
+
     ranks = int(os.environ.get("WORLD_SIZE", arguments.ranks or fewest_ranks(config)))
     console = common.open_console()
     results = []

@@ -14,12 +14,8 @@ import argparse
 
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
-from megatron_taopd.formats.hf import load_config
+from megatron_taopd.config.values import check_sections
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
-from megatron_taopd.plan.memory import GIB, peak
-from megatron_taopd.plan.propose import proposals
-from megatron_taopd.plan.results import Plan, as_json, tables
-from megatron_taopd.plan.setup import Setup
 from megatron_taopd.preflight.models import with_model_directories
 
 
@@ -50,7 +46,15 @@ def work(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--trained-share: {arguments.trained_share}; it has to be in (0, 1]")
     cluster = load_cluster(arguments.cluster)
     config = configuration.load(arguments.config, arguments.overrides)
+    check_sections(config)
     config = with_model_directories(config, weights=False)
+    # They take seconds to import, for which a mistake above does not wait.
+    from megatron_taopd.formats.hf import load_config
+    from megatron_taopd.plan.memory import GIB, peak
+    from megatron_taopd.plan.propose import proposals
+    from megatron_taopd.plan.results import Plan, as_json, tables
+    from megatron_taopd.plan.setup import Setup
+
     setup = Setup.of(
         config,
         arguments.gpus,

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_taopd.data.kinds import KNOWN, SUFFIXES
+from megatron_taopd.formats.directory import check_fetched
 from megatron_taopd.parallel import watchdog
 
 ROWS = 1024  # of a table that are Python's at a time
 CHUNK = 1 << 20  # characters of an array that are read at a time
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Record = tuple[str, dict[str, Any]]  # where it stands, and what it says
 
@@ -38,12 +38,9 @@ def read_records(path: Path) -> Iterator[Record]:
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown type; {KNOWN} are read")
     try:
-        with open(path, "rb") as file:
-            start = file.read(len(LFS_POINTER))
+        check_fetched(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    if start == LFS_POINTER:
-        raise ValueError(f"{path}: a pointer of Git LFS, not the data; `git lfs pull` gets it")
     read = {".parquet": _read_parquet, ".arrow": _read_arrow}.get(path.suffix, _read_json)
     for record in read(path):
         watchdog.heartbeat()

@@ -7,7 +7,7 @@ sequence is given: `partial(local_engine, student=…, …)`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,9 @@ import torch.distributed as dist
 
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.sglang import SGLangEngine
-from megatron_taopd.serving.begin import open_replicas
-from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.begin import begin_servers, wait_for_servers
 
 if TYPE_CHECKING:
     from megatron_taopd.config import ServersSection
@@ -84,18 +82,9 @@ def sglang_engine(
 
     Collectives: a broadcast of some 100 bytes; makes a gloo group.
     """
-    model, opened = ServedModel.of(student, longest), []
-    with ExitStack() as stack:
-
-        def start() -> None:
-            replicas = open_replicas(servers, model, dtype, logs, fixed_weights=True)
-            opened.append(stack.enter_context(replicas))
-
-        try:
-            on_rank_0(start)
-        except RuntimeError as error:
-            raise ValueError(f"engine sglang: {error}") from error
-        replicas = opened[0] if opened else None
+    begun = begin_servers(servers, str(student), longest, dtype, logs, fixed_weights=True)
+    model, replicas = wait_for_servers(begun, "engine sglang", servers.start_timeout_s)
+    with replicas or nullcontext():
         yield SGLangEngine(replicas, model, tokens_of(vocabulary), vocabulary.eos_token_ids)
 
 

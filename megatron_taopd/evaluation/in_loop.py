@@ -139,7 +139,10 @@ def _verdicts(
         with TemporaryFile("w+") as lines, TemporaryFile("w+") as complaints:
             lines.writelines(json.dumps(pair) + "\n" for pair in rest)
             lines.seek(0)
-            with Popen(command, stdin=lines, stdout=PIPE, stderr=complaints, text=True) as worker:
+            # A session of its own: a terminal's Ctrl-C is for this process, and would count as an
+            # expression that the worker dies over.
+            streams = {"stdin": lines, "stdout": PIPE, "stderr": complaints}
+            with Popen(command, text=True, start_new_session=True, **streams) as worker:
                 try:
                     for verdict in worker.stdout:
                         watchdog.heartbeat()

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig
 
 from megatron_taopd.config.schema import Config
-from megatron_taopd.config.values import check_values
 from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.data.rows import read_texts
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
@@ -25,13 +24,12 @@ _SAMPLED_RECORDS = 1000  # of the prompts, to see how much two tokenizers share
 def check(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on `world_size` ranks.
 
-    After what `config.values` knows: reads config.json and the tokenizer of both models, and the
-    first prompts if the tokenizers differ; builds no model, needs no process group.
+    Comes after `config.values.check_values`: reads config.json and the tokenizer of both models,
+    and the first prompts if the tokenizers differ; builds no model, needs no process group.
 
     Raises:
         ValueError: one line with the key, its value and what would be right.
     """
-    check_values(config, world_size)
     _check_model("student", config, world_size)
     _check_model("teacher", config, world_size)
     _check_vocabulary(config)

@@ -21,7 +21,7 @@ from megatron_taopd import config as configuration
 from megatron_taopd.checkpoints import end
 from megatron_taopd.checkpoints import files as checkpoint_files
 from megatron_taopd.config import Config
-from megatron_taopd.config.values import check_files
+from megatron_taopd.config.values import check_files, check_values
 from megatron_taopd.data.texts import held_out_prompts, training_prompts, vocabularies
 from megatron_taopd.formats.hf import DTYPES, HFCheckpoint, load_config
 from megatron_taopd.monitoring.accounting import ModelCost
@@ -129,7 +129,7 @@ def before_run(config: Config) -> bool:
     checks = [
         (machine.check_profile, config.train.profile),
         *_check_ports(config),
-        *([] if not sglang else _check_servers(config, urls=False)),
+        *([] if not sglang else _check_servers(config, listening=False)),
         (_check_weights, config),
         (_check_resume, config),
         (machine.check_versions, sglang),
@@ -170,6 +170,7 @@ def _join() -> Iterator[Finding]:
 
 def _check_config(config: Config, ranks: int) -> Iterator[Finding]:
     try:
+        check_values(config, ranks)
         check(config, ranks)
     except ValueError as problem:
         yield error(str(problem), "the first that is wrong; put it right and look again")
@@ -200,7 +201,7 @@ def _check_ports(config: Config) -> list[tuple]:
     ]
 
 
-def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
+def _check_servers(config: Config, listening: bool = True) -> Iterator[tuple]:
     for key, engine in ("rollout", config.rollout.engine), ("teacher", config.teacher.engine):
         section = getattr(config, key).servers
         if engine != "sglang":
@@ -208,13 +209,12 @@ def _check_servers(config: Config, urls: bool = True) -> Iterator[tuple]:
         if not section.urls:
             yield network.check_own_servers, f"{key}.servers", section.host
         else:
-            check = network.check_urls if urls else network.check_names
-            yield check, f"{key}.servers", section.urls
+            yield network.check_urls, f"{key}.servers", section.urls, listening
     if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
             yield network.check_own_nccl, "rollout.servers", section.args
-        elif urls:
+        elif listening:
             key_env = section.api_key_env
             yield network.check_nccl_of_urls, "rollout.servers", section.urls, key_env
 

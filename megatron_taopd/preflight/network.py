@@ -78,21 +78,6 @@ def check_own_servers(key: str, host: str) -> Iterator[Finding]:
     yield ok(f"{key}.host: {host}: port {port} and others are free")
 
 
-def check_names(key: str, urls: Sequence[str]) -> Iterator[Finding]:
-    """Check that the hosts of servers have an address; whether they listen, time will tell."""
-    for url in urls:
-        host = urlsplit(url).hostname
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError as problem:
-            yield error(
-                f"{key}.urls: {url}: {host} does not resolve ({problem.strerror or problem})",
-                "correct the name, or add it to /etc/hosts or the DNS",
-            )
-        else:
-            yield ok(f"{key}.urls: {host} resolves")
-
-
 def check_listening(key: str, host: str, port: int) -> Iterator[Finding]:
     """Check that this process could listen there; key: of the port."""
     if is_free(host, port):
@@ -104,11 +89,28 @@ def check_listening(key: str, host: str, port: int) -> Iterator[Finding]:
         )
 
 
-def check_urls(key: str, urls: Sequence[str]) -> Iterator[Finding]:
-    """Somebody listens there; whether it is the right model is for the run to see."""
+def check_urls(key: str, urls: Sequence[str], listening: bool = True) -> Iterator[Finding]:
+    """Check that the hosts of servers have an address, and that somebody listens there; whether it
+    is the right model is for the run to see.
+
+    Args:
+        listening: False where they may still be starting, and a run would wait for them.
+    """
     for url in urls:
         parts = urlsplit(url)
         place = (parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme])
+        try:
+            socket.getaddrinfo(*place)
+        except OSError as problem:
+            yield error(
+                f"{key}.urls: {url}: {parts.hostname} does not resolve "
+                f"({problem.strerror or problem})",
+                "correct the name, or add it to /etc/hosts or the DNS",
+            )
+            continue
+        if not listening:
+            yield ok(f"{key}.urls: {parts.hostname} resolves")
+            continue
         try:
             socket.create_connection(place, CONNECT_S).close()
         except OSError as problem:

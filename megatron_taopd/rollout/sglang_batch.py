@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.parallel import progress, watchdog
+from megatron_taopd.parallel.objects import SIGN_OF_LIFE_S
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
 from megatron_taopd.types import RolloutBatch
 
 POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
-SIGN_OF_LIFE_S = 60.0  # rank 0's to the others while nothing happens; gloo gives up after minutes
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,10 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
         limit=arguments.limit,
         teacher_tokenizer=teacher if arguments.teacher_prompt == "own" else None,
     )
-    engine = LocalEngine(
-        load(arguments.students[0]),
+    engine = LocalEngine.from_hf(
+        arguments.students[0],
+        torch.float32,
+        "cpu",
         seed=arguments.seed,
         vocab_size=size,
         eos_token_ids=vocabularies[0].eos_token_ids,

@@ -136,8 +136,10 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         teacher_kwargs=config.teacher.template_kwargs,
     )
     rollout = config.rollout
-    engine = LocalEngine(
-        load(config.student.path),
+    engine = LocalEngine.from_hf(
+        config.student.path,
+        torch.float32,
+        "cpu",
         batch_size=rollout.batch_size,
         seed=config.run.seed,
         vocab_size=size,
