@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
-from megatron_taopd.checkpoints import optimizer
+from megatron_taopd.checkpoints import optimizer, shards
 from megatron_taopd.checkpoints.files import (
     Best,
     first,
@@ -49,7 +49,7 @@ from megatron_taopd.parallel.objects import gather, on_rank_0
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
 
-_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
+_FORMAT = "fully_reshardable"  # of the optimizer's state, in Megatron's words
 
 
 class NotSaved(Exception):
@@ -142,9 +142,7 @@ class Checkpoints:
             if best:
                 run["best"] = [best.step, best.accuracy]
             optimizer.allocate(student)
-            sharded = _sharded_state(student, loading=False)
-            sharded |= {"run": run, "content_metadata": _OPTIMIZER}
-            write, plan = plan_writing(sharded, student, aside, card)
+            write, plan = plan_writing(_state(student) | {"run": run}, student, aside, card)
             self._writing = Writing(step, aside, plan, best, self._writer.submit(write))
             self._step = step
         if not self.asynchronous:
@@ -264,12 +262,11 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
     if not trust:
         _check_pickles(folder)
     optimizer.allocate(student)
-    sharded = _sharded_state(student, loading=True)
     with progress.phase(f"loading {folder}"):
         strategy = get_default_load_sharded_strategy(folder)
-        loaded = dist_checkpointing.load(sharded, folder, strategy)
-    weights.fill(student.trunk, loaded["model"])
-    optimizer.load(student, loaded["optimizer"])
+        own = {"owned": shards.of_optimizer(student)}
+        loaded = dist_checkpointing.load(own, folder, strategy)
+    optimizer.go_on_from(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]
     if len(run["rng"]) == dist.get_world_size():
@@ -277,14 +274,16 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
     return {key: value for key, value in run.items() if key != "rng"}
 
 
-def _sharded_state(student: Student, loading: bool) -> dict:
+def _state(student: Student) -> dict:
+    """Everything of the student that is saved: what this rank owns, and what is saved once."""
     model = weights.sharded_weights(student.trunk)
+    (distributed,) = student.optimizer.chained_optimizers
     return {
-        "model": weights.without_extra_states(model) if loading else model,
-        "optimizer": student.optimizer.sharded_state_dict(
-            model, is_loading=loading, metadata=_OPTIMIZER
-        ),
+        "model": weights.extra_states(model) | {"owned": shards.of_weights(student)},
+        "optimizer": distributed.state_dict()
+        | {"param_state": shards.of_optimizer(student), "param_state_sharding_type": _FORMAT},
         "scheduler": student.scheduler.state_dict(),
+        "content_metadata": {"distrib_optim_sharding_type": _FORMAT},
     }
 
 
