@@ -124,8 +124,11 @@ class Checkpoints:
             accuracy: on held-out prompts, where it was evaluated after this step.
             card: the model card of the student after this step, which an export has.
 
-        Collectives: gathers of the optimizer state to data-parallel rank 0, of the plan (some 300
-        bytes a tensor and rank) to rank 0, of the random states and of short texts.
+        Each rank holds and writes 14 bytes (bf16; fp32: 16) of every element that its optimizer
+        owns (`shards`).
+
+        Collectives: gathers of the plan (some 300 bytes a tensor and rank) to rank 0, of the random
+        states and of short texts.
         """
         self.finish()
         if step == self._step:
@@ -256,7 +259,10 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         ValueError: on every rank, one line: the checkpoint holds something that is no tensor, plain
             value or description of a tensor. Nothing of it has been executed.
 
-    Collectives: Megatron's, and a gather of a short text.
+    Each rank reads 12 bytes of every element that its optimizer owns, and on another layout than
+    the one that saved the rest of the chunks that these lie in.
+
+    Collectives: Megatron's, those of `optimizer.go_on_from`, and a gather of a short text.
     """
     folder = str(path(directory, step))
     if not trust:

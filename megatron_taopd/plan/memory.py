@@ -50,7 +50,6 @@ REMEDIES = {
     "backward of a layer": "train.micro_batch_tokens",
     "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
     "whole tensors": "rollout.sync.bucket_mib",
-    "gathered optimizer states": "student.parallel.tp or pp",
 }
 
 
@@ -169,9 +168,7 @@ def phases(
     found["training"] = base | _training(setup, place.stage, tokens, bool(kept), cuda)
     found["optimizer"] = resident | scored | {"Adam's temporaries": owned * 4}
     found["sync"] = resident | servers | scored | _sync(setup)
-    found["checkpoint"] = resident | {
-        "gathered optimizer states": 4 * max(bucket.size for bucket in buckets)
-    }
+    found["checkpoint"] = resident
     return {
         phase: {item: size for item, size in items.items() if size}
         for phase, items in found.items()
