@@ -36,6 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=60, help="millions")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tp", type=int, help="the rest is data parallel; all ranks, if not given")
+    parser.add_argument(
+        "--gathered", action="store_true", help="also Megatron's own form, by turns with ours"
+    )
     parser.add_argument("--compute", type=float, default=0.2, help="seconds of a step")
     parser.add_argument("--dir", type=Path, help="scratch space for a model and two checkpoints")
     parser.add_argument("--json", type=Path)
@@ -48,34 +52,35 @@ def main() -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         for name, value in results.items():
-            print(f"{name:32} {value}")
+            print(f"{name:42} {value}")
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     dist.destroy_process_group()
 
 
 def measure(scratch: Path, arguments) -> dict[str, float]:
-    from megatron_taopd.checkpoints.saving import Checkpoints
+    from megatron_taopd.checkpoints import saving
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.layout import student_layout
 
     if dist.get_rank() == 0:
         make_model(scratch / "student", arguments.parameters * 1e6)
     dist.barrier()
-    layout = student_layout(dist.get_world_size(), 1)
+    layout = student_layout(arguments.tp or dist.get_world_size(), 1)
     student = Student(
         scratch / "student", layout, torch.float32, "none", OPTIMIZER, 100, VOCABULARY
     )
     for parameter in student.model.parameters():
         parameter.main_grad.fill_(1e-3)
     student.step()
+    ours, gathered_s = saving._state, []
     times: dict[str, list[float]] = {
         "synchronous": [], "asynchronous": [], "written": [], "stretch": []
     }  # fmt: skip
     plain = statistics.median(work(arguments.compute) for _ in range(10))
     for step in range(1, 2 * arguments.repeats + 1):
         asynchronous = step % 2 == 0
-        checkpoints = Checkpoints(scratch / "checkpoints", 1, asynchronous, print)
+        checkpoints = saving.Checkpoints(scratch / "checkpoints", 1, asynchronous, print)
         checkpoints.save(step, student, {})
         lasted = []
         while checkpoints.busy:
@@ -90,15 +95,43 @@ def measure(scratch: Path, arguments) -> dict[str, float]:
         if asynchronous:
             times["written"].append(metrics["checkpoint/write_s"])
             times["stretch"].append(statistics.mean(lasted) / plain)
+        if arguments.gathered and asynchronous:
+            saving._state = gathered
+            checkpoints = saving.Checkpoints(scratch / "gathered", 1, True, print)
+            checkpoints.save(step, student, {})
+            checkpoints._writing.written.result()  # as above, the writing is no part of the wait
+            checkpoints.finish()
+            checkpoints.close()
+            saving._state = ours
+            gathered_s.append(checkpoints.metrics()["checkpoint/blocked_s"])
     middle = {name: statistics.median(values) for name, values in times.items()}
     size = sum(f.stat().st_size for f in (scratch / "checkpoints").rglob("*") if f.is_file())
-    return {
+    gathering = (
+        {"blocked, asynchronous, gathered first, s": round(statistics.median(gathered_s), 2)}
+        if gathered_s
+        else {}
+    )
+    return gathering | {
         "checkpoint, MB": round(size / 1e6),
         "blocked, synchronous, s": round(middle["synchronous"], 2),
         "blocked, asynchronous, s": round(middle["asynchronous"], 2),
         "written in the background, s": round(middle["written"], 2),
         "blocked, async / sync": round(middle["asynchronous"] / middle["synchronous"], 2),
         "steps meanwhile, stretch": round(middle["stretch"], 2),
+    }
+
+
+def gathered(student) -> dict:
+    """Make the state as Megatron's `fully_reshardable` does: all of it on every rank."""
+    from megatron_taopd.models import weights
+
+    form = {"distrib_optim_sharding_type": "fully_reshardable"}
+    model = weights.sharded_weights(student.trunk)
+    return {
+        "model": model,
+        "optimizer": student.optimizer.sharded_state_dict(model, metadata=form),
+        "scheduler": student.scheduler.state_dict(),
+        "content_metadata": form,
     }
 
 

@@ -134,44 +134,46 @@ def test_a_planned_checkpoint_is_one(tmp_path):
     check_pickles(tmp_path)
 
 
-def load_into_an_optimizer():
+def look_into_an_optimizer():
     from megatron.core import parallel_state
 
     from megatron_taopd.config import OptimizerSection
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
-    from megatron_taopd.parallel.compat.megatron_internals import allocate_moments, load_with
+    from megatron_taopd.parallel.compat import megatron_internals as internals
     from megatron_taopd.parallel.layout import student_layout
 
     platform.emulate_cuda()
     try:
         layout = student_layout(1, 1)
-        student = Student(STUDENT, layout, torch.float32, "none", OptimizerSection(), 1, 1000)
+        student = Student(STUDENT, layout, torch.bfloat16, "none", OptimizerSection(), 1, 1000)
         (distributed,) = student.optimizer.chained_optimizers
         before = len(distributed.optimizer.state)
-        allocate_moments(distributed)
-        moments = [sorted(state) for state in distributed.optimizer.state.values()]
-        seen = []
-        load_with(distributed, lambda targets, loaded: seen.append((targets, loaded)))
-        parameter = next(iter(distributed.model_param_group_index_map))
-        distributed._set_main_param_and_optimizer_states(parameter, {"exp_avg": torch.ones(1)})
-        [(targets, loaded)] = seen
-        return before, moments, sorted(targets), sorted(loaded), targets["param"].requires_grad
+        internals.allocate_moments(distributed)
+        owned, right = {}, []
+        for parameter, elements, states in internals.owned_states(distributed):
+            owned[id(parameter)] = elements
+            main = parameter.main_param
+            right.append(
+                states["param"].data_ptr() == main.data_ptr()
+                and states["exp_avg"].data_ptr()
+                == distributed.optimizer.state[main]["exp_avg"].data_ptr()
+                and sorted(states) == ["exp_avg", "exp_avg_sq", "param"]
+                and all(t.shape == (parameter.numel(),) for t in states.values())
+            )
+            states["param"].fill_(1 + 2**-9)
+        internals.publish_masters(distributed)
+        parameters = list(student.trunk.parameters())
+        whole = {id(p): slice(0, p.numel()) for p in parameters}
+        return before, right, owned == whole, {float(v) for p in parameters for v in p.aminmax()}
     finally:
         parallel_state.destroy_model_parallel()
 
 
-def test_an_optimizers_state_is_made_and_set():
-    [(before, moments, targets, loaded, is_parameter)] = run_ranks(1, load_into_an_optimizer)
-    assert before == 0 and moments and all(names == ["exp_avg", "exp_avg_sq"] for names in moments)
-    assert targets == ["exp_avg", "exp_avg_sq", "param"] and loaded == ["exp_avg"] and is_parameter
-
-
-def test_megatron_sets_states_where_we_replace_it():
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    loader = inspect.getsource(DistributedOptimizer.load_parameter_state_from_fully_reshardable)
-    assert "self._set_main_param_and_optimizer_states(model_param, src_tensors)" in loader
+def test_an_optimizer_shows_its_state_and_rounds_its_weights():
+    """On one rank it owns everything; 1 + 2⁻⁹ is 1 in bf16."""
+    [(before, right, whole, weights)] = run_ranks(1, look_into_an_optimizer)
+    assert before == 0 and right and all(right) and whole and weights == {1.0}
 
 
 def test_the_trunk_ends_in_hidden_states():

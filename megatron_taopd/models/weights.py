@@ -110,6 +110,11 @@ def without_extra_states(state: dict) -> dict:
     return {name: value for name, value in state.items() if EXTRA_STATE not in name}
 
 
+def extra_states(state: dict) -> dict:
+    """Leave only what `without_extra_states` leaves out, which a checkpoint has all the same."""
+    return {name: value for name, value in state.items() if EXTRA_STATE in name}
+
+
 def fill(model: torch.nn.Module, state: dict) -> None:
     """Give the model all its parameters. What else either of them has is left alone."""
     missing, _unexpected = model.load_state_dict(without_extra_states(state), strict=False)

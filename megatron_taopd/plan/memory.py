@@ -52,7 +52,6 @@ REMEDIES = {
     "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
     "whole tensors": "rollout.sync.bucket_mib",
     "cached by torch": "rollout.sync.bucket_mib",
-    "gathered optimizer states": "student.parallel.tp or pp",
 }
 
 
@@ -171,9 +170,7 @@ def phases(
     found["training"] = base | _training(setup, place.stage, tokens, bool(kept), cuda)
     found["optimizer"] = resident | scored | {"Adam's temporaries": owned * 4}
     found["sync"] = resident | servers | scored | _sync(setup)
-    found["checkpoint"] = resident | {
-        "gathered optimizer states": 4 * max(bucket.size for bucket in buckets)
-    }
+    found["checkpoint"] = resident
     if setup.release_memory and "rollout" in place.servers:
         _add_cached(found)
     return {

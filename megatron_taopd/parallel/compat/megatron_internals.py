@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -106,26 +105,26 @@ def allocate_moments(distributed: Any) -> None:
     distributed.init_state_fn(distributed.optimizer, distributed.config)
 
 
-def load_with(
-    distributed: Any, set_state: Callable[[dict[str, Tensor], dict[str, Tensor]], None]
-) -> None:
-    """Let a distributed optimizer load the state of a parameter with a function of our own.
+def owned_states(distributed: Any) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
+    """Yield what a distributed optimizer owns: of each parameter a range of its elements.
 
-    Megatron's own asks for every key of the state among the loaded tensors; torch's Adam has one,
-    `step`, that is saved elsewhere.
-
-    Args:
-        set_state: `set_state(targets, loaded)`, both by key: "param", the parameter's fp32 master,
-            and the optimizer's moments.
+    Yields:
+        The model's parameter; the range of its flattened elements; their state by name, each 1-D
+        and fp32, and the optimizer's own memory: `param` and Adam's two moments. Its count of
+        updates is left out.
     """
+    for buffers in distributed.gbuf_ranges:
+        for buckets in buffers.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    states = distributed._get_main_param_and_optimizer_states(parameter)
+                    states = {name: t.detach() for name, t in states.items() if name != "step"}
+                    yield parameter, slice(ranges["param"].start, ranges["param"].end), states
 
-    @torch.no_grad()
-    def set_parameter(parameter: Tensor, loaded: dict[str, Tensor]) -> None:
-        group, order = distributed.model_param_group_index_map[parameter]
-        main = distributed.optimizer.param_groups[group]["params"][order]
-        set_state({"param": main, **distributed.optimizer.state[main]}, loaded)
 
-    distributed._set_main_param_and_optimizer_states = set_parameter
+def publish_masters(distributed: Any) -> None:
+    """Round the fp32 weights that a distributed optimizer owns into the model's, as a step does."""
+    distributed._copy_main_params_to_model_params()
 
 
 class HiddenStatesModel(GPTModel):

@@ -1,0 +1,182 @@
+"""Each rank saves what its optimizer owns, and reads it again: bytes held, written and read."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from support.ranks import run_ranks
+from support.step import OPTIMIZER, make_model
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_taopd.formats.megatron import MegatronCheckpoint
+
+VOCABULARY = 4096
+
+
+@pytest.fixture(scope="module")
+def student_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "student"
+    return make_model(directory, vocab_size=VOCABULARY, hidden_size=64, layers=4, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 4)])
+def test_boxes_are_the_range_in_order(shape):
+    """Of every range of a tensor whose elements are their own numbers."""
+    from megatron_taopd.checkpoints.shards import boxes
+
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(numbers.numel() + 1):
+        for stop in range(start, numbers.numel() + 1):
+            cut = list(boxes(start, stop, shape))
+            found = [
+                numbers[tuple(slice(c, c + n) for c, n in zip(*box, strict=True))].flatten()
+                for box in cut
+            ]
+            assert torch.cat([*found, numbers.new_empty(0)]).tolist() == [*range(start, stop)]
+            assert len(cut) <= 2 * len(shape) - 1
+
+
+def make_student(student_dir, parallel, dtype):
+    from megatron.core import parallel_state
+
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.parallel import layout as layouts
+    from megatron_taopd.parallel import platform
+
+    platform.emulate_cuda()
+    parallel_state.destroy_model_parallel()  # of a student before this one
+    layout = layouts.student_layout(*parallel)
+    return Student(student_dir, layout, dtype, "none", OPTIMIZER, 100, VOCABULARY)
+
+
+def trained(student_dir, parallel, dtype):
+    """After two steps with made-up gradients; all moments move."""
+    student = make_student(student_dir, parallel, dtype)
+    for seed in (1, 2):
+        student.model.zero_grad_buffer()
+        for parameter in student.model.parameters():
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + parameter.numel())
+            parameter.main_grad.copy_(torch.rand(parameter.shape, generator=generator))
+        student.step()
+    return student
+
+
+def contents(student):
+    """(weights by name, this rank's masters and moments)"""
+    (distributed,) = student.optimizer.chained_optimizers
+    owned = []
+    for group in distributed.optimizer.param_groups:
+        for main in group["params"]:
+            moments = distributed.optimizer.state[main]
+            owned += [main.detach().clone(), *(moments[name].clone() for name in sorted(moments))]
+    return {name: t.clone() for name, t in student.named_tensors()}, owned
+
+
+def same(ours, theirs):
+    weights = all(torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0])
+    return weights and all(map(torch.equal, ours[1], theirs[1]))
+
+
+def megatrons_form(student):
+    """The state as checkpoints had it before: Megatron gathers it, data-parallel rank 0 writes."""
+    from megatron_taopd.models import weights
+
+    form = {"distrib_optim_sharding_type": "fully_reshardable"}
+    model = weights.sharded_weights(student.trunk)
+    return {
+        "model": model,
+        "optimizer": student.optimizer.sharded_state_dict(model, metadata=form),
+        "scheduler": student.scheduler.state_dict(),
+        "content_metadata": form,
+    }
+
+
+def save_and_resume(student_dir, directory, parallel, dtype, other, before=False):
+    """What a save holds, what a resume reads, and whether both layouts have what was saved."""
+    from megatron_taopd.checkpoints import saving
+    from megatron_taopd.parallel.memory import peak_memory
+
+    student = trained(student_dir, parallel, dtype)
+    saved = contents(student)
+    (distributed,) = student.optimizer.chained_optimizers
+    elements = sum(
+        main.numel() for group in distributed.optimizer.param_groups for main in group["params"]
+    )
+    checkpoints = saving.Checkpoints(directory, 1, True, print)
+    state, own_form = saving._state, megatrons_form if before else saving._state
+    saving._state = own_form
+    try:
+        with peak_memory() as memory:
+            checkpoints.save(1, student, {})
+            checkpoints._writing.written.result()
+    finally:
+        saving._state = state
+    checkpoints.finish()
+    checkpoints.check()
+    checkpoints.close()
+
+    slices, read = FileSystemReader._slice_file, []
+
+    def count(reader, file, info):
+        read.append((info.relative_path, info.offset, info.length))
+        return slices(reader, file, info)
+
+    resumed = make_student(student_dir, parallel, dtype)
+    FileSystemReader._slice_file = count
+    try:
+        saving.load(directory, 1, resumed)
+    finally:
+        FileSystemReader._slice_file = slices
+    again = same(contents(resumed), saved)
+    there = make_student(student_dir, other, dtype)
+    saving.load(directory, 1, there)
+    elsewhere = same((contents(there)[0], []), saved)
+    own = elements * (12 + dtype.itemsize)
+    return memory.peak / own, read, again, elsewhere
+
+
+LAYOUTS = pytest.mark.parametrize(
+    ("parallel", "dtype", "other"),
+    [((1, 1), torch.float32, (2, 2)), ((2, 1), torch.bfloat16, (1, 2))],
+    ids=["DP4", "TP2-DP2 in bf16"],
+)
+
+
+def written(directory):
+    """Bytes of the tensors that each rank has written, without torch's some 1,300 around each."""
+    checkpoint, sizes = MegatronCheckpoint(Path(directory) / "step_00000001"), [0] * 4
+    for key, places in checkpoint.places.items():
+        for _corner, shape, info in places:
+            rank = int(info.relative_path.split("_")[2])
+            sizes[rank] += prod(shape) * checkpoint.dtype(key).itemsize
+    return sizes
+
+
+@LAYOUTS
+def test_a_rank_holds_writes_and_reads_its_own(student_dir, tmp_path, parallel, dtype, other):
+    """Host memory of a save, in shares of a rank's own state; bytes that each rank writes; every
+    byte that a resume reads, once, but for the norms, which TP ranks have in common."""
+    arguments = student_dir, str(tmp_path), parallel, dtype, other
+    answers = run_ranks(4, save_and_resume, *arguments)
+    held, reads, again, elsewhere = zip(*answers, strict=True)
+    assert max(held) <= 1.25
+    assert all(again) and all(elsewhere)
+    sizes = written(tmp_path)
+    assert max(sizes) < 1.1 * min(sizes)
+    places = [place for read in reads for place in read]
+    twice = sum(place[2] for place in places) - sum(place[2] for place in set(places))
+    assert twice == 0 if parallel == (1, 1) else twice < 0.05 * sum(sizes)
+    assert places
+
+
+@LAYOUTS
+def test_checkpoints_from_before_load(student_dir, tmp_path, parallel, dtype, other):
+    """Whole tensors of each model-parallel rank, written by one of its data-parallel ranks."""
+    arguments = student_dir, str(tmp_path), parallel, dtype, other, True
+    held, _reads, again, elsewhere = zip(*run_ranks(4, save_and_resume, *arguments), strict=True)
+    assert max(held) > 2  # so the meter meters
+    assert all(again) and all(elsewhere)
+    assert 0 in written(tmp_path)
