@@ -43,8 +43,15 @@ logger = logging.getLogger("megatron_taopd.launch")  # its __name__ may be __mai
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MISTAKE, INTERRUPTED, ENDED_AT_ONCE = 2, 3, 130
 TRAIN = "megatron_taopd.train"
-# Options of torchrun that take no value.
+# torchrun's options: those that take no value, and the others.
 _FLAGS = {"standalone", "no-python", "run-path", "virtual-local-rank", "m", "module"}
+_VALUED = {
+    *("nnodes", "nproc-per-node", "node-rank", "master-addr", "master-port", "local-addr"),
+    *("rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts", "monitor-interval"),
+    *("start-method", "event-log-handler", "role", "log-dir", "logs-specs", "r", "redirects", "t"),
+    *("tee", "local-ranks-filter", "duplicate-stdout-filters", "duplicate-stderr-filters"),
+    *("numa-binding", "signals-to-handle", "shutdown-timeout"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,12 @@ class Asked:
         Raises:
             ValueError: one line with the option, its value and what would be right.
         """
+        for name in self.options:
+            if name not in _FLAGS | _VALUED and not any(x.startswith(name) for x in _VALUED):
+                raise ValueError(
+                    f"--{name}: torchrun has no such option; `torchrun --help` has all, and "
+                    "--nproc-per-node is the number of ranks"
+                )
         if not self.script:
             raise ValueError("launch: nothing to start; give CONFIG.yaml, -m MODULE or SCRIPT.py")
         if not re.fullmatch("[1-9][0-9]*|auto|cpu|gpu|xpu", self.per_node):

@@ -500,6 +500,14 @@ def test_overrides_that_are_refused(user, override, parts):
         ),
         # Combinations
         ("optimizer.decay=cosine", ("optimizer.min_lr: None with optimizer.decay cosine",)),
+        (
+            "rollout.engine=sglang rollout.servers.timeout_s=900",
+            ("rollout.servers.timeout_s: 900 is not less than", "watchdog.stall_timeout_s 900"),
+        ),
+        (
+            "teacher.engine=sglang watchdog.stall_timeout_s=60",
+            ("teacher.servers.timeout_s: 600", "watchdog.stall_timeout_s 60"),
+        ),
         ("optimizer.min_lr=0", ("optimizer.min_lr: 0.0 with optimizer.decay constant", "null")),
         ("optimizer.decay=linear optimizer.min_lr=1", ("1.0 is above optimizer.lr 0.0001",)),
         (

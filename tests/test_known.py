@@ -90,15 +90,20 @@ def test_a_command_line_is_taken_apart(monkeypatch):
     assert of(["a.yaml"]).ranks == 3
 
 
-def test_options_without_a_value_are_torchruns():
-    parser = torchrun.get_args_parser()
-    flags = {
-        option.lstrip("-").replace("_", "-")
-        for action in parser._actions
-        if action.nargs == 0 and "--help" not in action.option_strings
-        for option in action.option_strings
-    }
-    assert flags == launch._FLAGS
+def test_options_with_and_without_a_value_are_torchruns():
+    found = {True: set(), False: set()}
+    for action in torchrun.get_args_parser()._actions:
+        if "--help" not in action.option_strings:
+            names = {option.lstrip("-").replace("_", "-") for option in action.option_strings}
+            found[action.nargs == 0] |= names
+    assert found == {True: launch._FLAGS, False: launch._VALUED}
+
+
+def test_an_option_that_torchrun_has_not_is_named():
+    for options in (["--nprocs", "3"], ["--nprocs=3"], ["--standalone", "--nprocs", "3"]):
+        with pytest.raises(ValueError, match=r"^--nprocs: torchrun has no such option"):
+            launch.Asked.of([*options, "a.yaml"]).check()
+    launch.Asked.of(["--max-restart", "1", "a.yaml"]).check()  # argparse takes beginnings
 
 
 def test_a_port_in_use_is_told_where_it_is_listened_on():

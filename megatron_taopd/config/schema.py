@@ -148,7 +148,12 @@ class ServersSection:
         None, "The environment variable that holds the key of every request."
     )
     concurrency: int = key(64, "Requests at a time, per server.", COUNT)
-    timeout_s: float = key(1800.0, "Seconds that one request may take.", POSITIVE)
+    timeout_s: float = key(
+        600.0,
+        "Seconds that one request may take; it is then sent again. Less than "
+        "`watchdog.stall_timeout_s`.",
+        POSITIVE,
+    )
     max_retries: int = key(
         3,
         "A request that fails is sent again so many times, to whichever server; then the step "

@@ -57,6 +57,7 @@ def check_sections(config: Config) -> None:
     _check_replay(config)
     _check_profile(config)
     _check_rollout(config)
+    _check_patience(config)
     _check_engines(config)
     _check_evaluation(config.eval)
     _check_optimizer(config)
@@ -135,6 +136,21 @@ def _check_rollout(config: Config) -> None:
                     f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
                     f"is that of unwarped sampling; it has to be {wanted}"
                 )
+
+
+def _check_patience(config: Config) -> None:
+    """Refuse to wait for a request as long as for a whole run that hangs."""
+    stall = config.watchdog.stall_timeout_s
+    if not (stall and config.watchdog.heartbeat_timeout_s):
+        return
+    for name in ("rollout", "teacher"):
+        section = getattr(config, name)
+        if section.engine == "sglang" and section.servers.timeout_s >= stall:
+            raise ValueError(
+                f"{name}.servers.timeout_s: {section.servers.timeout_s:g} is not less than "
+                f"watchdog.stall_timeout_s {stall:g}, so that one request that hangs could end the "
+                "run before it is sent again; give less, or more of the latter"
+            )
 
 
 def _check_optimizer(config: Config) -> None:
