@@ -448,6 +448,16 @@ def test_an_offloaded_teacher_is_there_in_its_phase_only(setup_of):
     assert items(offloaded, "teacher")["teacher trunk"] == trunk
     for phase in ("rollout", "scoring", "training", "sync"):
         assert "teacher trunk" not in items(offloaded, phase)
+    # In the memory of the host: the trunk, and while a save is written, of each element that the
+    # optimizer owns three fp32 numbers and the weight in bf16.
+    (place,) = memory.places(offloaded)
+    elements = items(offloaded, "training")["student weights"] // 2
+    save = memory.host_bytes(offloaded, place)["a save"]
+    assert save == pytest.approx(14 * elements / 32, rel=1e-3)  # DP 32
+    assert memory.host_bytes(offloaded, place) == {"a save": save, "offloaded teacher": trunk}
+    assert set(memory.host_bytes(setup_of("train.precision=fp32"), place)) == {"a save"}
+    whole = memory.host_bytes(setup_of("train.precision=fp32"), place)["a save"]
+    assert whole == pytest.approx(16 * elements / 32, rel=1e-3)
 
 
 def test_the_last_stage_has_both_heads_and_the_teachers_rows(setup_of):

@@ -73,6 +73,11 @@ def work(arguments: argparse.Namespace) -> int:
         console.print(table)
     extra = ", ".join(f"{item} {n / GIB:.1f}" for item, n in plan.last_stage_extra().items())
     console.print(f"The last stage of the student holds, beside what all do (GiB): {extra}.")
+    host = ", ".join(f"{item} {n / GIB:.1f}" for item, n in plan.host().items())
+    console.print(
+        f"In the memory of the hosts, a rank holds at most (GiB): {host}; the ranks of a node "
+        f"{plan.node_host() / GIB:.1f}."
+    )
     for line in plan.problems():
         console.print(f"does not fit: {line}", style="red")
     console.print(f"devices: {setup.devices}", highlight=False)

@@ -193,6 +193,22 @@ def _add_cached(found: dict[str, dict[str, int]]) -> None:
             found[phase] = items | {"cached by torch": reserved - own}
 
 
+def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
+    """Count what a rank holds in the memory of its host, by item.
+
+    A save keeps 12 bytes of every element that the rank's optimizer owns, its fp32 weight and
+    moments, and the model's own weight (`checkpoints.shards`), until they are written. An offloaded
+    teacher stays in pinned memory for the whole run.
+    """
+    student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
+    owned = optimizer_elements(student_buckets(student, grid, place.stage), grid.dp)
+    found = {"a save": owned * (12 + setup.itemsize)}
+    if own is not None and setup.offload:
+        elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
+        found["offloaded teacher"] = elements * setup.itemsize
+    return found
+
+
 def peak(by_phase: dict[str, dict[str, int]]) -> tuple[str, int]:
     """Return (phase, bytes) of the worst moment."""
     sums = {phase: sum(items.values()) for phase, items in by_phase.items()}

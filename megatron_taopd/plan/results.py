@@ -9,7 +9,15 @@ from rich.table import Table
 
 from megatron_taopd.monitoring.numbers import percent
 from megatron_taopd.plan.cluster import Cluster
-from megatron_taopd.plan.memory import GIB, Place, peak, phases, places, problems
+from megatron_taopd.plan.memory import (
+    GIB,
+    Place,
+    host_bytes,
+    peak,
+    phases,
+    places,
+    problems,
+)
 from megatron_taopd.plan.propose import Proposal
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.time import Phase, step_phases, step_seconds, step_throughput
@@ -57,6 +65,14 @@ class Plan:
             for line in problems(place, by_phase, self.usable)
         ]
 
+    def host(self) -> dict[str, int]:
+        """Count the bytes in the memory of a host, by item, of the rank that holds most there."""
+        return max((host_bytes(self.setup, place) for place in self.memory), key=_total)
+
+    def node_host(self) -> int:
+        """Bound the bytes in the memory of a node by those of that rank, times ranks of a node."""
+        return _total(self.host()) * min(self.setup.gpus_per_node, self.setup.gpus)
+
     def last_stage_extra(self) -> dict[str, int]:
         """Count the bytes that the last pipeline stage holds and the others do not, by item."""
         last = max(self.memory, key=lambda place: place.stage)
@@ -64,6 +80,10 @@ class Plan:
         by_phase = self.memory[last].values()
         sizes = {item: max(phase.get(item, 0) for phase in by_phase) for item in items}
         return {item: size for item, size in sizes.items() if size}
+
+
+def _total(items: dict[str, int]) -> int:
+    return sum(items.values())
 
 
 def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
@@ -85,6 +105,7 @@ def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
             for place, by_phase in plan.memory.items()
         ],
         "last_stage_extra": plan.last_stage_extra(),
+        "host": {"rank": plan.host(), "node_bytes": plan.node_host()},
         "seconds": {name: vars(phase) for name, phase in plan.time.items()},
         "step_seconds": plan.seconds,
         "throughput": plan.throughput,
