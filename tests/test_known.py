@@ -30,7 +30,8 @@ from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import parameters
 from megatron_taopd.formats.megatron import MegatronCheckpoint, find_keys
-from megatron_taopd.plan.setup import Setup, _servers
+from megatron_taopd.monitoring.throughput import Devices, devices_apart
+from megatron_taopd.plan.setup import Setup
 from megatron_taopd.preflight import examine, network
 from megatron_taopd.serving import health
 from megatron_taopd.serving.replica import Limits
@@ -408,8 +409,9 @@ def test_a_sample_of_wrong_inputs_is_told_in_one_line(tmp_path):
 
 def test_the_plan_counts_devices_of_servers_that_no_rank_has():
     def devices(train, per_node, **servers):
-        found = _servers(ServersSection(**servers), min(train, per_node))
-        return Setup.devices.fget(SimpleNamespace(gpus=train, rollout=found, teacher_servers=None))
+        section = ServersSection(**servers)
+        used = Devices(train, train, train, devices_apart(section, min(train, per_node)))
+        return Setup.devices.fget(SimpleNamespace(gpus=train, used=used))
 
     urls = tuple(f"http://node{n}:1" for n in range(24))
     assert devices(40, 8, urls=urls) == "40 train + 24 serve = 64"

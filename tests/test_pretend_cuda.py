@@ -386,7 +386,7 @@ def check_waits(waits, steps: int, updates: int, pipelined: bool) -> None:
     """
     micro_batches = waits[MICRO_BATCHES]
     assert micro_batches > steps
-    once = 1  # the absent ids among a shard's columns
+    once = 2  # the absent ids among a shard's columns, of the run and of its resumption
     of_shapes = 2 * micro_batches if pipelined else 0
     allowed = {"layer": 0, "micro-batches": of_shapes + updates + once}
     allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -156,7 +156,12 @@ def facts(step: Step, arm: Arm) -> dict:
     # Without the reduction over data-parallel ranks: there is one, and gloo's would still copy all
     # gradients for it.
     config = models.student.config
-    with mock.patch.object(config, "finalize_model_grads_func", lambda *_, **__: None):
+    with ExitStack() as patches:
+        for what, name in [
+            (config, "finalize_model_grads_func"),
+            *((group, "start_grad_sync") for group in models.student.model.bucket_groups),
+        ]:
+            patches.enter_context(mock.patch.object(what, name, lambda *_, **__: None))
         memory = metered(partial(step.train, mask, arm.schedule, arm.recompute))["temporaries"]
     say(f"{arm}, recompute {arm.recompute}: {memory / 1e6:,.0f} MB")
     return {

@@ -34,7 +34,7 @@ def on_meta_device() -> None:
         return create(ranks, **{**options, "backend": "fake"})
 
     dist.new_group = dist.distributed_c10d.new_group = new_group
-    torch.cuda.current_device = lambda: torch.device("meta")
+    platform.device = torch.cuda.current_device = lambda: torch.device("meta")
     plain = torch.Tensor.type
 
     def as_cuda(tensor, *args, **kwargs):
