@@ -8,7 +8,7 @@ from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.config.values import check_layouts, check_sections
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
-from megatron_taopd.monitoring.throughput import Devices, devices_apart, devices_of
+from megatron_taopd.monitoring.throughput import Devices, devices_of
 from megatron_taopd.plan.shapes import Architecture, Grid
 from megatron_taopd.preflight import rules
 
@@ -19,7 +19,6 @@ class Servers:
 
     Attributes:
         gpus: of the first node, that the run's own servers run on.
-        apart: how many devices no rank shares with the servers.
         mem_fraction: of the memory of these.
     """
 
@@ -28,7 +27,6 @@ class Servers:
     concurrency: int
     gpus: tuple[int, ...]
     mem_fraction: float
-    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,6 @@ class Setup:
             min(trained_share, 1 - config.selection.concentrate),
         )
         longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-        ranks = min(gpus, gpus_per_node)  # of the first node, from its first device on
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
@@ -185,15 +182,15 @@ class Setup:
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
             batch_size=rollout.batch_size,
-            rollout=_servers(rollout.servers, ranks) if rollout.engine == "sglang" else None,
-            teacher_servers=_servers(teacher.servers, ranks) if served else None,
+            rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
+            teacher_servers=_servers(teacher.servers) if served else None,
             sync_way=rollout.sync.transport,
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
             ahead=rollout.ahead,
             stream=rollout.stream and rollout.engine == "sglang",
             checkpoint_every=config.checkpoint.every,
-            used=Devices.of(config, gpus, ranks),
+            used=Devices.of(config, gpus, min(gpus, gpus_per_node)),
         )
 
 
@@ -225,19 +222,16 @@ def _length(key: str, given: int | None, longest: int) -> int:
     return given
 
 
-def _servers(section, ranks: int) -> Servers:
+def _servers(section) -> Servers:
     if section.urls:
         count = len(section.urls)
-        return Servers(
-            count, section.tp, section.concurrency, (), 0.0, devices_apart(section, ranks)
-        )
+        return Servers(count, section.tp, section.concurrency, (), 0.0)
     return Servers(
         section.replicas,
         section.tp,
         section.concurrency,
         devices_of(section),
         section.mem_fraction or SGLANG_MEM_FRACTION,
-        devices_apart(section, ranks),
     )
 
 
