@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from support.patience import run
 
+from megatron_taopd.cli import evaluate as cli_evaluate
 from megatron_taopd.evaluation import benchmarks, tables
 from megatron_taopd.evaluation.benchmarks import PAPER, Missing, Scores
 
@@ -80,14 +81,28 @@ def test_rows_that_cannot_be_read_are_missing_and_why(tmp_path):
         benchmarks.prepare("aime25", tmp_path, tmp_path / "out", None)
 
 
-@pytest.mark.parametrize("ends", [(), (9, 1)])
-def test_a_server_is_told_where_answers_end(tmp_path, ends):
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [
+        ([], {}),
+        (["--stop-token-ids", "9", "1"], {"stop_token_ids": [9, 1]}),
+        (
+            ["--template-kwargs", "{enable_thinking: false}"],
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ),
+    ],
+)
+def test_a_server_is_told_where_answers_end_and_how_prompts_are_rendered(tmp_path, options, extra):
     (tmp_path / "test.jsonl").write_text("{}\n")
-    endpoint = benchmarks.Endpoint("http://127.0.0.1:1", "m", 16, 0.6, 0.95, 1, ends=ends)
-    with pytest.raises(Missing, match="EvalScope failed"):
+    command = ["--url", "http://127.0.0.1:1", "--model", "m", "--data", "d", "--out", "o"]
+    asked = cli_evaluate.parse([*command, "--max-tokens", "16", *options])
+    with (
+        cli_evaluate.serve(None, asked, tmp_path, tmp_path) as endpoint,
+        pytest.raises(Missing, match="EvalScope failed"),
+    ):
         benchmarks.score("aime24", tmp_path, 1, endpoint, 0, tmp_path / "out", "/bin/false")
     task = json.loads((tmp_path / "out" / "task.json").read_text())
-    extra = {"extra_body": {"stop_token_ids": [9, 1]}} if ends else {}
+    extra = {"extra_body": extra} if extra else {}
     asked = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 16, "seed": 0}
     assert task["generation_config"] == asked | extra
 

@@ -69,6 +69,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--stop-token-ids", nargs="+", type=int, default=[],
         help="that end an answer, beside those of the checkpoint, as rollout.stop_token_ids",
     )  # fmt: skip
+    common.add_template_kwargs(parser)
     parser.add_argument("--concurrency", type=int, default=64, help="requests at a time")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of the server")
     parser.add_argument("--dtype", default="auto", help="of the server")
@@ -183,11 +184,13 @@ def serve(
         arguments.top_p,
         arguments.concurrency,
     )
+    template_kwargs = arguments.template_kwargs or {}
     if checkpoint is None:
         key = arguments.api_key_env and os.environ[arguments.api_key_env]
         url = arguments.url.rstrip("/").removesuffix("/v1")
         model = arguments.model or first_model(url, key)
-        yield Endpoint(url, model, *generation, key, ends=tuple(arguments.stop_token_ids))
+        ends = tuple(arguments.stop_token_ids)
+        yield Endpoint(url, model, *generation, key, None, ends, template_kwargs)
         return
     sums = {f.name: sum_of(f) for f in sorted(checkpoint.iterdir()) if f.is_file()}
     hf_dir = checkpoint
@@ -207,7 +210,7 @@ def serve(
     with ExitStack() as stack:
         with progress.phase(f"starting {server.url}", seconds=server.start_timeout):
             stack.enter_context(server)
-        yield Endpoint(server.url, str(hf_dir), *generation, sums=sums, ends=ends)
+        yield Endpoint(server.url, str(hf_dir), *generation, None, sums, ends, template_kwargs)
 
 
 def first_model(url: str, key: str | None) -> str:

@@ -98,6 +98,7 @@ class Endpoint:
     api_key: str | None = None
     sums: dict[str, Any] | None = None  # of the files it serves, if they are known
     ends: tuple[int, ...] = ()  # ids at which an answer ends, beside those that the server knows
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # of the server's chat template
 
 
 @dataclass
@@ -187,8 +188,12 @@ def score(
         "max_tokens": endpoint.max_tokens,
         "seed": seed,
     }
-    if endpoint.ends:
-        generation["extra_body"] = {"stop_token_ids": list(endpoint.ends)}
+    extra = {
+        "stop_token_ids": list(endpoint.ends),
+        "chat_template_kwargs": endpoint.template_kwargs,
+    }
+    if extra := {key: value for key, value in extra.items() if value}:
+        generation["extra_body"] = extra
     split = data / f"{PAPER[name].split}.jsonl"
     asked = {"generation": generation, "rows": sum_of(split), "model": endpoint.sums}
     asked, record = json.dumps(asked), out / "asked.json"
