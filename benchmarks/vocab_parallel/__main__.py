@@ -23,6 +23,7 @@ from rich.console import Console
 from benchmarks.vocab_parallel.measure import measure
 from benchmarks.vocab_parallel.problem import BLOCKS, Setup
 from benchmarks.vocab_parallel.results import tables, targets_table
+from benchmarks.vocab_parallel.roofline import Problem, rooflines
 
 
 def main() -> None:
@@ -47,6 +48,11 @@ def main() -> None:
     parser.add_argument("--memory-limit", type=float, help="GB; default 70 %% of what is free")
     parser.add_argument("--only", nargs="+", choices=["scores", "loss"], default=["scores", "loss"])
     parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument(
+        "--roofline", action="store_true",
+        help="measure nothing: what an H100 allows by bytes and operations, and the kernels as "
+        "compiled for it, which takes a minute and no GPU",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if len(arguments.hidden) != len(arguments.teacher_hidden):
         parser.error(
@@ -59,14 +65,15 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
 
+    if arguments.roofline:
+        print_rooflines(arguments)
+        return
+
     torch.multiprocessing.set_forkserver_preload(["torch", "megatron_taopd.parallel.vocab"])
     # For the ranks, which start afresh: no chatter of the profiler or of TRL in the tables.
     os.environ.update(KINETO_LOG_LEVEL="99", TRL_EXPERIMENTAL_SILENCE="1")
     pairs = zip(arguments.hidden, arguments.teacher_hidden, strict=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 130
-    measured = []
+    console, measured = open_console(130), []
     for (hidden, teacher_hidden), rows, tp in product(pairs, arguments.rows, arguments.tp):
         setup = Setup.of(arguments, hidden, teacher_hidden, rows, tp)
         console.print(str(setup), highlight=False)
@@ -75,6 +82,25 @@ def main() -> None:
         if arguments.json:
             arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
     console.print(targets_table(measured))
+
+
+def open_console(width: int) -> Console:
+    """Open the terminal; what is none gets room for the tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
+def print_rooflines(arguments: argparse.Namespace) -> None:
+    """Print the kernels as compiled, and what the passes of each pair of widths could take."""
+    # Has Triton's compiler, which nothing else here needs.
+    from benchmarks.vocab_parallel.ahead_of_time import compile_all
+
+    compiled, console = compile_all(), open_console(190)
+    pairs = zip(arguments.hidden, arguments.teacher_hidden, strict=True)
+    for (hidden, teacher_hidden), rows in product(pairs, arguments.rows):
+        console.print(*rooflines(Problem(rows, arguments.vocab, hidden, teacher_hidden), compiled))
 
 
 if __name__ == "__main__":
