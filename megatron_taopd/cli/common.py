@@ -134,7 +134,7 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is rank 0, which alone prints and writes."""
+    """Tell whether this is rank 0, which alone prints and writes."""
     return int(os.environ.get("RANK", 0)) == 0
 
 

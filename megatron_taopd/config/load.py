@@ -140,7 +140,7 @@ def with_new_names(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _retries(key: str, attempts: Any) -> Any:
-    """The retries after a first attempt; an open value stays one."""
+    """Return the retries after a first attempt; an open value stays one."""
     if attempts == MISSING:
         return attempts
     if isinstance(attempts, int) and not isinstance(attempts, bool) and attempts >= 1:
@@ -161,12 +161,12 @@ def _under_new_names(given: Any, tell: bool) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as a YAML file that `load` reads back."""
+    """Return the configuration as a YAML file that `load` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def to_tree(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain dicts and lists."""
+    """Return the configuration as nested plain dicts and lists."""
     tree: Any = OmegaConf.to_container(OmegaConf.structured(config))
     return tree
 
@@ -262,7 +262,7 @@ def _takes_mapping(hint: Any) -> bool:
 
 
 def _is_open(value: Any) -> bool:
-    """Whether what a value is will be seen later: null, or a reference to another one."""
+    """Tell whether what a value is will be seen later: null, or a reference to another one."""
     return value is None or (isinstance(value, str) and (value == MISSING or "${" in value))
 
 

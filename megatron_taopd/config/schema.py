@@ -43,7 +43,7 @@ class Bounds:
     one_of: tuple[float, ...] = ()
 
     def hold(self, value: float) -> bool:
-        """Whether a number is allowed."""
+        """Tell whether a number is allowed."""
         if self.or_zero and value == 0:
             return True
         if self.one_of:
@@ -82,7 +82,7 @@ PORT = Bounds(at_least=1, at_most=65535)
 
 
 def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
-    """A key of a section.
+    """Declare a key of a section.
 
     Args:
         default: MISSING where the user has to give a value.
@@ -545,7 +545,7 @@ class Config:
 
 
 def leaf_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type, str]]:
-    """Every key that has a value: its dotted name, its section's class and its name there."""
+    """List every key that has a value: its dotted name, its section's class and its name there."""
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint) and isinstance(hint, type):
             yield from leaf_keys(hint, f"{prefix}{name}.")

@@ -45,7 +45,7 @@ ROUNDING = 1e-4  # below zero, that a divergence may come out
 def answer(
     engine: RolloutEngine, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]
 ) -> RolloutBatch:
-    """A few greedy tokens."""
+    """Generate a few greedy tokens."""
     width = min(NEW_TOKENS, max_new_tokens)
     sampling = Sampling(width, temperature=0, stop_token_ids=tuple(stop_ids))
     return engine.generate([prompt], [0], 0, sampling)
@@ -58,7 +58,7 @@ def check_engine(
     chunk_rows: int,
     engine: str,
 ) -> list[Finding]:
-    """What the engine says of its tokens beside what the trainer says of them."""
+    """Compare what the engine says of its tokens with what the trainer says of them."""
     (tokens,) = (batch.sequence(i) for i in range(batch.num_sequences))
     trainer = sequence_log_probs(student, [tokens.tolist()], micro_batch_tokens, chunk_rows)
     gap = (trainer[-batch.num_rows :] - batch.log_probs).abs()
@@ -109,7 +109,7 @@ def weight_bytes(hf_dir: str | Path, dtype: torch.dtype) -> int:
 
 
 def available_bytes(local_ranks: int) -> int:
-    """Memory that each rank may take, the least of all ranks.
+    """Return the memory that each rank may take, the least of all ranks.
 
     Collective: an all-gather of some bytes.
     """
@@ -209,7 +209,7 @@ def _compare(config: Config) -> Iterator[Finding]:
 
 
 def _engine(config: Config, vocabulary: Vocabulary):
-    """The run's engine; its log-probabilities are over all tokens, as the trainer's are."""
+    """Open the run's engine; its log-probabilities are over all tokens, as the trainer's are."""
     dtype = DTYPES[config.train.precision]
     if config.rollout.engine == "local":
         return LocalEngine.from_hf(

@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 
 def fewest_ranks(config: Config) -> int:
-    """That take the layouts of both models."""
+    """Return how many ranks the layouts of both models take at least."""
     student, teacher = config.student.parallel, config.teacher.parallel
     return math.lcm(student.tp * student.pp, teacher.tp * teacher.pp * teacher.ep)
 
 
 def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list[Finding]]]:
-    """Everything, a group of checks at a time; the same on every rank.
+    """Examine everything, a group of checks at a time; the same on every rank.
 
     Alone, or under torchrun, which every rank then calls. Nothing is left in run.dir.
 
@@ -155,7 +155,7 @@ def _failed(findings: Sequence[Finding]) -> bool:
 
 
 def _are_there(config: Config) -> bool:
-    """Whether the files are there that the checks read."""
+    """Tell whether the files are there that the checks read."""
     try:
         check_files(config)
     except ValueError:
@@ -264,7 +264,7 @@ def _check_resume(config: Config) -> Iterator[Finding]:
 
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:
-    """Ids that end responses, and the prompts, which are tokenised here, for the cache."""
+    """Check the ids that end responses, and the prompts, which this tokenises for the cache."""
     student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
     reading = {"data.prompts": lambda: training_prompts(config, student, teacher)}

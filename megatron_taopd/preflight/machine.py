@@ -112,7 +112,7 @@ def check_versions(sglang: bool) -> Iterator[Finding]:
 
 
 def _check_sglang() -> Iterator[Finding]:
-    """What SGLang asks for itself. Without CUDA most of it has no build and is not needed."""
+    """Check what SGLang asks for itself. Without CUDA most of it has no build and is not needed."""
     cuda = torch.cuda.is_available()
     others = [
         f"{requirement.name} {version or 'missing'} ({requirement.specifier or 'any'})"
@@ -127,7 +127,7 @@ def _check_sglang() -> Iterator[Finding]:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """CUDA, and the libraries with kernels that are used where they are."""
+    """Check CUDA, and the libraries with kernels that are used where they are."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
             yield ok("no CUDA: torch is a CPU build, ranks run on the CPU over gloo")
@@ -215,7 +215,7 @@ def check_devices(local_ranks: int) -> Iterator[Finding]:
 
 
 def check_gpus(found: list[dict[str, str]]) -> Iterator[Finding]:
-    """Rows of `gpus`: whose memory is taken, and which has lost bits."""
+    """Check the rows of `gpus`: whose memory is taken, and which has lost bits."""
     for gpu in found:
         # MiB; where nvidia-smi does not know, it says so in words.
         numbers = [int(n) for n in (gpu["memory.total"], gpu["memory.used"]) if n.isdecimal()]

@@ -10,7 +10,7 @@ from megatron_taopd.preflight.findings import Finding, ok, warning
 
 
 def check_memory(setup: Setup, memory_gib: float, reserve_gib: float) -> Iterator[Finding]:
-    """One warning for each phase and kind of rank that does not fit.
+    """Yield one warning for each phase and kind of rank that does not fit.
 
     Args:
         memory_gib: of a device.

@@ -65,7 +65,7 @@ def check_rendezvous() -> Iterator[Finding]:
 
 
 def check_own_servers(key: str, host: str) -> Iterator[Finding]:
-    """A port for an SGLang server of the run's own, on an address that is this host's."""
+    """Check a port for an SGLang server of the run's own, on an address that is this host's."""
     try:
         port = free_port(host)
     except StopIteration:
@@ -206,7 +206,7 @@ class Rank:
 
 
 def check_ranks(host: str) -> list[Finding]:
-    """Every rank answers, with the same versions, time and speed; how fast they talk.
+    """Check that every rank answers, with the same versions, time and speed; how fast they talk.
 
     Every rank calls this and gets the same.
 
@@ -224,7 +224,7 @@ def check_ranks(host: str) -> list[Finding]:
 
 
 def compared(ranks: Sequence[Rank]) -> Iterator[Finding]:
-    """What differs between ranks that should be alike."""
+    """Yield what differs between ranks that should be alike."""
     hosts = dict.fromkeys(rank.host for rank in ranks)
     yield ok(f"{len(ranks)} ranks on {len(hosts)} hosts answer: {', '.join(hosts)}")
     first = ranks[0]
@@ -274,7 +274,7 @@ def _speed() -> float:
 
 
 def _check_links(host: str, hosts: Sequence[str]) -> Iterator[Finding]:
-    """Latency and bandwidth of an all-reduce: inside each host, and over all ranks."""
+    """Measure latency and bandwidth of an all-reduce: inside each host, and over all ranks."""
     groups = {}
     if len(set(hosts)) > 1:
         for name in dict.fromkeys(hosts):  # every rank makes every group
@@ -294,7 +294,7 @@ def _check_links(host: str, hosts: Sequence[str]) -> Iterator[Finding]:
 
 
 def _time_all_reduce(group) -> tuple[float, float]:
-    """(seconds of a small one, bytes per second of a large one)."""
+    """Return (seconds of a small one, bytes per second of a large one)."""
     figures = []
     for count in (1, 1 << (26 if torch.cuda.is_available() else 21)):
         values = torch.zeros(count, device=platform.device())

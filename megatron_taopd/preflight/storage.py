@@ -27,13 +27,13 @@ SETTLE_S = 5.0  # that a shared file system may take to show a new file elsewher
 
 
 def standing(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that is there."""
+    """Return the path itself, or the nearest directory above it that is there."""
     return next(p for p in (path, *path.parents) if p.exists())
 
 
 @contextmanager
 def written_file(directory: Path) -> Iterator[Path]:
-    """A small file there, flushed to the disk and renamed; directories are made as a run would.
+    """Write a small file there, flush and rename it; directories are made as a run would.
 
     Nothing is left that was not there before.
 
@@ -111,7 +111,7 @@ def _unwritable(key: str, directory: Path, problem: OSError) -> Finding:
 def check_space(
     directory: Path, parameters: int, itemsize: int, keep: int, export: bool, sync_copy: bool
 ) -> Iterator[Finding]:
-    """Room for what a run leaves there.
+    """Check that there is room for what a run leaves there.
 
     Args:
         parameters, itemsize: of the student; the bytes of one weight.
@@ -145,7 +145,7 @@ def check_space(
 
 
 def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Where NCCL's and SGLang's processes of one host meet."""
+    """Check where NCCL's and SGLang's processes of one host meet."""
     if not path.is_dir():
         yield warning(f"{path}: not there", "mount a tmpfs; NCCL and SGLang share memory there")
         return
@@ -165,7 +165,7 @@ def check_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 def check_resume(
     directory: Path, steps: int, config: Mapping[str, Any], missing: Sequence[str] = ()
 ) -> Iterator[Finding]:
-    """Where a run with this directory and configuration (as a tree) would go on, if it can.
+    """Say where a run with this directory and configuration (as a tree) would go on, if it can.
 
     Args:
         missing: what is not written of a run whose steps are done (`checkpoints.end.missing`).
@@ -212,7 +212,7 @@ def check_resume(
 
 
 def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
-    """`section.key before → now` of every value that differs, but for run.dir."""
+    """List `section.key before → now` of every value that differs, but for run.dir."""
     changed = []
     for name in dict.fromkeys([*before, *now]):
         key, old, new = f"{prefix}{name}", before.get(name), now.get(name)

@@ -17,7 +17,10 @@ SHOWN = 240  # characters of the example
 
 
 def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Finding]:
-    """How ids are paired, and which of them end a turn. `student` ends at the run's stop ids, too.
+    """Check how ids are paired, and which of them end a turn.
+
+    Args:
+        student: ends at the run's stop ids, too.
 
     Raises:
         ValueError: the pair cannot be mapped.
@@ -57,8 +60,9 @@ def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Fin
 def check_taught_end(
     student: Vocabulary, teacher: Vocabulary, vocab_map: VocabMap
 ) -> Iterator[Finding]:
-    """Whether a response of the student ends where the teacher teaches it to, which a base model's
-    do not.
+    """Check whether a response of the student ends where the teacher teaches it to.
+
+    Those of a base model do not.
     """
     if (end_of_turn := teacher.after_an_answer()) is None:
         return
@@ -73,7 +77,7 @@ def check_taught_end(
 
 
 def check_ends(model: str, vocabulary: Vocabulary, remedy_key: str) -> Iterator[Finding]:
-    """What ends a response beside what the chat template and the tokenizer say does."""
+    """Compare what ends a response with what the chat template and the tokenizer say does."""
     key, tokenizer = f"{model}.path", vocabulary.tokenizer
     if not vocabulary.eos_token_ids:
         yield error(
@@ -109,7 +113,7 @@ def check_prompts(
     teacher: Vocabulary,
     max_tokens: int,
 ) -> Iterator[Finding]:
-    """Lengths, doubles, special tokens, and the first one as the student reads it.
+    """Check lengths, doubles, special tokens, and the first one as the student reads it.
 
     Args:
         key: of the file.
@@ -165,7 +169,7 @@ def check_prompts(
 
 
 def check_held_out(prompts: Prompts, held_out: Prompts) -> Iterator[Finding]:
-    """Prompts that are trained on, too."""
+    """Find held-out prompts that are trained on, too."""
     if both := len(set(held_out.texts) & set(prompts.texts)):
         yield warning(
             f"eval.prompts: {both} of {len(held_out)} are in data.prompts, too",

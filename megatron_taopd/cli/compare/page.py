@@ -66,7 +66,7 @@ def render(
 
 
 def any_points(chart: charts.Chart) -> bool:
-    """Whether there is something to draw."""
+    """Tell whether there is something to draw."""
     return any(line.points for line in chart.lines)
 
 
