@@ -156,6 +156,7 @@ def run_tool(*arguments):
     return run([sys.executable, TOOL, *arguments], seconds=1200)
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_before_a_server_starts(tmp_path):
     common = ["--data", tmp_path, "--out", tmp_path / "out"]
     for arguments, line in {

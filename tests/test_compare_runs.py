@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support.patience import patience
 
+pytestmark = pytest.mark.slow  # processes and a browser
 TOOL = Path(__file__).parents[1] / "tools" / "compare_runs.py"
 
 

@@ -17,6 +17,7 @@ from megatron_taopd.diagnostics.gains import read_gains, shape_variables
 from megatron_taopd.diagnostics.page import pivot, read_views
 from megatron_taopd.diagnostics.write import FIGURES, write_analysis
 
+pytestmark = pytest.mark.slow  # figures
 NASTY = ["Let", " x", " <", "b>", "&", " \n", "</script>", '"', " é", "'"]
 
 

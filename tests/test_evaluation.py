@@ -420,6 +420,7 @@ def test_what_is_stated_is_judged_and_nothing_else(response, gold, correct):
     assert is_correct(response, gold) is correct
 
 
+@pytest.mark.slow
 def test_degenerate_responses_take_no_time():
     """A model that repeats itself to its limit; anything quadratic in it would never end here."""
     for unit in (
@@ -481,6 +482,7 @@ def test_math_equivalence_goes_beyond_spelling_and_no_further():
 
 
 @needs_math_verify
+@pytest.mark.slow
 def test_an_answer_that_takes_for_ever_is_wrong_and_holds_up_no_other():
     responses = [r"\boxed{9^{9^{9^9}}}", r"\boxed{\sqrt{4}}", r"\boxed{9^{9^{9^9}}}"]
     assert grade_as_mathematics(responses, [r"\pi", r"2", r"\pi"]) == [False, True, False]

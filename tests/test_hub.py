@@ -57,6 +57,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_a_plan_needs_the_description_and_a_run_the_weights_once(tmp_path):
     """In another process, since the hub's library reads HF_ENDPOINT when it is imported."""
     names = ["some/student", f"some/student@{COMMIT}", "some/studnet", "some/empty"]

@@ -22,7 +22,10 @@ with mock.patch.dict(os.environ, INTERPRETED):  # Triton looks at each definitio
     from megatron_taopd.parallel.vocab import kernels
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # −inf − −inf
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # −inf − −inf
+    pytest.mark.slow,  # where it is interpreted
+]
 
 
 @pytest.fixture(autouse=True)

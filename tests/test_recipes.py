@@ -107,6 +107,7 @@ def test_the_page_fetches_what_the_recipes_name(places, monkeypatch):
 
 @pytest.mark.skipif("TAOPD_DATA" not in os.environ, reason="TAOPD_DATA is not set")
 @pytest.mark.parametrize("path", [p for p in RECIPES if "r1_" not in p.stem], ids=lambda p: p.stem)
+@pytest.mark.slow
 def test_can_start(path, places):
     """All that `config.check` looks at, with the family's real tokenizer."""
     tokenizer = Path(os.environ["TAOPD_DATA"]) / "tokenizers" / "qwen"
