@@ -122,7 +122,10 @@ def measure(scratch: Path, arguments) -> dict[str, float]:
 
 
 def gathered(student) -> dict:
-    """Make the state as Megatron's `fully_reshardable` does: all of it on every rank."""
+    """Make the state as Megatron's `fully_reshardable` does: all of it on every rank.
+
+    Data-parallel rank 0 writes it. Checkpoints had this form before.
+    """
     from megatron_taopd.models import weights
 
     form = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -11,6 +11,7 @@ from support.ranks import run_ranks
 from support.step import OPTIMIZER, make_model
 from torch.distributed.checkpoint import FileSystemReader
 
+from benchmarks.checkpoint import gathered
 from megatron_taopd.formats.megatron import MegatronCheckpoint
 
 VOCABULARY = 4096
@@ -80,20 +81,6 @@ def same(ours, theirs):
     return weights and all(map(torch.equal, ours[1], theirs[1]))
 
 
-def megatrons_form(student):
-    """The state as checkpoints had it before: Megatron gathers it, data-parallel rank 0 writes."""
-    from megatron_taopd.models import weights
-
-    form = {"distrib_optim_sharding_type": "fully_reshardable"}
-    model = weights.sharded_weights(student.trunk)
-    return {
-        "model": model,
-        "optimizer": student.optimizer.sharded_state_dict(model, metadata=form),
-        "scheduler": student.scheduler.state_dict(),
-        "content_metadata": form,
-    }
-
-
 def save_and_resume(student_dir, directory, parallel, dtype, other, before=False):
     """What a save holds, what a resume reads, and whether both layouts have what was saved."""
     from megatron_taopd.checkpoints import saving
@@ -106,7 +93,7 @@ def save_and_resume(student_dir, directory, parallel, dtype, other, before=False
         main.numel() for group in distributed.optimizer.param_groups for main in group["params"]
     )
     checkpoints = saving.Checkpoints(directory, 1, True, print)
-    state, own_form = saving._state, megatrons_form if before else saving._state
+    state, own_form = saving._state, gathered if before else saving._state
     saving._state = own_form
     try:
         with peak_memory() as memory:

@@ -72,7 +72,6 @@ class Monitor:
         self._longest: dict[str, float] = defaultdict(float)  # span of each phase, in this step
         self._expected: dict[str, float] = {}  # likewise, in the step before
         self._stepped = False  # a whole step is done
-        self._closed = False
         self._noted: set[str] = set()
         self._writes = rank == 0
         if self._writes:
@@ -208,9 +207,8 @@ class Monitor:
 
     def close(self) -> None:
         """Write the report and close everything; a second time does no harm."""
-        if not self._writes or self._closed:
+        if not self._writes or not self._sinks:  # closed already
             return
-        self._closed = True
         self._progress.close()
         self.write_report()
         while self._sinks:
