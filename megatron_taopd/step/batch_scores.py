@@ -93,7 +93,7 @@ def _with_zero(sums: Tensor) -> Tensor:
 
 
 class BatchScores:
-    """The scores of a batch whose rows are dealt to ranks; each vector is normalised once.
+    """The scores of a batch whose rows are dealt to ranks; each vector is described once.
 
     Every rank of `held.group` uses the same properties in the same order: what is computed for the
     first time asks all of them (`teachability.describe`).
@@ -106,7 +106,7 @@ class BatchScores:
     def __init__(self, rows: TokenScores, held: HeldRows):
         self.rows, self.held = rows, held
         self.described: dict[str, Distribution] = {}
-        self._normal: dict[str, Tensor] = {}
+        self._learnable: Tensor | None = None
 
     @classmethod
     def whole(cls, scores: TokenScores, cu_rows: Tensor | None = None) -> BatchScores:
@@ -150,18 +150,16 @@ class BatchScores:
     @property
     def learnable(self) -> Tensor:
         """D^L = D̃·C̃ (Eq. 5, 12), [r] in [0, 1]."""
-        if "learnable" not in self._normal:
-            self._normal["learnable"] = self.d * self.c
-        return self._normal["learnable"]
+        if self._learnable is None:
+            self._learnable = self.d.mul_(self.c)
+        return self._learnable
 
     def _normalized(self, name: str, degenerate: float = 0.0) -> Tensor:
-        if name not in self._normal:
-            values = getattr(self.rows, name)
-            if self.held.num_rows:
-                [known] = self.describe(name)
-                values = known.normalized(values, degenerate)
-            self._normal[name] = values
-        return self._normal[name]
+        values = getattr(self.rows, name)
+        if not self.held.num_rows:
+            return values.clone()
+        [known] = self.describe(name)
+        return known.normalized(values, degenerate)
 
     def in_q3(self) -> Tensor:
         """Mark, [r] bool, TIP's quadrant: H below and D above the median of the batch."""

@@ -9,6 +9,7 @@ that it holds; what the ranks agree on are prices and thresholds.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -50,84 +51,134 @@ def cut_responses(priority: Tensor, held: HeldRows, keep: int, max_rows: int) ->
     return _Prefixes(priority, held, keep).cut(max_rows)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows among which the kept ones are looked for: all that are held, or those of most priority.
+
+    Attributes:
+        usable: [r] priorities, 0 where a row cannot be kept, and `fixed`, the same as multiples of
+            2^-40.
+        sequence, offset: [r] int64, where each row stands, ascending.
+        first: [n] int64, the first of these rows that is of each sequence or behind it.
+        total: the rows of all ranks.
+    """
+
+    usable: Tensor
+    fixed: Tensor
+    sequence: Tensor
+    offset: Tensor
+    first: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, usable: Tensor, sequence: Tensor, offset: Tensor, held: HeldRows) -> _Rows:
+        """Take some rows of what is held. Collective: an all-reduce of 8 bytes."""
+        numbers = torch.arange(len(held.sequences), device=usable.device)
+        first = torch.searchsorted(sequence, numbers)
+        total = torch.full((), len(usable), device=usable.device)
+        total = int(all_reduce(total, held.group))
+        return cls(usable, _fixed(usable), sequence, offset, first, total)
+
+    def inside(self, cuts: Tensor) -> Tensor:
+        """Mark, [r] bool, the rows of prefixes of these lengths [n]."""
+        return self.offset < cuts.index_select(0, self.sequence)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Lengths of prefixes, [n] int64 of this rank's responses, and how long all ranks' are."""
+
+    cuts: Tensor
+    total: int
+
+
 class _Prefixes:
     """Prefixes of the responses that a rank holds.
 
     Attributes:
-        usable: [r] priorities, 0 where a row cannot be kept, and `fixed` the same as multiples of
-            2^-40.
-        lengths: [n] int64, rows of each response, and `starts`, where they begin.
-        sequence, offset: [r] int32, where each row stands.
+        rows: all that are held.
+        near: those of the 2·keep highest priorities of all ranks. Mostly the rows that are kept,
+            and any that could lengthen a prefix, are among them.
+        lengths: [n] int64, rows of each response.
     """
 
     def __init__(self, priority: Tensor, held: HeldRows, keep: int):
         device = priority.device
         self.priority, self.held, self.keep = priority, held, keep
-        self.usable = priority.clamp(min=0)
-        self.fixed = _fixed(self.usable)
         self.lengths = to_device(held.counts, device)
-        self.ends = self.lengths.cumsum(0)
-        self.starts = self.ends - self.lengths
-        numbers = torch.arange(len(held.counts), dtype=torch.int32).repeat_interleave(held.counts)
-        self.sequence = to_device(numbers, device)
-        self.offset = torch.arange(len(priority), device=device) - self.starts[self.sequence]
+        numbers = torch.arange(len(held.counts)).repeat_interleave(held.counts)
+        sequence = to_device(numbers, device)
+        starts = self.lengths.cumsum(0) - self.lengths
+        offset = torch.arange(len(priority), device=device) - starts.index_select(0, sequence)
+        usable = priority.clamp(min=0)
+        self.rows = _Rows.of(usable, sequence, offset, held)
+        place = torch.tensor([[max(0, held.num_rows - 2 * keep)]])
+        high = usable >= order_statistics([usable], to_device(place, device), held.group)[0]
+        chosen = high.nonzero()[:, 0]
+        self.near = _Rows.of(usable[chosen], sequence[chosen], offset[chosen], held)
 
     def cut(self, max_rows: int) -> Tensor:
         """Return the priorities, −inf behind prefixes of at most max_rows rows together."""
-        group, device = self.held.group, self.priority.device
-        most = torch.zeros(1, dtype=torch.float64, device=device)
-        if len(self.usable):
-            most = self.usable.double().amax().view(1)
-        all_reduce(most, group, dist.ReduceOp.MAX)
-        low, high = torch.zeros_like(most), most + 1e-12
+        usable, group = self.rows.usable, self.held.group
+        most = torch.zeros(1, dtype=torch.float64, device=usable.device)
+        most = torch.cat([most, usable.double()]).amax().view(1)
+        low, high = 0.0, float(all_reduce(most, group, dist.ReduceOp.MAX)) + 1e-12
         longer, shorter = self.cuts_at(low), torch.zeros_like(self.lengths)
-        if int(self.total(longer)) > max_rows:
+        if longer.total > max_rows:
+            longer = longer.cuts
             for _ in range(_PRICE_STEPS):
                 price = (low + high) / 2
-                cuts = self.cuts_at(price)
-                fits = self.total(cuts) <= max_rows
-                low, high = price.where(~fits, low), price.where(fits, high)
-                longer, shorter = cuts.where(~fits, longer), cuts.where(fits, shorter)
+                found = self.cuts_at(price)
+                if found.total > max_rows:
+                    low, longer = price, found.cuts
+                else:
+                    high, shorter = price, found.cuts
         else:
-            longer, shorter = self.lengths, longer
+            longer, shorter = self.lengths, longer.cuts
         cuts = self.between(shorter, longer, max_rows)
-        return self.priority.masked_fill(~self.inside(cuts), -math.inf)
+        return self.priority.masked_fill(~self.rows.inside(cuts), -math.inf)
 
-    def total(self, cuts: Tensor) -> Tensor:
-        return all_reduce(cuts.sum(), self.held.group)
+    def cuts_at(self, price: float) -> _Cuts:
+        """Find where each sequence ends by itself at a price; the device is waited for each round.
 
-    def inside(self, cuts: Tensor) -> Tensor:
-        """Mark, [r] bool, the rows of prefixes of these lengths [n]."""
-        return self.offset < cuts[self.sequence]
-
-    def cuts_at(self, price: Tensor) -> Tensor:
-        """Return [n] int64: where each sequence ends by itself at a price [1]."""
-        cuts = self.lengths
+        Most rounds need no row but those near the threshold: it is found among them, and a prefix
+        ends at a row above it.
+        """
+        cuts, total = self.lengths, torch.full((), self.rows.total, device=self.lengths.device)
         for _ in range(_THRESHOLD_STEPS):
-            cuts = self.best_prefixes(self.lowest_kept(cuts), price)
-        return cuts
+            rows, threshold = self.near, self.lowest_kept(self.near, cuts)
+            known, inside = torch.stack([threshold[0].double(), total.double()]).tolist()
+            if known < 0:
+                rows, threshold = self.rows, torch.zeros_like(threshold)
+                if inside >= self.keep:  # else every row is kept
+                    threshold = self.lowest_kept(rows, cuts)
+            cuts = self.best_prefixes(rows, threshold, price)
+            total = all_reduce(cuts.sum(), self.held.group)
+        return _Cuts(cuts, int(total))
 
-    def lowest_kept(self, cuts: Tensor) -> Tensor:
-        """Return [1]: the lowest priority kept in prefixes; 0 where these are too few rows."""
-        values = self.usable.where(self.inside(cuts), -1.0)
-        place = torch.full((1, 1), self.held.num_rows - self.keep, device=values.device)
-        return order_statistics([values], place, self.held.group)[0].clamp(min=0)
+    def lowest_kept(self, rows: _Rows, cuts: Tensor) -> Tensor:
+        """Return [1]: the lowest priority kept in prefixes; −1: too few of the rows are there."""
+        values = rows.usable.masked_fill(~rows.inside(cuts), -1.0)
+        place = torch.full((1, 1), rows.total - self.keep, device=values.device)
+        return order_statistics([values], place, self.held.group)[0]
 
-    def best_prefixes(self, threshold: Tensor, price: Tensor) -> Tensor:
+    def best_prefixes(self, rows: _Rows, threshold: Tensor, price: float) -> Tensor:
         """Return [n] int64: the length of each sequence's shortest prefix with the largest sum.
 
         It is 0 where no sum is positive.
         """
-        values = (self.fixed - _fixed(threshold)).clamp_(min=0).sub_(_fixed(price))
+        values = (rows.fixed - _fixed(threshold)).clamp_(min=0)
         # Of one cumulative sum, which may overflow: differences of integers are right all the same.
         sums = values.cumsum(0)
-        before = (sums - values)[self.starts]
-        sums -= before[self.sequence]
-        best = torch.full_like(self.lengths, 0)
-        best.scatter_reduce_(0, self.sequence.long(), sums, "amax")
-        at_best = self.offset.where(sums >= best[self.sequence], len(sums))
-        first = self.lengths.scatter_reduce(0, self.sequence.long(), at_best, "amin")
-        return (first + 1).where(best > 0, 0)
+        before = torch.nn.functional.pad(sums, (1, 0)).index_select(0, rows.first)
+        sums -= before.index_select(0, rows.sequence)
+        sums -= round(price * _ONE) * (rows.offset + 1)
+        best = torch.zeros_like(self.lengths)
+        best.scatter_reduce_(0, rows.sequence, sums, "amax")
+        worse = sums < best.index_select(0, rows.sequence)
+        ends = (rows.offset + 1).masked_fill_(worse, self.held.num_rows)
+        ends = self.lengths.scatter_reduce(0, rows.sequence, ends, "amin")
+        return ends.masked_fill(best == 0, 0)
 
     def between(self, shorter: Tensor, longer: Tensor, max_rows: int) -> Tensor:
         """Lengthen the shorter cuts up to max_rows, first where a row more brings most.
@@ -136,8 +187,8 @@ class _Prefixes:
         jump.
         """
         longer = torch.maximum(shorter, longer)
-        sums = torch.nn.functional.pad(self.fixed.cumsum(0), (1, 0))
-        brought = sums[self.starts + longer] - sums[self.starts + shorter]
+        sums = torch.nn.functional.pad(self.rows.fixed.cumsum(0), (1, 0))
+        brought = sums[self.rows.first + longer] - sums[self.rows.first + shorter]
         table = shorter.new_zeros(3, len(self.held.cu_rows) - 1)
         own = to_device(self.held.sequences, table.device)
         table[:, own] = torch.stack([shorter, longer - shorter, brought])
