@@ -257,7 +257,7 @@ def look(choice: Choice) -> Look:
             lowest,
         ]
     ).tolist()
-    nans, quantiles, sums_of, (best_mass, threshold) = _cut(numbers, len(NAMES), 12, len(sums))
+    nans, quantiles, summed, [best_mass, threshold] = _cut(numbers, len(NAMES), 12, len(sums))
     refuse_nan(((name, int(n)) for name, n in zip(NAMES, nans, strict=True)), held.num_rows)
     metrics = {
         f"scores/{name}_{quantile}": value
@@ -265,21 +265,22 @@ def look(choice: Choice) -> Look:
             product(NAMES, ("q05", "q50", "q95")), quantiles, strict=True
         )
     }
-    *of_kept, total, mass, above, better, overlaps = sums_of
-    rows, num_kept = held.num_rows, int(counts.sum())
+    *of_kept, all_mass, kept_mass, better_mass, num_better, overlaps = summed
+    num_rows, num_kept = held.num_rows, int(counts.sum())
     if overlap is not None:
-        metrics["selection/topk_overlap"] = overlaps / rows
-    metrics["selection/kept_share"] = num_kept / rows
-    if total > 0:
-        metrics["selection/mass_retained"] = mass / total
+        metrics["selection/topk_overlap"] = overlaps / num_rows
+    metrics["selection/kept_share"] = num_kept / num_rows
+    if all_mass > 0:
+        metrics["selection/mass_retained"] = kept_mass / all_mass
     if num_kept:
         metrics |= {
             f"selection/kept_{name}": value / num_kept
             for name, value in zip(NAMES, of_kept, strict=True)
         }
-        if total > 0:
-            metrics["selection/mass_of_best"] = mass / (above + (num_kept - better) * best_mass)
-        metrics["selection/trained_share"] = int(last.sum()) / rows
+        if all_mass > 0:
+            most = better_mass + (num_kept - num_better) * best_mass
+            metrics["selection/mass_of_best"] = kept_mass / most
+        metrics["selection/trained_share"] = int(last.sum()) / num_rows
         relative = (places + 0.5 * counts) / held.cu_rows.diff()
         metrics["selection/relative_position"] = float(relative[counts > 0].sum()) / num_kept
         if choice.selector not in ("full", "random"):

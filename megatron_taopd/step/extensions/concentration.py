@@ -75,21 +75,12 @@ class _Rows:
         """Take some rows of what is held. Collective: an all-reduce of 8 bytes."""
         numbers = torch.arange(len(held.sequences), device=usable.device)
         first = torch.searchsorted(sequence, numbers)
-        total = torch.full((), len(usable), device=usable.device)
-        total = int(all_reduce(total, held.group))
-        return cls(usable, _fixed(usable), sequence, offset, first, total)
+        total = all_reduce(torch.full((), len(usable), device=usable.device), held.group)
+        return cls(usable, _fixed(usable), sequence, offset, first, int(total))
 
     def inside(self, cuts: Tensor) -> Tensor:
         """Mark, [r] bool, the rows of prefixes of these lengths [n]."""
         return self.offset < cuts.index_select(0, self.sequence)
-
-
-@dataclass(frozen=True)
-class _Cuts:
-    """Lengths of prefixes, [n] int64 of this rank's responses, and how long all ranks' are."""
-
-    cuts: Tensor
-    total: int
 
 
 class _Prefixes:
@@ -123,25 +114,24 @@ class _Prefixes:
         most = torch.zeros(1, dtype=torch.float64, device=usable.device)
         most = torch.cat([most, usable.double()]).amax().view(1)
         low, high = 0.0, float(all_reduce(most, group, dist.ReduceOp.MAX)) + 1e-12
-        longer, shorter = self.cuts_at(low), torch.zeros_like(self.lengths)
-        if longer.total > max_rows:
-            longer = longer.cuts
+        (longer, total), shorter = self.cuts_at(low), torch.zeros_like(self.lengths)
+        if total <= max_rows:
+            longer, shorter = self.lengths, longer
+        else:
             for _ in range(_PRICE_STEPS):
                 price = (low + high) / 2
-                found = self.cuts_at(price)
-                if found.total > max_rows:
-                    low, longer = price, found.cuts
+                cuts, total = self.cuts_at(price)
+                if total > max_rows:
+                    low, longer = price, cuts
                 else:
-                    high, shorter = price, found.cuts
-        else:
-            longer, shorter = self.lengths, longer.cuts
+                    high, shorter = price, cuts
         cuts = self.between(shorter, longer, max_rows)
         return self.priority.masked_fill(~self.rows.inside(cuts), -math.inf)
 
-    def cuts_at(self, price: float) -> _Cuts:
-        """Find where each sequence ends by itself at a price; the device is waited for each round.
+    def cuts_at(self, price: float) -> tuple[Tensor, int]:
+        """Return [n] int64, where each sequence ends by itself at a price, and all ranks' rows.
 
-        Most rounds need no row but those near the threshold: it is found among them, and a prefix
+        The device is waited for once a round. Most rounds need no row but those near the threshold: it is found among them, and a prefix
         ends at a row above it.
         """
         cuts, total = self.lengths, torch.full((), self.rows.total, device=self.lengths.device)
@@ -154,7 +144,7 @@ class _Prefixes:
                     threshold = self.lowest_kept(rows, cuts)
             cuts = self.best_prefixes(rows, threshold, price)
             total = all_reduce(cuts.sum(), self.held.group)
-        return _Cuts(cuts, int(total))
+        return cuts, int(total)
 
     def lowest_kept(self, rows: _Rows, cuts: Tensor) -> Tensor:
         """Return [1]: the lowest priority kept in prefixes; −1: too few of the rows are there."""
