@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from support import dense
 
 from megatron_taopd.config.schema import CONCENTRATES
 from megatron_taopd.monitoring.observer import Observer
+from megatron_taopd.step.batch_scores import BatchScores
 from megatron_taopd.step.selection import SELECTORS, budget, select, selection_metrics
 from megatron_taopd.types import TokenScores
 
@@ -24,6 +26,10 @@ def random_scores(rows: int, seed: int = 0, levels: int | None = None) -> TokenS
     if levels:
         d, c, h, t = ((x * levels).round() / levels for x in (d, c, h, t))
     return TokenScores(3 * d**3, c, 5 * h**2, 5 * t)
+
+
+def priorities(name, scores, seed):
+    return SELECTORS[name](BatchScores.whole(scores), seed)
 
 
 batches = st.builds(
@@ -69,7 +75,7 @@ def test_every_score_is_the_one_of_the_paper(name, scores):
     expected = dense.selector_scores(
         name, scores.disagreement, scores.compatibility, scores.student_entropy
     )
-    actual = SELECTORS[name](scores, 0).double()
+    actual = priorities(name, scores, 0).double()
     assert torch.equal(actual == -math.inf, expected == -math.inf)
     finite = expected > -math.inf
     assert torch.allclose(actual[finite], expected[finite], rtol=0, atol=1e-6)
@@ -79,7 +85,7 @@ def test_every_score_is_the_one_of_the_paper(name, scores):
 @given(scores=batches, ratio=ratios)
 def test_exactly_the_budget_is_kept_and_nothing_better_is_left_out(name, scores, ratio):
     rows = len(scores.disagreement)
-    priority, mask = SELECTORS[name](scores, 3), select(name, scores, ratio, seed=3)
+    priority, mask = priorities(name, scores, 3), select(name, scores, ratio, seed=3)
     eligible = int((priority > -math.inf).sum())
     expected = rows if name == "full" else min(dense.budget(ratio, rows), eligible)
     assert mask.sum() == expected
@@ -97,7 +103,7 @@ def test_exactly_the_budget_is_kept_and_nothing_better_is_left_out(name, scores,
 def test_the_mask_is_the_oracles(scores, ratio):
     """From the same scores; the selectors' float32 scores may differ from float64 by rounding."""
     for name in SCORED:
-        priority = SELECTORS[name](scores, 0)
+        priority = priorities(name, scores, 0)
         assert torch.equal(select(name, scores, ratio, seed=0), dense.select(priority, ratio))
 
 
@@ -305,15 +311,12 @@ def test_a_mask_that_is_all_of_q3_is_told_of():
     run = SimpleNamespace(
         config=SimpleNamespace(selection=selection), monitor=SimpleNamespace(note=notes.__setitem__)
     )
-    warn_of_small_q3 = Observer._warn_of_small_q3
-    mask = torch.zeros(100, dtype=torch.bool)
-    mask[:10] = True
-    warn_of_small_q3(run, mask, step=1)
+    warn_of_small_q3 = partial(Observer._warn_of_small_q3, run, 100)
+    warn_of_small_q3(10, step=1)
     assert not notes
-    mask[0] = False
-    warn_of_small_q3(run, mask, step=2)
+    warn_of_small_q3(9, step=2)
     assert "could keep 10 rows, but Q3 has 9" in notes["selection.ratio"]
     selection.selector = "q3"
     del notes["selection.ratio"]
-    warn_of_small_q3(run, mask, step=3)
+    warn_of_small_q3(9, step=3)
     assert not notes

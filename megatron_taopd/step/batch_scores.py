@@ -77,6 +77,17 @@ class HeldRows:
             table[:, where] = torch.stack([found, (last - starts) * (found > 0), sums])
         return all_reduce(table, self.group)
 
+    def inside(self, cuts: Tensor) -> Tensor:
+        """Mark, [r] bool, the first `cuts[i]` rows of each sequence held; cuts: [n] int64."""
+        inside = torch.empty(int(self.counts.sum()), dtype=torch.bool, device=cuts.device)
+        for sequences, rows in self.blocks():
+            counts = self.counts[sequences]
+            numbers = torch.arange(len(counts)).repeat_interleave(counts)
+            offsets = ranges(torch.zeros_like(counts), counts)
+            numbers, offsets = (to_device(each, cuts.device) for each in (numbers, offsets))
+            inside[rows] = offsets < cuts[sequences].index_select(0, numbers)
+        return inside
+
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Cut what is held into (sequences, rows) of about BLOCK rows, whole sequences each."""
         ends = self.counts.cumsum(0)

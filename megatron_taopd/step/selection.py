@@ -121,7 +121,8 @@ def choose(
                 f"one of {', '.join(CONCENTRATES)}"
             )
         max_rows = max(keep, held.num_rows - budget(concentrate, held.num_rows))
-        eligible = cut_responses(priority, held, keep, max_rows)
+        cuts = cut_responses(priority, held, keep, max_rows)
+        eligible = priority.masked_fill(~held.inside(cuts), -math.inf)
     return Choice(scores, selector, priority, keep_highest(eligible, held, keep))
 
 

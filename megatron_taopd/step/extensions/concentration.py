@@ -8,7 +8,6 @@ that it holds; what the ranks agree on are prices and thresholds.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,9 @@ _ONE = float(1 << 40)
 
 
 def cut_responses(priority: Tensor, held: HeldRows, keep: int, max_rows: int) -> Tensor:
-    """Return [r]: the priorities with −inf behind where each response's training ends.
+    """Return [n] int64: how many rows of each response held, its first ones, may be kept.
 
-    The best `keep` rows of the prefixes that stay have nearly the largest sum of priorities.
+    The best `keep` rows of these prefixes have nearly the largest sum of priorities.
 
     The Lagrangian of the problem: at a price λ per row, and with τ the lowest priority kept, each
     sequence ends by itself where Σ (max(priority − τ, 0) − λ) is largest. λ is the lowest at which
@@ -47,7 +46,7 @@ def cut_responses(priority: Tensor, held: HeldRows, keep: int, max_rows: int) ->
     """
     assert keep <= max_rows, (keep, max_rows)
     if max_rows >= held.num_rows:
-        return priority
+        return to_device(held.counts, priority.device)
     return _Prefixes(priority, held, keep).cut(max_rows)
 
 
@@ -95,7 +94,7 @@ class _Prefixes:
 
     def __init__(self, priority: Tensor, held: HeldRows, keep: int):
         device = priority.device
-        self.priority, self.held, self.keep = priority, held, keep
+        self.held, self.keep = held, keep
         self.lengths = to_device(held.counts, device)
         numbers = torch.arange(len(held.counts)).repeat_interleave(held.counts)
         sequence = to_device(numbers, device)
@@ -109,7 +108,7 @@ class _Prefixes:
         self.near = _Rows.of(usable[chosen], sequence[chosen], offset[chosen], held)
 
     def cut(self, max_rows: int) -> Tensor:
-        """Return the priorities, −inf behind prefixes of at most max_rows rows together."""
+        """Return [n] int64: the lengths of prefixes of at most max_rows rows together."""
         usable, group = self.rows.usable, self.held.group
         most = torch.zeros(1, dtype=torch.float64, device=usable.device)
         most = torch.cat([most, usable.double()]).amax().view(1)
@@ -125,14 +124,13 @@ class _Prefixes:
                     low, longer = price, cuts
                 else:
                     high, shorter = price, cuts
-        cuts = self.between(shorter, longer, max_rows)
-        return self.priority.masked_fill(~self.rows.inside(cuts), -math.inf)
+        return self.between(shorter, longer, max_rows)
 
     def cuts_at(self, price: float) -> tuple[Tensor, int]:
         """Return [n] int64, where each sequence ends by itself at a price, and all ranks' rows.
 
-        The device is waited for once a round. Most rounds need no row but those near the threshold: it is found among them, and a prefix
-        ends at a row above it.
+        The device is waited for once a round. Most rounds need no row but those near the threshold:
+        it is found among them, and a prefix ends at a row above it.
         """
         cuts, total = self.lengths, torch.full((), self.rows.total, device=self.lengths.device)
         for _ in range(_THRESHOLD_STEPS):
