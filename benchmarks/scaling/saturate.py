@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
-from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.collectives import Collective, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
@@ -120,7 +119,7 @@ def _seconds(
     return seconds | {
         "longest response": tail,
         "bubble": bubble,
-        "score table": links.all_reduce_bytes(28 * rows, setup.gpus) / rate,
+        "selection": sum(c.bytes for c in collectives if c.phase == "selection") / rate,
         "host": host_s_per_million * rows / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),
     }

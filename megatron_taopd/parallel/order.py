@@ -38,7 +38,7 @@ def order_statistics(
 
     Args:
         vectors: V of [r], float32 or float64, all of one dtype and device: what this rank has of
-            each, possibly nothing. −0 equals 0. Of a vector with NaN the result means nothing.
+            each, possibly nothing. −0 comes before 0. With a NaN the result means nothing.
         places: [V, P] int64 on the same device, the same on every rank, from 0 up to the number of
             all ranks' numbers; a place outside gives a number that means nothing.
 
@@ -91,7 +91,7 @@ def _digits(width: int) -> list[tuple[int, int]]:
 
 def _keys(values: Tensor) -> Tensor:
     """Return integers [r] in the order of these floats."""
-    bits = (values + 0.0).view(_INTEGERS[values.dtype])  # + 0: of two zeros, one
+    bits = values.view(_INTEGERS[values.dtype])
     return bits ^ (bits >> torch.iinfo(bits.dtype).bits - 1 & torch.iinfo(bits.dtype).max)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.parallel.copies import to_device
-from megatron_taopd.parallel.order import BLOCK, all_reduce
+from megatron_taopd.parallel.order import BLOCK
 from megatron_taopd.step.teachability import Distribution, describe
 from megatron_taopd.types import TokenScores, ranges
 
@@ -50,17 +50,15 @@ class HeldRows:
         """[r] int64, the canonical numbers of the rows that are held, ascending."""
         return ranges(self.cu_rows[self.sequences], self.counts)
 
-    def tally(self, mask: Tensor) -> Tensor:
-        """Count the marked rows of every sequence of the batch: [3, N] int64, on the mask's device.
+    def tally_here(self, mask: Tensor) -> Tensor:
+        """Count the marked rows of the sequences held: [3, N] int64, 0 for others.
 
         Args:
             mask: [r] bool, of the rows that are held.
 
         Returns:
-            Marked rows of each sequence; its rows up to the last marked one, that one included; the
-            sum of the marked rows' places in it, from 0 on.
-
-        Collectives: an all-reduce of 24·N bytes.
+            On the mask's device: marked rows of each sequence; its rows up to the last marked one,
+            that one included; the sum of the marked rows' places in it, from 0 on.
         """
         table = torch.zeros(3, len(self.cu_rows) - 1, dtype=torch.int64, device=mask.device)
         for sequences, rows in self.blocks():
@@ -75,7 +73,7 @@ class HeldRows:
             sums = sums[ends] - sums[starts] - found * starts
             where = to_device(self.sequences[sequences], mask.device)
             table[:, where] = torch.stack([found, (last - starts) * (found > 0), sums])
-        return all_reduce(table, self.group)
+        return table
 
     def inside(self, cuts: Tensor) -> Tensor:
         """Mark, [r] bool, the first `cuts[i]` rows of each sequence held; cuts: [n] int64."""

@@ -137,20 +137,20 @@ def keep_highest(priority: Tensor, held: HeldRows, keep: int) -> Tensor:
     Returns:
         [r] bool; fewer than `keep` only where fewer are above −inf.
 
-    Collectives: all-reduces of 8 and 8·N+8 bytes, and those of `order_statistics` for one place.
+    Collectives: an all-reduce of 8·N+8 bytes, and those of `order_statistics` for one place.
     """
     if not held.num_rows:
         return torch.zeros_like(priority, dtype=torch.bool)
-    count = all_reduce((priority > -math.inf).sum(), held.group).clamp(max=keep)
-    place = held.num_rows - count  # of the lowest that is kept; rows of −inf come before all others
-    threshold = order_statistics([priority], place.view(1, 1), held.group)[0]
+    # Of the lowest that is kept; rows of −inf come before all others.
+    place = torch.full((1, 1), held.num_rows - keep, device=priority.device)
+    threshold = order_statistics([priority], place, held.group)[0]
     mask = priority > threshold
     ties = (priority == threshold).logical_and_(priority > -math.inf)
 
     # Of the ties, as many as there is room for: sequences before this one have theirs first.
-    found = torch.cat([held.tally(ties)[0], all_reduce(mask.sum(), held.group).view(1)])
-    ties_of, above = found.split([len(found) - 1, 1])
-    room = (count - above - (ties_of.cumsum(0) - ties_of)).clamp(min=0)
+    found = torch.cat([held.tally_here(ties)[0], mask.sum().view(1)])
+    ties_of, above = all_reduce(found, held.group).split([len(found) - 1, 1])
+    room = (keep - above - (ties_of.cumsum(0) - ties_of)).clamp(min=0)
     own = to_device(held.sequences, mask.device)
     room = torch.minimum(room, ties_of)[own].sum()
     for kept, tied in zip(mask.split(BLOCK), ties.split(BLOCK), strict=True):
@@ -218,13 +218,13 @@ def look(choice: Choice) -> Look:
     Raises:
         ValueError: a score is NaN.
 
-    Collectives: of the batch's group, all-reduces of 24·N, 64 and 8 bytes; those of
-    `teachability.describe` for scores that are not described yet; and, where it is not what the
-    selector or concentrating keeps anyway, those of `order_statistics` for the best D^L.
+    Collectives: of the batch's group, all-reduces of 24·N, 72 and 8 bytes; those of
+    `teachability.describe` for scores that are not described yet, and those of `order_statistics`
+    for one place.
     """
     scores, mask, held = choice.scores, choice.mask, choice.scores.held
     described = scores.describe(*NAMES)
-    tally = held.tally(mask)
+    tally = all_reduce(held.tally_here(mask), held.group)
     kept = tally[0].sum()
 
     learnable = scores.learnable
