@@ -201,7 +201,7 @@ class VocabMap:
         Raises:
             RuntimeError: fewer than MIN_SHARED of the response tokens have a counterpart.
         """
-        tokens, sequences = batch.response_tokens(), batch.row_sequences()
+        tokens = batch.response_tokens()
         ids = self.to_teacher(tokens)
         spelled = ids < 0
         shared = int((~spelled).sum())
@@ -214,6 +214,7 @@ class VocabMap:
         if self.is_identity and prompts is None:
             return batch, metrics
 
+        sequences = batch.row_sequences()
         if prompts is None:
             own = [batch.sequence(i)[:n] for i, n in enumerate(batch.prompt_lengths.tolist())]
         else:

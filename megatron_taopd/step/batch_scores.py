@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.order import BLOCK
-from megatron_taopd.step.teachability import Distribution, describe
+from megatron_taopd.step.teachability import Distribution, describe, refuse_nan
 from megatron_taopd.types import TokenScores, ranges
 
 NAMES = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
@@ -135,6 +135,11 @@ class BatchScores:
             found = describe(vectors, self.held.num_rows, self.held.group)
             self.described |= dict(zip(missing, found, strict=True))
         return [self.described[name] for name in names]
+
+    def refuse_nan(self) -> None:
+        """Raise ValueError if a score that has been described is NaN somewhere."""
+        nans = ((name, int(known.nans)) for name, known in self.described.items())
+        refuse_nan(nans, self.held.num_rows)
 
     def bounded(self, name: str) -> Tensor:
         """Return a score [r] with infinities replaced (`teachability.bounded`)."""

@@ -34,7 +34,7 @@ def _random(scores: BatchScores, seed: int) -> Tensor:
     if not len(ids):
         return torch.empty(0, dtype=torch.float64, device=device)
     order = torch.randperm(scores.held.num_rows, generator=generator, dtype=torch.int32)
-    return order[ids].to(device, torch.float64)
+    return to_device(order[ids].double(), device)
 
 
 def _in_q3(scores: BatchScores, priority: Tensor) -> Tensor:
@@ -190,8 +190,7 @@ def select(
     """
     assert cu_rows is not None or not concentrate, "where each sequence's rows start"
     choice = choose(selector, BatchScores.whole(scores, cu_rows), ratio, seed, concentrate)
-    known = choice.scores.described
-    refuse_nan(((name, int(d.nans)) for name, d in known.items()), choice.scores.held.num_rows)
+    choice.scores.refuse_nan()
     return choice.mask
 
 
