@@ -73,7 +73,7 @@ def test_the_selection_sends_histograms_and_a_few_numbers_a_sequence(measured):
     for case in ("dp", "tp2-sp", "tp8", "tp4-pp4"):
         for result in measured[case]:
             told = 64 + quantiles + thresholds + (8 * 64 + 8) + 24 * 64 + 72
-            expected = 13, pytest.approx(links.all_reduce_bytes(told, WORLD_SIZE))
+            expected = 14, pytest.approx(links.all_reduce_bytes(told, WORLD_SIZE))
             assert called(result, "selection", "all_reduce", WORLD_SIZE) == expected
             probed = links.all_reduce_bytes(4 * (1 + ROWS), WORLD_SIZE)
             assert called(result, "scoring", "all_reduce", WORLD_SIZE) == (1, probed)

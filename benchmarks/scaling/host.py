@@ -51,6 +51,7 @@ class Parts:
 
 def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
     """Measure the parts of a batch's host work on one of so many ranks."""
+    torch.set_num_threads(1)
     replace_distributed()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     parts = Parts()

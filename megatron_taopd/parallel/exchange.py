@@ -184,12 +184,12 @@ def _in_rounds(traffic: Traffic, count: int) -> tuple[Tensor, Tensor]:
     Returns:
         [p] int64, the ids by round and partner; [count, world_size] how many.
     """
-    of_pair, world_size = traffic.counts, len(traffic.counts)
-    partners = torch.arange(world_size).repeat_interleave(of_pair)
-    within = ranges(torch.zeros_like(of_pair), of_pair)
-    cells = within * count // of_pair[partners] * world_size + partners
-    counts = cells.bincount(minlength=count * world_size).view(count, world_size)
-    return traffic.ids[cells.argsort(stable=True)], counts
+    # Of n rows the w-th goes in round ⌊w · count / n⌋.
+    rounds_of = torch.arange(count + 1)[:, None]
+    ends = -(-rounds_of * traffic.counts // count)
+    counts = ends.diff(dim=0)
+    starts = traffic.counts.cumsum(0) - traffic.counts + ends[:-1]
+    return traffic.ids[ranges(starts.flatten(), counts.flatten())], counts
 
 
 def _take(held: list[RowShard], ids: Tensor, out: Tensor) -> None:
