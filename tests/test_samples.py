@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.ranks import run_ranks
 
 from megatron_taopd.evaluation.in_loop import Example, wilson
 from megatron_taopd.monitoring import samples
 from megatron_taopd.monitoring.plane import SIDE, drawn_plane
 from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot, kinds_of, take
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.step.batch_scores import BatchScores
+from megatron_taopd.step.batch_scores import BatchScores, HeldRows
 from megatron_taopd.step.distiller import Selection
 from megatron_taopd.step.selection import SELECTORS, Choice
 from megatron_taopd.types import TokenScores, WantedRows
@@ -77,6 +79,33 @@ def test_a_look_has_every_score_of_every_token():
     products = [d * c for d, c in zip(NORMAL_D, NORMAL_C, strict=True)]
     order = sorted(range(9), key=lambda row: -products[row])
     assert first.scores["rank"] == [order.index(row) + 1 for row in range(3)]
+
+
+def look_of_a_rank(selector, owner):
+    """What a rank sees that holds some of the three responses; the first response is kept whole."""
+    batch = batch_of([[2, 3, 0], [4, 0], [5, 5, 5, 0]])
+    held = HeldRows(
+        batch.cu_rows,
+        torch.tensor([i for i, rank in enumerate(owner) if rank == dist.get_rank()]).long(),
+        dist.group.WORLD,
+    )
+    mask, ids = torch.zeros(9, dtype=torch.bool), held.ids()
+    mask[[0, 1, 2, 8]] = True
+    of_all = (torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16)
+    scores = BatchScores(TokenScores(*(column[ids] for column in of_all)), held)
+    choice = Choice(scores, selector, SELECTORS[selector](scores, 0), mask[ids])
+    wanted = WantedRows.known(batch, mask.nonzero()[:, 0])
+    kept = replace(wanted, ids=ids[mask[ids]])
+    return take(7, batch, Selection(choice, kept, {}), Spelling(), 4)
+
+
+@pytest.mark.parametrize("selector", ["teachability", "q3_low_dl", "full"])
+@pytest.mark.parametrize("owner", [[0, 1, 0], [1, 1, 1]])
+def test_ranks_see_together_what_one_sees_alone(selector, owner):
+    """Ties among priorities included: rank 1 holds the middle, or all of it."""
+    first, other = run_ranks(2, look_of_a_rank, selector, owner)
+    assert other is None
+    assert first == look(selector, kept=[0, 1, 2, 8])
 
 
 def test_selectors_without_priorities_give_no_rank():
