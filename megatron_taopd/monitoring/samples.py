@@ -32,6 +32,7 @@ MOST_CHARACTERS = 2000  # of a prompt or an answer
 KINDS = {"l": "learnable", "i": "incompatible", "a": "agreement"}
 LETTERS = list(KINDS)
 AGREEMENT = 2  # its place there
+COLUMNS = ("D", "C", "d", "c", "student", "teacher")  # of a token's scores
 EVEN = 0.5  # of C̃, where D^L = D̃·C̃ and D^I = D̃·(1 − C̃) are equal
 UNRANKED = ("full", "random")  # selectors whose priorities say nothing of a token
 
@@ -205,9 +206,6 @@ def take(
             )
         )
     return Snapshot(step, split, counts, plane, responses)
-
-
-COLUMNS = ("D", "C", "d", "c", "student", "teacher")  # of a row's scores, for the report
 
 
 class _Rows:
