@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -38,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the items and write the page; return the exit status."""
     asked = parse(arguments)
     began = time.monotonic()
-    # Processes that are started find this tree, wherever they are started from.
+    # Packages tell what else is not installed, which the page does. Processes that are started find
+    # this tree, wherever they are started from.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     out = asked.out.resolve()
@@ -50,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     on_cuda = machine["device"] == "cuda"
     small = asked.small or not on_cuda
     start = "spawn" if on_cuda or asked.spawn else "forkserver"
+    how = Setting(small, "", "", start, asked.gpus)
 
     console, entries = Console(), []
     console.print(f"{machine.get('name', machine['device'])}, torch {machine.get('torch', '?')}")
@@ -58,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         console.print(f"{item.name} …", style="dim")
         left = 60 * asked.minutes - (time.monotonic() - began)
-        entry = run(item, reason_to_skip(item, asked, machine, left), out, small, start, left)
+        entry = run(item, reason_to_skip(item, asked, machine, left), out, how, left)
         entries.append(entry)
         seconds = time.monotonic() - began
         # After every item, so that whatever ends this leaves what is known.
@@ -70,27 +74,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(entry.outcome == "failed" for entry in entries) else 0
 
 
-def run(
-    item: Item, skipped: str | None, out: Path, small: bool, start: str, left: float
-) -> Entry:
-    """Run an item in a process of its own, unless it is skipped."""
+def run(item: Item, skipped: str | None, out: Path, how: Setting, left: float) -> Entry:
+    """Run an item in a process of its own, unless it is skipped.
+
+    Args:
+        how: to run it, but for its scratch and log.
+        left: seconds.
+    """
     if skipped:
         return Entry(item, Result(skipped=skipped), 0.0)
     log = out / f"{item.name}.log"
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="first_gpu_") as scratch:
-        setting = Setting(small, scratch, str(log), start)
+        setting = replace(how, scratch=scratch, log=str(log))
         limit = min(item.limit_s, left)
-        outcome = apart.call(f"{PACKAGE}.{item.target}", (setting,), log, limit, start)
+        outcome = apart.call(f"{PACKAGE}.{item.target}", (setting,), log, limit, how.start)
     if outcome.trouble:
         output = apart.tail(log)
         return Entry(item, Result(), outcome.seconds, outcome.trouble, output)
     return Entry(item, outcome.value, outcome.seconds)
 
 
-def reason_to_skip(
-    item: Item, asked: argparse.Namespace, machine: dict, left: float
-) -> str | None:
+def reason_to_skip(item: Item, asked: argparse.Namespace, machine: dict, left: float) -> str | None:
     """Say why an item cannot run."""
     if left < 5:
         return f"no time left of {asked.minutes:g} minutes"

@@ -102,6 +102,7 @@ def _work(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115, it ends with the process
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(1.0, 0.95 * limit_s))
     sys.modules.update(dict.fromkeys(without))  # importing them raises, `find_spec` says None

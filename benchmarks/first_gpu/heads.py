@@ -8,7 +8,10 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
+import torch
+
 from benchmarks.first_gpu.result import Result, Setting
+from benchmarks.first_gpu.runs import precision
 from benchmarks.vocab_parallel.measure import measure_on_rank
 from benchmarks.vocab_parallel.problem import Setup
 from benchmarks.vocab_parallel.results import Results
@@ -35,7 +38,7 @@ def against_peers(setting: Setting) -> Result:
         result.figures[f"{name}, MB"] = way["temporaries"] / 1e6
         if way["name"] == "ours":
             for what, error in way.get("error", {}).items():
-                result.most(f"{way['what']}, {what}: relative error", error, limit_of(what, setting))
+                result.most(f"{way['what']}, {what}: relative error", error, limit_of(what))
     result.figures["best matrix product, TFLOP/s"] = results.best_matmul_flops() / 1e12
     for what in ("scores", "loss"):
         share = results.matmul_fraction(what)
@@ -54,7 +57,7 @@ def measure(setting: Setting) -> dict:
     asked = SimpleNamespace(
         vocab=512 if setting.small else VOCABULARY,
         ratio=[0.1], k=16, chunk_rows=8 if setting.small else chunk_rows(),
-        dtype="fp32" if setting.small else "bf16", device="cpu" if setting.small else "cuda",
+        dtype=precision(), device="cuda" if torch.cuda.is_available() else "cpu",
         repeats=1 if setting.small else 3, threads=1 if setting.small else (os.cpu_count() or 1),
         memory_limit=None, only=["scores", "loss"],
     )  # fmt: skip
@@ -68,8 +71,8 @@ def chunk_rows() -> int:
     return rows_within(TrainSection().head_memory_mib << 20, VOCABULARY)
 
 
-def limit_of(what: str, setting: Setting) -> float:
+def limit_of(what: str) -> float:
     """Return what an error may be: of D, C and H relative, of gradients of the largest entry."""
-    if setting.small:
+    if precision() == "fp32":
         return 1e-4
     return 2**-7 if what.startswith("∂") else 1e-3

@@ -1,4 +1,4 @@
-"""The items, in the order in which they run: where each is, how long it may take, what it proves."""
+"""The items in their order: where each is, how long it may take, what it proves."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ITEMS = (
     ),
     Item(
         "saves", "memory:saves", 120,
-        "A save takes no more of the host's memory than the rank's own state and a quarter, training "
+        "A save takes no more of the host's memory than 1.25 of the rank's own state, training "
         "waits for the copy alone, and the resumed student goes on bit for bit.",
     ),
     Item(
@@ -75,8 +75,8 @@ ITEMS = (
     ),
     Item(
         "waits", "waits:warm_step", 90,
-        "The host waits for the device nowhere in a pass over micro-batches, and a few times a step "
-        "elsewhere.",
+        "The host waits for the device nowhere in a pass over micro-batches, and a few times a "
+        "step elsewhere.",
     ),
     Item(
         "profile", "profile:profiled", 120,
@@ -88,8 +88,8 @@ ITEMS = (
     ),
     Item(
         "broadcast", "servers:broadcast", 240,
-        "Weights are broadcast to servers on another device; one that is killed meanwhile is named "
-        "soon, and the other goes on.",
+        "Weights are broadcast to servers on other devices. One that is killed meanwhile is given "
+        "up soon, started anew and given the weights again; the run goes on.",
         gpus=2, package="sglang",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention, matrix products and the vocabulary's kernels against float64, and how fast they read."""
+"""Attention, matrix products and the vocabulary's kernels against float64, and their pace."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def attention(setting: Setting) -> Result:
     wide = [t.detach().double().requires_grad_() for t in inputs]
     out = attention_in_float64(*wide, [t.double() for t in rotation], lengths)
     exact = [out.detach(), *torch.autograd.grad(out, wide, grad.double().flatten(1))]
-    for name, got, expected in zip(("output", "∂query", "∂key", "∂value"), ours(), exact, strict=True):
+    for name, got, expected in zip(
+        ("output", "∂query", "∂key", "∂value"), ours(), exact, strict=True
+    ):
         error = (got.double() - expected).norm() / expected.norm()
         result.most(f"{name}: relative error", error, 2 * BF16)
         if name != "output":
@@ -138,7 +140,11 @@ def products(setting: Setting) -> Result:
         }
         for name, (got, expected) in exact.items():
             largest[name] = max(largest[name], largest_error(got, expected))
-        result.most(f"{rows} × {size}: what is added to ids that take no part", (main_grad[size:] - 1).abs().max(), 0.0)
+        result.most(
+            f"{rows} × {size}: what is added to ids that take no part",
+            (main_grad[size:] - 1).abs().max(),
+            0.0,
+        )
     result.most("logits: error, of the largest", largest["logits"], 1e-5)
     result.most("∂hidden: error, of the largest", largest["∂hidden"], BF16)
     result.most("∂weight: error, of the largest", largest["∂weight"], 1e-5)
@@ -181,7 +187,11 @@ def compare_scores(result: Result, student: Tensor, teacher: Tensor, shard: Voca
         "teacher_entropy": "H of the teacher",
     }  # fmt: skip
     for name, short in names.items():
-        _compare(result, f"{short}, V = {shard.size:,}", *(getattr(s, name) for s in (ours, plain, exact)))
+        _compare(
+            result,
+            f"{short}, V = {shard.size:,}",
+            *(getattr(s, name) for s in (ours, plain, exact)),
+        )
 
 
 def compare_losses(

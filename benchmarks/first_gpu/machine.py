@@ -40,10 +40,9 @@ def facts() -> dict[str, str | int]:
 def doctor(setting: Setting) -> Result:
     """Let `taopd doctor` examine a run of the tiny pair, models included."""
     # Other packages than torch, which `facts` does not wait for.
+    from benchmarks.first_gpu.runs import ONE_RANK, TINY, precision
     from megatron_taopd import config as configuration
     from megatron_taopd.preflight.examine import examine
-
-    from benchmarks.first_gpu.runs import ONE_RANK, TINY, precision
 
     result = Result()
     asked = [*ONE_RANK, f"run.dir={setting.scratch}/run", f"train.precision={precision()}"]

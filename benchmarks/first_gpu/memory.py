@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -154,7 +154,9 @@ def offload(setting: Setting) -> Result:
         with goes.resident():  # with all that the first pass allocates for good
             got = goes.read(batch).held.rows
         result.figures["weights, MB"] = weights / 1e6
-        result.most("numbers that differ from those of weights that stay", (got != expected).sum(), 0)
+        result.most(
+            "numbers that differ from those of weights that stay", (got != expected).sum(), 0
+        )
         result.most("change of the fingerprint", abs(goes.fingerprint() - stays.fingerprint()), 0)
         if torch.cuda.is_available() and not setting.small:
             _give_back(result, goes, batch, weights)
@@ -166,9 +168,7 @@ def offload(setting: Setting) -> Result:
     return result
 
 
-def _give_back(
-    result: Result, teacher: MegatronTeacher, batch: RolloutBatch, weights: int
-) -> None:
+def _give_back(result: Result, teacher: MegatronTeacher, batch: RolloutBatch, weights: int) -> None:
     """Compare what the device has free before, during and after a read."""
     before = torch.cuda.mem_get_info()[0]
     with teacher.resident():
@@ -221,9 +221,10 @@ def _sequences(count: int, length: int) -> RolloutBatch:
     """Draw sequences of ids below 1,000, half of each a prompt."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, 1000, (count, 2, length // 2), generator=generator)
-    zeros: Callable[..., list] = lambda **options: [
-        torch.zeros(length // 2, **options) for _ in range(count)
-    ]
+
+    def zeros(**options) -> list[torch.Tensor]:
+        return [torch.zeros(length // 2, **options) for _ in range(count)]
+
     return make_rollout_batch(
         tokens[:, 0].tolist(), range(count), list(tokens[:, 1]), zeros(), [True] * count,
         zeros(dtype=torch.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -50,15 +51,13 @@ def number(value: float | str) -> str:
     """Write a figure with three digits, and a count as it is."""
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if value == int_or_none(value) and abs(value) < 1e9 else f"{value:.3g}"
+    whole = math.isfinite(value) and value == round(value) and abs(value) < 1e9
+    return f"{value:,.0f}" if whole else f"{value:.3g}"
 
 
-def int_or_none(value: float) -> int | None:
-    """Return a float that is a whole number as that."""
-    return int(value) if value == value and abs(value) != float("inf") and value == int(value) else None
-
-
-def page(machine: Mapping[str, str | int], entries: list[Entry], small: bool, seconds: float) -> str:
+def page(
+    machine: Mapping[str, str | int], entries: list[Entry], small: bool, seconds: float
+) -> str:
     """Return the whole page in Markdown."""
     return "\n".join(_lines(machine, entries, small, seconds)) + "\n"
 
@@ -66,9 +65,10 @@ def page(machine: Mapping[str, str | int], entries: list[Entry], small: bool, se
 def _lines(
     machine: Mapping[str, str | int], entries: list[Entry], small: bool, seconds: float
 ) -> Iterator[str]:
-    counts = {o: sum(entry.outcome == o for entry in entries) for o in MARKS}
+    counts = {outcome: sum(entry.outcome == outcome for entry in entries) for outcome in MARKS}
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
     yield "# The first GPU day\n"
-    yield f"{', '.join(f'{n} {outcome}' for outcome, n in counts.items() if n)}, in {seconds:.0f} s.\n"
+    yield f"{summary}, in {seconds:.0f} s.\n"
     if machine.get("device") != "cuda":
         yield "**On a CPU: this shows that the script runs, and nothing about a GPU.**\n"
     elif small:

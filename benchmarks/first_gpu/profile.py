@@ -26,7 +26,7 @@ Interval = tuple[float, float]
 
 
 def profiled(setting: Setting) -> Result:
-    """Profile a warm step of both models' layers, heads and the optimizer; its rollouts are given."""
+    """Profile a warm step on rollouts that are given: both trunks, heads, the optimizer."""
     result = Result()
     section = ProfileSection(steps=(WARM_UP,), kind="torch")
     with step_of(setting, "fp32" if setting.small else "bf16") as step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import SupportsFloat
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Result:
     notes: list[str] = field(default_factory=list)
     skipped: str | None = None
 
-    def most(self, what: str, measured: float, limit: float, goal: bool = False) -> None:
+    def most(self, what: str, measured: SupportsFloat, limit: float, goal: bool = False) -> None:
         """Check that a figure is at most its limit."""
         self.checks.append(Check(what, float(measured), limit, False, goal))
 
-    def least(self, what: str, measured: float, limit: float, goal: bool = False) -> None:
+    def least(self, what: str, measured: SupportsFloat, limit: float, goal: bool = False) -> None:
         """Check that a figure is at least its limit."""
         self.checks.append(Check(what, float(measured), limit, True, goal))
 
@@ -69,9 +70,11 @@ class Setting:
         scratch: a directory that is deleted afterwards.
         log: the file that this item's processes write to.
         start: how `apart.call` starts a process.
+        gpus: how many may be used; on a CPU, how many processes that stand for one.
     """
 
     small: bool
     scratch: str
     log: str
     start: str
+    gpus: int = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,8 +38,8 @@ LEARNING = ("optimizer={lr: 1.0e-3, warmup_steps: 0, weight_decay: 0.0}", "check
 def gradients(setting: Setting) -> Result:
     """Compare the gradients of a replayed step with those of two passes, in bf16.
 
-    Rounding is what the same two passes differ by when their sequences are packed into micro-batches
-    of half the size.
+    Rounding is what the same two passes differ by when their sequences are packed into
+    micro-batches of half the size.
     """
     result = Result()
     with step_of(setting, "bf16") as step:
@@ -83,7 +82,9 @@ def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return float((apart_by / sum(b.double().norm() ** 2 for _, b in pairs)) ** 0.5)
 
 
-def learn(file: str, directory: str, schedule: str, until: int, save: int = 0) -> dict:
+def learn(
+    file: str, directory: str, schedule: str, precision: str, until: int, save: int = 0
+) -> dict:
     """Teach a run of the tiny pair the same rollouts up to a step, from where it is.
 
     Args:
@@ -95,8 +96,8 @@ def learn(file: str, directory: str, schedule: str, until: int, save: int = 0) -
         [n] float32, after the last of them.
     """
     losses, norms = [], []
-    overrides = (f"train={{schedule: {schedule}, precision: {precision()}, steps: {until}}}",)
-    with run_of(TINY, directory, *LEARNING, *overrides) as run:
+    train = f"train={{schedule: {schedule}, precision: {precision}, steps: {until}}}"
+    with run_of(TINY, directory, *LEARNING, train) as run:
         batch = torch.load(file, weights_only=False)
         teacher_inputs, _ = run.read(batch)
         for step in range(run.first_step + 1, until + 1):
@@ -120,7 +121,8 @@ def same_losses(setting: Setting) -> Result:
     arms = {}
     for engine, schedule in product(_engines(result), SCHEDULES):
         directory = f"{setting.scratch}/{schedule}-{engine}"
-        arms[schedule, engine] = _with(engine, learn, setting, file, directory, schedule, 3)
+        arguments = file, directory, schedule, precision(), 3
+        arms[schedule, engine] = _with(engine, setting, *arguments)
     first = next(iter(arms.values()))
     for (schedule, engine), arm in arms.items():
         name = f"{schedule}, {engine}"
@@ -145,11 +147,11 @@ def resumed(setting: Setting) -> Result:
     whole = {}
     for engine in engines:
         directory = f"{setting.scratch}/{engine}"
-        whole[engine] = _with(engine, learn, setting, file, directory, "two_pass", 4, 2)
+        whole[engine] = _with(engine, setting, file, directory, "two_pass", precision(), 4, 2)
     for saved in engines:
         resumes = engines[-1] if saved == engines[0] else engines[0]
         directory = f"{setting.scratch}/{saved}"
-        found = _with(resumes, learn, setting, file, directory, "two_pass", 4)
+        found = _with(resumes, setting, file, directory, "two_pass", precision(), 4)
         expected, name = whole[saved], f"saved {saved}, resumed {resumes}"
         result.figures[f"losses of steps 3 and 4, {name}"] = ", ".join(
             f"{loss:.5f}" for loss in found["losses"]
@@ -190,12 +192,12 @@ def _engines(result: Result) -> list[str]:
     return ["without TE"]
 
 
-def _with(engine: str, function, setting: Setting, *arguments):
-    """Call a function here, or where TransformerEngine cannot be found if it is here."""
+def _with(engine: str, setting: Setting, *arguments) -> dict:
+    """Call `learn` here, or where TransformerEngine cannot be found if it is here."""
     if engine == "with TE" or not has_transformer_engine():
-        return function(*arguments)
-    target = f"{function.__module__}:{function.__name__}"
-    outcome = apart.call(target, arguments, Path(setting.log), LIMIT_S, setting.start, ENGINE)
+        return learn(*arguments)
+    target = f"{__name__}:{learn.__name__}"
+    outcome = apart.call(target, arguments, setting.log, LIMIT_S, setting.start, ENGINE)
     if outcome.trouble:
-        raise RuntimeError(f"{function.__name__} {engine}: {outcome.trouble}")
+        raise RuntimeError(f"{engine}: {outcome.trouble}")
     return outcome.value

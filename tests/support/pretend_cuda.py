@@ -355,6 +355,8 @@ def _patch_cuda() -> None:
     torch.cuda.nccl.version = lambda: (2, 27, 5)
     torch.cuda.Stream = torch.cuda.Event = _Stream
     torch.cuda.synchronize = lambda *_: _waits("synchronize")
+    torch.cuda.get_sync_debug_mode = lambda: _waits.debug_mode
+    torch.cuda.set_sync_debug_mode = lambda mode: setattr(_waits, "debug_mode", mode)
 
     def get_state(*_, **__):
         return torch.get_rng_state()
