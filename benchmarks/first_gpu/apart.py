@@ -30,7 +30,7 @@ PRELOADED = (
     "benchmarks.first_gpu.memory",
     "megatron_taopd.preflight.agreement",
 )
-LAST_LINES = 12
+LAST_LINES = 30
 
 
 @dataclass(frozen=True)

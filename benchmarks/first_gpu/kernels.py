@@ -298,10 +298,9 @@ class Draw:
 
 def draw_logits(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Draw logits of two models that half agree, [rows, columns] fp32 on the device."""
-    generator = torch.Generator(platform.device()).manual_seed(0)
-    shape = (rows, columns)
-    student = torch.randn(shape, generator=generator, device=platform.device()).mul_(3)
-    teacher = torch.randn(shape, generator=generator, device=platform.device()).add_(student)
+    torch.manual_seed(0)
+    student = torch.randn(rows, columns, device=platform.device()).mul_(3)
+    teacher = torch.randn(rows, columns, device=platform.device()).add_(student)
     return student, teacher
 
 
