@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.apart import Apart
-from support.patience import patience, run
+from support.patience import known_patience, run
 from test_pretend_cuda import pretending
 
 from benchmarks.first_gpu import apart
@@ -121,7 +121,7 @@ def test_what_a_process_does_stays_in_it(tmp_path):
     assert outcome.trouble == "ValueError: the reason" and "Traceback" in output
     outcome, output = called(tmp_path, crash)
     assert outcome.trouble == "ended by SIGSEGV" and "in crash" in output
-    outcome, output = called(tmp_path, hang, str(tmp_path / "started"), limit_s=patience(3))
+    outcome, output = called(tmp_path, hang, str(tmp_path / "started"), limit_s=known_patience(3))
     assert outcome.trouble.startswith("not done after") and "in hang" in output
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "started").read_text()), 0)
@@ -236,11 +236,8 @@ def item_on_cuda(target, directory):
     setting = Setting(True, str(directory), str(directory / "out" / "log"), "spawn")
     item = getattr(importlib.import_module(f"benchmarks.first_gpu.{module}"), function)
     result = item(setting)
-    return (
-        result.outcome,
-        [(c.what, c.measured, c.limit) for c in result.checks if not c.met],
-        result,
-    )
+    missed = [(check.what, check.measured, check.limit) for check in result.checks if not check.met]
+    return result.outcome, missed, result.figures
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ PRELOADED = (
     "megatron_taopd.preflight.agreement",
 )
 LAST_LINES = 30
+STACKS_S = 5.0  # for writing them
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,26 @@ def call(
     began = time.monotonic()
     end, other = context.Pipe(duplex=False)
     process = context.Process(
-        target=_work, args=(other, str(log), limit_s, tuple(without), target, tuple(arguments))
+        target=_work, args=(other, str(log), tuple(without), target, tuple(arguments))
     )
     process.start()
     handle = psutil.Process(process.pid)  # knows its process from a later one of that number
     other.close()  # so that its end is seen when the process has none any more
     value, trouble = None, None
+    started: list[psutil.Process] = []
     try:
         if end.poll(limit_s):
             value = end.recv()
         else:
             trouble = f"not done after {limit_s:.0f} s"
+            started = handle.children(recursive=True)
+            handle.send_signal(signal.SIGABRT)  # at which it writes where it is
+            process.join(STACKS_S)
     except EOFError:
         process.join()
         trouble = _cause(process.exitcode, Path(log))
     finally:
-        _end(handle)
+        _end(handle, started)
         process.join()
         end.close()
     return Outcome(value, trouble, time.monotonic() - began)
@@ -94,7 +99,6 @@ def call(
 def _work(
     answers: Connection,
     log: str,
-    limit_s: float,
     without: tuple[str, ...],
     target: str,
     arguments: tuple,
@@ -104,18 +108,18 @@ def _work(
     os.dup2(out, 2)
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115, it ends with the process
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, 0.95 * limit_s))
     sys.modules.update(dict.fromkeys(without))  # importing them raises, `find_spec` says None
     module, function = target.split(":")
     answers.send(getattr(importlib.import_module(module), function)(*arguments))
 
 
-def _end(process: psutil.Process) -> None:
-    """Kill a process and its descendants, those first: they are its own while it lives."""
+def _end(process: psutil.Process, started: list[psutil.Process]) -> None:
+    """Kill a process, its descendants, and others that it is known to have started."""
     with suppress(psutil.NoSuchProcess):
-        for each in [*process.children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
+        started = [*started, *process.children(recursive=True)]  # its own while it lives
+    for each in (*started, process):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
 
 
 def _cause(exit_code: int | None, log: Path) -> str:
