@@ -52,7 +52,7 @@ def test_every_item_runs_on_the_cpu(small):
     for item in figures["items"]:
         assert bool(item["checks"]) == (item["outcome"] == "passed")
         assert f"## {item['name']}\n" in text and item["name"] in printed
-        assert (out / f"{item['name']}.log").exists() == (item["outcome"] == "passed")
+        assert (out / item["name"] / "output.log").exists() == (item["outcome"] == "passed")
     assert "nothing about a GPU" in text and "needs --gpus 2" in text
     assert list(outcomes) == [name for name in NAMES if name != "colocated"]
 

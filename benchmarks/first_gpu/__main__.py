@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from benchmarks.first_gpu.result import Result, Setting
 ROOT = Path(__file__).parents[2]
 NAMES = [item.name for item in ITEMS]
 PACKAGE = "benchmarks.first_gpu"
+LOG = "output.log"  # in a directory of each item, with whatever else it leaves
 COLORS = {"passed": "green", "goal missed": "yellow", "failed": "bold red", "skipped": "dim"}
 
 
@@ -45,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     out = asked.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "machine.log"
-    log.unlink(missing_ok=True)
+    log = clean(out / "machine") / LOG
     found = apart.call(f"{PACKAGE}.machine:facts", (), log, 120, "spawn")
     machine = found.value or {"device": "unknown", "trouble": found.trouble, "gpus": 0}
     on_cuda = machine["device"] == "cuda"
@@ -83,8 +83,7 @@ def run(item: Item, skipped: str | None, out: Path, how: Setting, left: float) -
     """
     if skipped:
         return Entry(item, Result(skipped=skipped), 0.0)
-    log = out / f"{item.name}.log"
-    log.unlink(missing_ok=True)
+    log = clean(out / item.name) / LOG
     with tempfile.TemporaryDirectory(prefix="first_gpu_") as scratch:
         setting = replace(how, scratch=scratch, log=str(log))
         limit = min(item.limit_s, left)
@@ -93,6 +92,13 @@ def run(item: Item, skipped: str | None, out: Path, how: Setting, left: float) -
         output = apart.tail(log)
         return Entry(item, Result(), outcome.seconds, outcome.trouble, output)
     return Entry(item, outcome.value, outcome.seconds)
+
+
+def clean(directory: Path) -> Path:
+    """Make a directory that has nothing of an earlier call."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
 
 
 def reason_to_skip(item: Item, asked: argparse.Namespace, machine: dict, left: float) -> str | None:

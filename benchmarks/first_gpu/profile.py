@@ -30,7 +30,7 @@ def profiled(setting: Setting) -> Result:
     result = Result()
     section = ProfileSection(steps=(WARM_UP,), kind="torch")
     with step_of(setting, "fp32" if setting.small else "bf16") as step:
-        profiler = StepProfiler(section, Path(setting.log).parent / "profile", 0)
+        profiler = StepProfiler(section, Path(setting.log).parent, 0)
         for number in range(1, WARM_UP + 1):
             with profiler.step(number), span("step"):
                 take(step, number)

@@ -68,7 +68,7 @@ class Setting:
     Attributes:
         small: sizes that a CPU can do in seconds.
         scratch: a directory that is deleted afterwards.
-        log: the file that this item's processes write to.
+        log: the file that this item's processes write to; what it leaves is next to that.
         start: how `apart.call` starts a process.
         gpus: how many may be used; on a CPU, how many processes that stand for one.
     """

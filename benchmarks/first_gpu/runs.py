@@ -19,6 +19,7 @@ from benchmarks.step.pairs import pair_on_disk, qwen3_slice
 from benchmarks.step.step import Step
 from megatron_taopd import config as configuration
 from megatron_taopd.build import build
+from megatron_taopd.config.values import check_values
 from megatron_taopd.parallel import cuda_variables, platform
 from megatron_taopd.run import Run
 
@@ -37,10 +38,12 @@ def precision() -> str:
 @contextmanager
 def run_of(file: Path, directory: str | Path, *overrides: str) -> Iterator[Run]:
     """Build a run of one rank, as `train` does, and close it afterwards."""
-    cuda_variables.set_allocator(os.environ, "distributed")
-    platform.initialize()
     asked = (*ONE_RANK, *QUIET, f"run.dir={directory}", *overrides)
-    run = build(configuration.load(file, list(asked)), lambda: lambda: False)
+    config = configuration.load(file, list(asked))
+    check_values(config, ranks=1)
+    cuda_variables.set_allocator(os.environ, config.rollout.sync.transport)
+    platform.initialize()
+    run = build(config, lambda: lambda: False)
     try:
         yield run
     finally:

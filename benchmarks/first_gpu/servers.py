@@ -31,14 +31,17 @@ def colocated(setting: Setting) -> Result:
     result, on_cuda = Result(), torch.cuda.is_available()
     servers = "{replicas: 1, max_total_tokens: 4096, concurrency: 16}"
     if on_cuda:
-        servers = f"{{replicas: 1, gpus: [0], max_total_tokens: {TOKENS}, mem_fraction: 0.5}}"
+        servers = (
+            f"{{replicas: 1, gpus: [0], max_total_tokens: {TOKENS}, mem_fraction: 0.5, "
+            "args: [--enable-memory-saver]}"
+        )
     overrides = (
         f"train={{precision: {precision()}, steps: {STEPS}}}", f"rollout.servers={servers}",
         "rollout={prompts: 16, max_new_tokens: 16}",
-        f"rollout.sync={{transport: distributed, release_memory: {str(on_cuda).lower()}}}",
+        f"rollout.sync={{transport: tensor, release_memory: {str(on_cuda).lower()}}}",
     )  # fmt: skip
     began = time.perf_counter()
-    with run_of(TINY_SGLANG, Path(setting.log).parent / "colocated", *overrides) as run:
+    with run_of(TINY_SGLANG, Path(setting.log).parent / "run", *overrides) as run:
         result.figures["built, with its server, s"] = time.perf_counter() - began
         given, pushes = [], []
         offload, update = run.engine.offload, run.engine.update_weights
@@ -102,7 +105,7 @@ def broadcast(setting: Setting) -> Result:
         f"train={{precision: {precision()}, steps: {STEPS}}}", f"rollout.servers={servers}",
         "rollout={prompts: 16, max_new_tokens: 16}", "rollout.sync.transport=distributed",
     )  # fmt: skip
-    with run_of(TINY_SGLANG, Path(setting.log).parent / "broadcast", *overrides) as run:
+    with run_of(TINY_SGLANG, Path(setting.log).parent / "run", *overrides) as run:
         run.engine.updates.sync.bucket_bytes = BUCKET_BYTES
         victim, pushes = run.engine.replicas.all[0], []
         update, weights = run.engine.update_weights, run.student.named_tensors

@@ -78,8 +78,8 @@ def gradient_of(
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Return ‖ours − theirs‖ / ‖theirs‖ over all buffers."""
     pairs = list(zip(ours, theirs, strict=True))
-    apart_by = sum((a - b).double().norm() ** 2 for a, b in pairs)
-    return float((apart_by / sum(b.double().norm() ** 2 for _, b in pairs)) ** 0.5)
+    apart_by = sum(float((a - b).norm()) ** 2 for a, b in pairs)
+    return (apart_by / sum(float(b.norm()) ** 2 for _, b in pairs)) ** 0.5
 
 
 def learn(
