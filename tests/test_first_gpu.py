@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -259,6 +260,83 @@ def test_items_on_a_pretended_device(on_cuda, tmp_path, name):
     assert outcome == ("goal missed" if name == "kernels" else "passed"), missed
     if name == "waits":  # in bf16, of which no phase is silent
         assert {figure.split(":")[0] for figure in figures} >= {"scoring", "training"}
+
+
+# Mistakes: each calls a function of the product otherwise than it should be.
+
+
+def of_other_tokens(pick, trunk, output, wanted):
+    return pick(trunk, output, wanted.roll(1))
+
+
+def steeper(init, attention, *arguments, **options):
+    init(attention, *arguments, **options)
+    attention.scale *= 1.05
+
+
+def not_added(_add_product, total, *_):
+    return total
+
+
+def one_more(kl_within, *arguments):
+    return kl_within(*arguments) + 1
+
+
+def without_moments(go_on_from, student, state):
+    go_on_from(student, state)
+    for of_parameter in student.optimizer.chained_optimizers[0].optimizer.state.values():
+        of_parameter["exp_avg"].zero_()
+
+
+def doubled(host_copy, teacher):
+    return [2 * copy for copy in host_copy(teacher)]
+
+
+def with_a_look(forward, attention, query, *arguments, **options):
+    query.sum().item()
+    return forward(attention, query, *arguments, **options)
+
+
+# By item: where the mistake is, and what has to be said of it.
+MISTAKES = {
+    "gradients": ("models.replay:_pick", of_other_tokens, "gradient, the kept rows"),
+    "attention": ("models.attention:PackedAttention.__init__", steeper, "output"),
+    "products": ("parallel.vocab.projection:_add_product", not_added, "∂weight"),
+    "kernels": ("parallel.vocab.reductions:kl_within", one_more, "reverse_kl"),
+    "heads": ("parallel.vocab.reductions:kl_within", one_more, "loss, loss"),
+    "saves": ("checkpoints.optimizer:go_on_from", without_moments, "elements that differ"),
+    "offload": ("teacher.megatron:MegatronTeacher._host_copy", doubled, "numbers that differ"),
+    "waits": ("models.attention:PackedAttention.forward", with_a_look, "synchronizing"),
+}
+
+
+def item_with_mistake(target, directory, place, mistake):
+    """Run an item small with a mistake in the product; return what it misses, or raises."""
+    module, name = place.split(":")
+    owner = importlib.import_module(f"megatron_taopd.{module}")
+    *classes, name = name.split(".")
+    for each in classes:
+        owner = getattr(owner, each)
+    right = getattr(owner, name)
+
+    def wrong(*arguments, **options):
+        return mistake(right, *arguments, **options)
+
+    with mock.patch.object(owner, name, wrong):
+        try:
+            outcome, missed, _ = item_on_cuda(target, directory)
+        except RuntimeError as error:
+            return "failed", [str(error)]
+    return outcome, [check[0] for check in missed]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_items_find_mistakes(on_cuda, tmp_path, name):
+    [target] = [item.target for item in ITEMS if item.name == name]
+    place, mistake, check = MISTAKES[name]
+    (outcome, missed), _ = on_cuda(item_with_mistake, target, tmp_path, place, mistake)
+    assert outcome == "failed" and any(check in each for each in missed), missed
 
 
 def wait_in_modes():
