@@ -82,6 +82,7 @@ def test_arguments(capsys):
     for arguments, message in {
         ("--gpus", "0"): "--gpus: 0; it has to be at least 1",
         ("--minutes", "0"): "--minutes: 0; it has to be more than 0",
+        ("--json", "nowhere/x.json"): "--json: nowhere/x.json: there is no directory",
         ("--only", "kernel"): "invalid choice: 'kernel'",
     }.items():
         with pytest.raises(SystemExit) as ended:
@@ -211,6 +212,31 @@ def test_outcomes():
     }  # fmt: skip
 
 
+def test_what_is_ended_leaves_its_page(tmp_path, monkeypatch):
+    """Two items, the second of which is interrupted."""
+    from benchmarks.first_gpu import __main__ as command
+
+    started, figures = [], tmp_path / "figures.json"
+
+    def call(target, arguments, log, limit_s, start, without=()):
+        started.append((target, limit_s))
+        if target.endswith("facts"):
+            return apart.Outcome({"device": "cuda", "gpus": 1, "torch": "2"}, None, 1.0)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        assert start == "spawn" and not arguments[0].small and Path(arguments[0].scratch).is_dir()
+        return apart.Outcome(Result(notes=["A note."]), None, 1.0)
+
+    monkeypatch.setattr(command.apart, "call", call)
+    monkeypatch.setenv("PYTHONPATH", "")
+    arguments = ["--out", str(tmp_path), "--json", str(figures), "--minutes", "1.5"]
+    assert main([*arguments, "--only", "attention", "gradients"]) == 130
+    items = json.loads(figures.read_text())["items"]
+    assert [(item["name"], item["notes"]) for item in items] == [("gradients", ["A note."])]
+    assert "A note." in (tmp_path / "page.md").read_text()
+    assert started[1][0] == "benchmarks.first_gpu.steps:gradients" and 80 < started[1][1] <= 90
+
+
 def test_reasons_to_skip():
     class Asked:
         gpus, minutes = 1, 10.0
@@ -257,7 +283,7 @@ def test_items_on_a_pretended_device(on_cuda, tmp_path, name):
     """What CUDA would refuse raises; in half precision they agree as they do in fp32."""
     [target] = [item.target for item in ITEMS if item.name == name]
     (outcome, missed, figures), _ = on_cuda(item_on_cuda, target, tmp_path)
-    assert outcome == ("goal missed" if name == "kernels" else "passed"), missed
+    assert outcome == "passed", missed
     if name == "waits":  # in bf16, of which no phase is silent
         assert {figure.split(":")[0] for figure in figures} >= {"scoring", "training"}
 

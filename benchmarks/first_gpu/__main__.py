@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from benchmarks.first_gpu.result import Result, Setting
 ROOT = Path(__file__).parents[2]
 NAMES = [item.name for item in ITEMS]
 PACKAGE = "benchmarks.first_gpu"
+INTERRUPTED = 130  # the exit status after Ctrl-C
 LOG = "output.log"  # in a directory of each item, with whatever else it leaves
 COLORS = {"passed": "green", "goal missed": "yellow", "failed": "bold red", "skipped": "dim"}
 
@@ -46,6 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    console, entries = Console(), []
+    file = asked.out.resolve() / "page.md"
+    status = 0
+    try:
+        for entry in run_all(asked, began, console):
+            entries.append(entry)
+    except KeyboardInterrupt:  # items have been ended; the page has those before
+        status = INTERRUPTED
+    console.print(as_table(entries))
+    console.print(f"{file}, in {time.monotonic() - began:.0f} s", highlight=False)
+    return status or int(any(entry.outcome == "failed" for entry in entries))
+
+
+def run_all(asked: argparse.Namespace, began: float, console: Console) -> Iterator[Entry]:
+    """Run the items that are asked for; after each of them the page has it."""
     out = asked.out.resolve()
     log = clean(out / "machine") / LOG
     found = apart.call(f"{PACKAGE}.machine:facts", (), log, 120, "spawn")
@@ -54,9 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     small = asked.small or not on_cuda
     start = "spawn" if on_cuda or asked.spawn else "forkserver"
     how = Setting(small, "", "", start, asked.gpus)
-
-    console, entries = Console(), []
     console.print(f"{machine.get('name', machine['device'])}, torch {machine.get('torch', '?')}")
+    entries: list[Entry] = []
     for item in ITEMS:
         if item.name in asked.skip or (asked.only and item.name not in asked.only):
             continue
@@ -65,13 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
         entry = run(item, reason_to_skip(item, asked, machine, left), out, how, left)
         entries.append(entry)
         seconds = time.monotonic() - began
-        # After every item, so that whatever ends this leaves what is known.
-        (out / "page.md").write_text(page(machine, entries, small, seconds))
-        report = json.dumps(as_json(machine, entries, small, seconds), indent=1) + "\n"
-        (asked.json or out / "results.json").write_text(report)
-    console.print(as_table(entries))
-    console.print(f"{out / 'page.md'}, in {time.monotonic() - began:.0f} s", highlight=False)
-    return 1 if any(entry.outcome == "failed" for entry in entries) else 0
+        write(out / "page.md", page(machine, entries, small, seconds))
+        report = as_json(machine, entries, small, seconds)
+        write(asked.json or out / "results.json", json.dumps(report, indent=1) + "\n")
+        yield entry
 
 
 def run(item: Item, skipped: str | None, out: Path, how: Setting, left: float) -> Entry:
@@ -92,6 +105,13 @@ def run(item: Item, skipped: str | None, out: Path, how: Setting, left: float) -
         output = apart.tail(log)
         return Entry(item, Result(), outcome.seconds, outcome.trouble, output)
     return Entry(item, outcome.value, outcome.seconds)
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file next to its place, and move it there."""
+    aside = file.with_suffix(".incomplete")
+    aside.write_text(text)
+    aside.replace(file)
 
 
 def clean(directory: Path) -> Path:
@@ -147,6 +167,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if asked.gpus < 1:
         parser.error(f"--gpus: {asked.gpus}; it has to be at least 1")
+    if asked.json and not asked.json.absolute().parent.is_dir():
+        parser.error(f"--json: {asked.json}: there is no directory {asked.json.absolute().parent}")
     if asked.minutes <= 0:
         parser.error(f"--minutes: {asked.minutes:g}; it has to be more than 0")
     return asked

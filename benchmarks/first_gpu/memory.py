@@ -31,15 +31,19 @@ COMMON = 1024  # ids that both models of any pair here have
 
 
 class HostMemory:
-    """Sees the most bytes that this process holds of the host's memory, in a thread."""
+    """Sees in a thread the most bytes that this process holds of the host's memory.
+
+    Pinned memory may not be among them: it is what is available of the host that then drops.
+    """
 
     def __init__(self) -> None:
-        self.most = 0
+        self.most, self.least_available = 0, float("inf")
         self._ended = threading.Event()
         self._process = psutil.Process()
 
     def __enter__(self) -> HostMemory:
         self.before = self._process.memory_info().rss
+        self.available_before = psutil.virtual_memory().available
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -52,9 +56,15 @@ class HostMemory:
     def growth(self) -> int:
         return max(0, self.most - self.before)
 
+    @property
+    def drop(self) -> float:
+        return max(0.0, self.available_before - self.least_available)
+
     def _watch(self) -> None:
         while True:
             self.most = max(self.most, self._process.memory_info().rss)
+            available = psutil.virtual_memory().available
+            self.least_available = min(self.least_available, available)
             if self._ended.wait(SAMPLE_S):
                 return
 
@@ -94,6 +104,9 @@ def saves(setting: Setting) -> Result:
             result.figures[f"{name}: blocked, s per GB"] = blocked / own * 1e9
             result.figures[f"{name}: until it is there, s"] = whole
             growth = f"{name}: growth of host memory ÷ own state"
+            result.figures[f"{name}: drop of the host's available memory ÷ own state"] = (
+                host.drop / own
+            )
             if setting.small:  # in so few bytes a process grows by anything
                 result.figures[growth] = host.growth / own
             else:
