@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
+# Hundreds of processes would each compile the package and its tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Twice as many as cores: half of the time a test waits for a process to start or to end.
 WORKERS ?= 4
