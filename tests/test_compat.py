@@ -19,7 +19,7 @@ from torch.autograd.profiler import profile
 from torch.multiprocessing import reductions
 
 from megatron_taopd.formats.megatron import MegatronCheckpoint
-from megatron_taopd.formats.unpickle import ALLOWED, check_pickles
+from megatron_taopd.formats.unpickle import ALLOWED, BACKEND, check_pickles
 from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.serving import identity
 from megatron_taopd.serving.server import server_environment
@@ -116,6 +116,7 @@ def save_as_planned(directory):
     dist.all_gather_object(results, written)
     if rank == 0:
         torch.save(common, Path(directory) / "common.pt")
+        (Path(directory) / "metadata.json").write_text(json.dumps(BACKEND))
         plan.finish(results)
     dist.barrier()
     return copied, common

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_taopd.parallel.compat.torch_internals import StorageInfo
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"  # files of a checkpoint
-BACKEND = {
+BACKEND = {  # what CONFIG says
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -43,7 +43,9 @@ def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
     directory = Path(directory)
     path = directory / CONFIG
     try:
-        if json.loads(path.read_text()) != BACKEND:
+        stated = json.loads(path.read_text())
+        # Megatron-core 0.19 says nothing of what is no tensor.
+        if "sharded_backend" not in stated or BACKEND | stated != BACKEND:
             raise ValueError("it names another format than torch_dist")
         path = directory / METADATA
         with path.open("rb") as stream:
