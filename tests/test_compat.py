@@ -225,7 +225,6 @@ def told_by_megatron(directory):
     from megatron_taopd.checkpoints import saving
     from megatron_taopd.config import OptimizerSection
     from megatron_taopd.models.student import Student
-    from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
 
     platform.emulate_cuda()
