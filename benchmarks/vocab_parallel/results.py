@@ -42,10 +42,12 @@ class Results:
         return self.ways[what, name, ratio]["temporaries"]
 
     def fastest_peer(self) -> float:
-        """Return the seconds of the fastest loss that is not ours."""
-        own = ("ours", "ours, one chunk", "matmuls alone")
+        """Return the seconds of the fastest loss that is not ours, but computes the same."""
+        same = self.ways["loss", "ours", 1.0]["computes"]
         return min(
-            self.seconds(*key) for key in self.ways if key[0] == "loss" and key[1] not in own
+            self.seconds(*key)
+            for key, way in self.ways.items()
+            if way.get("computes") == same and not key[1].startswith("ours")
         )
 
     def flops(self, what: str) -> int:
@@ -126,6 +128,8 @@ def tables(measured: dict) -> Iterator[Table]:
             continue
         table = Table(box=SIMPLE, caption=matmul_share(results, what), caption_justify="left")
         table.add_column(what, no_wrap=True)
+        if what == "loss":
+            table.add_column("computes", no_wrap=True)
         for header in ("rows", "s", "÷ matmuls", "MB", "collectives", "B/row", *errors):
             table.add_column(header, justify="right", no_wrap=True)
         for way in measured["ways"]:
@@ -138,10 +142,12 @@ def cells(way: dict, results: Results) -> list[str]:
     name = way["name"] + (f", ρ = {100 * way['ratio']:g} %" if way["ratio"] < 1 else "")
     if way["skipped"]:
         return [f"{name} ({way['skipped']})"]
+    computes = [way.get("computes", "")] if way["what"] == "loss" else []
     key, floor = (way["what"], way["name"], way["ratio"]), (way["what"], "matmuls alone", 1.0)
     seconds, errors = results.seconds(*key), way.get("error", {})
     return [
         name,
+        *computes,
         f"{way['rows']:,}",
         f"{seconds:.3g}",
         f"{seconds / results.seconds(*floor):.2f}" if floor in results.ways else "",
