@@ -343,6 +343,7 @@ def _patch_cuda() -> None:
         "get_device_capability": (9, 0),
         "memory_allocated": memory.used,
         "max_memory_allocated": memory.used,
+        "max_memory_reserved": memory.used,
         "reset_peak_memory_stats": None,
         "mem_get_info": (memory.available, memory.total),
         "empty_cache": None,
