@@ -196,6 +196,31 @@ def test_routers_find_the_name_that_they_ask_for():
     assert hasattr(moe_utils, "te_general_gemm")
 
 
+def test_tokens_of_experts_are_picked_without_the_host():
+    """As Megatron does by masks: tokens and probabilities by expert, and where they came from."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from megatron_taopd.parallel.compat.megatron_internals import count_routed_tokens_ahead
+
+    count_routed_tokens_ahead()
+    generator = torch.Generator().manual_seed(0)
+    tokens, scores = (torch.randn(9, n, generator=generator) for n in (4, 5))
+    routing_map = torch.zeros(9, 5, dtype=torch.bool).scatter(1, scores.topk(2).indices, True)
+    assert routing_map.sum(0).tolist() != sorted(routing_map.sum(0).tolist())
+    found, gradients = [], []
+    for permute in (moe_utils.permute, token_dispatcher.permute):
+        inputs = tokens.clone().requires_grad_(), scores.clone().requires_grad_()
+        picked, probs, rows = permute(inputs[0], routing_map, inputs[1], num_out_tokens=18)
+        (picked.sin() * probs[:, None]).sum().backward()
+        found.append((picked, probs, rows))
+        gradients.append([x.grad for x in inputs])
+    assert found[0][2].tolist() != sorted(found[0][2].tolist())
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    with_map = [p(tokens, routing_map, num_out_tokens=None) for p in (moe_utils.permute, permute)]
+    assert with_map[0][1] is with_map[1][1] is None and torch.equal(with_map[0][0], with_map[1][0])
+
+
 def test_the_gradient_norm_is_taken_on_the_device(monkeypatch):
     from megatron.core.optimizer import clip_grads
     from megatron.core.utils import local_multi_tensor_l2_norm

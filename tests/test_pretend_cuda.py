@@ -238,6 +238,25 @@ def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_o
     assert not weight[size:].any()
 
 
+def held_by_ranks():
+    from megatron_taopd.parallel.memory import rank_memory
+
+    rank = dist.get_rank()
+    with mock.patch.multiple(
+        torch.cuda,
+        max_memory_reserved=lambda: (5 + rank) << 20,
+        max_memory_allocated=lambda: (4 - rank) << 20,
+    ):
+        return rank_memory()
+
+
+def test_the_log_has_the_memory_that_is_reserved(on_cuda):
+    """What the plan counts, which other processes cannot have; and what tensors took of it."""
+    found = {"memory/most_mib": 6, "memory/most_rank": 1, "memory/least_mib": 5}
+    found["memory/most_allocated_mib"] = 4
+    assert [answer for answer, _ in on_cuda(2, held_by_ranks)] == [found] * 2
+
+
 # ---------------------------------------------------------------------------------------- the loop
 
 SHORT = [
@@ -362,7 +381,8 @@ def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_p
     phases = {wait.phase for wait in waits}
     assert {"rollout", "teacher", "scoring", "training", "sync", "checkpoint", "eval"} <= phases
     updates = 3 * max(map(int, re.findall(r"mini_batches\W+(\d)", " ".join(overrides))), default=1)
-    check_waits(waits, 3, updates, pipelined="pp: 2" in str(overrides))
+    pipelined, experts = "pp: 2" in str(overrides), "experts" in str(overrides)
+    check_waits(waits, 3, updates, pipelined, experts)
 
 
 # What a step may wait for, however many layers, micro-batches, rows and parameters there are.
@@ -374,15 +394,16 @@ OF_A_STEP = {
     "sync": 0,
 }
 OF_AN_UPDATE = 2  # the losses, which the guard looks at, and the gradient norm
-# Experts get as many tokens as there are, which without TransformerEngine the host has to know.
-BY_EXPERTS = "moe/moe_utils.py"
+BY_EXPERTS = "moe/token_dispatcher.py"  # without TransformerEngine and with it
+LAYERS = SIZES["num_hidden_layers"]
 
 
-def check_waits(waits, steps: int, updates: int, pipelined: bool) -> None:
+def check_waits(waits, steps: int, updates: int, pipelined: bool, experts: bool) -> None:
     """The host waits no more than it may, apart from the ends of spans, whose time is taken.
 
     A pipeline tells each micro-batch's shape, at most twice; after a pass with gradients the
-    schedule looks at the number of rows.
+    schedule looks at the number of rows. Each layer of experts waits once for how many tokens each
+    of them gets: the sizes of matrix products are the host's.
     """
     micro_batches = waits[MICRO_BATCHES]
     assert micro_batches > steps
@@ -391,13 +412,17 @@ def check_waits(waits, steps: int, updates: int, pipelined: bool) -> None:
     allowed = {"layer": 0, "micro-batches": of_shapes + updates + once}
     allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}
     allowed["training"] = updates * OF_AN_UPDATE
+    for_experts = 0
     for phase, most in allowed.items():
-        found = {
-            f"{wait.kind}: {wait.line}": count
-            for wait, count in waits.items()
-            if wait.phase == phase and wait.kind != "synchronize" and BY_EXPERTS not in wait.line
-        }
+        found = {}
+        for wait, count in waits.items():
+            if phase == "layer" and wait.kind == "event" and BY_EXPERTS in wait.line:
+                for_experts += count
+            elif wait.phase == phase and wait.kind != "synchronize":
+                found[f"{wait.kind}: {wait.line}"] = count
         assert sum(found.values()) <= most, (phase, most, found)
+    assert for_experts <= LAYERS * micro_batches
+    assert bool(for_experts) == experts
 
 
 @pytest.mark.parametrize("schedule", ["two_pass", "replay"])

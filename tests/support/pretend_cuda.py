@@ -326,7 +326,13 @@ def _patch_cuda() -> None:
     """Let torch.cuda speak of the device and of its only stream."""
     from megatron.core.tensor_parallel import random
 
-    from megatron_taopd.parallel.platform import _Stream
+    from megatron_taopd.parallel import platform
+
+    class Stream(platform._Stream):
+        """The only stream, and any event on it."""
+
+        def synchronize(self) -> None:
+            _waits("event")
 
     memory = psutil.virtual_memory()
     properties = SimpleNamespace(
@@ -347,14 +353,14 @@ def _patch_cuda() -> None:
         "reset_peak_memory_stats": None,
         "mem_get_info": (memory.available, memory.total),
         "empty_cache": None,
-        "current_stream": _Stream(),
-        "default_stream": _Stream(),
+        "current_stream": Stream(),
+        "default_stream": Stream(),
         "stream": nullcontext(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.nccl.version = lambda: (2, 27, 5)
-    torch.cuda.Stream = torch.cuda.Event = _Stream
+    torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.synchronize = lambda *_: _waits("synchronize")
 
     def get_state(*_, **__):

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
@@ -146,6 +146,33 @@ def define_missing_names() -> None:
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def count_routed_tokens_ahead() -> None:
+    """Let experts get their tokens without the host, which knows how many there are in all.
+
+    Megatron picks them by a mask, once with and once without their probabilities, and after a mask
+    the host has to be told what it left. TransformerEngine's kernel for it is another choice.
+    """
+    token_dispatcher.permute = _permute
+
+
+def _permute(
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None = None,
+    num_out_tokens: int | Tensor | None = None,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    if fused or drop_and_pad or not isinstance(num_out_tokens, int):
+        return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad)
+    routed = routing_map.T.flatten()  # by expert
+    places = torch.nonzero_static(routed, size=num_out_tokens).squeeze(1)
+    if probs is not None:
+        probs = probs.T.flatten().index_select(0, places)
+    rows = places % len(tokens)
+    return tokens.index_select(0, rows), probs, rows
 
 
 def accumulates_gradients() -> bool:
