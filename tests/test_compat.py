@@ -97,9 +97,9 @@ def save_as_planned(directory):
     platform.emulate_cuda()
     rank, copied = dist.get_rank(), []
 
-    def copy(tensor, own):
-        copied.append(own)
-        return tensor.clone()
+    def copy(tensors):
+        copied.extend(own for _, own in tensors)
+        return [tensor.clone() for tensor, _ in tensors]
 
     half = torch.arange(6.0).view(2, 3) + 10 * rank
     sharded = {"w": ShardedTensor.from_rank_offsets("w", half, (0, rank, 2)), "step": 7}

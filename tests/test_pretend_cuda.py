@@ -238,6 +238,43 @@ def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_o
     assert not weight[size:].any()
 
 
+def copies_to_the_host():
+    """What was copied, twice; the memory of each copy, of all, and what the host waited for."""
+    from support.pretend_cuda import pretend_cuda
+
+    from megatron_taopd.parallel.copies import HostCopies
+
+    waits, host, registered = pretend_cuda(), HostCopies(), []
+    waits.counts.clear()
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, _flags: registered.append((address, size)) or 0,
+        cudaHostUnregister=lambda address: registered.append((address, None)) or 0,
+    )
+    found = []
+    with mock.patch.object(torch.cuda, "cudart", lambda: runtime):
+        for scale in (1, 2, 2):  # the same sizes, and then larger ones
+            tensors = [torch.arange(5000.0 * scale), torch.tensor(7), torch.zeros(0, 3)]
+            tensors += [torch.arange(6).view(2, 3).t().bfloat16()]
+            device = [tensor.cuda() for tensor in tensors]
+            before = waits.by_phase()[""]
+            copies, wait = host.take(device)
+            during = waits.by_phase()[""] - before
+            wait()
+            same = all(map(torch.equal, copies, tensors))
+            own = all(c.untyped_storage().nbytes() == c.nbytes for c in copies)
+            found.append((same, own, during, waits.by_phase()[""] - before, copies[0].data_ptr()))
+    return found, registered
+
+
+def test_copies_to_the_host_share_pinned_memory_of_their_size(on_cuda):
+    [((found, registered), _)] = on_cuda(1, copies_to_the_host)
+    assert [each[:4] for each in found] == [(True, True, 0, 1)] * 3  # and only `wait` waits
+    small, large = 20_032 + 64 + 64, 40_000 + 64 + 64  # multiples of 64
+    first, second = found[0][4], found[1][4]
+    assert registered == [(first, small), (first, None), (second, large)]
+    assert found[2][4] == second
+
+
 def held_by_ranks():
     from megatron_taopd.parallel.memory import rank_memory
 

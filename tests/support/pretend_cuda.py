@@ -26,6 +26,7 @@ It does not see
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -329,10 +330,11 @@ def _patch_cuda() -> None:
     from megatron_taopd.parallel import platform
 
     class Stream(platform._Stream):
-        """The only stream, and any event on it."""
+        """The only stream, and any event on it; the run does not wait for what its threads do."""
 
         def synchronize(self) -> None:
-            _waits("event")
+            if threading.current_thread() is threading.main_thread():
+                _waits("event")
 
     memory = psutil.virtual_memory()
     properties = SimpleNamespace(
@@ -356,6 +358,8 @@ def _patch_cuda() -> None:
         "current_stream": Stream(),
         "default_stream": Stream(),
         "stream": nullcontext(),
+        "cudart": SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
+        "check_error": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -64,7 +64,7 @@ class SavePlan:
 
 
 def plan_save(
-    sharded: dict, directory: Path, copy: Callable[[Tensor, bool], Tensor]
+    sharded: dict, directory: Path, copy: Callable[[list[tuple[Tensor, bool]]], list[Tensor]]
 ) -> tuple[SavePlan, list[Bucket], dict]:
     """Plan a distributed checkpoint and copy this rank's part of it; no file is touched.
 
@@ -73,8 +73,8 @@ def plan_save(
 
     Args:
         sharded: the state, with Megatron's sharded tensors.
-        copy: returns what is to be written of a tensor; told whether the memory is the state's own,
-            or has been copied by Megatron.
+        copy: returns what is to be written of tensors; told of each whether the memory is the
+            state's own, or has been copied by Megatron.
 
     Returns:
         The plan, the files with their contents, and the state that is no tensor, which rank 0
@@ -90,10 +90,13 @@ def plan_save(
         for t in nested_values(tensors)
         if isinstance(t, ShardedTensor)
     }
-    buckets = []
-    for _path, name, (objects, items) in writer.write_buckets:
-        copies = [(i, copy(t, t.untyped_storage().data_ptr() in own)) for i, t in items]
-        buckets.append((name, objects + copies))
+    planned = [(name, *contents) for _path, name, contents in writer.write_buckets]
+    tensors = [tensor for _name, _objects, items in planned for _item, tensor in items]
+    copies = iter(copy([(t, t.untyped_storage().data_ptr() in own) for t in tensors]))
+    buckets = [
+        (name, objects + [(item, next(copies)) for item, _tensor in items])
+        for name, objects, items in planned
+    ]
     writer.write_buckets = None  # it would keep the state's tensors alive
     return SavePlan(writer.transforms, writer, metadata, directory), buckets, common
 
