@@ -72,7 +72,9 @@ def measure_on_rank(rank: int, setup: Setup, folder: str) -> None:
         )
     for repeat in range(setup.repeats):
         for way, own, result in runnable:
+            started = time.process_time()
             result.setdefault("seconds", []).append(seconds(way, own))
+            result.setdefault("cpu_seconds", []).append(time.process_time() - started)
         say(rank, f"  timed {repeat + 1} of {setup.repeats}")
     if rank == 0:
         answer = {"setup": asdict(setup), "title": str(setup), "ways": results}

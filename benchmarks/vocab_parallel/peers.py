@@ -42,7 +42,10 @@ class Compiler:
     on_megatron = False
 
     def absence(self, setup: Setup) -> str | None:
-        """Say that there is no compiler."""
+        """Say that nothing is compiled here; torch itself would say so of a compiler alone."""
+        for switch in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
+            if os.environ.get(switch) == "1":
+                return f"{switch} is set"
         compiler = os.environ.get("CXX", "g++")
         if setup.device == "cpu" and shutil.which(compiler) is None:
             return f"no C++ compiler: {compiler}"

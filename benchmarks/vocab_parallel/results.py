@@ -38,6 +38,10 @@ class Results:
     def seconds(self, what: str, name: str, ratio: float = 1.0) -> float:
         return median(self.ways[what, name, ratio]["seconds"])
 
+    def cpu_seconds(self, what: str, name: str, ratio: float = 1.0) -> float:
+        """Return the seconds that the threads of rank 0 computed, which other work hardly moves."""
+        return median(self.ways[what, name, ratio]["cpu_seconds"])
+
     def temporaries(self, what: str, name: str, ratio: float = 1.0) -> int:
         return self.ways[what, name, ratio]["temporaries"]
 
@@ -130,7 +134,7 @@ def tables(measured: dict) -> Iterator[Table]:
         table.add_column(what, no_wrap=True)
         if what == "loss":
             table.add_column("computes", no_wrap=True)
-        for header in ("rows", "s", "÷ matmuls", "MB", "collectives", "B/row", *errors):
+        for header in ("rows", "s", "÷ matmuls", "CPU ÷", "MB", "collectives", "B/row", *errors):
             table.add_column(header, justify="right", no_wrap=True)
         for way in measured["ways"]:
             if way["what"] == what:
@@ -151,6 +155,9 @@ def cells(way: dict, results: Results) -> list[str]:
         f"{way['rows']:,}",
         f"{seconds:.3g}",
         f"{seconds / results.seconds(*floor):.2f}" if floor in results.ways else "",
+        f"{results.cpu_seconds(*key) / results.cpu_seconds(*floor):.2f}"
+        if floor in results.ways and not on_cuda(results.setup)
+        else "",
         f"{way['temporaries'] / 1e6:,.0f}" if way["exact"] else "",
         f"{way['collectives'] or ''}",
         f"{way['sent_per_row']:,.0f}" if way["collectives"] else "",
