@@ -250,7 +250,7 @@ def test_tokens_of_experts_are_picked_without_the_host():
     found, gradients = [], []
     for permute in (moe_utils.permute, token_dispatcher.permute):
         inputs = tokens.clone().requires_grad_(), scores.clone().requires_grad_()
-        picked, probs, rows = permute(inputs[0], routing_map, inputs[1], num_out_tokens=18)
+        picked, probs, rows, *_ = permute(inputs[0], routing_map, inputs[1], num_out_tokens=18)
         (picked.sin() * probs[:, None]).sum().backward()
         found.append((picked, probs, rows))
         gradients.append([x.grad for x in inputs])

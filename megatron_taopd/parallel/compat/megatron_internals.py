@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -167,15 +168,20 @@ def _permute(
     num_out_tokens: int | Tensor | None = None,
     fused: bool = False,
     drop_and_pad: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    **padding: Any,
+) -> tuple:
     if fused or drop_and_pad or not isinstance(num_out_tokens, int):
-        return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad)
+        options = num_out_tokens, fused, drop_and_pad
+        return moe_utils.permute(tokens, routing_map, probs, *options, **padding)
     routed = routing_map.T.flatten()  # by expert
     places = torch.nonzero_static(routed, size=num_out_tokens).squeeze(1)
     if probs is not None:
         probs = probs.T.flatten().index_select(0, places)
     rows = places % len(tokens)
-    return tokens.index_select(0, rows), probs, rows
+    found = tokens.index_select(0, rows), probs, rows
+    # From version 0.17 on, what a kernel of TransformerEngine pads is returned, too.
+    pads = "tokens_per_expert" in inspect.signature(moe_utils.permute).parameters
+    return (*found, None, padding.get("tokens_per_expert")) if pads else found
 
 
 def accumulates_gradients() -> bool:
