@@ -156,9 +156,11 @@ def count_routed_tokens_ahead() -> None:
     """Let experts get their tokens without the host, which knows how many there are in all.
 
     Megatron picks them by a mask, once with and once without their probabilities, and after a mask
-    the host has to be told what it left. TransformerEngine's kernel for it is another choice.
+    the host has to be told what it left. TransformerEngine's kernel for it is another choice. From
+    version 0.17 on, Megatron sorts instead.
     """
-    token_dispatcher.permute = _permute
+    if ".masked_select(" in inspect.getsource(moe_utils.permute):
+        token_dispatcher.permute = _permute
 
 
 def _permute(
@@ -168,20 +170,15 @@ def _permute(
     num_out_tokens: int | Tensor | None = None,
     fused: bool = False,
     drop_and_pad: bool = False,
-    **padding: Any,
-) -> tuple:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     if fused or drop_and_pad or not isinstance(num_out_tokens, int):
-        options = num_out_tokens, fused, drop_and_pad
-        return moe_utils.permute(tokens, routing_map, probs, *options, **padding)
+        return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad)
     routed = routing_map.T.flatten()  # by expert
     places = torch.nonzero_static(routed, size=num_out_tokens).squeeze(1)
     if probs is not None:
         probs = probs.T.flatten().index_select(0, places)
     rows = places % len(tokens)
-    found = tokens.index_select(0, rows), probs, rows
-    # From version 0.17 on, what a kernel of TransformerEngine pads is returned, too.
-    pads = "tokens_per_expert" in inspect.signature(moe_utils.permute).parameters
-    return (*found, None, padding.get("tokens_per_expert")) if pads else found
+    return tokens.index_select(0, rows), probs, rows
 
 
 def accumulates_gradients() -> bool:
