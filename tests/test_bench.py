@@ -6,19 +6,25 @@ import json
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib import metadata
+from math import log
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.vocab_parallel import peers
 from benchmarks.vocab_parallel import ways as compared
+from benchmarks.vocab_parallel.formulas import ON_TOPK, ON_TOPK_AND_REST, REVERSE_KL
 from benchmarks.vocab_parallel.problem import Setup
+from benchmarks.vocab_parallel.results import Results
 
 pytestmark = pytest.mark.slow
 
 TOOL = Path(__file__).parents[1] / "tools" / "bench_vocab_parallel.py"
 SMALL = "--vocab 512 --hidden 32 --teacher-hidden 48 --rows 32 --chunk-rows 8 --repeats 1"
-PEERS = {"TRL, full logits": "trl", "TRL, chunked": "trl", "Liger, chunked": "liger_kernel"}
+ON_ONE_RANK = {"TRL, full logits": "trl", "TRL, chunked": "trl", "Liger, chunked": "liger_kernel"}
+ON_MEGATRON = {"ms-swift": "ms-swift", "verl": "verl"}
 CHUNKS = 4
 K = 16
 
@@ -56,14 +62,73 @@ def test_every_way_agrees_with_float64(measured):
 
 def test_peers_run_where_they_are_installed(measured):
     figures, _ = measured
-    for name, package in PEERS.items():
+    for name, package in (ON_ONE_RANK | ON_MEGATRON).items():
         skipped = ways(figures)["loss", name, 1.0]["skipped"]
-        if figures["setup"]["tp"] > 1:
+        if figures["setup"]["tp"] > 1 and name in ON_ONE_RANK:
             assert skipped == "for one rank"
-        elif find_spec(package) is None:
+        elif not installed(package):
             assert skipped == f"{package} is not installed"
         else:
             assert skipped is None
+
+
+def installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def test_a_peer_that_does_not_import_says_what_it_lacks():
+    absence = peers.Peer("pytest", ("pytest", "no_such_module.losses")).absence(None)
+    assert absence == "pytest does not import: No module named 'no_such_module'"
+    assert (
+        peers.Peer("no-such-package", ("os",)).absence(None) == "no-such-package is not installed"
+    )
+    assert peers.Peer("pytest", ("pytest",)).absence(None) is None
+
+
+def test_torch_compiles_what_is_said_to_be_compiled(measured, monkeypatch):
+    """A way that is not compiled is not in the table, as in the environment of these tests."""
+    figures, _ = measured
+    tp = figures["setup"]["tp"]
+    name = "full logits, compiled" if tp == 1 else "many collectives, compiled"
+    way, setup = ways(figures)["loss", name, 1.0], Setup(**figures["setup"])
+    assert way["skipped"] is None and way["computes"] == "reverse KL"
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert peers.COMPILER.absence(setup) == "TORCHDYNAMO_DISABLE is set"
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert peers.COMPILER.absence(setup) == "no C++ compiler: no-such-compiler"
+
+
+def test_formulas_of_peers_by_hand():
+    """The two most probable ids of three."""
+    student, teacher = (
+        torch.tensor([[0.25, 0.5, 0.25]]).log(),
+        torch.tensor([[0.5, 0.26, 0.24]]).log(),
+    )
+    reverse = 0.25 * log(0.25 / 0.5) + 0.5 * log(0.5 / 0.26) + 0.25 * log(0.25 / 0.24)
+    on_two = 0.5 * log(0.5 / 0.25) + 0.26 * log(0.26 / 0.5)
+    exact = {
+        REVERSE_KL: reverse,
+        ON_TOPK: on_two,
+        ON_TOPK_AND_REST: on_two + 0.24 * log(0.24 / 0.25),
+    }
+    for formula, value in exact.items():
+        assert float(formula.dense(student, teacher, 2)) == pytest.approx(value, abs=1e-6), formula
+
+
+def test_the_fastest_peer_is_one_that_computes_the_same(measured):
+    figures, _ = measured
+    table = Results(figures)
+    same = [
+        way["name"]
+        for way in figures["ways"]
+        if way.get("computes") == "reverse KL" and "seconds" in way and "ours" not in way["name"]
+    ]
+    assert "full logits, gathered" in same and "verl" not in same
+    assert table.fastest_peer() == min(table.seconds("loss", name) for name in same)
 
 
 def test_collectives_and_their_bytes(measured):

@@ -171,6 +171,42 @@ def test_what_changes_after_the_call_is_not_saved(
     assert os.listdir(directory) == ["step_00000001"]
 
 
+def save_what_arrives_late(student_dir, directory):
+    """Copies that the device has not made when the save returns, but when they are waited for."""
+    from megatron_taopd.checkpoints import saving as checkpoint
+    from megatron_taopd.parallel.copies import HostCopies
+
+    class Late(HostCopies):
+        def take(self, tensors):
+            copies, wait = super().take(tensors)
+            arriving = [copy.clone() for copy in copies]
+            for copy in copies:
+                copy.fill_(-1)
+
+            def arrive():
+                wait()
+                for copy, data in zip(copies, arriving, strict=True):
+                    copy.copy_(data)
+
+            return copies, arrive
+
+    student = make_student(student_dir)
+    train_step(student, seed=1)
+    checkpoints, lines = open_checkpoints(directory)
+    checkpoints._host = Late()
+    checkpoints.save(1, student, STATE)
+    checkpoints.finish()
+    checkpoints.close()
+    resumed = make_student(student_dir)
+    checkpoint.load(directory, 1, resumed)
+    return same(contents(resumed), contents(student)), lines
+
+
+def test_copies_are_waited_for_before_they_are_written(tmp_path, student_dir):
+    answers = run_ranks(1, save_what_arrives_late, student_dir, str(tmp_path))
+    assert answers == [(True, [])]
+
+
 def test_the_newest_are_kept_and_remains_removed(tmp_path, student_dir):
     for name in ("step_00000009.incomplete", "step_00000001.deleted"):
         (tmp_path / name).mkdir()

@@ -139,9 +139,9 @@ def save_as_planned(directory):
     platform.emulate_cuda()
     rank, copied = dist.get_rank(), []
 
-    def copy(tensor, own):
-        copied.append(own)
-        return tensor.clone()
+    def copy(tensors):
+        copied.extend(own for _, own in tensors)
+        return [tensor.clone() for tensor, _ in tensors]
 
     half = torch.arange(6.0).view(2, 3) + 10 * rank
     sharded = {"w": ShardedTensor.from_rank_offsets("w", half, (0, rank, 2)), "step": 7}
@@ -269,6 +269,31 @@ def test_routers_find_the_name_that_they_ask_for():
 
     define_missing_names()
     assert hasattr(moe_utils, "te_general_gemm")
+
+
+def test_tokens_of_experts_are_picked_without_the_host():
+    """As Megatron does by masks: tokens and probabilities by expert, and where they came from."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from megatron_taopd.parallel.compat.megatron_internals import count_routed_tokens_ahead
+
+    count_routed_tokens_ahead()
+    generator = torch.Generator().manual_seed(0)
+    tokens, scores = (torch.randn(9, n, generator=generator) for n in (4, 5))
+    routing_map = torch.zeros(9, 5, dtype=torch.bool).scatter(1, scores.topk(2).indices, True)
+    assert routing_map.sum(0).tolist() != sorted(routing_map.sum(0).tolist())
+    found, gradients = [], []
+    for permute in (moe_utils.permute, token_dispatcher.permute):
+        inputs = tokens.clone().requires_grad_(), scores.clone().requires_grad_()
+        picked, probs, rows, *_ = permute(inputs[0], routing_map, inputs[1], num_out_tokens=18)
+        (picked.sin() * probs[:, None]).sum().backward()
+        found.append((picked, probs, rows))
+        gradients.append([x.grad for x in inputs])
+    assert found[0][2].tolist() != sorted(found[0][2].tolist())
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, gradients[0], gradients[1]))
+    alone = [p(tokens, routing_map, num_out_tokens=18) for p in (moe_utils.permute, permute)]
+    assert alone[0][1] is alone[1][1] is None and torch.equal(alone[0][0], alone[1][0])
 
 
 def test_the_gradient_norm_is_taken_on_the_device(monkeypatch):

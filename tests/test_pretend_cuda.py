@@ -238,6 +238,62 @@ def test_a_head_in_half_precision_sums_its_gradients_in_fp32(on_cuda, size, at_o
     assert not weight[size:].any()
 
 
+def copies_to_the_host():
+    """What was copied, twice; the memory of each copy, of all, and what the host waited for."""
+    from support.pretend_cuda import pretend_cuda
+
+    from megatron_taopd.parallel.copies import HostCopies
+
+    waits, host, registered = pretend_cuda(), HostCopies(), []
+    waits.counts.clear()
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, _flags: registered.append((address, size)) or 0,
+        cudaHostUnregister=lambda address: registered.append((address, None)) or 0,
+    )
+    found = []
+    with mock.patch.object(torch.cuda, "cudart", lambda: runtime):
+        for scale in (1, 2, 2):  # the same sizes, and then larger ones
+            tensors = [torch.arange(5000.0 * scale), torch.tensor(7), torch.zeros(0, 3)]
+            tensors += [torch.arange(6).view(2, 3).t().bfloat16()]
+            device = [tensor.cuda() for tensor in tensors]
+            before = waits.by_phase()[""]
+            copies, wait = host.take(device)
+            during = waits.by_phase()[""] - before
+            wait()
+            same = all(map(torch.equal, copies, tensors))
+            own = all(c.untyped_storage().nbytes() == c.nbytes for c in copies)
+            found.append((same, own, during, waits.by_phase()[""] - before, copies[0].data_ptr()))
+    return found, registered
+
+
+def test_copies_to_the_host_share_pinned_memory_of_their_size(on_cuda):
+    [((found, registered), _)] = on_cuda(1, copies_to_the_host)
+    assert [each[:4] for each in found] == [(True, True, 0, 1)] * 3  # and only `wait` waits
+    small, large = 20_032 + 64 + 64, 40_000 + 64 + 64  # multiples of 64
+    first, second = found[0][4], found[1][4]
+    assert registered == [(first, small), (first, None), (second, large)]
+    assert found[2][4] == second
+
+
+def held_by_ranks():
+    from megatron_taopd.parallel.memory import rank_memory
+
+    rank = dist.get_rank()
+    with mock.patch.multiple(
+        torch.cuda,
+        max_memory_reserved=lambda: (5 + rank) << 20,
+        max_memory_allocated=lambda: (4 - rank) << 20,
+    ):
+        return rank_memory()
+
+
+def test_the_log_has_the_memory_that_is_reserved(on_cuda):
+    """What the plan counts, which other processes cannot have; and what tensors took of it."""
+    found = {"memory/most_mib": 6, "memory/most_rank": 1, "memory/least_mib": 5}
+    found["memory/most_allocated_mib"] = 4
+    assert [answer for answer, _ in on_cuda(2, held_by_ranks)] == [found] * 2
+
+
 # ---------------------------------------------------------------------------------------- the loop
 
 SHORT = [
@@ -364,7 +420,7 @@ def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_p
     updates = 3 * max(map(int, re.findall(r"mini_batches\W+(\d)", " ".join(overrides))), default=1)
     given = str(overrides)
     kinds = ("pp: 2" in given, "concentrate" in given, name.startswith("DP2"))
-    check_waits(waits, 3, updates, *kinds)
+    check_waits(waits, 3, updates, *kinds, experts="experts" in given)
 
 
 # What a step may wait for, however many layers, micro-batches, rows and parameters there are.
@@ -379,17 +435,24 @@ OF_AN_UPDATE = 2  # the losses, which the guard looks at, and the gradient norm
 OF_A_MOVE = 1  # which rows come to a rank that trains what another one has scored
 # Prices, each with four thresholds and a sum; before them which rows are near, after them the cuts.
 OF_CONCENTRATING = 31 * 5 + 5
-# Experts get as many tokens as there are, which without TransformerEngine the host has to know.
-BY_EXPERTS = "moe/moe_utils.py"
+BY_EXPERTS = "moe/token_dispatcher.py"  # without TransformerEngine and with it
+LAYERS = SIZES["num_hidden_layers"]
 
 
 def check_waits(
-    waits, steps: int, updates: int, pipelined: bool, concentrated: bool, moved: bool
+    waits,
+    steps: int,
+    updates: int,
+    pipelined: bool,
+    concentrated: bool,
+    moved: bool,
+    experts: bool,
 ) -> None:
     """The host waits no more than it may, apart from the ends of spans, whose time is taken.
 
     A pipeline tells each micro-batch's shape, at most twice; after a pass with gradients the
-    schedule looks at the number of rows.
+    schedule looks at the number of rows. Each layer of experts waits once for how many tokens each
+    of them gets: the sizes of matrix products are the host's.
     """
     micro_batches = waits[MICRO_BATCHES]
     assert micro_batches > steps
@@ -399,13 +462,17 @@ def check_waits(
     allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}
     allowed["selection"] += concentrated * steps * OF_CONCENTRATING
     allowed["training"] = updates * (OF_AN_UPDATE + moved * OF_A_MOVE)
+    for_experts = 0
     for phase, most in allowed.items():
-        found = {
-            f"{wait.kind}: {wait.line}": count
-            for wait, count in waits.items()
-            if wait.phase == phase and wait.kind != "synchronize" and BY_EXPERTS not in wait.line
-        }
+        found = {}
+        for wait, count in waits.items():
+            if phase == "layer" and wait.kind == "event" and BY_EXPERTS in wait.line:
+                for_experts += count
+            elif wait.phase == phase and wait.kind != "synchronize":
+                found[f"{wait.kind}: {wait.line}"] = count
         assert sum(found.values()) <= most, (phase, most, found)
+    assert for_experts <= LAYERS * micro_batches
+    assert bool(for_experts) == experts
 
 
 @pytest.mark.parametrize("schedule", ["two_pass", "replay"])

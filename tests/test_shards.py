@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support.step import OPTIMIZER, make_model
 from torch.distributed.checkpoint import FileSystemReader
 
 from benchmarks.checkpoint import gathered
+from megatron_taopd.checkpoints.files import MANIFEST, shared
 from megatron_taopd.formats.megatron import MegatronCheckpoint
 
 VOCABULARY = 4096
@@ -82,8 +84,9 @@ def same(ours, theirs):
 
 
 def save_and_resume(student_dir, directory, parallel, dtype, other, before=False):
-    """What a save holds, what a resume reads, and whether both layouts have what was saved."""
-    from megatron_taopd.checkpoints import saving
+    """What a save holds, which files a resume sums and which places in them it loads, and whether
+    both layouts have what was saved."""
+    from megatron_taopd.checkpoints import files, saving
     from megatron_taopd.parallel.memory import peak_memory
 
     student = trained(student_dir, parallel, dtype)
@@ -111,18 +114,25 @@ def save_and_resume(student_dir, directory, parallel, dtype, other, before=False
         read.append((info.relative_path, info.offset, info.length))
         return slices(reader, file, info)
 
+    sum_of, summed = files.sum_of, []
+
+    def note(file):
+        summed.append(file.name)
+        return sum_of(file)
+
     resumed = make_student(student_dir, parallel, dtype)
-    FileSystemReader._slice_file = count
+    FileSystemReader._slice_file, files.sum_of = count, note
     try:
+        assert files.latest_valid(directory, print) == 1
         saving.load(directory, 1, resumed)
     finally:
-        FileSystemReader._slice_file = slices
+        FileSystemReader._slice_file, files.sum_of = slices, sum_of
     again = same(contents(resumed), saved)
     there = make_student(student_dir, other, dtype)
     saving.load(directory, 1, there)
     elsewhere = same((contents(there)[0], []), saved)
     own = elements * (12 + dtype.itemsize)
-    return memory.peak / own, read, again, elsewhere
+    return memory.peak / own, (summed, read), again, elsewhere
 
 
 LAYOUTS = pytest.mark.parametrize(
@@ -149,6 +159,7 @@ def test_a_rank_holds_writes_and_reads_its_own(student_dir, tmp_path, parallel, 
     arguments = student_dir, str(tmp_path), parallel, dtype, other
     answers = run_ranks(4, save_and_resume, *arguments)
     held, reads, again, elsewhere = zip(*answers, strict=True)
+    summed, reads = zip(*reads, strict=True)
     assert max(held) <= 1.25
     assert all(again) and all(elsewhere)
     sizes = written(tmp_path)
@@ -157,6 +168,25 @@ def test_a_rank_holds_writes_and_reads_its_own(student_dir, tmp_path, parallel, 
     twice = sum(place[2] for place in places) - sum(place[2] for place in set(places))
     assert twice == 0 if parallel == (1, 1) else twice < 0.05 * sum(sizes)
     assert places
+    # And no byte from storage but once: a rank has summed what it loads, in its node's page cache.
+    listed = json.loads((tmp_path / "step_00000001" / MANIFEST).read_text())["files"]
+    assert sorted(name for own in summed for name in own) == sorted(Path(n).name for n in listed)
+    others = sum(
+        size
+        for own, read in zip(summed, reads, strict=True)
+        for name, _offset, size in read
+        if name not in own
+    )
+    assert others == twice
+
+
+def test_files_of_other_ranks_than_there_are_now_are_dealt_by_size():
+    found = {f"__{rank}_0.distcp": (100 + rank, 0) for rank in range(4)} | {"common.pt": (7, 0)}
+    names = ["common.pt", *(f"__{rank}_0.distcp" for rank in range(4))]
+    assert shared(found, 2) == [sorted(names[0::2]), sorted(names[1::2])]
+    assert shared(found, 4) == [sorted([names[1], names[0]]), *([n] for n in names[2:])]
+    by_one_of_two = {"__0_0.distcp": (9, 0), "__0_1.distcp": (8, 0)}  # as there were before
+    assert shared(by_one_of_two, 2) == [["__0_1.distcp"], ["__0_0.distcp"]]
 
 
 @LAYOUTS

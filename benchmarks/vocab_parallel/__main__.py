@@ -70,10 +70,15 @@ def main() -> None:
         return
 
     torch.multiprocessing.set_forkserver_preload(["torch", "megatron_taopd.parallel.vocab"])
-    # For the ranks, which start afresh: no chatter of the profiler or of TRL in the tables.
-    os.environ.update(KINETO_LOG_LEVEL="99", TRL_EXPERIMENTAL_SILENCE="1")
+    # For the ranks, which start afresh: no chatter of the profiler and of others in the tables.
+    os.environ.update(
+        KINETO_LOG_LEVEL="99", TRL_EXPERIMENTAL_SILENCE="1", LOG_LEVEL="ERROR",
+        PYTHONWARNINGS="ignore",
+    )  # fmt: skip
+    # Tests and CPU runs of the package do without torch.compile; here it is one of the ways.
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
     pairs = zip(arguments.hidden, arguments.teacher_hidden, strict=True)
-    console, measured = open_console(130), []
+    console, measured = open_console(160), []
     for (hidden, teacher_hidden), rows, tp in product(pairs, arguments.rows, arguments.tp):
         setup = Setup.of(arguments, hidden, teacher_hidden, rows, tp)
         console.print(str(setup), highlight=False)

@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -19,15 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from benchmarks.vocab_parallel import peers
+from benchmarks.vocab_parallel.formulas import Formula, dense_scores
 from benchmarks.vocab_parallel.problem import Problem, Setup
-from benchmarks.vocab_parallel.ways import (
-    GatherColumns,
-    Way,
-    all_reduce,
-    dense_loss,
-    dense_scores,
-    ways,
-)
+from benchmarks.vocab_parallel.ways import GatherColumns, Way, all_reduce, report, ways
 from megatron_taopd import TokenScores, VocabShard
 from megatron_taopd.parallel.memory import peak_memory
 
@@ -46,24 +41,29 @@ def measure(setup: Setup) -> dict:
 def measure_on_rank(rank: int, setup: Setup, folder: str) -> None:
     """Memory, wire and error of each way once, then times, the ways taking turns."""
     torch.set_num_threads(max(1, setup.threads // setup.tp))
-    if setup.tp > 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
-        store = f"file://{folder}/store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=setup.tp)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    backend, store = "nccl" if setup.device == "cuda" else "gloo", f"file://{folder}/store"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=setup.tp)
     problem = Problem.draw(setup, rank)
-    reference = Reference.of(problem.at(torch.arange(min(ERROR_ROWS, setup.rows))))
+    if "loss" in setup.only:
+        problem = replace(problem, reported=report(problem))
+    references = References(problem.at(torch.arange(min(ERROR_ROWS, setup.rows))))
     runnable: list[tuple[Way, Problem, dict]] = []
     results = []
     for way in ways(setup):
         result = {"name": way.name, "what": way.what, "ratio": way.ratio, "exact": way.exact}
+        if way.what == "loss" and way.exact:
+            result["computes"] = way.computes.name
         results.append(result)
         result["skipped"] = way.reason_to_skip(setup)
         if result["skipped"]:
             continue
+        if way.peer and way.peer.on_megatron:
+            peers.start_megatron(setup.tp)
         own = problem if way.ratio == 1 else problem.kept(way.ratio)
         result["rows"] = own.num_rows
         if way.exact and way.ratio == 1:
-            result["error"] = reference.errors(way)
+            result["error"] = references.of(way.computes).errors(way)
         result |= cost(way, own)
         runnable.append((way, own, result))
         say(
@@ -72,16 +72,17 @@ def measure_on_rank(rank: int, setup: Setup, folder: str) -> None:
         )
     for repeat in range(setup.repeats):
         for way, own, result in runnable:
+            started = time.process_time()
             result.setdefault("seconds", []).append(seconds(way, own))
+            result.setdefault("cpu_seconds", []).append(time.process_time() - started)
         say(rank, f"  timed {repeat + 1} of {setup.repeats}")
     if rank == 0:
         answer = {"setup": asdict(setup), "title": str(setup), "ways": results}
         if setup.tp == 1:
             answer["best_matmul_flops"] = best_matmul_rate(problem)
         (Path(folder) / "result.json").write_text(json.dumps(answer))
-    if setup.tp > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def say(rank: int, text: str) -> None:
@@ -96,7 +97,9 @@ def forget_gradients(p: Problem) -> None:
 def cost(way: Way, p: Problem) -> dict:
     """Peak temporaries of the worst rank in bytes; collectives; bytes a row and rank sends."""
     forget_gradients(p)
-    with peak_memory(p.student_hidden.device.type) as memory, count_collectives() as sent:
+    # torch.compile knows collectives by their functions, so they cannot be replaced then.
+    counting = nullcontext([]) if way.peer is peers.COMPILER else count_collectives()
+    with peak_memory(p.student_hidden.device.type) as memory, counting as sent:
         result = way(p)
     del result
     peaks = torch.tensor([memory.temporaries, memory.peak])
@@ -175,6 +178,13 @@ def matmul(hidden: Tensor, weight: Tensor, out: Tensor, _: Problem) -> None:
     torch.mm(hidden, weight.t(), out=out)
 
 
+class References:
+    """The reference of every formula, once for all that compute it."""
+
+    def __init__(self, problem: Problem):
+        self.of = cache(partial(Reference.of, problem))
+
+
 @dataclass(frozen=True)
 class Reference:
     """The float64 answer for a few rows, from logits of the very same hidden states and heads."""
@@ -186,7 +196,8 @@ class Reference:
     logits_grad: Tensor = field(repr=False)  # [n, V/tp] of this rank's columns
 
     @classmethod
-    def of(cls, p: Problem) -> Reference:
+    def of(cls, p: Problem, formula: Formula) -> Reference:
+        """Compute it for a problem of few rows."""
         student, teacher = (
             wide_logits(h, w, p.shard)
             for h, w in (
@@ -195,7 +206,7 @@ class Reference:
             )
         )
         student.requires_grad_()
-        loss = dense_loss(student, teacher)
+        loss = formula.dense(student, teacher, p.k)
         loss.backward()
         own = student.grad[:, p.shard.start : p.shard.stop].contiguous()
         hidden_grad = sum(

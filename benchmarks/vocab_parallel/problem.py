@@ -75,7 +75,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rank works on. Shapes: student_hidden [R, D_s], student_weight [V/tp, D_s], …"""
+    """What a rank works on. Shapes: student_hidden [R, D_s], student_weight [V/tp, D_s], …
+
+    `reported` has the teacher's K most probable ids [R, K] and their log-probabilities [R, K], as a
+    teacher's server would.
+    """
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -84,6 +88,7 @@ class Problem:
     shard: VocabShard
     k: int
     chunk_rows: int
+    reported: tuple[Tensor, ...] = ()
 
     @classmethod
     def draw(cls, setup: Setup, rank: int) -> Problem:
@@ -135,6 +140,7 @@ class Problem:
             self,
             student_hidden=self.student_hidden.detach()[rows].requires_grad_(),
             teacher_hidden=self.teacher_hidden[rows],
+            reported=tuple(x[rows] for x in self.reported),
         )
 
     def kept(self, ratio: float) -> Problem:

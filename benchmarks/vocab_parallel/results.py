@@ -38,14 +38,20 @@ class Results:
     def seconds(self, what: str, name: str, ratio: float = 1.0) -> float:
         return median(self.ways[what, name, ratio]["seconds"])
 
+    def cpu_seconds(self, what: str, name: str, ratio: float = 1.0) -> float:
+        """Return the seconds that the threads of rank 0 computed, which other work hardly moves."""
+        return median(self.ways[what, name, ratio]["cpu_seconds"])
+
     def temporaries(self, what: str, name: str, ratio: float = 1.0) -> int:
         return self.ways[what, name, ratio]["temporaries"]
 
     def fastest_peer(self) -> float:
-        """Return the seconds of the fastest loss that is not ours."""
-        own = ("ours", "ours, one chunk", "matmuls alone")
+        """Return the seconds of the fastest loss that is not ours, but computes the same."""
+        same = self.ways["loss", "ours", 1.0]["computes"]
         return min(
-            self.seconds(*key) for key in self.ways if key[0] == "loss" and key[1] not in own
+            self.seconds(*key)
+            for key, way in self.ways.items()
+            if way.get("computes") == same and not key[1].startswith("ours")
         )
 
     def flops(self, what: str) -> int:
@@ -126,7 +132,9 @@ def tables(measured: dict) -> Iterator[Table]:
             continue
         table = Table(box=SIMPLE, caption=matmul_share(results, what), caption_justify="left")
         table.add_column(what, no_wrap=True)
-        for header in ("rows", "s", "÷ matmuls", "MB", "collectives", "B/row", *errors):
+        if what == "loss":
+            table.add_column("computes", no_wrap=True)
+        for header in ("rows", "s", "÷ matmuls", "CPU ÷", "MB", "collectives", "B/row", *errors):
             table.add_column(header, justify="right", no_wrap=True)
         for way in measured["ways"]:
             if way["what"] == what:
@@ -138,13 +146,18 @@ def cells(way: dict, results: Results) -> list[str]:
     name = way["name"] + (f", ρ = {100 * way['ratio']:g} %" if way["ratio"] < 1 else "")
     if way["skipped"]:
         return [f"{name} ({way['skipped']})"]
+    computes = [way.get("computes", "")] if way["what"] == "loss" else []
     key, floor = (way["what"], way["name"], way["ratio"]), (way["what"], "matmuls alone", 1.0)
     seconds, errors = results.seconds(*key), way.get("error", {})
     return [
         name,
+        *computes,
         f"{way['rows']:,}",
         f"{seconds:.3g}",
         f"{seconds / results.seconds(*floor):.2f}" if floor in results.ways else "",
+        f"{results.cpu_seconds(*key) / results.cpu_seconds(*floor):.2f}"
+        if floor in results.ways and not on_cuda(results.setup)
+        else "",
         f"{way['temporaries'] / 1e6:,.0f}" if way["exact"] else "",
         f"{way['collectives'] or ''}",
         f"{way['sent_per_row']:,.0f}" if way["collectives"] else "",

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.vocab_parallel import peers
+from benchmarks.vocab_parallel.formulas import (
+    ON_TOPK,
+    ON_TOPK_AND_REST,
+    REVERSE_KL,
+    Formula,
+    dense_loss,
+    dense_scores,
+    disagreement,
+)
 from benchmarks.vocab_parallel.problem import Problem, Setup
 from megatron_taopd import TokenScores, VocabShard, linear_divergence, score_hidden
+from megatron_taopd.parallel.vocab.topk_teacher import linear_topk_divergence
 from megatron_taopd.step.selection import budget
 
 
@@ -26,9 +36,10 @@ class Way:
         rows_at_once: rows of which it has logits at the same time; None for all it gets.
         gathered: whether it has logits of all columns on every rank.
         ratio: share of the rows it gets.
-        package: the package that has it, if it is not ours.
+        peer: who has it, if it is not ours.
         ranks: "one" or "several" if it makes no sense otherwise.
         exact: whether its results are to be compared.
+        computes: what it computes, if a loss.
     """
 
     name: str
@@ -38,9 +49,10 @@ class Way:
     rows_at_once: int | None = None
     gathered: bool = False
     ratio: float = 1.0
-    package: str | None = None
+    peer: peers.Peer | peers.Compiler | None = None
     ranks: str = "any"
     exact: bool = True
+    computes: Formula = REVERSE_KL
 
     def expected_bytes(self, setup: Setup) -> int:
         """Estimate the bytes of all ranks together, inputs included."""
@@ -57,8 +69,8 @@ class Way:
     def reason_to_skip(self, setup: Setup) -> str | None:
         if self.ranks == ("several" if setup.tp == 1 else "one"):
             return f"for {self.ranks} rank{'s' * (self.ranks == 'several')}"
-        if self.package and find_spec(self.package) is None:
-            return f"{self.package} is not installed"
+        if self.peer and (reason := self.peer.absence(setup)):
+            return reason
         if (needed := self.expected_bytes(setup)) > setup.memory_limit:
             return f"needs {needed / 1e9:.2g} GB"
         return None
@@ -77,7 +89,8 @@ def ways(setup: Setup) -> list[Way]:
     score, loss = partial(Way, what="scores"), partial(Way, what="loss")
     ours = partial(loss, "ours", run=our_loss, copies=6, rows_at_once=setup.chunk_rows)
     matmuls = {"copies": 1, "rows_at_once": setup.chunk_rows, "exact": False}
-    trl, liger = {"package": "trl", "ranks": "one"}, {"package": "liger_kernel", "ranks": "one"}
+    trl, liger = {"peer": peers.TRL, "ranks": "one"}, {"peer": peers.LIGER, "ranks": "one"}
+    compiler = {"peer": peers.COMPILER}
     every = [
         score("ours", run=our_scores, copies=5, rows_at_once=setup.chunk_rows),
         score("matmuls alone", run=scoring_matmuls, **matmuls),
@@ -88,12 +101,35 @@ def ways(setup: Setup) -> list[Way]:
         loss("ours, one chunk", run=our_loss_in_one_chunk, copies=6),
         loss("matmuls alone", run=loss_matmuls, **matmuls),
         loss("full logits, gathered", run=gathered_loss, copies=9, gathered=True),
+        loss("full logits, compiled", run=compiled(full_loss), copies=7, ranks="one", **compiler),
         loss("many collectives", run=textbook_loss, copies=7, ranks="several"),
-        loss("TRL, full logits", run=trl_loss, copies=10, **trl),
-        loss("TRL, chunked", run=trl_chunked_loss, copies=2, rows_at_once=4096, **trl),
-        loss("Liger, chunked", run=liger_loss, copies=8, rows_at_once=2047, **liger),
+        loss(
+            "many collectives, compiled",
+            run=compiled(textbook_loss),
+            copies=5,
+            ranks="several",
+            **compiler,
+        ),
+        loss("TRL, full logits", run=peers.trl_loss, copies=10, **trl),
+        loss("TRL, chunked", run=peers.trl_chunked_loss, copies=2, rows_at_once=4096, **trl),
+        loss("Liger, chunked", run=peers.liger_loss, copies=8, rows_at_once=2047, **liger),
+        loss("ms-swift", run=peers.ms_swift_loss, copies=12, peer=peers.MS_SWIFT),
+        loss(
+            "ours, top K",
+            run=our_topk_loss,
+            copies=4,
+            rows_at_once=setup.chunk_rows,
+            computes=ON_TOPK_AND_REST,
+        ),
+        loss("verl", run=peers.verl_loss, copies=8, peer=peers.VERL, computes=ON_TOPK),
     ]
     return [way for way in every if way.what in setup.only]
+
+
+@cache
+def compiled(loss: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
+    """Let torch.compile have all of it, and compile once more for another number of rows."""
+    return torch.compile(loss, dynamic=False, fullgraph=True)
 
 
 def our_scores(p: Problem) -> TokenScores:
@@ -125,6 +161,30 @@ def our_loss_in_one_chunk(p: Problem) -> Tensor:
     return our_loss(replace(p, chunk_rows=p.num_rows))
 
 
+def our_topk_loss(p: Problem) -> Tensor:
+    return linear_topk_divergence(
+        p.student_hidden,
+        p.student_weight,
+        *p.reported,
+        p.shard,
+        "forward_kl",
+        chunk_rows=p.chunk_rows,
+        row_weight=torch.full((p.num_rows,), 1 / p.num_rows, device=p.student_hidden.device),
+    )
+
+
+@torch.no_grad()
+def report(p: Problem) -> tuple[Tensor, Tensor]:
+    """What a teacher's server would send: [R, K] ids, and the log-probabilities of them."""
+    parts = []
+    for rows in p.chunks():
+        logits = (p.teacher_hidden[rows] @ p.teacher_weight.t()).float()
+        ids = sharded_topk(logits, p.k, p.shard)
+        parts.append((ids, fetch(sharded_log_softmax(logits, p.shard), ids, p.shard)))
+    ids, log_probs = (torch.cat(each) for each in zip(*parts, strict=True))
+    return ids, log_probs
+
+
 def scoring_matmuls(p: Problem) -> None:
     """The floor: both heads, into buffers that are there already."""
     buffer = p.student_hidden.new_empty(p.chunk_rows, len(p.student_weight))
@@ -147,38 +207,6 @@ def loss_matmuls(p: Problem) -> Tensor:
         torch.mm(chunk, p.student_weight, out=hidden_grad[rows])
         weight_grad.addmm_(chunk.t(), p.student_hidden[rows])
     return torch.zeros((), requires_grad=True)
-
-
-# --- dense, of logits of any float type: also the float64 reference
-
-
-def dense_scores(student_logits: Tensor, teacher_logits: Tensor, k: int) -> TokenScores:
-    """[R, V] logits of the whole vocabulary → scores, by their definitions."""
-    log_p, log_q = student_logits.log_softmax(1), teacher_logits.log_softmax(1)
-    top = [logits.topk(k, dim=1).indices for logits in (student_logits, teacher_logits)]
-    ids = torch.cat(top, dim=1)
-    return TokenScores(
-        disagreement=disagreement(ids, log_p.gather(1, ids), log_q.gather(1, ids)),
-        compatibility=log_q.gather(1, top[0]).exp().sum(1),
-        student_entropy=-(log_p.exp() * log_p).sum(1),
-        teacher_entropy=-(log_q.exp() * log_q).sum(1),
-    )
-
-
-def disagreement(ids: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """[R] KL(q ‖ p) over the set of the ids [R, 2K], renormalised; an id twice counts once."""
-    ids, order = ids.sort(dim=1)
-    again = torch.nn.functional.pad(ids.diff(dim=1) == 0, (1, 0))
-    log_p, log_q = (
-        x.gather(1, order).masked_fill(again, -torch.inf).log_softmax(1) for x in (log_p, log_q)
-    )
-    return (log_q.exp() * (log_q - log_p).masked_fill(again, 0)).sum(1)
-
-
-def dense_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean reverse KL of [R, V] logits of the whole vocabulary."""
-    log_p, log_q = student_logits.log_softmax(1), teacher_logits.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
 class GatherColumns(torch.autograd.Function):
@@ -209,6 +237,10 @@ def gathered_scores(p: Problem) -> TokenScores:
 
 def gathered_loss(p: Problem) -> Tensor:
     return dense_loss(*gathered_logits(p))
+
+
+def full_loss(p: Problem) -> Tensor:
+    return dense_loss(*(logits.float() for logits in p.logits()))
 
 
 # --- the textbook: a collective wherever the dense formula has a reduction
@@ -279,33 +311,3 @@ def textbook_scores(p: Problem) -> TokenScores:
 def textbook_loss(p: Problem) -> Tensor:
     log_p, log_q = (sharded_log_softmax(logits.float(), p.shard) for logits in p.logits())
     return SumShards.apply((log_p.exp() * (log_p - log_q)).sum(1), p.shard, False).mean()
-
-
-# --- other projects' own functions, for which beta = 1 is the reverse KL
-
-
-def trl_loss(p: Problem) -> Tensor:
-    from trl.experimental.gkd import GKDTrainer
-
-    return GKDTrainer.generalized_jsd_loss(*p.logits(), beta=1.0)
-
-
-def trl_chunked_loss(p: Problem) -> Tensor:
-    """What TRL's DistillationTrainer calls, with its own chunks (4096 rows × 32768 columns)."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    student, teacher = (p.student_hidden, p.student_weight), (p.teacher_hidden, p.teacher_weight)
-    divergence, _ = ChunkedDivergenceFunction.apply(*student, None, *teacher, None, 1.0)
-    return divergence.mean()
-
-
-def liger_loss(p: Problem) -> Tensor:
-    """Run Liger's loss with its own chunks (1024 rows), compiled on CUDA, which is its default."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=p.student_hidden.is_cuda
-    )
-    labels = torch.zeros(p.num_rows, dtype=torch.long, device=p.student_hidden.device)
-    student, teacher = (p.student_hidden, p.student_weight), (p.teacher_hidden, p.teacher_weight)
-    return loss(*student, *teacher, labels)

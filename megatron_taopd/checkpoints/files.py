@@ -28,6 +28,7 @@ MANIFEST = "checksums.json"
 BEST = "best.json"
 Sum = tuple[int, int]  # of a file: bytes, CRC-32
 _BLOCK = 1 << 22
+_OF_A_RANK = re.compile(r"__(\d+)_\d+\.distcp")  # as torch's planner names what a rank writes
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ def remove_remains(directory: str | Path) -> None:
 
 
 def difference(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """The file of a checkpoint that is not what was written, and how it differs; None if all are.
+    """Name the file of a checkpoint that is not what was written; say how. None if all are.
 
     Args:
-        part, parts: compare one of so many equal shares of the files.
+        part, parts: compare one of so many shares of the files (`shared`).
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -170,7 +171,7 @@ def difference(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return f"{MANIFEST}: {reason_of(error)}"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST}: damaged"
-    for name in sorted(files, key=lambda name: files[name])[part::parts]:
+    for name in shared(files, parts)[part]:
         try:
             size, crc = files[name]
             if (there := (folder / name).stat().st_size) != size:
@@ -180,6 +181,21 @@ def difference(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         except OSError as error:
             return f"{name}: {reason_of(error)}"
     return None
+
+
+def shared(files: dict[str, Sum], parts: int) -> list[list[str]]:
+    """Deal the files of a checkpoint, so that a byte is read once from where they are stored.
+
+    Each rank gets the files that it wrote, if there were as many as there are now: on the same
+    layout it then loads their tensors, which are in its node's page cache. Otherwise, and what
+    rank 0 wrote once for all, they are dealt by size.
+    """
+    writers = {name: int(found[1]) for name in files if (found := _OF_A_RANK.fullmatch(name))}
+    if set(writers.values()) != set(range(parts)):
+        writers = {}
+    rest = sorted(files.keys() - writers, key=lambda name: files[name])
+    deal = writers | {name: place % parts for place, name in enumerate(rest)}
+    return [[name for name in sorted(deal) if deal[name] == part] for part in range(parts)]
 
 
 def latest_valid(

@@ -44,6 +44,7 @@ from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform, progress
+from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.objects import gather, on_rank_0
 
 __all__ = ["Checkpoints", "NotSaved", "latest_valid", "load", "path", "steps"]
@@ -89,6 +90,7 @@ class Checkpoints:
         self._step = step  # of the last one that is there or under way
         self._writing: Writing | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._host = HostCopies()
         self._metrics: dict[str, float] = defaultdict(float)
         kept = Best(*best) if best and path(self.directory, best[0]).is_dir() else None
         self._best: Best | None = gather(kept)[0]
@@ -114,8 +116,8 @@ class Checkpoints:
     ) -> None:
         """Save the run after `step` steps, unless that is there already.
 
-        Returns once nothing that is to be written can change any more; a save that is still under
-        way is waited for first.
+        Nothing that the run does after the call changes what is written: the device, which the run
+        does not wait for, copies first. A save that is still under way is waited for.
 
         Args:
             state: what the run needs besides the student: plain values and tensors, equal on all
@@ -144,7 +146,9 @@ class Checkpoints:
             if best:
                 run["best"] = [best.step, best.accuracy]
             optimizer.allocate(student)
-            write, plan = plan_writing(_state(student) | {"run": run}, student, aside, card)
+            write, plan = plan_writing(
+                _state(student) | {"run": run}, student, aside, card, self._host
+            )
             self._writing = Writing(step, aside, plan, best, self._writer.submit(write))
             self._step = step
         if not self.asynchronous:

@@ -22,9 +22,9 @@ from megatron_taopd.formats.hf import CARD, copy_side_files
 from megatron_taopd.formats.megatron import SIDE_FILES
 from megatron_taopd.formats.unpickle import BACKEND, COMMON, CONFIG, METADATA
 from megatron_taopd.models.student import Student
-from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat.megatron_internals import Bucket, SavePlan, plan_save
 from megatron_taopd.parallel.compat.torch_internals import write_item
+from megatron_taopd.parallel.copies import HostCopies
 
 
 @dataclass
@@ -58,34 +58,38 @@ class Writing:
 
 
 def plan_writing(
-    sharded: dict, student: Student, aside: Path, card: str | None
+    sharded: dict, student: Student, aside: Path, card: str | None, host: HostCopies
 ) -> tuple[Callable[[], Written], SavePlan]:
     """Copy what this rank is to write to host memory; touch no file.
 
     Args:
         sharded: the state, with Megatron's sharded tensors.
         card: the model card of the student as it is now, if there is one.
+        host: has the copies, which the thread waits for; those of the save before are written.
 
     Returns:
         A function that writes the copies, for a thread; Megatron's plan.
 
     Collectives: those of `plan_save`.
     """
-    save_plan, buckets, common = plan_save(sharded, aside, _host_copy)
-    platform.synchronize()
+    waits: list[Callable[[], None]] = []
+
+    def copy(tensors: list[tuple[Tensor, bool]]) -> list[Tensor]:
+        """Copy the student's own, and what is on the device; Megatron has copied some before."""
+        moving = [tensor for tensor, own in tensors if own or not tensor.is_cpu]
+        copies, wait = host.take(moving)
+        waits.append(wait)
+        taken = iter(copies)
+        return [next(taken) if own or not tensor.is_cpu else tensor for tensor, own in tensors]
+
+    save_plan, buckets, common = plan_save(sharded, aside, copy)
     whole = None
     if dist.get_rank() == 0:
         whole = io.BytesIO()
         torch.save(common, whole)
     side = (student.hf_dir, student.dtype, card)
-    return partial(write, aside, buckets, save_plan, whole, side), save_plan
-
-
-def _host_copy(tensor: Tensor, own: bool) -> Tensor:
-    """Copy a tensor that may be the student's own; Megatron has copied some, in host memory."""
-    if tensor.is_cpu and not own:
-        return tensor
-    return tensor.to("cpu", non_blocking=True, copy=True)
+    (wait,) = waits
+    return partial(write, aside, buckets, save_plan, whole, side, wait), save_plan
 
 
 def write(
@@ -94,16 +98,19 @@ def write(
     save_plan: SavePlan,
     whole: io.BytesIO | None,
     side: tuple[str | Path, torch.dtype, str | None],
+    wait: Callable[[], None],
 ) -> Written:
     """Write and sync this rank's files; on rank 0 also what there is once. In a thread.
 
     Args:
         whole: `common.pt`, on rank 0.
         side: Hugging Face directory, dtype and card of the model, for what is kept next to it.
+        wait: returns once the copies are in the host's memory.
     """
     start, written = time.perf_counter(), Written()
 
     def attempt() -> None:
+        wait()
         for name, items in buckets:
             with SummedFile(aside / name) as stream, os_errors_of_torch():
                 for item, data in items:

@@ -34,6 +34,7 @@ from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat.megatron_internals import (
     HiddenStatesModel,
     accumulates_gradients,
+    count_routed_tokens_ahead,
     define_missing_names,
     keep_norm_before_router,
     let_engine_accumulate,
@@ -43,6 +44,7 @@ from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import VocabShard
 
 define_missing_names()
+count_routed_tokens_ahead()
 
 RECOMPUTE = {
     "none": {},

@@ -72,22 +72,26 @@ def _highest(sizes: Iterator[int]) -> int:
 def rank_memory() -> dict[str, float]:
     """Return what the log says of all ranks' memory: the fullest, which it is, and the emptiest.
 
-    On CUDA it is the most that torch has held since the last call, on a CPU what the process holds
-    now. The keys are memory/{most_mib,most_rank,least_mib}.
+    On CUDA it is the most that torch has reserved since the last call, which nobody else can have,
+    and the most that tensors took of it on any rank; on a CPU what the process holds now. The keys
+    are memory/{most_mib,most_rank,least_mib}, and on CUDA memory/most_allocated_mib.
 
-    Collectives: an all-gather of 8 bytes a rank.
+    Collectives: an all-gather of 8 bytes a rank, on CUDA 16.
     """
     if torch.cuda.is_available():
-        held = torch.cuda.max_memory_allocated()
+        held = [torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()]
         torch.cuda.reset_peak_memory_stats()
     else:
-        held = psutil.Process().memory_info().rss
-    own = torch.tensor([held], device=platform.device())
-    everyone = own.new_empty(dist.get_world_size())
+        held = [psutil.Process().memory_info().rss]
+    own = torch.tensor(held, device=platform.device())
+    everyone = own.new_empty(dist.get_world_size() * len(held))
     dist.all_gather_into_tensor(everyone, own)
-    most = everyone.max(dim=0)
-    return {
-        "memory/most_mib": most.values.item() / 2**20,
-        "memory/most_rank": most.indices.item(),
-        "memory/least_mib": everyone.min().item() / 2**20,
+    taken, *allocated = zip(*everyone.view(-1, len(held)).tolist(), strict=True)
+    found = {
+        "memory/most_mib": max(taken) / 2**20,
+        "memory/most_rank": taken.index(max(taken)),
+        "memory/least_mib": min(taken) / 2**20,
     }
+    if allocated:
+        found["memory/most_allocated_mib"] = max(*allocated) / 2**20
+    return found

@@ -197,8 +197,9 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
     """Count what a rank holds in the memory of its host, by item.
 
     A save keeps 12 bytes of every element that the rank's optimizer owns, its fp32 weight and
-    moments, and the model's own weight (`checkpoints.shards`), until they are written. An offloaded
-    teacher stays in pinned memory for the whole run.
+    moments, and the model's own weight (`checkpoints.shards`), in pinned memory that stays for the
+    next one. An offloaded teacher stays in pinned memory for the whole run. Neither is rounded up
+    (`parallel.copies.HostCopies`).
     """
     student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
     owned = optimizer_elements(student_buckets(student, grid, place.stage), grid.dp)

@@ -15,6 +15,7 @@ from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform, watchdog
+from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
@@ -51,8 +52,10 @@ class MegatronTeacher:
         self.trunk = gpt.Trunk(hf, config, layout, head=False).requires_grad_(False).eval()
         weights.load_weights(self.trunk, hf_dir)
         self.rows_held = torch.zeros(layout.dp, dtype=torch.int64)  # by `read`, since `resident`
-        self.host = self._host_copy() if offload else None
+        self.host = None
         if offload:
+            self.host, wait = HostCopies().take([p.detach() for p in self.trunk.parameters()])
+            wait()
             self.copies = torch.cuda.Stream()  # on which weights travel
             self._release()
 
@@ -133,10 +136,6 @@ class MegatronTeacher:
                 place += 1
         dist.all_reduce(total)
         return int(total)
-
-    def _host_copy(self) -> list[Tensor]:
-        copies = [p.detach().to("cpu", copy=True) for p in self.trunk.parameters()]
-        return [c.pin_memory() for c in copies] if torch.cuda.is_available() else copies
 
     def _release(self) -> None:
         for parameter, host in zip(self.trunk.parameters(), self.host, strict=True):

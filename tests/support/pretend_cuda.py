@@ -27,6 +27,7 @@ It does not see
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -327,7 +328,14 @@ def _patch_cuda() -> None:
     """Let torch.cuda speak of the device and of its only stream."""
     from megatron.core.tensor_parallel import random
 
-    from megatron_taopd.parallel.platform import _Stream
+    from megatron_taopd.parallel import platform
+
+    class Stream(platform._Stream):
+        """The only stream, and any event on it; the run does not wait for what its threads do."""
+
+        def synchronize(self) -> None:
+            if threading.current_thread() is threading.main_thread():
+                _waits("event")
 
     memory = psutil.virtual_memory()
     properties = SimpleNamespace(
@@ -344,17 +352,20 @@ def _patch_cuda() -> None:
         "get_device_capability": (9, 0),
         "memory_allocated": memory.used,
         "max_memory_allocated": memory.used,
+        "max_memory_reserved": memory.used,
         "reset_peak_memory_stats": None,
         "mem_get_info": (memory.available, memory.total),
         "empty_cache": None,
-        "current_stream": _Stream(),
-        "default_stream": _Stream(),
+        "current_stream": Stream(),
+        "default_stream": Stream(),
         "stream": nullcontext(),
+        "cudart": SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
+        "check_error": None,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.nccl.version = lambda: (2, 27, 5)
-    torch.cuda.Stream = torch.cuda.Event = _Stream
+    torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.synchronize = lambda *_: _waits("synchronize")
     torch.cuda.get_sync_debug_mode = lambda: _waits.debug_mode
     torch.cuda.set_sync_debug_mode = lambda mode: setattr(_waits, "debug_mode", mode)

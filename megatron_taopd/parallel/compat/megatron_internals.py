@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch import Tensor
@@ -64,7 +65,7 @@ class SavePlan:
 
 
 def plan_save(
-    sharded: dict, directory: Path, copy: Callable[[Tensor, bool], Tensor]
+    sharded: dict, directory: Path, copy: Callable[[list[tuple[Tensor, bool]]], list[Tensor]]
 ) -> tuple[SavePlan, list[Bucket], dict]:
     """Plan a distributed checkpoint and copy this rank's part of it; no file is touched.
 
@@ -73,8 +74,8 @@ def plan_save(
 
     Args:
         sharded: the state, with Megatron's sharded tensors.
-        copy: returns what is to be written of a tensor; told whether the memory is the state's own,
-            or has been copied by Megatron.
+        copy: returns what is to be written of tensors; told of each whether the memory is the
+            state's own, or has been copied by Megatron.
 
     Returns:
         The plan, the files with their contents, and the state that is no tensor, which rank 0
@@ -92,10 +93,13 @@ def plan_save(
         for t in nested_values(tensors)
         if isinstance(t, ShardedTensor)
     }
-    buckets = []
-    for _path, name, (objects, items) in writer.write_buckets:
-        copies = [(i, copy(t, t.untyped_storage().data_ptr() in own)) for i, t in items]
-        buckets.append((name, objects + copies))
+    planned = [(name, *contents) for _path, name, contents in writer.write_buckets]
+    tensors = [tensor for _name, _objects, items in planned for _item, tensor in items]
+    copies = iter(copy([(t, t.untyped_storage().data_ptr() in own) for t in tensors]))
+    buckets = [
+        (name, objects + [(item, next(copies)) for item, _tensor in items])
+        for name, objects, items in planned
+    ]
     writer.write_buckets = None  # it would keep the state's tensors alive
     return SavePlan(writer.transforms, writer, plan.metadata), buckets, common
 
@@ -148,6 +152,35 @@ def define_missing_names() -> None:
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def count_routed_tokens_ahead() -> None:
+    """Let experts get their tokens without the host, which knows how many there are in all.
+
+    Megatron picks them by a mask, once with and once without their probabilities, and after a mask
+    the host has to be told what it left. TransformerEngine's kernel for it is another choice. From
+    version 0.17 on, Megatron sorts instead.
+    """
+    if ".masked_select(" in inspect.getsource(moe_utils.permute):
+        token_dispatcher.permute = _permute
+
+
+def _permute(
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None = None,
+    num_out_tokens: int | Tensor | None = None,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    if fused or drop_and_pad or not isinstance(num_out_tokens, int):
+        return moe_utils.permute(tokens, routing_map, probs, num_out_tokens, fused, drop_and_pad)
+    routed = routing_map.T.flatten()  # by expert
+    places = torch.nonzero_static(routed, size=num_out_tokens).squeeze(1)
+    if probs is not None:
+        probs = probs.T.flatten().index_select(0, places)
+    rows = places % len(tokens)
+    return tokens.index_select(0, rows), probs, rows
 
 
 def accumulates_gradients() -> bool:
