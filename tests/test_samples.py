@@ -48,8 +48,9 @@ def look(selector="teachability", count=4, kept=KEPT) -> Snapshot:
     mask = torch.zeros(9, dtype=torch.bool)
     mask[kept] = True
     scores = TokenScores(
-        torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16
-    )
+        torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16,
+        teacher_log_prob=torch.tensor([-0.5, -torch.inf, -3.25, *[-1.0] * 6]),
+    )  # fmt: skip
     return take(7, batch, scores, mask, Spelling(), (selector, 0), count)
 
 
@@ -68,6 +69,7 @@ def test_a_look_has_every_score_of_every_token():
         assert scores["c"] == pytest.approx(NORMAL_C[rows], abs=5e-3)
         assert response.kinds == KINDS[rows]
     assert first.scores["log_p"] == [-1, -2, -3]
+    assert first.scores["log_q"] == [-0.5, None, -3.25]  # the second is the student's alone
     assert first.scores["student"] == [0, 0.125, 0.25]
     assert first.scores["teacher"] == [0, 0.0625, 0.125]
     products = [d * c for d, c in zip(NORMAL_D, NORMAL_C, strict=True)]

@@ -21,7 +21,7 @@ from support.step import (
     make_model,
     step_on_ranks,
 )
-from test_step import LAYOUTS, assert_agrees
+from test_step import FIELDS, LAYOUTS, assert_agrees
 from test_train import curve, train
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -448,7 +448,7 @@ def test_a_relabelled_teacher_is_the_same_teacher(pair, name):
     for ours, reference in zip(relabelled, plain, strict=True):
         assert ours["metrics"] == reference["metrics"]
         assert torch.equal(ours["mask"], reference["mask"])
-        for field in ("disagreement", "compatibility", "student_entropy", "teacher_entropy"):
+        for field in FIELDS:
             assert torch.equal(getattr(ours["scores"], field), getattr(reference["scores"], field))
         for parameter, gradient in ours["gradients"].items():
             assert torch.equal(gradient, reference["gradients"][parameter]), parameter

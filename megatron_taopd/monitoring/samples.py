@@ -7,6 +7,7 @@ run. Nothing is computed for it that the step has not: scores and masks are on e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -44,8 +45,10 @@ class Response:
         tokens: the text of each.
         kinds: a key of KINDS for each.
         kept: whether each was trained on.
-        scores: of each token D, C, d and c (D̃ and C̃), rank, log_p (the engine's, in nats), and
-            student and teacher (entropies, in nats). `rank` is None where the selector has none.
+        scores: of each token D, C, d and c (D̃ and C̃), rank, log_p and log_q (the engine's and the
+            teacher's log-probability of it, in nats), and student and teacher (entropies, in nats).
+            `rank` is None where the selector has none; one log_q where only the student knows the
+            token.
         length: of the whole response, of which the first tokens are shown.
     """
 
@@ -53,7 +56,7 @@ class Response:
     tokens: list[str]
     kinds: str
     kept: list[bool]
-    scores: dict[str, list[float] | None]
+    scores: dict[str, list[float | None] | None]
     length: int
 
 
@@ -171,6 +174,7 @@ def take(
         "c": normal_c,
         "rank": _ranks(scores, *selector),
         "log_p": batch.log_probs,
+        "log_q": scores.teacher_log_prob,
         "student": scores.student_entropy,
         "teacher": scores.teacher_entropy,
     }
@@ -257,6 +261,8 @@ def _spread(mask: Tensor) -> Sequence[int]:
     return rows[::stride]
 
 
-def _short(value: float) -> float | int:
-    """Round to three digits, which is what a person reads."""
-    return value if isinstance(value, int) else float(f"{value:.3g}")
+def _short(value: float) -> float | int | None:
+    """Round to three digits, which is what a person reads; None if it is not finite."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.3g}") if math.isfinite(value) else None

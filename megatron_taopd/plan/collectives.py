@@ -266,8 +266,8 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
     stride = max(1, rows // PROBED_ROWS)
     probed = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response // stride)
     chunk = _chunk_rows(setup)
-    a_row = (12 if setup.columns_only else 24) * (setup.k + 1)
-    table = links.all_reduce_bytes(28 * rows, world)
+    a_row = 12 * setup.k + 12 if setup.columns_only else 24 * setup.k + 28
+    table = links.all_reduce_bytes(32 * rows, world)
     return [
         *scored.forward("scoring"),
         *scored.heads("scores", chunk, a_row),

@@ -69,8 +69,8 @@ def score(
         Fault: hidden states or scores that are not finite, on every rank alike: which of them, the
             rank that scored them and their sequences. (A D of +inf is a score like any other.)
 
-    Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
-    rows) per row and rank over TP; an all-reduce of 28 bytes per row over all ranks.
+    Collectives: the trunk's forward; those of the heads' scores, 24K+28 bytes (12K+12 of top-K
+    rows) per row and rank over TP; an all-reduce of 32 bytes per row over all ranks.
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
@@ -81,8 +81,9 @@ def score(
         whole = replace(heads.shard, absent=None)
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
-        scores = heads.scores(rows, read, k)
-        assert scores.topk_overlap is not None  # heads of either kind count it
+        scores = heads.scores(rows, read, micro_batch.targets, k)
+        # Heads of either kind have both.
+        assert scores.topk_overlap is not None and scores.teacher_log_prob is not None
         probed = (micro_batch.row_ids % stride == 0).nonzero()[:, 0]
         probed = to_device(probed, rows.device)
         log_probs = torch.zeros_like(scores.disagreement)
@@ -96,6 +97,7 @@ def score(
                 scores.student_entropy,
                 scores.teacher_entropy,
                 scores.topk_overlap,
+                scores.teacher_log_prob,
                 log_probs,
                 culprits(rows.isfinite().all(1), heads.sound(read), scores),
             ]
@@ -104,7 +106,7 @@ def score(
     with student.keep_outputs() if keep_outputs else nullcontext() as kept:
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
-    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 7, layout)
+    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 8, layout)
     if faults.any():
         raise _fault(faults, batch.row_sequences(), layout.last_stage_rank(assigned.owner, 0))
     probed = torch.arange(0, batch.num_rows, stride)

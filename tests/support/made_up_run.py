@@ -94,7 +94,8 @@ def made_up_look(step: int, count: int = 4, length: int = 700) -> Snapshot:
     rows = batch.num_rows
     d = torch.rand(rows) ** 4 * 3
     c = (1.1 - torch.rand(rows) ** 2 * (0.2 + d / 2)).clamp(0, 1)
-    scores = TokenScores(d, c, torch.rand(rows), torch.rand(rows))
+    log_q = -2 * torch.rand(rows)
+    scores = TokenScores(d, c, torch.rand(rows), torch.rand(rows), teacher_log_prob=log_q)
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[(d * c).topk(rows // 10).indices] = True
     return take(step, batch, scores, mask, Words(), ("teachability", 0), count)

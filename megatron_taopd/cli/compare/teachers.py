@@ -78,7 +78,8 @@ def work(arguments: argparse.Namespace) -> int:
     head = load_head(config.teacher.path, vocab_map.columns(0, shard.size), torch.float32)
     heads = OutputHeads(weight, head, shard, CHUNK_ROWS)
     k = config.selection.k
-    exact = heads.scores(student_rows, hidden_rows(teacher, teacher_inputs), k)
+    tokens = batch.response_tokens()
+    exact = heads.scores(student_rows, hidden_rows(teacher, teacher_inputs), tokens, k)
 
     with tempfile.TemporaryDirectory() as logs:
         servers = replace(
@@ -92,7 +93,7 @@ def work(arguments: argparse.Namespace) -> int:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
             rows = served.read(teacher_inputs).held.rows
             found: dict[str, tuple[TokenScores, dict]] = {
-                "hidden states": (heads.scores(student_rows, rows, k), {})
+                "hidden states": (heads.scores(student_rows, rows, tokens, k), {})
             }
             ids = None
             if not vocab_map.is_identity:
@@ -100,7 +101,8 @@ def work(arguments: argparse.Namespace) -> int:
             for n in arguments.topk:
                 topk = SGLangTopkTeacher(replicas, model, n, ids)
                 rows = topk.read(teacher_inputs).held.rows
-                scores = TopkOutputHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
+                topk_heads = TopkOutputHeads(weight, shard, CHUNK_ROWS)
+                scores = topk_heads.scores(student_rows, rows, tokens, k)
                 found[f"top {n}"] = scores, {"mass": topk.metrics()["teacher/topk_mass"]}
 
     figures = {

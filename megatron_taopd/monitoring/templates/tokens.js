@@ -50,6 +50,7 @@ const columns = [
   ["D̃·(1−C̃), incompatible", (t, i) => t.d[i] * (1 - t.c[i])],
   ["rank", (t, i) => t.rank?.[i]],
   ["log p, student", (t, i) => t.log_p[i]],
+  ["log p, teacher", (t, i) => t.log_q?.[i]],
   ["entropy, student", (t, i) => t.student[i]],
   ["entropy, teacher", (t, i) => t.teacher[i]],
 ];
@@ -58,7 +59,7 @@ for (const article of document.querySelectorAll("article.tokens")) {
   const tokens = [...article.querySelectorAll(".t")], tip = article.querySelector(".tip");
   const show = (token) => {
     const at = tokens.indexOf(token);
-    const rows = columns.filter(([, of]) => of(values, at) !== undefined).map(([name, of]) =>
+    const rows = columns.filter(([, of]) => (of(values, at) ?? null) !== null).map(([name, of]) =>
       `<dt>${name}</dt><dd>${name === "rank" ? of(values, at) : three(of(values, at))}</dd>`);
     tip.innerHTML = `<code>${escaped(visible(token.textContent.replaceAll("⏎\n", "\n")))}</code> ` +
       `${kindNames[values.kinds[at]]}, ${values.kept[at] ? "kept" : "not kept"}` +
