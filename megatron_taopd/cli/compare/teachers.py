@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
 from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
 from megatron_taopd.models.weights import load_head
@@ -128,14 +129,12 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
     """Return the student's answers, one to a prompt, and the prompts as the teacher reads them, or
     None if it reads the same.
     """
-    student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
+    student, teacher = vocabularies
     prompts = load_prompts(
         config.data.prompts,
-        student,
-        config.data,
-        limit=min(limit, config.data.limit or limit),
-        teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
-        teacher_kwargs=config.teacher.template_kwargs,
+        student.tokenizer,
+        replace(config.data, limit=min(limit, config.data.limit or limit)),
+        teacher=teacher_reader(config.teacher, teacher),
     )
     rollout = config.rollout
     engine = LocalEngine.from_hf(
