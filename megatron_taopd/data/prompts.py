@@ -109,8 +109,9 @@ def tokenised(
     """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
     renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
     if teacher is not None:
-        own = teacher.template_kwargs
-        kwargs, key = data.template_kwargs if own is None else own, "teacher.template_kwargs"
+        kwargs = teacher.template_kwargs
+        kwargs = data.template_kwargs if kwargs is None else kwargs
+        key = "teacher.template_kwargs"
         renderers.append(Renderer(teacher.tokenizer, data.template, kwargs, key))
     fingerprints = [renderer.fingerprint() for renderer in renderers]
     if fingerprints[1:] == fingerprints[:1]:  # the teacher reads what the student does

@@ -32,14 +32,7 @@ for (const plot of document.querySelectorAll(".plane")) {
   });
   frame.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
-  plot.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const next = walked(event.key, chosen, kept.length);
-    if (next === undefined) return;
-    event.preventDefault();
-    chosen = next;
-    show(kept[chosen]);
-  });
+  walk(plot, kept.length, () => chosen, (next) => show(kept[chosen = next]), hide);
 }
 const columns = [
   ["D, nats", (t, i) => t.D[i]],
@@ -83,13 +76,8 @@ for (const article of document.querySelectorAll("article.tokens")) {
   article.addEventListener("click", ({target}) => tokens.includes(target) && target.focus());
   article.addEventListener("pointerover", ({target}) => tokens.includes(target) && show(target));
   article.addEventListener("pointerleave", hide);
-  article.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const next = walked(event.key, tokens.indexOf(event.target), tokens.length);
-    if (next === undefined) return;
-    event.preventDefault();
-    tokens[next].focus();
-  });
+  const at = ({target}) => tokens.indexOf(target);
+  walk(article, tokens.length, at, (next) => tokens[next].focus(), hide);
 }
 for (const choice of document.querySelectorAll("input[name=step]")) {
   choice.addEventListener("change", () => {
