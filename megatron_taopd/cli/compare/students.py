@@ -32,6 +32,11 @@ KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 
 def main(arguments: list[str]) -> int:
     """Compare students; the exit status is 0."""
+    return common.run(work, parse(arguments))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
     parser = common.Parser(prog="taopd compare students", description=__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="+", required=True, help="the first one writes")
@@ -45,7 +50,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     common.add_json(parser)
-    return common.run(work, parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
 def work(arguments: argparse.Namespace) -> int:
