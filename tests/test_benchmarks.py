@@ -11,11 +11,10 @@ import gzip
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from support.patience import run
+from support.commands import run_python
 
 from megatron_taopd.cli import evaluate as cli_evaluate
 from megatron_taopd.evaluation import benchmarks, tables
@@ -153,7 +152,7 @@ def test_tables(tmp_path):
 
 
 def run_tool(*arguments):
-    return run([sys.executable, TOOL, *arguments], seconds=1200)
+    return run_python("tools/evaluate.py", *arguments, seconds=1200)
 
 
 @pytest.mark.slow

@@ -5,11 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run_python
 from support.patience import patience
 
 pytestmark = pytest.mark.slow  # processes and a browser
@@ -36,8 +35,7 @@ def make_run(root, selector, seed, steps, kept_rows, seconds, evaluated=True):
 
 
 def compare(out, *arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_python("tools/compare_runs.py", *arguments, "--out", out)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.commands import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +38,8 @@ def compared(tmp_path_factory):
     finish_run(root, "full", 1, [100, 120, 0, 152])
     finish_run(root, "q3_high_dl", 0, [7, 9, 0, 5])
     finish_run(root, "q3_high_dl", 1, [8, 8, 0, 8])
-    command = [sys.executable, TOOL, "CONFIG", "--out", root, "--seeds", "0", "1"]
-    command += ["--selectors", "full", "q3_high_dl", "--json", root / "figures.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ["CONFIG", "--out", root, "--seeds", "0", "1", "--json", root / "figures.json"]
+    done = run_python("tools/compare_selectors.py", *words, "--selectors", "full", "q3_high_dl")
     assert done.returncode == 0, done.stderr
     return json.loads((root / "figures.json").read_text()), done.stdout
 

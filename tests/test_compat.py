@@ -1,15 +1,18 @@
 """Private parts of torch, Megatron and SGLang: an upgrade fails here first."""
 
+import ast
 import asyncio
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
+import megatron.core
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from torch.multiprocessing import reductions
 
 from megatron_taopd.formats.megatron import MegatronCheckpoint
 from megatron_taopd.formats.unpickle import ALLOWED, check_pickles
+from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.serving import identity
 from megatron_taopd.serving.server import server_environment
@@ -38,6 +42,44 @@ def count_in_the_store():
 
 def test_the_store_of_the_default_group_is_shared():
     assert run_ranks(2, count_in_the_store) == [2, 2]
+
+
+def ask_for_cuda():
+    """What tensors say of their device that are asked for on CUDA, on a rank without it."""
+    platform.emulate_cuda()
+    asked = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 0)),
+        torch.empty_like(torch.ones(1, device="meta"), device=torch.cuda.current_device()),
+        torch.ones(1).to("cuda", torch.float64),
+        torch.ones(1).to(device="cuda:1"),
+        torch.nn.Linear(1, 1).to("cuda").weight,
+    ]
+    with torch.device("meta"):
+        others = [torch.empty(2), torch.nn.Linear(1, 1).weight, torch.tensor(1.0)]
+    return [t.device.type for t in asked], [t.device.type for t in others], torch.ones(1).type()
+
+
+def test_cuda_is_the_cpu_where_there_is_none_and_no_other_device_is():
+    [(asked, others, name)] = run_ranks(1, ask_for_cuda)
+    assert (asked, others, name) == (["cpu"] * 6, ["meta"] * 3, "torch.cuda.FloatTensor")
+
+
+def test_all_that_megatron_makes_on_a_device_is_answered():
+    made = set()
+    for folder in (
+        "distributed",
+        "optimizer",
+        "pipeline_parallel",
+        "tensor_parallel",
+        "transformer",
+    ):
+        for file in Path(megatron.core.__path__[0], folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(file.read_text())):
+                if isinstance(call, ast.Call) and any(k.arg == "device" for k in call.keywords):
+                    made |= set(re.findall(r"^torch\.(\w+)$", ast.unparse(call.func)))
+    assert {"tensor", "zeros", "empty"} <= made
+    assert made <= {*platform._CONSTRUCTORS}
 
 
 def test_allocations_have_addresses():
@@ -91,7 +133,6 @@ def save_as_planned(directory):
     """A tensor of which each rank has a half, and a value, as `checkpoints.writing` saves them."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.compat.megatron_internals import plan_save
 
     platform.emulate_cuda()
@@ -139,7 +180,6 @@ def look_into_an_optimizer():
 
     from megatron_taopd.config import OptimizerSection
     from megatron_taopd.models.student import Student
-    from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.compat import megatron_internals as internals
     from megatron_taopd.parallel.layout import student_layout
 
@@ -244,8 +284,6 @@ def test_the_norm_before_a_router_keeps_its_name():
 def emulate():
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
-
-    from megatron_taopd.parallel import platform
 
     platform.emulate_cuda()
     states = torch.equal(random._get_cuda_rng_state(), torch.get_rng_state())

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.commands import run_python
 from support.families import CONFIGS, save_random
 from support.patience import run
 from support.ranks import run_ranks
@@ -830,10 +831,7 @@ def test_an_interrupted_conversion_is_started_over(hf_dirs, tmp_path):
 
 
 def run_tool(*arguments, ranks=1):
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return run([*launch, ROOT / "tools/convert.py", *arguments], seconds=200)
+    return run_python("tools/convert.py", *arguments, ranks=ranks, seconds=200)
 
 
 def test_the_command_line(hf_dirs, tmp_path):
@@ -969,7 +967,8 @@ def test_damage_that_one_of_two_ranks_finds_is_one_line(hf_dirs, megatron_dirs, 
     data[len(data) // 4] ^= 1  # in the share of rank 0
     (tmp_path / "bad" / "__0_0.distcp").write_bytes(data)
     compare = ["verify", "--no-logits", "--quiet", "--megatron", tmp_path / "bad"]
-    done = run_tool(*compare, "--hf", hf_dirs["qwen3"], ranks=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = run([*launch, ROOT / "tools/convert.py", *compare, "--hf", hf_dirs["qwen3"]], 200)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "__0_0.distcp: damaged at" in lines[0], done.stderr

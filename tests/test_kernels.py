@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from support import dense
+from support import dense, interpreter
 from support.shards import tops_in_k_blocks
 
 from megatron_taopd.parallel.vocab import reference
@@ -21,6 +21,7 @@ with mock.patch.dict(os.environ, INTERPRETED):  # Triton looks at each definitio
     pytest.importorskip("triton", reason="Triton is not installed")
     from megatron_taopd.parallel.vocab import kernels
 
+interpreter.reduce_by_halves()
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered"),  # −inf − −inf

@@ -4,15 +4,13 @@ saved tensors, and the package's own functions."""
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.commands import run_python
 from support.families import CONFIGS, save_random
-from support.patience import run
 from support.published import BILLIONS, MODELS
 from support.ranks import run_ranks
 from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
@@ -341,13 +339,8 @@ def test_64_ranks_of_the_real_pair_are_exact(models):
     options = dict(
         world_size=64, ranks=[0, 33, 63], student=student, teacher=teacher, dtype="bfloat16"
     )
-    script = Path(__file__).parent / "support" / "fake_ranks.py"
     paths = [str(models / "Qwen3-4B"), str(models / "Qwen3-14B")]
-    done = run(
-        [sys.executable, script, *paths, json.dumps(options)],
-        seconds=300,
-        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
-    )
+    done = run_python("tests/support/fake_ranks.py", *paths, json.dumps(options), seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     small, large = (Architecture.of(MODELS[n]) for n in ("Qwen3-4B", "Qwen3-14B"))
     own, theirs = Grid(**student, dp=8), Grid(**teacher, dp=8)
@@ -602,8 +595,7 @@ def test_grids_divide_models_and_gpus():
 def run_tool(models, tmp_path, *arguments):
     file = tmp_path / "run.yaml"
     file.write_text(RUN.format(models=models))
-    tool = Path(__file__).parents[1] / "tools" / "plan.py"
-    return run([sys.executable, tool, file, *arguments], seconds=120)
+    return run_python("tools/plan.py", file, *arguments, seconds=120)
 
 
 def test_tokens_per_second_and_mfu_are_those_of_the_planned_seconds(setup_of):

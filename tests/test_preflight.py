@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import threading
 from collections import Counter, namedtuple
 from dataclasses import replace
@@ -17,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from support.patience import run
+from support.commands import run_python
 from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
@@ -558,7 +557,7 @@ def compare_without_memory():
 
 
 def doctor(*arguments):
-    return run([sys.executable, DOCTOR, *arguments], seconds=300)
+    return run_python("tools/doctor.py", *arguments, seconds=300)
 
 
 def test_a_run_that_can_start(tmp_path):

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.patience import run
+from support.commands import run_python
 
 from megatron_taopd.parallel import exchange
 from megatron_taopd.plan import links
@@ -17,7 +16,6 @@ from megatron_taopd.plan import links
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-MODULE = [sys.executable, "-W", "ignore", "-m"]
 WORLD_SIZE, HEADS_K, VOCABULARY, ROWS = 64, 5, 512, 640  # 64 responses of 10 tokens
 SERVED_WIDTH = 128 * 4  # bytes of a teacher's row
 
@@ -39,9 +37,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[dict]]:
     """What was called, by case, a result for each of its ranks."""
-    done = run(
-        [*MODULE, "benchmarks.scaling.fake", json.dumps([*CASES.values()])], seconds=300, cwd=ROOT
-    )
+    done = run_python("benchmarks.scaling.fake", json.dumps([*CASES.values()]), seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     results = iter(json.loads(done.stdout.splitlines()[-1]))
     return {name: [next(results) for _ in case["ranks"]] for name, case in CASES.items()}
@@ -124,8 +120,8 @@ def run_tool(tmp_path, *arguments) -> subprocess.CompletedProcess:
         rollout: {{prompts: 512, max_new_tokens: 7168}}
         train: {{micro_batch_tokens: 8192, precision: bf16, recompute: full}}
     """)
-    command = [*MODULE, "benchmarks.scaling", arguments[0], str(tmp_path / "run.yaml")]
-    return run([*command, *arguments[1:]], seconds=120, cwd=ROOT)
+    name, *options = arguments
+    return run_python("benchmarks.scaling", name, tmp_path / "run.yaml", *options, seconds=120)
 
 
 def test_what_stops_scaling_is_told(tmp_path):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.commands import run_python
 from support.patience import finish, wait_for
 from support.ranks import run_ranks
 
@@ -487,7 +488,7 @@ def test_user_errors_are_one_line(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_is_told_in_one_line(capfd, tmp_path):
+def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
     """The last stage's norm has a wrong shape; rank 0 says so before anything is built."""
     import shutil
 
@@ -498,14 +499,11 @@ def test_a_damaged_checkpoint_is_told_in_one_line(capfd, tmp_path):
     tensors = load_file(damaged / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
-    process = start(
-        f"run.dir={tmp_path}/run",
-        f"student.path={damaged}",
-        "student.parallel={tp: 1, pp: 2}",
-        "teacher.parallel.pp=1",
-    )
-    output = finish(process, seconds=180)
-    assert process.returncode != 0
+    options = [f"run.dir={tmp_path}/run", f"student.path={damaged}", "teacher.parallel.pp=1"]
+    options += ["student.parallel={tp: 1, pp: 2}", *SHORT]
+    done = run_python("megatron_taopd.train", TINY, *options, ranks=2, seconds=180)
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
     [line] = [line for line in output.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: student.path: {damaged}/") and "in build" not in output
     assert "model.norm.weight is [95]" in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -19,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from megatron_taopd.config.schema import Config, leaf_keys
+from megatron_taopd.config.schema import Config, leaf_keys, types_of
 from megatron_taopd.data.sources import with_paths
 from megatron_taopd.formats.hub import is_model
 
@@ -67,10 +68,9 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         ) from None
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
-    schema = OmegaConf.structured(Config)
     try:
         values: Any = OmegaConf.to_container(
-            OmegaConf.merge(schema, tree), resolve=True, throw_on_missing=True
+            OmegaConf.merge(_schema(), tree), resolve=True, throw_on_missing=True
         )
         for key in (*_OUTPUT_PATHS, *_INPUT_PATHS):
             section, name = key.split(".")
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             if value := values[section][name]:
                 base = Path(path).parent if in_file else Path()
                 values[section][name] = _absolute(key, value, base)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(schema, values))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         if OmegaConf.is_missing(error.parent_node, error.key):
@@ -94,6 +94,12 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             f"{tokens - prompt} tokens"
         )
     return config
+
+
+@functools.cache
+def _schema() -> Any:
+    """Return the defaults of all keys and the types of their values; a merge leaves them alone."""
+    return OmegaConf.structured(Config)
 
 
 def _absolute(key: str, value: Any, base: Path) -> Any:
@@ -209,7 +215,7 @@ def _pop_context_parallel(tree: dict) -> str | None:
 
 
 def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
-    types = get_type_hints(section)
+    types = types_of(section)
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in types:

@@ -8,6 +8,7 @@ is made of what stands here.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
@@ -544,9 +545,12 @@ class Config:
     log: LogSection = field(default_factory=LogSection)
 
 
+types_of = functools.cache(get_type_hints)  # evaluating annotations takes a millisecond a section
+
+
 def leaf_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type, str]]:
     """List every key that has a value: its dotted name, its section's class and its name there."""
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in types_of(kind).items():
         if is_dataclass(hint) and isinstance(hint, type):
             yield from leaf_keys(hint, f"{prefix}{name}.")
         else:

@@ -7,8 +7,10 @@ CUDA nothing is touched.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -16,9 +18,9 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_taopd.parallel import cuda_variables, nccl
+from megatron_taopd.parallel.compat import torch_internals
 
 
 def device() -> torch.device:
@@ -93,25 +95,44 @@ def initialize(timeout_s: float = 1800.0) -> bool:
     return True
 
 
-class _CudaIsCpu(TorchFunctionMode):
-    """Answers every torch call that names a CUDA device with the CPU."""
+# What makes tensors and takes the name of their device.
+_CONSTRUCTORS = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace"),
+    *("ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm"),
+    *("tensor", "zeros", "zeros_like"),
+)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+
+def _constructor(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(make)
+    def make_on_the_cpu(*args, **kwargs):
         if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], "cpu", *args[2:])
-        # Experts receive unequal numbers of tokens, which gloo cannot gather or scatter.
-        if func is dist.all_gather and _unequal(args[0]):
-            return _all_gather(*args, group=kwargs["group"])
-        if func is dist.reduce_scatter and _unequal(args[1]):
-            return _reduce_scatter(*args, group=kwargs["group"])
-        result = func(*args, **kwargs)
-        # The optimizer sorts its parameters by these names and refuses those of CPU tensors.
-        if func is torch.Tensor.type and isinstance(result, str):
-            result = result.replace("torch.", "torch.cuda.")
-        return result
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return make_on_the_cpu
+
+
+def _moved(to: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(to)
+    def move(tensor, *args, **kwargs):
+        if args and _is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        elif "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        return to(tensor, *args, **kwargs)
+
+    return move
+
+
+def _typed(type_of: Callable) -> Callable:
+    # The optimizer sorts its parameters by these names and refuses those of CPU tensors.
+    @functools.wraps(type_of)
+    def name(tensor, *args, **kwargs):
+        result = type_of(tensor, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    return name
 
 
 def _is_cuda(value) -> bool:
@@ -122,6 +143,29 @@ def _is_cuda(value) -> bool:
 
 def _unequal(tensors: list[Tensor]) -> bool:
     return any(tensor.shape != tensors[0].shape for tensor in tensors)
+
+
+# Experts receive unequal numbers of tokens, which gloo cannot gather or scatter.
+
+
+def _gathered(all_gather: Callable) -> Callable:
+    @functools.wraps(all_gather)
+    def gather(parts, own, group=None, *args, **kwargs):
+        if _unequal(parts):
+            return _all_gather(parts, own, group)
+        return all_gather(parts, own, group, *args, **kwargs)
+
+    return gather
+
+
+def _scattered(reduce_scatter: Callable) -> Callable:
+    @functools.wraps(reduce_scatter)
+    def scatter(own, parts, *args, **kwargs):
+        if _unequal(parts):
+            return _reduce_scatter(own, parts, kwargs["group"])
+        return reduce_scatter(own, parts, *args, **kwargs)
+
+    return scatter
 
 
 def _all_gather(parts: list[Tensor], own: Tensor, group: dist.ProcessGroup) -> None:
@@ -150,14 +194,15 @@ class _Stream:
     def synchronize(self) -> None: ...
 
 
-_mode: _CudaIsCpu | None = None
+_emulated = False
 
 
 def emulate_cuda() -> None:
     """Let the CPU stand in for CUDA in this process where there is none (once; else a no-op)."""
-    global _mode
-    if torch.cuda.is_available() or _mode is not None:
+    global _emulated
+    if torch.cuda.is_available() or _emulated:
         return
+    _emulated = True
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu
     torch.cuda.synchronize = lambda *_, **__: None
@@ -166,6 +211,15 @@ def emulate_cuda() -> None:
     torch.cuda.Stream = _Stream
     torch.cuda.current_stream = lambda *_, **__: _Stream()
     torch.cuda.stream = nullcontext
+    # Each name is answered where it stands. A TorchFunctionMode would see every operator, too,
+    # which doubles what a small one costs.
+    torch_internals.remember_constructors()
+    for name in _CONSTRUCTORS:
+        setattr(torch, name, _constructor(getattr(torch, name)))
+    torch.Tensor.to = _moved(torch.Tensor.to)
+    torch.Tensor.type = _typed(torch.Tensor.type)
+    dist.all_gather = _gathered(dist.all_gather)
+    dist.reduce_scatter = _scattered(dist.reduce_scatter)
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
@@ -180,6 +234,3 @@ def emulate_cuda() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, **_: (
         tensor.numpy() if as_numpy and tensor is not None else tensor
     )
-    # A mode is a thread-local stack entry: it stays for the life of the process.
-    _mode = _CudaIsCpu()
-    _mode.__enter__()

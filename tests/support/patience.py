@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 
-PROCESS_S = 1.5  # what a quiet machine takes to start Python and import torch
+WORK = "sum(range(20_000_000))"
+PROCESS_S = 0.4  # what a quiet machine takes to start Python and do it
 _slowness = 1.0  # the most that was seen since this process began
 _measured = float("-inf")  # when a process was started last to see
 
@@ -38,7 +39,7 @@ def measure() -> float:
     """Start a process now; the slowness of this machine, at least 1."""
     global _measured
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    subprocess.run([sys.executable, "-c", WORK], check=True)
     _measured = time.monotonic()
     return took(_measured - began, PROCESS_S)
 

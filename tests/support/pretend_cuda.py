@@ -68,7 +68,7 @@ def pretend_cuda() -> HostWaits:
 
     if _modes:
         return _waits
-    assert platform._mode is None, "this process has been told that CUDA is the CPU"
+    assert not platform._emulated, "this process has been told that CUDA is the CPU"
     _setup_privateuseone_for_python_backend(BACKEND)
     torch.autograd.set_multithreading_enabled(False)  # a mode is one thread's
     # `module.to("cuda")` keeps its parameters, of which some may be tied, and moves their numbers.

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import (
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.multiprocessing.reductions import reduce_tensor
+from torch.utils._device import _device_constructors
 
 # Where a chunk of a checkpoint lies: (file, first byte, number of bytes). Torch reads it, by this
 # class, from a checkpoint's `.metadata`, and has no public name for it.
@@ -51,6 +52,16 @@ def write_item(transforms: Any, stream: Any, data: Any, item: WriteItem, file: s
         file: name of the file behind the stream.
     """
     return _write_item(transforms, stream, data, item, file, SerializationFormat.TORCH_SAVE)
+
+
+def remember_constructors() -> None:
+    """Let `with torch.device(…)` know the functions that make tensors, before they are replaced.
+
+    It knows them by identity, and looks for them in `torch` when it is entered for the first time.
+    One that it does not know makes its tensors elsewhere without a word: transformers initialises
+    models on the meta device so.
+    """
+    _device_constructors()
 
 
 @contextmanager
