@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 ranks=2
 layout=()
-if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
+if [ "$(bash examples/gpus.sh)" = 1 ]; then
     ranks=1
     layout=(student.parallel.tp=1 teacher.parallel.pp=1)
 fi

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 memory=()
-if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" != 0 ]; then
+if [ "$(bash examples/gpus.sh)" != 0 ]; then
     memory=(rollout.servers.mem_fraction=0.2)
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -227,6 +227,9 @@ class TokenScores:
         teacher_entropy: [R] float32, likewise for the teacher.
         topk_overlap: [R] float32, |S_S ∩ S_T| / K, the share of the student's top-K ids that are
             among the teacher's; None where nobody has counted.
+        teacher_log_prob: [R] float32, the teacher's log-probability of the sampled token (natural
+            log), −inf where only the student knows that token. It is over the common vocabulary; of
+            a teacher that reports its top-K, over its own. None where nobody has asked.
         student_topk_ids: [R, K] int64, highest logit first, on request.
         teacher_topk_ids: [R, K] int64, on request.
     """
@@ -236,6 +239,7 @@ class TokenScores:
     student_entropy: Tensor
     teacher_entropy: Tensor
     topk_overlap: Tensor | None = None
+    teacher_log_prob: Tensor | None = None
     student_topk_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None
 

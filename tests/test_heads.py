@@ -29,8 +29,11 @@ from megatron_taopd.parallel.vocab import (
     projection,
     rows_within,
     score_hidden,
+    score_sampled,
     token_log_probs,
 )
+from megatron_taopd.step.output_heads import TopkOutputHeads
+from megatron_taopd.teacher.topk import TopkRows
 
 
 def of_heads(losses, heads, row_weight, dtype=torch.float64):
@@ -409,6 +412,43 @@ def test_without_grad_no_gradient_is_formed(monkeypatch):
 ABSENT = torch.tensor([0, 3, 47, 48, 89])
 
 
+def sampled_on_rank(bounds, heads, tokens):
+    shard = replace(shard_of(bounds), absent=ABSENT)
+    local = local_heads(heads, shard)
+    return score_sampled(*local, tokens, 16, shard, 4), score_hidden(*local, 16, shard, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampled_tokens_have_the_teachers_log_probability(layout):
+    """One of each shard, and of tokens that take no part; the other scores stay, bit for bit."""
+    heads = make_heads()
+    tokens = torch.tensor([1, SIZE - 2, 2, 3, 80, 46, 49, SIZE, 50, 24, 70])
+    by_rank = run_ranks(len(LAYOUTS[layout]) - 1, sampled_on_rank, LAYOUTS[layout], heads, tokens)
+    logits = heads[2].double() @ heads[3].double().t()
+    present = torch.tensor([v for v in range(SIZE) if v not in ABSENT])
+    want = torch.full_like(logits, -torch.inf)
+    want[:, present] = dense.log_probs(logits[:, present])
+    want = want.gather(1, tokens[:, None])[:, 0]
+    assert want.isinf().tolist() == [i in (3, 7) for i in range(11)]
+    for scores, others in by_rank:
+        got = scores.teacher_log_prob
+        assert got.dtype == torch.float32 and others.teacher_log_prob is None
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
+        for field in ("disagreement", "compatibility", "student_entropy", "teacher_entropy"):
+            assert torch.equal(getattr(scores, field), getattr(others, field))
+
+
+def test_a_topk_teacher_says_nothing_of_tokens_it_lacks():
+    shard = VocabShard(0, PADDED, None, SIZE, ABSENT)
+    heads = TopkOutputHeads(torch.randn(PADDED, 8), shard, chunk_rows=2)
+    tokens = torch.tensor([1, 47, SIZE])  # the others are the student's alone
+    reported = TopkRows(
+        torch.arange(5).repeat(3, 1), torch.full((3, 5), -2.0), torch.tensor([-0.5, -1.0, -1.5])
+    )
+    scores = heads.scores(torch.randn(3, 8), reported.pack(), tokens, 2)
+    assert scores.teacher_log_prob.tolist() == [-0.5, -torch.inf, -torch.inf]
+
+
 def absent_on_rank(bounds, heads, kind):
     shard = replace(shard_of(bounds), absent=ABSENT)
     local = local_heads(heads, shard)
@@ -548,7 +588,10 @@ def communication_on_rank(bounds, heads, k):
     hidden, weight = local[:2]
     tokens = torch.zeros(len(hidden), dtype=torch.int64)
     ones = torch.ones(len(hidden))
-    calls = {"score": record_collectives(lambda: score_hidden(*local, k, shard, 4))}
+    calls = {
+        "score": record_collectives(lambda: score_hidden(*local, k, shard, 4)),
+        "sampled": record_collectives(lambda: score_sampled(*local, tokens, k, shard, 4)),
+    }
     for kind in DIVERGENCES:
         for name, row_weight in ((kind, None), (f"{kind} at once", ones)):
             losses = []
@@ -573,7 +616,12 @@ def test_collectives_and_their_bytes():
     """11 rows in chunks of 4, 4, 3; the same on all ranks, whatever their number of columns."""
     k = 16
     by_rank = run_ranks(2, communication_on_rank, LAYOUTS["unequal"], make_heads(), k)
-    per_row = {"score": [24 * k + 24], "topk": [4 * k + 8], "tokens": [12]}
+    per_row = {
+        "score": [24 * k + 24],
+        "sampled": [24 * k + 28],
+        "topk": [4 * k + 8],
+        "tokens": [12],
+    }
     for kind in DIVERGENCES:
         per_row[kind] = [20] if kind in ("reverse_kl", "forward_kl") else [16, 8]
         per_row[f"{kind} at once"] = per_row[kind]
@@ -581,7 +629,7 @@ def test_collectives_and_their_bytes():
         name: [("all_gather_into_tensor", rows * size) for rows in (4, 4, 3) for size in sizes]
         for name, sizes in per_row.items()
     }
-    want |= {f"{name} backward": [] for name in per_row if name != "score"}
+    want |= {f"{name} backward": [] for name in per_row if name not in ("score", "sampled")}
     for calls in by_rank:
         assert calls == want
 

@@ -10,8 +10,9 @@ import torch
 from support.fake_sglang import serving
 from support.observed import SMALL, STUDENT, TINY, observed
 from support.ranks import run_ranks
+from test_keys_rollout import chat_models
 
-from megatron_taopd.cli.compare import teachers
+from megatron_taopd.cli.compare import students, teachers
 from megatron_taopd.config import load
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.rollout.engine import Sampling
@@ -77,3 +78,49 @@ def test_answers_are_compared_that_the_run_would_give(tmp_path):
     engine = LocalEngine.from_hf(STUDENT, torch.float32, "cpu", seed=7, vocab_size=1152)
     expected = engine.generate(prompts, range(5), 0, Sampling(**sampling, stop_token_ids=(7,)))
     assert torch.equal(batch.tokens, expected.tokens)
+
+
+ASKS = ["Tom has 5 nuts .", "Eve has 9 nuts ."]
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Options of the pair, whose templates write `ends`, and of a file of prompts."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": ask}) + "\n" for ask in ASKS))
+    student, teacher = (each.partition("=")[2] for each in chat_models(tmp_path, teacher="then"))
+    return student, teacher, ["--prompts", str(prompts), "--template-kwargs", "{ends: gets}"]
+
+
+def last_words(path: str, prompts) -> list[str]:
+    tokenizer = Vocabulary.from_pretrained(path).tokenizer
+    return [tokenizer.convert_ids_to_tokens(ids[-1]) for ids in prompts]
+
+
+def write_bank(arguments):
+    from megatron_taopd.cli import diagnose
+    from megatron_taopd.diagnostics.bank import Bank
+
+    diagnose.run_bank(diagnose.parse(arguments))
+    return Bank(arguments[arguments.index("--out") + 1]).first(2)
+
+
+def test_variables_reach_the_template_of_a_bank_and_of_its_teacher(models, tmp_path):
+    """The bank keeps them, for whoever reads its prompts later."""
+    student, teacher, options = models
+    given = ["bank", "--student", student, "--out", str(tmp_path / "bank"), *options]
+    [contexts] = run_ranks(1, write_bank, [*given, "--max-new-tokens", "3"])
+    assert last_words(student, contexts.prompts.values()) == ["gets"] * 2
+    assert contexts.template_kwargs == {"ends": "gets"}
+    read = contexts.prompts_for(Vocabulary.from_pretrained(teacher).tokenizer)
+    assert last_words(teacher, read.values()) == ["gets"] * 2
+
+
+def test_variables_reach_the_templates_of_compared_students_and_their_teacher(models):
+    student, teacher, options = models
+    given = ["--students", student, "--teacher", teacher, *options, "--max-new-tokens", "3"]
+    vocabularies = [Vocabulary.from_pretrained(path) for path in (student, teacher)]
+    batch, read = students.contexts(students.parse(given), vocabularies, 1152)
+    ends = zip(range(2), batch.prompt_lengths.tolist(), strict=True)
+    assert last_words(student, [batch.sequence(i)[:n].tolist() for i, n in ends]) == ["gets"] * 2
+    assert last_words(teacher, read) == ["gets"] * 2

@@ -7,9 +7,11 @@ that of `taopd serve`, and `config.load`.
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -375,3 +377,25 @@ def test_mistakes_on_kubernetes(capsys, options, said):
         MAIN(["CONFIG.yaml", *options])
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "ranks"),
+    [(0, None, 2), (1, None, 1), (4, None, 2), (4, "2", 1), (4, "0,GPU-1a", 2), (1, "", 2)],
+)
+def test_the_quickstart_has_one_rank_on_one_gpu_and_two_otherwise(tmp_path, gpus, visible, ranks):
+    listed = "".join(f"GPU {i}: an accelerator\n" for i in range(gpus))
+    for name, said in (("nvidia-smi", f"printf '{listed}'"), ("taopd", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    told = subprocess.run(
+        ["bash", ROOT / "examples" / "quickstart.sh", "train.steps=3"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert told[:4] == ["launch", "--nproc-per-node", str(ranks), "examples/tiny_pair.yaml"]
+    one = ["student.parallel.tp=1", "teacher.parallel.pp=1"] if ranks == 1 else []
+    assert told[5:] == [*one, "train.steps=3"]

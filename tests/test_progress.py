@@ -132,6 +132,21 @@ def test_in_a_terminal_there_are_bars_that_go(monkeypatch):
     assert terminal._bars is None, "the terminal is given back"
 
 
+def test_a_narrow_terminal_cuts_texts_but_neither_a_count_nor_a_countdown():
+    """The line of the steps is long, and a wait for servers is shown below it."""
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    steps, waiting = Phase("steps", 10), Phase("waiting for rollout.servers", seconds=900)
+    steps.began, steps.done, waiting.began = steps.began - 60, 4, waiting.began - 100
+    bars = progress._Bars(terminal)
+    bars.add_phase(steps, "loss 0.5  kept 122 of 1,213 rows  300 ms/step  1,234 tokens/s/GPU")
+    bars.add_phase(waiting, waiting.what)
+    terminal.print(*bars.get_renderables())
+    first, second = terminal.file.getvalue().splitlines()
+    assert "━" in first and " 4/10 0:01:00, 0:01:30 left loss 0.5  kept" in first
+    assert first.rstrip().endswith("…") and len(first) == 80
+    assert "━" in second and " 0:01:40, 0:13:20 left waiting for rollout.servers" in second
+
+
 def test_phases_of_several_threads(log):
     with phase("building"):
         inside = threading.Event()

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache, prompts, records
-from megatron_taopd.data.prompts import load_prompts, tokenised
+from megatron_taopd.data.prompts import TeacherReader, load_prompts, tokenised
 from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.parallel import objects
 
@@ -94,7 +94,7 @@ def test_an_entry_is_of_everything_that_it_depends_on(tmp_path, tokenizer, secti
         "weights": tokenised([same, {**same, "weight": 2}], tokenizer, section),
         "other weights": tokenised([same, {**same, "weight": 3}], tokenizer, section),
         "answers": tokenised(file, tokenizer, section, "answer"),
-        "limit": tokenised(file, tokenizer, section, None, 3),
+        "limit": tokenised(file, tokenizer, replace(section, limit=3)),
         "chat template": tokenised(file, chat, section),
         "tokens": tokenised(file, more, section),
         "special tokens": tokenised(file, bos, section),
@@ -104,8 +104,8 @@ def test_an_entry_is_of_everything_that_it_depends_on(tmp_path, tokenizer, secti
         "system": tokenised(file, tokenizer, replace(section, system="Eve")),
         "longest": tokenised(file, tokenizer, replace(section, max_prompt_tokens=99)),
         "repeats": tokenised(file, tokenizer, replace(section, deduplicate=False)),
-        "a teacher": tokenised(file, tokenizer, section, None, None, chat),
-        "its kwargs": tokenised(file, tokenizer, section, None, None, chat, {"ends": "."}),
+        "a teacher": tokenised(file, tokenizer, section, None, TeacherReader(chat)),
+        "its kwargs": tokenised(file, tokenizer, section, None, TeacherReader(chat, {"ends": "."})),
         "answer column": tokenised(file, tokenizer, replace(section, answer_column="b")),
     }
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
@@ -121,7 +121,7 @@ def test_an_entry_is_of_everything_that_it_depends_on(tmp_path, tokenizer, secti
     assert load_prompts(nested_file, tokenizer, section).texts == ["Sam"]
     assert load_prompts(nested_file, tokenizer, nested_section).texts == ["Eve"]
     with nothing_is_rendered():
-        assert load_prompts(file, tokenizer, section, None, None, tokenizer).dropped == 0
+        assert load_prompts(file, tokenizer, section, None, TeacherReader(tokenizer)).dropped == 0
 
 
 def test_what_is_not_whole_is_made_anew(tmp_path, tokenizer, section):

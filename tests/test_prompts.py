@@ -17,12 +17,11 @@ from megatron_taopd.data.prompts import PromptStream, prompt_order, render
 from megatron_taopd.data.rows import read_texts
 
 
-def load_prompts(
-    path, tokenizer, *, answer_column="answer", limit=None, teacher_tokenizer=None, **section
-):
+def load_prompts(path, tokenizer, *, answer_column="answer", teacher_tokenizer=None, **section):
     """`prompts.load_prompts`, with what a section says of it as keywords."""
     data = DataSection(**section)
-    return module.load_prompts(path, tokenizer, data, answer_column, limit, teacher_tokenizer)
+    teacher = None if teacher_tokenizer is None else module.TeacherReader(teacher_tokenizer)
+    return module.load_prompts(path, tokenizer, data, answer_column, teacher)
 
 
 CHAT_TEMPLATE = (

@@ -156,6 +156,7 @@ def test_a_token_shows_all_its_scores(open_page):
         "D̃·C̃, learnable": scores["d"] * scores["c"],
         "D̃·(1−C̃), incompatible": scores["d"] * (1 - scores["c"]),
         "log p, student": scores["log_p"],
+        "log p, teacher": scores["log_q"],
         "entropy, student": scores["student"],
         "entropy, teacher": scores["teacher"],
     }

@@ -48,11 +48,17 @@ def batch_of(responses):
     )
 
 
+LOG_Q = torch.tensor([-0.5, -torch.inf, -3.25, *[-1.0] * 6])
+
+
 def look(selector="teachability", count=4, kept=KEPT) -> Snapshot:
     batch = batch_of([[2, 3, 0], [4, 0], [5, 5, 5, 0]])
     mask = torch.zeros(9, dtype=torch.bool)
     mask[kept] = True
-    rows = TokenScores(torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16)
+    rows = TokenScores(
+        torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16,
+        teacher_log_prob=LOG_Q,
+    )  # fmt: skip
     scores = BatchScores.whole(rows, batch.cu_rows)
     choice = Choice(scores, selector, SELECTORS[selector](scores, 0), mask)
     wanted = WantedRows.known(batch, mask.nonzero()[:, 0])
@@ -74,6 +80,7 @@ def test_a_look_has_every_score_of_every_token():
         assert scores["c"] == pytest.approx(NORMAL_C[rows], abs=5e-3)
         assert response.kinds == KINDS[rows]
     assert first.scores["log_p"] == [-1, -2, -3]
+    assert first.scores["log_q"] == [-0.5, None, -3.25]  # the second is the student's alone
     assert first.scores["student"] == [0, 0.125, 0.25]
     assert first.scores["teacher"] == [0, 0.0625, 0.125]
     products = [d * c for d, c in zip(NORMAL_D, NORMAL_C, strict=True)]
@@ -92,7 +99,8 @@ def look_of_a_rank(selector, owner):
     mask, ids = torch.zeros(9, dtype=torch.bool), held.ids()
     mask[[0, 1, 2, 8]] = True
     of_all = (torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16)
-    scores = BatchScores(TokenScores(*(column[ids] for column in of_all)), held)
+    rows = TokenScores(*(column[ids] for column in of_all), teacher_log_prob=LOG_Q[ids])
+    scores = BatchScores(rows, held)
     choice = Choice(scores, selector, SELECTORS[selector](scores, 0), mask[ids])
     wanted = WantedRows.known(batch, mask.nonzero()[:, 0])
     kept = replace(wanted, ids=ids[mask[ids]])
@@ -126,7 +134,8 @@ def test_where_nothing_varies_all_agree():
     assert kinds_of(same, torch.ones(5), 0.3).tolist() == [2] * 5
     assert len(kinds_of(torch.zeros(0), torch.zeros(0), 0.0)) == 0
     batch = batch_of([[2, 3, 0], [4, 0]])
-    scores = BatchScores.whole(TokenScores(same, same, same, same), batch.cu_rows)
+    found = TokenScores(same, same, same, same, teacher_log_prob=same)
+    scores = BatchScores.whole(found, batch.cu_rows)
     choice = Choice(scores, "full", torch.ones(5), torch.ones(5, dtype=torch.bool))
     seen = take(7, batch, Selection(choice, WantedRows.all(batch), {}), Spelling(), 4)
     assert seen.split == 0 and seen.counts == {"l": (0, 0), "i": (0, 0), "a": (5, 5)}

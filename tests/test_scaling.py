@@ -81,10 +81,10 @@ def test_the_selection_sends_histograms_and_a_few_numbers_a_sequence(measured):
 
 
 @pytest.mark.parametrize(("case", "tp", "k"), [("tp2-sp", 2, 5), ("tp8", 8, 16)])
-def test_a_chunk_of_scores_is_one_all_gather_of_24_k_plus_24_bytes_a_row(measured, case, tp, k):
+def test_a_chunk_of_scores_is_one_all_gather_of_24_k_plus_28_bytes_a_row(measured, case, tp, k):
     rows = ROWS * tp // WORLD_SIZE  # of a data-parallel rank: two sequences of two, or eight
     calls, sent = called(measured[case][0], "scores", "all_gather", tp)
-    assert sent == links.gather_bytes(rows * (24 * k + 24) * tp, tp)
+    assert sent == links.gather_bytes(rows * (24 * k + 28) * tp, tp)
     micro_batches = rows // 20  # two sequences each
     assert calls == micro_batches * 4  # 20 rows in chunks of 6
     assert called(measured[case][0], "loss", "all_gather", tp)[0] == micro_batches

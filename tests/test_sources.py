@@ -163,7 +163,7 @@ def test_a_list_without_weights_is_read_as_one_file(tmp_path, tokenizer):
     found = load_prompts(parts, tokenizer, DataSection())
     assert found.token_ids == expected.token_ids and len(found) == 7
     assert (found.duplicates, found.parts) == (2, ())
-    assert load_prompts(parts, tokenizer, DataSection(), limit=5).texts == found.texts[:5]
+    assert load_prompts(parts, tokenizer, DataSection(limit=5)).texts == found.texts[:5]
 
 
 def test_files_with_weights_keep_to_themselves(tmp_path, tokenizer):
@@ -172,7 +172,7 @@ def test_files_with_weights_keep_to_themselves(tmp_path, tokenizer):
     found = load_prompts(prompts, tokenizer, DataSection())
     assert found.parts == ((4, 7), (5, 2)) and found.duplicates == 5
     assert found.texts == [record["prompt"] for record in ASKS[:4] + ASKS[2:]]
-    limited = load_prompts(prompts, tokenizer, DataSection(), limit=2)
+    limited = load_prompts(prompts, tokenizer, DataSection(limit=2))
     assert limited.parts == ((2, 7), (2, 2))
     put(tmp_path / "none.jsonl", [])
     with pytest.raises(ValueError, match=r"none.jsonl: no prompt is left: it is empty"):

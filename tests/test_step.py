@@ -21,6 +21,13 @@ from support.step import (
 from megatron_taopd.config.schema import LossSection
 from megatron_taopd.parallel.memory import peak_memory
 
+FIELDS = (
+    "disagreement",
+    "compatibility",
+    "student_entropy",
+    "teacher_entropy",
+    "teacher_log_prob",  # of the sampled tokens
+)
 SIZE = 200  # the student's vocabulary; the teacher has 216 tokens, of which these are common
 
 
@@ -63,8 +70,7 @@ def test_step_agrees_with_dense_float64(pair, oracle, name):
 
 def assert_agrees(result, oracle):
     scores = result["scores"]
-    fields = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
-    for field, expected in zip(fields, oracle["scores"], strict=True):
+    for field, expected in zip(FIELDS, oracle["scores"], strict=True):
         torch.testing.assert_close(
             getattr(scores, field).double(), expected, rtol=2e-4, atol=2e-5, msg=field
         )

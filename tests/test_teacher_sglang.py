@@ -46,6 +46,7 @@ MODEL = ServedModel.of(TEACHER, 116)
 K, REPORTED = 5, 12
 BATCH = make_batch(VOCABULARY)
 FIELDS = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
+OF_A_STEP = (*FIELDS, "teacher_log_prob")
 
 
 # Scores and losses from a teacher's top-K
@@ -526,8 +527,9 @@ def test_a_step_equals_that_with_a_megatron_teacher(server):
     results = run_ranks(2, step_on_ranks, "hidden_states", server.url, loss)
     [(scores, mask, metrics, gradients, _), _] = run_ranks(2, step_on_ranks, "megatron", None, loss)
     rounding = dense_step(STUDENT, TEACHER, BATCH, VOCABULARY, mask=mask)["rounding"]
+    assert scores.teacher_log_prob.isfinite().all()
     for result in results:
-        for field in FIELDS:
+        for field in OF_A_STEP:
             got, want = getattr(result[0], field), getattr(scores, field)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert torch.equal(result[1], mask)
@@ -543,6 +545,8 @@ def test_a_topk_step_agrees_with_dense_float64(server, kind):
     z_s, z_t, _ = row_logits(*models)
     top = z_t.log_softmax(1).topk(REPORTED)
     wanted = dense.topk_scores(z_s.detach(), top.indices, top.values, K, VOCABULARY)
+    sampled = dense.log_probs(z_t).gather(1, BATCH.response_tokens()[:, None])[:, 0]
+    wanted = (*wanted, sampled)
     mask = dense.select(dense.selector_scores("teachability", *wanted[:3]), 0.3)
 
     def dense_loss(z_s, z_t):
@@ -558,7 +562,7 @@ def test_a_topk_step_agrees_with_dense_float64(server, kind):
     for parallel in ((2, 1, False), (1, 1, False)) if kind == "jsd" else ((2, 1, False),):
         step = partial(step_on_ranks, student_parallel=parallel)
         for scores, kept, metrics, gradients, _ in run_ranks(2, step, "topk", server.url, loss):
-            for field, want in zip(FIELDS, wanted, strict=True):
+            for field, want in zip(OF_A_STEP, wanted, strict=True):
                 got = getattr(scores, field).double()
                 torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5, msg=field)
             assert torch.equal(kept, mask)

@@ -21,13 +21,13 @@ from support.step import (
     make_model,
     step_on_ranks,
 )
-from test_step import LAYOUTS, assert_agrees
+from test_step import FIELDS, LAYOUTS, assert_agrees
 from test_train import curve, train
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_taopd.config.schema import DataSection
-from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.prompts import TeacherReader, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.rollout.engine import make_rollout_batch
 
@@ -353,7 +353,9 @@ def test_qwen_to_r1_differs_in_the_special_tokens_alone(qwen_to_r1):
 
 def test_qwen_and_r1_each_get_their_own_prompt_and_the_same_answer(data, qwen, r1, qwen_to_r1):
     path = data / "gsm8k" / "train.jsonl"
-    prompts = load_prompts(path, qwen, DataSection(prompt_column="question"), "answer", 3, r1)
+    prompts = load_prompts(
+        path, qwen, DataSection(prompt_column="question", limit=3), "answer", TeacherReader(r1)
+    )
     question = prompts.texts[1]
     assert qwen.decode(prompts.token_ids[1]) == (
         f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -448,7 +450,7 @@ def test_a_relabelled_teacher_is_the_same_teacher(pair, name):
     for ours, reference in zip(relabelled, plain, strict=True):
         assert ours["metrics"] == reference["metrics"]
         assert torch.equal(ours["mask"], reference["mask"])
-        for field in ("disagreement", "compatibility", "student_entropy", "teacher_entropy"):
+        for field in FIELDS:
             assert torch.equal(getattr(ours["scores"], field), getattr(reference["scores"], field))
         for parameter, gradient in ours["gradients"].items():
             assert torch.equal(gradient, reference["gradients"][parameter]), parameter

@@ -47,7 +47,7 @@ def test_prompts_are_signs_of_life_while_they_load(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "student")
     assert beats_of(lambda: load_prompts(file, tokenizer, DataSection())) == 50
     assert (
-        beats_of(lambda: load_prompts(file, tokenizer, DataSection(max_prompt_tokens=9), limit=20))
+        beats_of(lambda: load_prompts(file, tokenizer, DataSection(max_prompt_tokens=9, limit=20)))
         >= 20
     )
 

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from benchmarks.scaling import results
 from megatron_taopd import config as configuration
+from megatron_taopd.config.values import check_sections
 from megatron_taopd.plan.cluster import CLUSTERS, load_cluster
 from megatron_taopd.plan.setup import Setup
 
@@ -91,11 +92,17 @@ def _lengths(arguments) -> dict:
     return {name: getattr(arguments, name) for name in names}
 
 
+def _config(arguments) -> configuration.Config:
+    config = configuration.load(arguments.config, arguments.overrides)
+    check_sections(config)
+    return config
+
+
 def counts(arguments):
     """List every collective of a rank in one step, by formula."""
     from megatron_taopd.plan.collectives import step_collectives
 
-    config = configuration.load(arguments.config, arguments.overrides)
+    config = _config(arguments)
     setup = Setup.of(config, arguments.gpus, **_lengths(arguments))
     rank = setup.gpus - 1 if arguments.rank is None else arguments.rank
     if not 0 <= rank < setup.gpus:
@@ -112,7 +119,7 @@ def saturate(arguments):
     from benchmarks.scaling.saturate import as_json, sizes
 
     found = sizes(
-        configuration.load(arguments.config, arguments.overrides),
+        _config(arguments),
         sorted(arguments.gpus),
         arguments.grow,
         load_cluster(arguments.cluster),

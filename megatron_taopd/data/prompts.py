@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -56,14 +56,23 @@ class Prompts:
         return len(self.token_ids)
 
 
+class TeacherReader(NamedTuple):
+    """A teacher that reads the same messages by its own tokenizer and chat template.
+
+    Attributes:
+        template_kwargs: of its chat template; None: `data.template_kwargs`.
+    """
+
+    tokenizer: Any
+    template_kwargs: Mapping[str, Any] | None = None
+
+
 def load_prompts(
     prompts: Any,
     tokenizer,
     data: DataSection,
     answer_column: str | None = None,
-    limit: int | None = None,
-    teacher_tokenizer=None,
-    teacher_kwargs: Mapping[str, Any] | None = None,
+    teacher: TeacherReader | None = None,
 ) -> Prompts:
     """Return prompts in token ids, from the cache if they are there.
 
@@ -76,11 +85,10 @@ def load_prompts(
         prompts: the value of `data.prompts`: a path, or a list (`sources_of`).
         tokenizer: a transformers tokenizer.
         data: says where a prompt stands in a record and how it is rendered. Prompts over its
-            `max_prompt_tokens` are dropped; with a teacher's tokenizer, those that are for either.
+            `max_prompt_tokens` are dropped; with a teacher, those that are for either. Reading ends
+            after `limit` prompts that fit, of each of the files that have weights.
         answer_column: of the reference answers, text or numbers; None reads none.
-        limit: stop after this many prompts that fit; of each of the files that have weights.
-        teacher_tokenizer: renders the same messages, with its own chat template, for a teacher.
-        teacher_kwargs: of its chat template; None: `data.template_kwargs`.
+        teacher: None if it reads what the student does.
 
     Raises:
         ValueError: in one line, with file, line and column: the file is missing, unreadable or of
@@ -88,9 +96,7 @@ def load_prompts(
             that `Renderer` refuses; an answer is missing or blank; no prompt is left. Or the cache
             cannot be written.
     """
-    return open_prompts(
-        tokenised(prompts, tokenizer, data, answer_column, limit, teacher_tokenizer, teacher_kwargs)
-    )
+    return open_prompts(tokenised(prompts, tokenizer, data, answer_column, teacher))
 
 
 def tokenised(
@@ -98,16 +104,15 @@ def tokenised(
     tokenizer,
     data: DataSection,
     answer_column: str | None = None,
-    limit: int | None = None,
-    teacher_tokenizer=None,
-    teacher_kwargs: Mapping[str, Any] | None = None,
+    teacher: TeacherReader | None = None,
 ) -> Path:
     """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
     renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
-    if teacher_tokenizer is not None:
-        kwargs = data.template_kwargs if teacher_kwargs is None else teacher_kwargs
+    if teacher is not None:
+        kwargs = teacher.template_kwargs
+        kwargs = data.template_kwargs if kwargs is None else kwargs
         key = "teacher.template_kwargs"
-        renderers.append(Renderer(teacher_tokenizer, data.template, kwargs, key))
+        renderers.append(Renderer(teacher.tokenizer, data.template, kwargs, key))
     fingerprints = [renderer.fingerprint() for renderer in renderers]
     if fingerprints[1:] == fingerprints[:1]:  # the teacher reads what the student does
         del renderers[1:]
@@ -124,14 +129,14 @@ def tokenised(
             "deduplicate": data.deduplicate,
             "system": data.system,
             "max_prompt_tokens": data.max_prompt_tokens,
-            "limit": limit,
+            "limit": data.limit,
             "versions": [m.__version__ for m in (transformers, tokenizers, jinja2)],
         }
     )
     entry = cache.place(data.cache_dir) / key
     if cache.about(entry) is None:
         with cache.written(entry) as (aside, about):
-            writer = _Writer(aside, renderers, data, answer_column, limit)
+            writer = _Writer(aside, renderers, data, answer_column)
             for source, own in zip(sources, files, strict=True):
                 writer.add(source, own)
             about |= writer.close([source.weight for source in sources])
@@ -158,10 +163,9 @@ class _Writer:
         renderers: Sequence[Renderer],
         data: DataSection,
         answer_column: str | None,
-        limit: int | None,
     ):
         self.renderers, self.data, self.answer_column = renderers, data, answer_column
-        self.limit, self.sizes = limit, list[int]()
+        self.sizes = list[int]()
         self.counts = {"rows": 0, "duplicates": 0, "dropped": 0}
         self.differ = False  # the ids of the two models
         names = ["ids", "teacher_ids"][: len(renderers)]
@@ -199,7 +203,7 @@ class _Writer:
 
     def _room(self, found: int) -> int:
         """How many rows to take at a time: nothing is read behind the limit."""
-        return BATCH if self.limit is None else min(BATCH, self.limit - found)
+        return BATCH if self.data.limit is None else min(BATCH, self.data.limit - found)
 
     def _write(self, row: Row, renderings: Sequence[list[int]]) -> None:
         for column, ids in zip(self.ids, renderings, strict=True):

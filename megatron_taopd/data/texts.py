@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_taopd.config.schema import Config
-from megatron_taopd.data.prompts import Prompts, open_prompts, tokenised
+from megatron_taopd.config.schema import Config, TeacherSection
+from megatron_taopd.data.prompts import Prompts, TeacherReader, open_prompts, tokenised
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.parallel.objects import gather, once_per_node
 
@@ -80,13 +80,19 @@ def held_out_prompts(config: Config, student: Vocabulary) -> Prompts:
 
 
 def _training(config: Config, student: Vocabulary, teacher: Vocabulary) -> Path:
-    data = config.data
-    own = teacher.tokenizer if config.teacher.prompt == "own" else None
-    kwargs = config.teacher.template_kwargs
-    return tokenised(data.prompts, student.tokenizer, data, None, data.limit, own, kwargs)
+    reader = teacher_reader(config.teacher, teacher)
+    return tokenised(config.data.prompts, student.tokenizer, config.data, teacher=reader)
+
+
+def teacher_reader(section: TeacherSection, teacher: Vocabulary) -> TeacherReader | None:
+    """Return how a teacher reads prompts; None if it reads what the student does."""
+    if section.prompt != "own":
+        return None
+    return TeacherReader(teacher.tokenizer, section.template_kwargs)
 
 
 def _held_out(config: Config, student: Vocabulary) -> Path:
-    data, section = replace(config.data, deduplicate=False), config.eval
+    section = config.eval
     assert section.prompts is not None
-    return tokenised(section.prompts, student.tokenizer, data, data.answer_column, section.limit)
+    data = replace(config.data, deduplicate=False, limit=section.limit)
+    return tokenised(section.prompts, student.tokenizer, data, data.answer_column)

@@ -236,7 +236,7 @@ def add_rollouts(
     """
     hf, path = load_config(student), Path(out) / RECORD
     vocabulary = Vocabulary.from_pretrained(student)
-    loaded = load_prompts(prompts, vocabulary.tokenizer, data, limit=data.limit)
+    loaded = load_prompts(prompts, vocabulary.tokenizer, data)
     asked = {tuple(ids): said for ids, said in zip(loaded.token_ids, loaded.messages, strict=True)}
     for name, value in (("samples", sampling.samples), ("max_new_tokens", sampling.max_new_tokens)):
         if value < 1:

@@ -22,7 +22,7 @@ from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot
 from megatron_taopd.monitoring.sessions import Sessions
 from megatron_taopd.monitoring.sinks import open_sinks, truncate_records
 from megatron_taopd.parallel import watchdog
-from megatron_taopd.parallel.progress import Display, display
+from megatron_taopd.parallel.progress import Display, Phase, display
 
 if TYPE_CHECKING:
     from megatron_taopd.evaluation.in_loop import Example
@@ -124,7 +124,7 @@ class Monitor:
         quiet = self._stepped and phase not in ("eval", "checkpoint")
         with (
             self._display.hushed() if quiet else nullcontext(),
-            self._display.phase(phase, seconds=self._expected.get(phase)),
+            self._display.shown(Phase(phase, seconds=self._expected.get(phase))),
         ):
             yield
 

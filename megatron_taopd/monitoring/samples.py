@@ -32,7 +32,7 @@ MOST_CHARACTERS = 2000  # of a prompt or an answer
 KINDS = {"l": "learnable", "i": "incompatible", "a": "agreement"}
 LETTERS = list(KINDS)
 AGREEMENT = 2  # its place there
-COLUMNS = ("D", "C", "d", "c", "student", "teacher")  # of a token's scores
+COLUMNS = ("D", "C", "d", "c", "log_q", "student", "teacher")  # of a token's scores
 EVEN = 0.5  # of C̃, where D^L = D̃·C̃ and D^I = D̃·(1 − C̃) are equal
 UNRANKED = ("full", "random")  # selectors whose priorities say nothing of a token
 
@@ -45,8 +45,10 @@ class Response:
         tokens: the text of each.
         kinds: a key of KINDS for each.
         kept: whether each was trained on.
-        scores: of each token D, C, d and c (D̃ and C̃), rank, log_p (the engine's, in nats), and
-            student and teacher (entropies, in nats). `rank` is None where the selector has none.
+        scores: of each token D, C, d and c (D̃ and C̃), rank, log_p and log_q (the engine's and the
+            teacher's log-probability of it, in nats), and student and teacher (entropies, in nats).
+            `rank` is None where the selector has none; one log_q where only the student knows the
+            token.
         length: of the whole response, of which the first tokens are shown.
     """
 
@@ -54,7 +56,7 @@ class Response:
     tokens: list[str]
     kinds: str
     kept: list[bool]
-    scores: dict[str, list[float] | None]
+    scores: dict[str, list[float | None] | None]
     length: int
 
 
@@ -222,6 +224,7 @@ class _Rows:
             "C": scores.rows.compatibility,
             "d": scores.d,
             "c": scores.c,
+            "log_q": scores.rows.teacher_log_prob,
             "student": scores.rows.student_entropy,
             "teacher": scores.rows.teacher_entropy,
         }
@@ -329,6 +332,8 @@ def shortened(text: str) -> str:
     return f"{text[:half]} … {text[-half:]}"
 
 
-def _short(value: float) -> float | int:
-    """Round to three digits, which is what a person reads."""
-    return value if isinstance(value, int) else float(f"{value:.3g}")
+def _short(value: float) -> float | int | None:
+    """Round to three digits, which is what a person reads; None if it is not finite."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.3g}") if math.isfinite(value) else None

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
 )
+from rich.table import Column
 
 from megatron_taopd.parallel import watchdog
 
@@ -110,22 +111,16 @@ class Display:
         self._bars: _Bars | None = None
 
     @contextmanager
-    def phase(
-        self,
-        what: str,
-        total: float | None = None,
-        seconds: float | None = None,
-        unit: str = "",
-    ) -> Iterator[Phase]:
-        """Show a phase while the block runs (`phase`)."""
-        phase, ended = Phase(what, total, seconds, unit), threading.Event()
+    def shown(self, phase: Phase) -> Iterator[None]:
+        """Show a phase while the block runs."""
+        ended = threading.Event()
         with self._lock:
             self._phases.append(phase)
         follow = self._draw if self.console.is_terminal else self._speak
         thread = threading.Thread(target=follow, args=(phase, ended), daemon=True)
         thread.start()
         try:
-            yield phase
+            yield
         finally:
             with self._lock:
                 self._phases.remove(phase)
@@ -187,12 +182,15 @@ class _Bars(Progress):
 
     def __init__(self, console: Console):
         self._of: dict[TaskID, Phase] = {}
+        # Where there is no room for all, texts are cut; counts and times of no bar are.
+        rest = Column(ratio=1, no_wrap=True)
         super().__init__(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=min(24, console.width // 6)),
             TextColumn("{task.fields[count]}", markup=False),
             TextColumn("{task.fields[times]}", markup=False),
-            TextColumn("{task.fields[text]}", markup=False),
+            TextColumn("{task.fields[text]}", markup=False, table_column=rest),
             console=console,
+            expand=True,
         )
 
     def add_phase(self, phase: Phase, text: str) -> TaskID:
@@ -258,11 +256,9 @@ def phase(
         total: what there is to do, in `unit`; None: nobody knows yet.
         seconds: instead of counting: how long it will take, or may take at most.
     """
-    if not is_first():
-        yield Phase(what, total, seconds, unit)
-        return
-    with display().phase(what, total, seconds, unit) as shown:
-        yield shown
+    begun = Phase(what, total, seconds, unit)
+    with display().shown(begun) if is_first() else nullcontext():
+        yield begun
 
 
 def track(items: Iterable[T], total: int | None, what: str) -> Iterator[T]:

@@ -267,7 +267,7 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
     stride = max(1, rows // PROBED_ROWS)
     probed = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response // stride)
     chunk = _chunk_rows(setup)
-    a_row = (12 if setup.columns_only else 24) * (setup.k + 1)
+    a_row = 12 * setup.k + 12 if setup.columns_only else 24 * setup.k + 28
     told = links.all_reduce_bytes(4 * (1 + -(-rows // stride)), world)
     return [
         *scored.forward("scoring"),

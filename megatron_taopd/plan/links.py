@@ -55,8 +55,8 @@ def expert_bytes(
 
 
 def score_bytes(rows: int, k: int, tp: int) -> float:
-    """Count one all-gather of 24K+24 bytes a row and rank (`parallel.vocab.score_hidden`)."""
-    return gather_bytes(rows * (24 * k + 24) * tp, tp)
+    """Count one all-gather of 24K+28 bytes a row and rank (`parallel.vocab.score_sampled`)."""
+    return gather_bytes(rows * (24 * k + 28) * tp, tp)
 
 
 def loss_bytes(rows: int, tp: int) -> float:

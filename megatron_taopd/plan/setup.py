@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_taopd.config import Config, ParallelSection
-from megatron_taopd.config.values import check_layouts, check_sections
+from megatron_taopd.config.values import check_layouts
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import FAMILIES
 from megatron_taopd.monitoring.throughput import Devices, devices_of
@@ -128,9 +128,10 @@ class Setup:
         response_tokens: int | None = None,
         trained_share: float = 1.0,
     ) -> Setup:
-        """Check the values, read both models' config.json, check that the layouts divide them.
+        """Read both models' config.json, and check that the layouts divide them.
 
         Args:
+            config: of which `config.values.check_sections` has nothing to say.
             prompt_tokens, response_tokens: of the average sequence; None: the longest.
 
         Raises:
@@ -139,7 +140,6 @@ class Setup:
         for key, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
             if value < 1:
                 raise ValueError(f"{key}: {value}; it has to be at least 1")
-        check_sections(config)
         rollout, train, teacher = config.rollout, config.train, config.teacher
         served = teacher.engine == "sglang"
         models = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from megatron_taopd.parallel.vocab import (
     VocabShard,
     linear_divergence,
     linear_topk_divergence,
-    score_hidden,
+    participates,
+    score_sampled,
     score_topk,
     token_log_probs,
 )
@@ -56,10 +57,19 @@ class OutputHeads(_StudentHead):
         """Tell which of the teacher's rows are finite, [R] bool."""
         return teacher_rows.isfinite().all(1)
 
-    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
-        """Score rows (`score_hidden`); teacher_rows are its hidden states."""
-        return score_hidden(
-            student_hidden, self.student, teacher_rows, self.teacher, k, self.shard, self.chunk_rows
+    def scores(
+        self, student_hidden: Tensor, teacher_rows: Tensor, tokens: Tensor, k: int
+    ) -> TokenScores:
+        """Score rows and the sampled tokens (`score_sampled`); teacher_rows are hidden states."""
+        return score_sampled(
+            student_hidden,
+            self.student,
+            teacher_rows,
+            self.teacher,
+            tokens,
+            k,
+            self.shard,
+            self.chunk_rows,
         )
 
     def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
@@ -101,10 +111,12 @@ class TopkOutputHeads(_StudentHead):
         teacher = TopkRows.unpack(teacher_rows)
         return (teacher.log_probs < torch.inf).all(1) & (teacher.token_log_probs < torch.inf)
 
-    def scores(self, student_hidden: Tensor, teacher_rows: Tensor, k: int) -> TokenScores:
-        """Score rows (`score_topk`)."""
+    def scores(
+        self, student_hidden: Tensor, teacher_rows: Tensor, tokens: Tensor, k: int
+    ) -> TokenScores:
+        """Score rows (`score_topk`); the teacher has reported the sampled tokens."""
         teacher = TopkRows.unpack(teacher_rows)
-        return score_topk(
+        scores = score_topk(
             student_hidden,
             self.student,
             teacher.ids,
@@ -113,6 +125,9 @@ class TopkOutputHeads(_StudentHead):
             self.shard,
             self.chunk_rows,
         )
+        known = participates(tokens, self.shard)
+        log_probs = teacher.token_log_probs.masked_fill(~known, -torch.inf)
+        return replace(scores, teacher_log_prob=log_probs)
 
     def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
         """Sum the divergence over rows (`linear_topk_divergence`)."""

@@ -71,7 +71,7 @@ def score(
         Fault: hidden states or scores that are not finite, on every rank alike: which of them, the
             rank that scored them and their sequences. (A D of +inf is a score like any other.)
 
-    Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
+    Collectives: the trunk's forward; those of the heads' scores, 24K+28 bytes (12K+12 of top-K
     rows) per row and rank over TP; an all-reduce of 4 bytes per probed row and 4 more over all
     ranks. The scores stay where they are.
     """
@@ -84,8 +84,9 @@ def score(
         whole = replace(heads.shard, absent=None)
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
-        scores = heads.scores(rows, read, k)
-        assert scores.topk_overlap is not None  # heads of either kind count it
+        scores = heads.scores(rows, read, micro_batch.targets, k)
+        # Heads of either kind have both.
+        assert scores.topk_overlap is not None and scores.teacher_log_prob is not None
         probed = (micro_batch.row_ids % stride == 0).nonzero()[:, 0]
         probed = to_device(probed, rows.device)
         log_probs = torch.zeros_like(scores.disagreement)
@@ -99,6 +100,7 @@ def score(
                 scores.student_entropy,
                 scores.teacher_entropy,
                 scores.topk_overlap,
+                scores.teacher_log_prob,
                 log_probs,
                 culprits(rows.isfinite().all(1), heads.sound(read), scores),
             ]
@@ -108,7 +110,7 @@ def score(
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     held = HeldRows(batch.cu_rows, _sequences_held(assigned, layout), dist.group.WORLD)
-    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 7)
+    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 8)
     ids = held.ids()
     probed = (ids % stride == 0).nonzero()[:, 0]
     told = torch.zeros(1 + -(-batch.num_rows // stride), device=platform.device())
@@ -147,10 +149,10 @@ def _in_canonical_order(
 def whole_scores(scored: ScoredBatch) -> TokenScores:
     """Put the scores of all rows together, [R] each on the CPU of every rank: for few rows.
 
-    Collectives: an all-reduce of 20 bytes a row over all ranks.
+    Collectives: an all-reduce of 24 bytes a row over all ranks.
     """
     rows, held = scored.scores.rows, scored.scores.held
-    columns = [getattr(rows, name) for name in (*NAMES, "topk_overlap")]
+    columns = [getattr(rows, name) for name in (*NAMES, "topk_overlap", "teacher_log_prob")]
     table = torch.zeros(len(columns), held.num_rows, device=platform.device())
     table[:, to_device(held.ids(), table.device)] = torch.stack(columns)
     dist.all_reduce(table)

@@ -35,6 +35,7 @@ from megatron_taopd.config.schema import leaf_keys  # noqa: E402
 
 PAIR = ROOT / "examples" / "tiny_pair"
 TINY = str(ROOT / "examples" / "tiny_pair.yaml")
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 ONE_RANK = ("student.parallel.tp=1", "teacher.parallel.pp=1", "log.tensorboard=false")
 # Words of a line that say what would be right.
 REMEDY = re.compile(
@@ -162,7 +163,7 @@ def of_files(place: Path, run_dir: Path) -> Iterator[Case]:
         "no_parquet.parquet": record,
         "strange.xyz": record,
         "roles.jsonl": b'{"prompt": [{"role": "human", "content": "a"}], "answer": "1"}\n',
-        "pointer.jsonl": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+        "pointer.jsonl": POINTER.encode(),
     }
     for name, content in prompts.items():
         file = place / name
@@ -216,7 +217,6 @@ def truncated(directory: Path) -> None:
         file.truncate(10_000)
 
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 NORM = "model.norm.weight"
 MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config.json": (without("config.json"), "config.json"),
@@ -442,9 +442,8 @@ def of_commands(place: Path, run_dir: Path) -> Iterator[Case]:
         "no such file",
     )
     yield Case("compare selectors: no --out", ("compare", "selectors", TINY), "--out", "required")
-    for busy in (port,):
-        arguments = train(run_dir, f"log.prometheus_port={busy}", "log.prometheus_host=0.0.0.0")
-        yield Case("log.prometheus_port: taken", arguments, "log.prometheus_port", busy)
+    arguments = train(run_dir, f"log.prometheus_port={port}", "log.prometheus_host=0.0.0.0")
+    yield Case("log.prometheus_port: taken", arguments, "log.prometheus_port", port)
 
 
 open_sockets: list[socket.socket] = []

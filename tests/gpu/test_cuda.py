@@ -41,7 +41,7 @@ def test_varlen_attention_agrees_with_segment_by_segment():
 
 
 def test_bf16_heads_score_and_lose_like_float64_fed_the_same_hidden_states():
-    from megatron_taopd.parallel.vocab import VocabShard, linear_divergence, score_hidden
+    from megatron_taopd.parallel.vocab import VocabShard, linear_divergence, score_sampled
 
     size, rows, generator = 4096, 64, torch.Generator().manual_seed(0)
 
@@ -53,11 +53,14 @@ def test_bf16_heads_score_and_lose_like_float64_fed_the_same_hidden_states():
     z_s, z_t = hidden_s.double() @ weight_s.double().T, hidden_t.double() @ weight_t.double().T
     shard = VocabShard(0, size, None, size)
     tensors = [t.cuda() for t in (hidden_s, weight_s, hidden_t, weight_t)]
-    scores = score_hidden(*tensors, 16, shard, chunk_rows=24)
+    tokens = torch.randint(size, (rows,), generator=generator)
+    scores = score_sampled(*tensors, tokens.cuda(), 16, shard, chunk_rows=24)
+    sampled = dense.log_probs(z_t).gather(1, tokens[:, None])[:, 0]
     for ours, expected in (
         (scores.disagreement, dense.disagreement(z_s, z_t, 16)),
         (scores.compatibility, dense.compatibility(z_s, z_t, 16)),
         (scores.student_entropy, dense.entropy(z_s)),
+        (scores.teacher_log_prob, sampled),
     ):
         torch.testing.assert_close(ours.double().cpu(), expected, rtol=1e-3, atol=1e-4)
     loss = linear_divergence(*tensors, shard, "reverse_kl", chunk_rows=24)
@@ -115,7 +118,9 @@ def test_scores_and_losses_are_those_of_the_cpu(kind):
         )
         sum(loss.sum() for loss in losses).backward()
         scores = score_rows(student.detach(), teacher, 16, shard, return_ids=True)
-        tensors = [*losses, student.grad, *vars(scores).values()]
+        assert scores.teacher_log_prob is None
+        known = [value for value in vars(scores).values() if value is not None]
+        tensors = [*losses, student.grad, *known]
         results.append([t.detach().cpu() for t in tensors])
     for on_cpu, on_cuda in zip(*results, strict=True):
         torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-6)

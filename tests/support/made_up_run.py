@@ -12,7 +12,10 @@ from megatron_taopd.monitoring.report import Kept
 from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot, take
 from megatron_taopd.monitoring.summary import OUTSIDE, PHASES
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.types import TokenScores
+from megatron_taopd.step.batch_scores import BatchScores
+from megatron_taopd.step.distiller import Selection
+from megatron_taopd.step.selection import SELECTORS, Choice
+from megatron_taopd.types import TokenScores, WantedRows
 
 CONFIG = """\
 run: {dir: runs/made_up, seed: 0}
@@ -94,10 +97,16 @@ def made_up_look(step: int, count: int = 4, length: int = 700) -> Snapshot:
     rows = batch.num_rows
     d = torch.rand(rows) ** 4 * 3
     c = (1.1 - torch.rand(rows) ** 2 * (0.2 + d / 2)).clamp(0, 1)
-    scores = TokenScores(d, c, torch.rand(rows), torch.rand(rows))
+    log_q = -2 * torch.rand(rows)
+    found = TokenScores(d, c, torch.rand(rows), torch.rand(rows), teacher_log_prob=log_q)
+    scores = BatchScores.whole(found, batch.cu_rows)
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[(d * c).topk(rows // 10).indices] = True
-    return take(step, batch, scores, mask, Words(), ("teachability", 0), count)
+    choice = Choice(scores, "teachability", SELECTORS["teachability"](scores, 0), mask)
+    kept = WantedRows.known(batch, mask.nonzero()[:, 0])
+    seen = take(step, batch, Selection(choice, kept, {}), Words(), count)
+    assert seen is not None  # on the first rank
+    return seen
 
 
 def made_up_answers(step: int) -> Answers:

@@ -97,7 +97,7 @@ def step_on_ranks(
 
     Without a vocab_map, ids below size are the same in both models.
 
-    Returns a dict: scores (4 × [R]), mask, metrics, gradients by Hugging Face name, and, after
+    Returns a dict: scores ([R] each), mask, metrics, gradients by Hugging Face name, and, after
     `steps` optimizer steps on the same batch, the weights and the teacher's fingerprints.
     """
     from megatron.core import parallel_state
@@ -267,6 +267,10 @@ def dense_step(
         z_s, z_t, _ = row_logits(*given, **vocabularies)
     d, c = dense.disagreement(z_s, z_t, 5), dense.compatibility(z_s, z_t, 5)
     h_s, h_t = dense.entropy(z_s), dense.entropy(z_t)
+    vocab_map = vocabularies.get("vocab_map") or VocabMap(torch.arange(size))
+    log_q = torch.full((batch.num_rows, size), -torch.inf, dtype=torch.float64)
+    log_q[:, vocab_map.common] = dense.log_probs(z_t)
+    log_q = log_q.gather(1, batch.response_tokens()[:, None])[:, 0]
     if mask is None:
         mask = dense.select(dense.selector_scores("teachability", d, c, h_s), ratio)
     kind = (loss or {"kind": "reverse_kl"})["kind"]
@@ -274,7 +278,7 @@ def dense_step(
         lambda z_s, z_t: dense.divergence(z_s[mask], z_t[mask], kind).mean(), *given, **vocabularies
     )
     return {
-        "scores": (d, c, h_s, h_t),
+        "scores": (d, c, h_s, h_t, log_q),
         "mask": mask,
         "loss": value,
         "gradients": gradients,

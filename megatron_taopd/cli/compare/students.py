@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_taopd.cli import common
 from megatron_taopd.config.schema import DataSection
-from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.prompts import TeacherReader, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
 from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
@@ -32,6 +32,11 @@ KINDS = {"reverse_kl": "KL(S‖T)", "forward_kl": "KL(T‖S)"}
 
 def main(arguments: list[str]) -> int:
     """Compare students; the exit status is 0."""
+    return common.run(work, parse(arguments))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the arguments."""
     parser = common.Parser(prog="taopd compare students", description=__doc__)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--students", nargs="+", required=True, help="the first one writes")
@@ -45,7 +50,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     common.add_json(parser)
-    return common.run(work, parser.parse_args(arguments))
+    return parser.parse_args(arguments)
 
 
 def work(arguments: argparse.Namespace) -> int:
@@ -80,6 +85,7 @@ def load(path: str):
 def contexts(arguments, vocabularies: list[Vocabulary], size: int):
     """Return the first student's answers, and the prompts as the teacher reads them, or None."""
     student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
+    own = arguments.teacher_prompt == "own"
     prompts = load_prompts(
         arguments.prompts,
         student,
@@ -88,9 +94,9 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
             template=arguments.template,
             template_kwargs=arguments.template_kwargs,
             system=arguments.system,
+            limit=arguments.limit,
         ),
-        limit=arguments.limit,
-        teacher_tokenizer=teacher if arguments.teacher_prompt == "own" else None,
+        teacher=TeacherReader(teacher) if own else None,
     )
     engine = LocalEngine.from_hf(
         arguments.students[0],

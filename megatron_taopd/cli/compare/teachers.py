@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
 from megatron_taopd.data.prompts import load_prompts
+from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
 from megatron_taopd.models.weights import load_head
@@ -78,7 +79,8 @@ def work(arguments: argparse.Namespace) -> int:
     head = load_head(config.teacher.path, vocab_map.columns(0, shard.size), torch.float32)
     heads = OutputHeads(weight, head, shard, CHUNK_ROWS)
     k = config.selection.k
-    exact = heads.scores(student_rows, hidden_rows(teacher, teacher_inputs), k)
+    tokens = batch.response_tokens()
+    exact = heads.scores(student_rows, hidden_rows(teacher, teacher_inputs), tokens, k)
 
     with tempfile.TemporaryDirectory() as logs:
         servers = replace(
@@ -92,7 +94,7 @@ def work(arguments: argparse.Namespace) -> int:
             served = SGLangTeacher(replicas, model, head.shape[1], torch.float32)
             rows = served.read(teacher_inputs).held.rows
             found: dict[str, tuple[TokenScores, dict]] = {
-                "hidden states": (heads.scores(student_rows, rows, k), {})
+                "hidden states": (heads.scores(student_rows, rows, tokens, k), {})
             }
             ids = None
             if not vocab_map.is_identity:
@@ -100,7 +102,8 @@ def work(arguments: argparse.Namespace) -> int:
             for n in arguments.topk:
                 topk = SGLangTopkTeacher(replicas, model, n, ids)
                 rows = topk.read(teacher_inputs).held.rows
-                scores = TopkOutputHeads(weight, shard, CHUNK_ROWS).scores(student_rows, rows, k)
+                topk_heads = TopkOutputHeads(weight, shard, CHUNK_ROWS)
+                scores = topk_heads.scores(student_rows, rows, tokens, k)
                 found[f"top {n}"] = scores, {"mass": topk.metrics()["teacher/topk_mass"]}
 
     figures = {
@@ -126,14 +129,12 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
     """Return the student's answers, one to a prompt, and the prompts as the teacher reads them, or
     None if it reads the same.
     """
-    student, teacher = (vocabulary.tokenizer for vocabulary in vocabularies)
+    student, teacher = vocabularies
     prompts = load_prompts(
         config.data.prompts,
-        student,
-        config.data,
-        limit=min(limit, config.data.limit or limit),
-        teacher_tokenizer=teacher if config.teacher.prompt == "own" else None,
-        teacher_kwargs=config.teacher.template_kwargs,
+        student.tokenizer,
+        replace(config.data, limit=min(limit, config.data.limit or limit)),
+        teacher=teacher_reader(config.teacher, teacher),
     )
     rollout = config.rollout
     engine = LocalEngine.from_hf(

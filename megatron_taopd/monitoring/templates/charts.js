@@ -4,9 +4,15 @@ const place = (tip, frame, left) => {
   if (tip.offsetWidth <= room) tip.style.left = `${x + 12}px`;
   else tip.style.left = `${Math.max(-40, x - 12 - tip.offsetWidth)}px`;
 };
-const walked = (key, at, count) => {
-  const to = {ArrowRight: at + 1, ArrowLeft: at < 0 ? count - 1 : at - 1, Home: 0, End: count - 1};
-  return count && key in to ? Math.max(0, Math.min(count - 1, to[key])) : undefined;
+const walk = (element, count, place, go, hide) => {
+  element.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") hide();
+    const at = place(event), last = count - 1;
+    const to = {ArrowRight: at + 1, ArrowLeft: at < 0 ? last : at - 1, Home: 0, End: last};
+    if (!count || !(event.key in to)) return;
+    event.preventDefault();
+    go(Math.max(0, Math.min(last, to[event.key])));
+  });
 };
 const escaped = (text) => new Option(text).innerHTML;
 for (const plot of document.querySelectorAll(".plot:not(.plane)")) {
@@ -37,11 +43,5 @@ for (const plot of document.querySelectorAll(".plot:not(.plane)")) {
   });
   frame.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
-  plot.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const next = walked(event.key, chosen, at.length);
-    if (next === undefined) return;
-    event.preventDefault();
-    show(next);
-  });
+  walk(plot, at.length, () => chosen, show, hide);
 }

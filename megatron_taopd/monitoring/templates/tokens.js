@@ -32,14 +32,7 @@ for (const plot of document.querySelectorAll(".plane")) {
   });
   frame.addEventListener("pointerleave", hide);
   plot.addEventListener("blur", hide);
-  plot.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const next = walked(event.key, chosen, kept.length);
-    if (next === undefined) return;
-    event.preventDefault();
-    chosen = next;
-    show(kept[chosen]);
-  });
+  walk(plot, kept.length, () => chosen, (next) => show(kept[chosen = next]), hide);
 }
 const columns = [
   ["D, nats", (t, i) => t.D[i]],
@@ -50,6 +43,7 @@ const columns = [
   ["D̃·(1−C̃), incompatible", (t, i) => t.d[i] * (1 - t.c[i])],
   ["rank", (t, i) => t.rank?.[i]],
   ["log p, student", (t, i) => t.log_p[i]],
+  ["log p, teacher", (t, i) => t.log_q?.[i]],
   ["entropy, student", (t, i) => t.student[i]],
   ["entropy, teacher", (t, i) => t.teacher[i]],
 ];
@@ -58,7 +52,7 @@ for (const article of document.querySelectorAll("article.tokens")) {
   const tokens = [...article.querySelectorAll(".t")], tip = article.querySelector(".tip");
   const show = (token) => {
     const at = tokens.indexOf(token);
-    const rows = columns.filter(([, of]) => of(values, at) !== undefined).map(([name, of]) =>
+    const rows = columns.filter(([, of]) => (of(values, at) ?? null) !== null).map(([name, of]) =>
       `<dt>${name}</dt><dd>${name === "rank" ? of(values, at) : three(of(values, at))}</dd>`);
     tip.innerHTML = `<code>${escaped(visible(token.textContent.replaceAll("⏎\n", "\n")))}</code> ` +
       `${kindNames[values.kinds[at]]}, ${values.kept[at] ? "kept" : "not kept"}` +
@@ -82,13 +76,8 @@ for (const article of document.querySelectorAll("article.tokens")) {
   article.addEventListener("click", ({target}) => tokens.includes(target) && target.focus());
   article.addEventListener("pointerover", ({target}) => tokens.includes(target) && show(target));
   article.addEventListener("pointerleave", hide);
-  article.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") hide();
-    const next = walked(event.key, tokens.indexOf(event.target), tokens.length);
-    if (next === undefined) return;
-    event.preventDefault();
-    tokens[next].focus();
-  });
+  const at = ({target}) => tokens.indexOf(target);
+  walk(article, tokens.length, at, (next) => tokens[next].focus(), hide);
 }
 for (const choice of document.querySelectorAll("input[name=step]")) {
   choice.addEventListener("change", () => {

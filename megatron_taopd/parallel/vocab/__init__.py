@@ -29,6 +29,7 @@ from megatron_taopd.parallel.vocab.heads import (
     compare_hidden,
     linear_divergence,
     score_hidden,
+    score_sampled,
     token_log_probs,
 )
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
@@ -36,6 +37,7 @@ from megatron_taopd.parallel.vocab.scores import score_rows
 from megatron_taopd.parallel.vocab.shard import VocabShard
 from megatron_taopd.parallel.vocab.topk_teacher import (
     linear_topk_divergence,
+    participates,
     score_topk,
     topk_divergence,
 )
@@ -49,9 +51,11 @@ __all__ = [
     "linear_divergence",
     "linear_topk_divergence",
     "logits_bytes",
+    "participates",
     "rows_within",
     "score_hidden",
     "score_rows",
+    "score_sampled",
     "score_topk",
     "token_log_probs",
     "topk_divergence",

@@ -48,12 +48,53 @@ def score_hidden(
     Raises:
         ValueError: k is not within 1 … shard.size.
     """
-    check_k(k, shard)
     student = Projection(student_hidden, student_weight, shard, chunk_rows)
     teacher = Projection(teacher_hidden, teacher_weight, shard, chunk_rows)
+    return _score(student, teacher, k, shard, chunk_rows, return_ids=return_ids)
+
+
+@torch.no_grad()
+def score_sampled(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    tokens: Tensor,
+    k: int,
+    shard: VocabShard,
+    chunk_rows: int,
+) -> TokenScores:
+    """Score hidden states as `score_hidden` does, the teacher's log-probabilities of tokens too.
+
+    Args:
+        tokens: [R] int64 global ids, the sampled token of each row.
+        The others are those of `score_hidden`.
+
+    Collectives: for every chunk, one all-gather of 24K+28 bytes a row and rank.
+
+    Raises:
+        ValueError: k is not within 1 … shard.size.
+    """
+    student = Projection(student_hidden, student_weight, shard, chunk_rows)
+    teacher = Projection(teacher_hidden, teacher_weight, shard, chunk_rows)
+    return _score(student, teacher, k, shard, chunk_rows, tokens)
+
+
+def _score(
+    student: Projection,
+    teacher: Projection,
+    k: int,
+    shard: VocabShard,
+    chunk_rows: int,
+    tokens: Tensor | None = None,
+    return_ids: bool = False,
+) -> TokenScores:
+    check_k(k, shard)
     scores = []
-    for rows in list(chunks(len(student_hidden), chunk_rows)) or [slice(0, 0)]:
-        local = local_candidates(student(rows).float(), teacher(rows).float(), k, shard.start)
+    for rows in list(chunks(len(student.hidden), chunk_rows)) or [slice(0, 0)]:
+        z_s, z_t = student(rows).float(), teacher(rows).float()
+        token_logits = None if tokens is None else shard.at_ids(z_t, tokens[rows, None])
+        local = local_candidates(z_s, z_t, k, shard.start, token_logits)
         scores.append(merge_candidates(shard.all_gather(local), k, return_ids))
     return TokenScores.cat(scores)
 

@@ -55,15 +55,19 @@ def check_k(k: int, shard: VocabShard) -> None:
         raise ValueError(f"k is {k}: must be within 1 … {shard.size}, the common vocabulary")
 
 
-def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Tensor:
-    """Return [R, 6K+6] int32: what a rank sends, floats and ids by their bits.
+def local_candidates(
+    student: Tensor, teacher: Tensor, k: int, start: int, token_logits: Tensor | None = None
+) -> Tensor:
+    """Return [R, 6K+6] int32, or [R, 6K+7]: what a rank sends, floats and ids by their bits.
 
     Fields: the student's top ids, its logits there, the teacher's logits there (K each); the same
-    with the models exchanged; then (max, Σe, Σe·z) of the student and of the teacher.
+    with the models exchanged; then (max, Σe, Σe·z) of the student and of the teacher; and the
+    teacher's logit of one given token, where that is asked for.
 
     Args:
         student, teacher: [R, width] fp32 logits of the columns that take part.
         start: id of the first of them.
+        token_logits: [R, 1] the teacher's; −inf for tokens that are not among these columns.
     """
     fields, sums = [], []
     for own, other in ((student, teacher), (teacher, student)):
@@ -75,18 +79,26 @@ def local_candidates(student: Tensor, teacher: Tensor, k: int, start: int) -> Te
             at_ids = torch.nn.functional.pad(at_ids, (0, empty), value=-torch.inf)
             fields.append(at_ids.view(torch.int32))
         sums.append(own_sums)
+    if token_logits is not None:
+        sums.append(token_logits)
     return torch.cat([*fields, *(s.view(torch.int32) for s in sums)], dim=1)
 
 
 def merge_candidates(gathered: Tensor, k: int, return_ids: bool = False) -> TokenScores:
-    """Merge every rank's candidates, [tp, R, 6K+6], into scores. A pure function."""
-    tops = merge_top_sets(gathered, k)
+    """Merge every rank's `local_candidates`, [tp, R, …], into scores. A pure function."""
+    candidates, token_logits = gathered.tensor_split([6 * k + 6], dim=2)
+    tops = merge_top_sets(candidates, k)
+    teacher_log_prob = None
+    if token_logits.shape[2]:
+        token_logit = token_logits.view(torch.float32).double().amax((0, 2))
+        teacher_log_prob = (token_logit - tops.teacher_max - tops.teacher_sum.log()).float()
     return TokenScores(
         disagreement=tops.disagreement().float(),
         compatibility=tops.compatibility().float(),
         student_entropy=tops.student_entropy.float(),
         teacher_entropy=tops.teacher_entropy.float(),
         topk_overlap=tops.overlap().float(),
+        teacher_log_prob=teacher_log_prob,
         student_topk_ids=tops.student.ids.long() if return_ids else None,
         teacher_topk_ids=tops.teacher.ids.long() if return_ids else None,
     )
