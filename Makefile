@@ -1,16 +1,22 @@
 # Each of these targets sets up .venv by itself.
 PYTHON ?= python3.11
 VENV ?= .venv
+# Of 0.16 to 0.19; from 0.17 on with PYTHON=python3.12. Every other version is constraints.txt's.
+MEGATRON ?= 0.16.1
 BIN := $(VENV)/bin
 
 # One thread per rank: several ranks share the cores of a machine.
 export OMP_NUM_THREADS ?= 1
+# Hundreds of processes would each compile the package and its tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Twice as many as cores: half of the time a test waits for a process to start or to end.
 WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart quickstart-sglang test test-fast users lint docs requirements clean
+.PHONY: install quickstart quickstart-sglang test test-fast users lint docs requirements clean
+
+install: $(VENV)/.installed
 
 # ARGS="train.steps=20 selection.selector=random" changes what a quickstart does.
 quickstart: $(VENV)/.installed
@@ -58,11 +64,17 @@ requirements: $(VENV)/.installed
 	mv requirements/cuda.incomplete requirements/cuda.txt
 
 # torch goes first and by its exact version: left to the resolver, another build may come.
-$(VENV)/.installed: setup.py constraints.txt requirements/sglang-cpu.txt
+CONSTRAINED = $(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt
+
+$(VENV)/.without-sglang: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0 setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,smollm2]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --requirement requirements/sglang-cpu.txt
+	sed 's/^megatron-core==.*/megatron-core==$(MEGATRON)/' constraints.txt > $(VENV)/constraints.txt
+	$(CONSTRAINED) torch==2.13.0 setuptools
+	$(CONSTRAINED) --no-build-isolation --editable '.[dev,smollm2]'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.without-sglang requirements/sglang-cpu.txt
+	$(CONSTRAINED) --no-deps --requirement requirements/sglang-cpu.txt
 	touch $@
 
 clean:

@@ -2,12 +2,12 @@
 
 from setuptools import find_packages, setup
 
-# The first three were tried together and depend on each other's internals: they move as one.
-# constraints.txt has the exact versions of everything of one tried set-up, on the CPU, and
-# requirements/cuda.txt those that go with CUDA.
+# The first three depend on each other's internals. constraints.txt has the exact versions of
+# everything of one tried set-up, on the CPU, and requirements/cuda.txt those that go with CUDA.
+# tests/versions.sh tries every megatron-core that is allowed; from 0.17 on it needs Python 3.12.
 REQUIRED = [
     "torch==2.13.0",
-    "megatron-core==0.16.1",
+    "megatron-core>=0.16.1,<0.20",
     "transformers==5.12.1",  # the one that SGLang 0.5.20 pins
     "safetensors>=0.5",
     "omegaconf>=2.4",
@@ -54,7 +54,7 @@ setup(
     version="0.1.0",
     description="Token-teachability-aware on-policy distillation on Megatron-core",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_taopd", "megatron_taopd.*"]),
     package_data={
         "megatron_taopd": ["py.typed"],

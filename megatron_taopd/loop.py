@@ -46,10 +46,10 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
     with run.phase("rollout"):
         begun = run.rollouts.take(step)
     parts = read_parts(run, begun.pending)
-    batch = begun.pending.result()
-    run.engine.offload()
-    run.rollouts.run_ahead(step)
-
+    with run.monitor.span("rollout"):
+        batch = begun.pending.result()
+        run.engine.offload()
+        run.rollouts.run_ahead(step)
     with run.monitor.span("teacher"):
         read = run.read(batch)
 
@@ -65,7 +65,8 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
         run.rollouts.settle()
     with run.monitor.span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
-    return run.observe(step, begun, read, lesson, fault)
+    with run.monitor.span("metrics"):
+        return run.observe(step, begun, read, lesson, fault)
 
 
 def read_parts(run: Run, pending: Pending) -> Parts:

@@ -101,7 +101,8 @@ class Run:
             read: what `Run.read` returned.
             lesson, fault: what the student was taught, or why it was not.
         """
-        batch, metrics, samples = begun.pending.result(), {}, lambda: None
+        batch, metrics = begun.pending.result(), {}
+        samples: Samples = None
         teacher_inputs, teacher_metrics = read
         if lesson is not None:
             metrics, samples = self.observer.observe(step, begun.length, lesson, teacher_inputs)

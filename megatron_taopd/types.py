@@ -19,6 +19,15 @@ import torch
 from torch import Tensor
 
 
+def ranges(starts: Tensor, counts: Tensor) -> Tensor:
+    """Return [Σ counts] int64: `counts[i]` integers from `starts[i]` on, range after range.
+
+    Both are [n] int64, on the CPU.
+    """
+    before = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum())) + (starts - before).repeat_interleave(counts)
+
+
 class Sequences:
     """Sequences of tokens end to end, and where their response rows stand: what a trunk runs.
 
@@ -63,11 +72,23 @@ class Sequences:
 
     def rows_of(self, sequences: Tensor) -> Tensor:
         """[r] int64, the rows of these sequences, one sequence after the other."""
-        first, counts = self.cu_rows[sequences], self.cu_rows.diff()[sequences]
-        within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(
-            counts
-        )
-        return first.repeat_interleave(counts) + within
+        return ranges(self.cu_rows[sequences], self.cu_rows.diff()[sequences])
+
+    def sequences_of(self, rows: Tensor) -> Tensor:
+        """[r] int64, the sequence of each of these rows."""
+        return torch.searchsorted(self.cu_rows, rows, right=True) - 1
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """[r] int64, the position of each of these rows inside its sequence."""
+        return self.row_positions[rows]
+
+    def reach(self) -> Tensor:
+        """[N] int64, tokens of each sequence up to its last row, that one included; 0 without."""
+        has_rows = self.cu_rows.diff() > 0
+        last = (self.cu_rows[1:] - 1)[has_rows]
+        reach = torch.zeros_like(self.cu_rows[1:])
+        reach[has_rows] = self.positions_of(last) + 1
+        return reach
 
 
 @dataclass(frozen=True)
@@ -98,21 +119,25 @@ class RolloutBatch(Sequences):
         """[N] int64, which is also the number of response rows of each sequence."""
         return self.lengths - self.prompt_lengths
 
-    @property
+    @cached_property
     def cu_rows(self) -> Tensor:
         """[N+1] int64, where each sequence's rows start in a canonical [R] vector."""
         return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
 
-    @cached_property
+    @property
     def row_positions(self) -> Tensor:
         """[R] int64, the position of each row inside its sequence (p-1 … n-2)."""
-        starts = self.cu_rows[:-1] - (self.prompt_lengths - 1)
-        return torch.arange(self.num_rows) - starts[self.row_sequences()]
+        return ranges(self.prompt_lengths - 1, self.response_lengths)
+
+    def positions_of(self, rows: Tensor) -> Tensor:
+        """[r] int64, the position of each of these rows inside its sequence."""
+        sequences = self.sequences_of(rows)
+        return rows - self.cu_rows[sequences] + self.prompt_lengths[sequences] - 1
 
     def response_tokens(self) -> Tensor:
         """[R] int64, the token that each row predicts."""
-        starts = self.cu_seqlens[:-1]
-        return self.tokens[starts[self.row_sequences()] + self.row_positions + 1]
+        first = self.cu_seqlens[:-1] + self.prompt_lengths
+        return self.tokens[ranges(first, self.response_lengths)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,61 @@ class TeacherSequences(Sequences):
     cu_seqlens: Tensor
     cu_rows: Tensor
     row_positions: Tensor
+
+
+@dataclass(frozen=True)
+class WantedRows:
+    """The response rows of a batch that a pass needs.
+
+    All ranks know how many there are of each sequence and how far they reach, from which the plan
+    follows; which ones they are is known to the ranks that hold their sequence.
+
+    Attributes:
+        counts: [N] int64, the wanted rows of each sequence.
+        lengths: [N] int64, tokens up to the last one of each sequence, which a pass has to run; 0
+            where none is wanted.
+        ids: [k] int64 on the CPU, ascending: the wanted rows that are known here; None: of every
+            sequence all rows are wanted.
+    """
+
+    counts: Tensor
+    lengths: Tensor
+    ids: Tensor | None
+
+    @classmethod
+    def all(cls, batch: Sequences) -> WantedRows:
+        """Want every row, as a scoring pass does."""
+        return cls(batch.cu_rows.diff(), batch.reach(), None)
+
+    @classmethod
+    def known(cls, batch: Sequences, ids: Tensor) -> WantedRows:
+        """Want these rows [k], ascending, and no others of the whole batch."""
+        counts = ids.new_zeros(batch.num_sequences)
+        counts.index_add_(0, batch.sequences_of(ids), torch.ones_like(ids))
+        last = ids[(counts.cumsum(0) - 1)[counts > 0]]
+        lengths = torch.zeros_like(counts)
+        lengths[counts > 0] = batch.positions_of(last) + 1
+        return cls(counts, lengths, ids)
+
+    @property
+    def num_rows(self) -> int:
+        """The wanted rows of all sequences."""
+        return int(self.counts.sum())
+
+    def of(self, batch: Sequences, sequences: Tensor) -> Tensor:
+        """[r] int64, the wanted rows of these sequences [n], one sequence after the other.
+
+        Those of a sequence that is not known here are left out.
+        """
+        if self.ids is None:
+            return batch.rows_of(sequences)
+        first, end = (torch.searchsorted(self.ids, batch.cu_rows[sequences + i]) for i in (0, 1))
+        return self.ids[ranges(first, end - first)]
+
+    def within(self, batch: Sequences, chosen: Tensor) -> WantedRows:
+        """Want what this wants of some sequences; chosen: [N] bool."""
+        ids = self.of(batch, chosen.nonzero()[:, 0])
+        return WantedRows(self.counts * chosen, self.lengths * chosen, ids)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,12 @@ from megatron_taopd.data.batching import (
     assign,
     balance,
     build_micro_batch,
-    cut_lengths,
     pack,
     plan,
     shorten,
     split_mini_batches,
 )
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, WantedRows
 
 
 def rollouts(shapes: list[tuple[int, int]]) -> RolloutBatch:
@@ -40,6 +40,10 @@ def mask_of(batch: RolloutBatch, *rows: int) -> torch.Tensor:
     return mask
 
 
+def known(batch, mask):
+    return WantedRows.known(batch, mask.nonzero()[:, 0])
+
+
 shapes = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 30)), min_size=1, max_size=30)
 many_lengths = st.lists(st.integers(0, 100), max_size=60)
 
@@ -59,12 +63,13 @@ def test_a_sequence_is_cut_after_its_last_kept_row():
     """Prompts of 3, responses of 4: rows stand at positions 2, 3, 4, 5."""
     batch = rollouts([(3, 4), (3, 4), (3, 4)])
     # Sequence 0 keeps its first and third row, 1 none, 2 its last one.
-    assert cut_lengths(batch, mask_of(batch, 0, 2, 11)).tolist() == [5, 0, 6]
+    assert known(batch, mask_of(batch, 0, 2, 11)).lengths.tolist() == [5, 0, 6]
 
 
 def test_scoring_runs_all_but_the_last_token():
     batch = rollouts([(3, 4), (1, 1)])
-    assert cut_lengths(batch, torch.ones(5, dtype=torch.bool)).tolist() == [6, 1]
+    for everything in (WantedRows.all(batch), known(batch, torch.ones(5, dtype=torch.bool))):
+        assert everything.lengths.tolist() == [6, 1] and everything.counts.tolist() == [4, 1]
 
 
 @given(masked_batches())
@@ -75,7 +80,10 @@ def test_cuts_reach_every_wanted_row_and_no_further(case):
         sequence = int(batch.row_sequences()[row])
         position = int(batch.prompt_lengths[sequence]) - 1 + row - int(batch.cu_rows[sequence])
         last[sequence] = max(last[sequence], position + 1)
-    assert cut_lengths(batch, mask).tolist() == last
+    wanted = known(batch, mask)
+    assert wanted.lengths.tolist() == last
+    counts = batch.row_sequences()[mask].bincount(minlength=batch.num_sequences)
+    assert torch.equal(wanted.counts, counts)
 
 
 # Balancing and packing
@@ -169,8 +177,12 @@ def test_nothing_to_run_is_one_filler_for_each_rank():
 @given(masked_batches(), st.integers(1, 6))
 def test_mini_batches_partition_the_kept_rows_by_sequence(case, n):
     batch, mask = case
-    parts = split_mini_batches(batch, mask, n)
-    assert len(parts) == n
+    dealt = split_mini_batches(batch, known(batch, mask), n)
+    assert len(dealt) == n
+    parts = [torch.zeros_like(mask).index_fill_(0, part.ids, True) for part in dealt]
+    for part, rows in zip(parts, dealt, strict=True):
+        assert torch.equal(rows.lengths, known(batch, part).lengths)
+        assert torch.equal(rows.counts, known(batch, part).counts)
     assert torch.equal(torch.stack(parts).sum(0), mask.long())
     sequences = [set(batch.row_sequences()[part].tolist()) for part in parts]
     assert sum(map(len, sequences)) == len(set().union(*sequences))  # no sequence in two of them
@@ -183,8 +195,8 @@ def test_mini_batches_partition_the_kept_rows_by_sequence(case, n):
 def test_one_mini_batch_is_the_whole_mask():
     batch = rollouts([(2, 5), (3, 4)])
     mask = mask_of(batch, 1, 3, 8)
-    (only,) = split_mini_batches(batch, mask, 1)
-    assert torch.equal(only, mask)
+    (only,) = split_mini_batches(batch, known(batch, mask), 1)
+    assert only.ids.tolist() == [1, 3, 8]
 
 
 # Building
@@ -194,7 +206,7 @@ def test_a_packed_micro_batch():
     """Sequence 0 cut to 4 tokens, sequence 2 to 3, padded to a multiple of 4."""
     batch = rollouts([(2, 4), (1, 3), (3, 2)])
     mask = mask_of(batch, 0, 2, 7)  # positions 1 and 3 of sequence 0, position 2 of sequence 2
-    micro_batch = build_micro_batch(batch, (0, 2), cut_lengths(batch, mask), mask, multiple=4)
+    micro_batch = build_micro_batch(batch, (0, 2), known(batch, mask), multiple=4)
     assert micro_batch.tokens.tolist() == [1000, 1001, 1002, 1003, 3000, 3001, 3002, 0]
     assert micro_batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert micro_batch.cu_seqlens.tolist() == [0, 4, 7, 8]
@@ -208,8 +220,7 @@ def test_a_packed_micro_batch():
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_an_empty_micro_batch_is_one_segment_of_padding(multiple):
     batch = rollouts([(2, 4)])
-    mask = torch.ones(4, dtype=torch.bool)
-    micro_batch = build_micro_batch(batch, (), batch.lengths, mask, multiple)
+    micro_batch = build_micro_batch(batch, (), WantedRows.all(batch), multiple)
     assert micro_batch.tokens.tolist() == [0] * multiple
     assert micro_batch.position_ids.tolist() == [*range(multiple)]
     assert micro_batch.cu_seqlens.tolist() == [0, multiple]
@@ -222,7 +233,7 @@ def test_an_empty_micro_batch_is_one_segment_of_padding(multiple):
 def test_a_wanted_row_behind_the_cut_is_a_mistake():
     batch = rollouts([(2, 4)])
     with pytest.raises(AssertionError, match="behind the cut"):
-        build_micro_batch(batch, (0,), torch.tensor([3]), torch.ones(4, dtype=torch.bool))
+        build_micro_batch(batch, (0,), replace(WantedRows.all(batch), lengths=torch.tensor([3])))
 
 
 @settings(max_examples=50)
@@ -230,11 +241,12 @@ def test_a_wanted_row_behind_the_cut_is_a_mistake():
 def test_together_the_micro_batches_are_the_batch(case, world_size, multiple, cut):
     """Every wanted row once, at a place where the packed tokens are its own context."""
     batch, mask = case
-    lengths = cut_lengths(batch, mask) if cut else batch.lengths
-    seen = []
+    wanted = known(batch, mask)
+    wanted = wanted if cut else replace(wanted, lengths=batch.lengths)
+    lengths, seen = wanted.lengths, []
     for rank in plan(lengths, world_size, 64, multiple):
         for sequences in rank:
-            m = build_micro_batch(batch, sequences, lengths, mask, multiple)
+            m = build_micro_batch(batch, sequences, wanted, multiple)
             assert len(m.tokens) % multiple == 0 and 0 < len(m.tokens) <= 64
             starts, sizes = m.cu_seqlens[:-1].long(), m.cu_seqlens.diff()
             assert m.cu_seqlens[-1] == len(m.tokens) and m.max_seqlen == sizes.max()
@@ -255,8 +267,8 @@ def test_together_the_micro_batches_are_the_batch(case, world_size, multiple, cu
 
 def test_a_micro_batch_moves_as_a_whole():
     batch = rollouts([(2, 4)])
-    mask = torch.ones(4, dtype=torch.bool)
-    moved = build_micro_batch(batch, (0,), batch.lengths, mask).to("meta")
+    everything = replace(WantedRows.all(batch), lengths=batch.lengths)
+    moved = build_micro_batch(batch, (0,), everything).to("meta")
     assert moved.tokens.is_meta and moved.targets.is_meta and moved.max_seqlen == 6
 
 
@@ -269,13 +281,17 @@ def test_the_ranks_of_a_layout_share_the_wanted_rows(case, dp, sequence_parallel
     layouts = [
         SimpleNamespace(dp=dp, dp_rank=r, tp=4, sequence=sequence_parallel) for r in range(dp)
     ]
-    assigned = [assign(batch, mask, layout, micro_batch_tokens=64) for layout in layouts]
+    assigned = [
+        assign(batch, known(batch, mask), layout, micro_batch_tokens=64) for layout in layouts
+    ]
     assert len({len(a.micro_batches) for a in assigned}) == 1
     for rank, a in enumerate(assigned):
         assert torch.equal(a.owner, assigned[0].owner)
-        assert torch.equal(a.lengths, cut_lengths(batch, mask))
+        assert torch.equal(a.lengths, known(batch, mask).lengths)
         ids = torch.cat([m.row_ids for m in a.micro_batches])
         assert (a.owner[batch.row_sequences()[ids]] == rank).all()
+        assert a.most_rows(known(batch, mask)) == max(len(m.rows) for m in a.micro_batches)
+        assert a.sequences().tolist() == sorted(i for m in a.micro_batches for i in m.sequences)
         assert not sequence_parallel or all(len(m.tokens) % 4 == 0 for m in a.micro_batches)
     ids = torch.cat([m.row_ids for a in assigned for m in a.micro_batches])
     assert torch.equal(ids.sort().values, mask.nonzero().flatten())
@@ -296,12 +312,12 @@ def test_cut_sequences_are_balanced_within_five_percent(world_size):
 @given(masked_batches(), st.integers(1, 3), st.booleans())
 def test_a_shortened_assignment_knows_where_its_tokens_stood(case, dp, sequence_parallel):
     batch, mask = case
-    everything = torch.ones_like(mask)
+    everything = WantedRows.all(batch)
     for rank in range(dp):
         layout = SimpleNamespace(dp=dp, dp_rank=rank, tp=4, sequence=sequence_parallel)
         longer = assign(batch, everything, layout, micro_batch_tokens=64)
-        shorter, places = shorten(batch, longer, mask, layout)
-        assert torch.equal(shorter.lengths, cut_lengths(batch, mask))
+        shorter, places = shorten(batch, longer, known(batch, mask), layout)
+        assert torch.equal(shorter.lengths, known(batch, mask).lengths)
         assert torch.equal(shorter.owner, longer.owner)
         pairs = zip(longer.micro_batches, shorter.micro_batches, places, strict=True)
         for before, after, place in pairs:

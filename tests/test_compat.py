@@ -5,6 +5,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from torch.autograd.profiler import profile
 from torch.multiprocessing import reductions
 
 from megatron_taopd.formats.megatron import MegatronCheckpoint
-from megatron_taopd.formats.unpickle import ALLOWED, check_pickles
+from megatron_taopd.formats.unpickle import ALLOWED, BACKEND, check_pickles
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.serving import identity
@@ -157,6 +158,7 @@ def save_as_planned(directory):
     dist.all_gather_object(results, written)
     if rank == 0:
         torch.save(common, Path(directory) / "common.pt")
+        (Path(directory) / "metadata.json").write_text(json.dumps(BACKEND))
         plan.finish(results)
     dist.barrier()
     return copied, common
@@ -214,6 +216,39 @@ def test_an_optimizer_shows_its_state_and_rounds_its_weights():
     """On one rank it owns everything; 1 + 2⁻⁹ is 1 in bf16."""
     [(before, right, whole, weights)] = run_ranks(1, look_into_an_optimizer)
     assert before == 0 and right and all(right) and whole and weights == {1.0}
+
+
+def told_by_megatron(directory):
+    """What its loggers let through while a student is made, saved and loaded."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd.checkpoints import saving
+    from megatron_taopd.config import OptimizerSection
+    from megatron_taopd.models.student import Student
+    from megatron_taopd.parallel.layout import student_layout
+
+    platform.emulate_cuda()
+    platform.quiet()
+    told, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("megatron").addHandler(handler)
+    try:
+        layout = student_layout(1, 1)
+        student = Student(STUDENT, layout, torch.float32, "none", OptimizerSection(), 1, 1000)
+        checkpoints = saving.Checkpoints(directory, 1, False, print)
+        checkpoints.save(1, student, {})
+        checkpoints.close()
+        saving.load(directory, 1, student)
+        logging.getLogger("megatron.core.models.gpt.gpt_model").warning("not done")
+    finally:
+        logging.getLogger("megatron").removeHandler(handler)
+        parallel_state.destroy_model_parallel()
+    return told
+
+
+def test_megatron_tells_nobody_what_it_will_drop(tmp_path):
+    """Which users can do nothing about; other warnings come through."""
+    assert run_ranks(1, told_by_megatron, str(tmp_path)) == [["not done"]]
 
 
 def test_the_trunk_ends_in_hidden_states():

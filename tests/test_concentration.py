@@ -6,10 +6,21 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_taopd.step.extensions.concentration import cut_responses, inside
+from megatron_taopd.step.batch_scores import HeldRows
+from megatron_taopd.step.extensions import concentration
+
+
+def cut_responses(priority, cu_rows, keep, max_rows):
+    held = HeldRows.all(torch.from_numpy(cu_rows))
+    return concentration.cut_responses(torch.from_numpy(priority), held, keep, max_rows).numpy()
+
+
+def inside(cuts, cu_rows):
+    return HeldRows.all(torch.from_numpy(cu_rows)).inside(torch.from_numpy(cuts)).numpy()
 
 
 def mass(priority, cu_rows, cuts, keep):

@@ -13,7 +13,7 @@ from support.step import make_batch, make_model
 
 from megatron_taopd.data.batching import assign, hand_out, rows_by_rank
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, WantedRows
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -66,8 +66,7 @@ def test_rows_held_are_balanced_over_the_parts_of_a_heavy_tailed_batch(size, fin
             prompts=places,
             weight_versions=torch.zeros(int(rows.sum()), dtype=torch.int64),
         )
-        everything = torch.ones(part.num_rows, dtype=torch.bool)
-        dealt = assign(part, everything, layout, 8192, held)
+        dealt = assign(part, WantedRows.all(part), layout, 8192, held)
         held += rows_by_rank(part, dealt.owner, ranks)
     assert held.sum() == responses.sum()
     assert held.max() <= 1.1 * held.double().mean()
@@ -88,7 +87,7 @@ def test_shares_are_compared_by_their_rows():
     answers = [torch.zeros(rows) for rows in (9, 2, 2)]
     batch = make_rollout_batch([[1]] * 3, range(3), answers, answers, [False] * 3, answers)
     layout = SimpleNamespace(dp=2, dp_rank=0, tp=1, sequence=False)
-    everything = torch.ones(13, dtype=torch.bool)
+    everything = WantedRows.all(batch)
     assert assign(batch, everything, layout, 64).owner.tolist() == [0, 1, 1]
     assert assign(batch, everything, layout, 64, torch.tensor([5, 0])).owner.tolist() == [1, 0, 0]
 
@@ -133,7 +132,7 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     for _ in range(2):
         read = loop.read_parts(run, pending)
         held.append([len(part.held.ids) for _, part in read])
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    everything = WantedRows.all(batch)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
     came = dispatch(read, batch, layout, assigned.owner)
     assert not read  # nothing refers to what was sent
@@ -179,11 +178,11 @@ def test_a_row_that_is_not_held_is_a_mistake():
 
 
 def ask_for_what_is_not_there():
-    from megatron_taopd.parallel.exchange import RowShard, send_rows
+    from megatron_taopd.parallel.exchange import RowShard, Traffic, send_rows
 
     held = [RowShard(torch.tensor([5, 2]), torch.ones(2, 3))]
-    here = torch.zeros(2, dtype=torch.int64)
-    send_rows(held, torch.tensor([2, 3]), here, here)
+    traffic = Traffic(torch.tensor([2, 3]), torch.tensor([2]))
+    send_rows(held, traffic, traffic, 1)
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -200,7 +199,7 @@ def peak_of_delivery(batch, parts):
 
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(1, 1), dist.get_rank()
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    everything = WantedRows.all(batch)
     scorers = batching.assign(batch, everything, layout, 4096).owner
     with peak_memory() as memory:
         read, bytes_held = [], 0
@@ -236,7 +235,7 @@ def peak_between_layouts(batch, tp, holding, width, dtype):
 
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(tp, 1), dist.get_rank()
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    everything = WantedRows.all(batch)
     scorers = batching.assign(batch, everything, layout, 4096).owner
     holders = torch.arange(batch.num_sequences) % holding
     with peak_memory() as memory:
@@ -273,17 +272,62 @@ def test_every_layout_has_every_row_at_most_twice(world_size, tp, holding, dtype
 
 def test_rounds_are_even_and_alike_on_both_sides():
     """By hand: rank 0 sends five rows to rank 1 and two to itself, in two rounds."""
-    from megatron_taopd.parallel.exchange import _in_rounds, rounds
+    from megatron_taopd.parallel.exchange import Traffic, _in_rounds, rounds
 
-    source = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0])
-    destination = torch.tensor([1, 0, 1, 0, 1, 1, 0, 1])
-    places, counts = _in_rounds(source == 0, destination, 2, 2)
-    assert places.tolist() == [1, 0, 2, 4, 6, 5, 7]  # 4 is the third of five: 2 · 2 // 5 = 0
+    outgoing = Traffic(torch.tensor([1, 6, 0, 2, 4, 5, 7]), torch.tensor([2, 5]))
+    ids, counts = _in_rounds(outgoing, 2)
+    assert ids.tolist() == [1, 0, 2, 4, 6, 5, 7]  # 4 is the third of five: 2 · 2 // 5 = 0
     assert counts.tolist() == [[1, 3], [1, 2]]
-    places, counts = _in_rounds(destination == 1, source, 2, 2)
-    assert places.tolist() == [0, 2, 4, 5, 7]
+    incoming = Traffic(torch.tensor([0, 2, 4, 5, 7]), torch.tensor([5, 0]))
+    ids, counts = _in_rounds(incoming, 2)
+    assert ids.tolist() == [0, 2, 4, 5, 7]
     assert counts.tolist() == [[3, 0], [2, 0]]
     assert [rounds(rows) for rows in (0, 1, 128, 129, 4096, 10**6)] == [1, 1, 1, 2, 32, 32]
+
+
+def routes_of_rows(batch, layout, owner, holders, rank, world_size):
+    """Row by row: (ids, counts) of what a rank sends and gets, and the rounds of all."""
+    copies = []
+    for t in range(layout.tp):
+        for row, sequence in enumerate(batch.row_sequences().tolist()):
+            destination = layout.last_stage_rank(int(owner[sequence]), t)
+            has = holders[sequence].tolist()
+            source = destination if destination in has else has[t % len(has)]
+            copies.append((row, source, destination))
+    sides = []
+    for own, partner in ((1, 2), (2, 1)):
+        mine = [copy for copy in copies if copy[own] == rank]
+        ids = [copy[0] for other in range(world_size) for copy in mine if copy[partner] == other]
+        counts = [sum(copy[partner] == other for copy in mine) for other in range(world_size)]
+        sides.append((ids, counts))
+    moved = [sum(copy[end] == r for copy in copies) for end in (1, 2) for r in range(world_size)]
+    return sides, max(moved)
+
+
+@pytest.mark.parametrize(("tp", "pp", "holding"), [(1, 1, 1), (2, 1, 2), (4, 2, 1), (2, 2, 4)])
+def test_routes_by_sequence_are_those_of_every_row(monkeypatch, tp, pp, holding):
+    """Of every rank of a student in 8; a sequence may be held by ranks that also score it."""
+    from megatron_taopd.parallel import exchange
+    from megatron_taopd.parallel.layout import Layout
+    from megatron_taopd.teacher import dispatch
+
+    world_size, generator = 8, torch.Generator().manual_seed(tp + holding)
+    batch = make_batch(VOCABULARY, num_sequences=30)
+    layout = Layout(tp, pp, world_size // (tp * pp), False, 0, None)
+    owner = torch.randint(0, layout.dp, (30,), generator=generator)
+    first = torch.randint(0, world_size, (30,), generator=generator)
+    holders = (first[:, None] + torch.arange(holding)) % world_size
+    monkeypatch.setattr(exchange.dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(exchange, "_FEWEST_ROWS", 8)
+    for rank in range(world_size):
+        monkeypatch.setattr(exchange.dist, "get_rank", lambda rank=rank: rank)
+        routes = dispatch._routes(batch, layout, owner, holders)
+        wanted, most = routes_of_rows(batch, layout, owner, holders, rank, world_size)
+        for (ids, counts), of in zip(wanted, (routes.outgoing(), routes.incoming()), strict=True):
+            sequences, rows = of
+            assert batch.rows_of(sequences).tolist() == ids
+            assert rows.tolist() == counts
+        assert routes.rounds == exchange.rounds(most) > 1
 
 
 def order_of_an_offload(teacher_dir, batch):

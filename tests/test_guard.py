@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,10 +38,10 @@ def faulty_train(overrides, spoilt, after=0):
     patched = [
         (distiller.Distiller, "learn"), (distiller, "dispatch"), (distiller, "score"),
         (training, "backward"), (training, "kept_row_loss"), (Student, "step"),
-        (distiller, "select"), (guard, "ENOUGH"),
+        (distiller, "choose"), (guard, "ENOUGH"),
     ]  # fmt: skip
     originals = [getattr(owner, name) for owner, name in patched]
-    learn, dispatch, score, backward, loss, take, select, _ = originals
+    learn, dispatch, score, backward, loss, take, choose, _ = originals
 
     def now(wanted):
         return spoilt.get(here["step"]) == wanted
@@ -81,11 +82,12 @@ def faulty_train(overrides, spoilt, after=0):
                 parameter.main_grad[:] = NAN
         return take(self)
 
-    def select_here(*args):
-        return select(*args) & (not now("selection"))
+    def choose_here(*args):
+        choice = choose(*args)
+        return replace(choice, mask=choice.mask & (not now("selection")))
 
     replacements = [
-        learn_here, dispatch_here, score_here, backward_here, loss_here, step_here, select_here, 3,
+        learn_here, dispatch_here, score_here, backward_here, loss_here, step_here, choose_here, 3,
     ]  # fmt: skip
     printed = io.StringIO()
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.ranks_of_threads import on_threads
 
+from megatron_taopd.step.batch_scores import HeldRows
 from megatron_taopd.step.extensions.horizon import PROBE_EVERY, Horizon
 from megatron_taopd.types import RolloutBatch
 
@@ -90,6 +92,25 @@ def test_the_metrics_say_what_is_given_up():
     mass = (-torch.arange(100) / 20).exp()
     assert metrics["rollout/horizon_mass"] == pytest.approx((mass[:20].sum() / mass.sum()).item())
     assert metrics["rollout/horizon_tokens"] == pytest.approx(30 / 110)
+
+
+@pytest.mark.parametrize("owner", [[0, 1, 0, 1], [1, 1, 1, 1]])
+def test_ranks_learn_the_same_from_their_own_responses(owner):
+    batch = make_batch([20, 100, 60, 1])
+    teachability, alone = falling(batch, 20), Horizon("auto", 100, 5, 1.0)
+    said = alone.observe(batch, teachability, 100)
+
+    def learned(rank, group):
+        held = HeldRows(batch.cu_rows, (torch.tensor(owner) == rank).nonzero()[:, 0], group)
+        horizon = Horizon("auto", 100, 5, 1.0)
+        return horizon, horizon.observe(batch, teachability[held.ids()], 100, held)
+
+    for horizon, metrics in on_threads(2, learned):
+        assert metrics == pytest.approx(said)
+        assert torch.equal(horizon.reach, alone.reach)
+        torch.testing.assert_close(horizon.mass, alone.mass, rtol=1e-12, atol=0)
+    # By hand: 100 tokens in one response of four, 20 in two, the first one in all.
+    assert alone.reach[[0, 1, 19, 20, 60, 99]].tolist() == [1, 0.75, 0.75, 0.5, 0.25, 0.25]
 
 
 def test_it_goes_on_where_it_was():

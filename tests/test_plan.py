@@ -249,7 +249,7 @@ def peak_of_training(path, setup, dtype):
     from megatron_taopd.step.output_heads import OutputHeads
     from megatron_taopd.step.scoring import ScoredBatch, score
     from megatron_taopd.step.training import backward
-    from megatron_taopd.types import RolloutBatch
+    from megatron_taopd.types import RolloutBatch, WantedRows
 
     platform.emulate_cuda()
     layout, work, vocab = student_layout(1, 1), setup.workload, setup.student.vocab
@@ -268,7 +268,7 @@ def peak_of_training(path, setup, dtype):
     chunk = rows_within(setup.head_memory, vocab)
     heads = OutputHeads(student.head_weight, head, student.shard, chunk)
     held = RowShard(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
-    everything = torch.ones(rows, dtype=torch.bool)
+    everything = WantedRows.all(batch)
     assigned = batching.assign(batch, everything, layout, setup.micro_batch_tokens)
     scored = ScoredBatch(batch, assigned, held, None, None, None)
     if setup.replay:

@@ -418,24 +418,30 @@ def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_p
     phases = {wait.phase for wait in waits}
     assert {"rollout", "teacher", "scoring", "training", "sync", "checkpoint", "eval"} <= phases
     updates = 3 * max(map(int, re.findall(r"mini_batches\W+(\d)", " ".join(overrides))), default=1)
-    pipelined, experts = "pp: 2" in str(overrides), "experts" in str(overrides)
-    check_waits(waits, 3, updates, pipelined, experts)
+    given = str(overrides)
+    kinds = ("pp: 2" in given, "concentrate" in given, name.startswith("DP2"), "experts" in given)
+    check_waits(waits, 3, updates, *kinds)
 
 
 # What a step may wait for, however many layers, micro-batches, rows and parameters there are.
 OF_A_STEP = {
     "step": 6,  # was any rank signalled? after each phase
     "teacher": 3,  # of a served one: rank 0 has its rows, and tells so
-    "scoring": 1,  # the scores come to the host
-    "selection": 0,
+    "scoring": 1,  # is anything not finite? and the gap to the engine
+    "selection": 3,  # what is kept of each sequence, what the log says, which rows of this rank's
     "sync": 0,
 }
 OF_AN_UPDATE = 2  # the losses, which the guard looks at, and the gradient norm
+OF_A_MOVE = 1  # which rows come to a rank that trains what another one has scored
+# Prices, each with four thresholds and a sum; before them which rows are near, after them the cuts.
+OF_CONCENTRATING = 31 * 5 + 5
 BY_EXPERTS = "moe/token_dispatcher.py"  # without TransformerEngine and with it
 LAYERS = SIZES["num_hidden_layers"]
 
 
-def check_waits(waits, steps: int, updates: int, pipelined: bool, experts: bool) -> None:
+def check_waits(
+    waits, steps: int, updates: int, pipelined: bool, concentrated: bool, moved: bool, experts: bool
+) -> None:
     """The host waits no more than it may, apart from the ends of spans, whose time is taken.
 
     A pipeline tells each micro-batch's shape, at most twice; after a pass with gradients the
@@ -448,7 +454,8 @@ def check_waits(waits, steps: int, updates: int, pipelined: bool, experts: bool)
     of_shapes = 2 * micro_batches if pipelined else 0
     allowed = {"layer": 0, "micro-batches": of_shapes + updates + once}
     allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}
-    allowed["training"] = updates * OF_AN_UPDATE
+    allowed["selection"] += concentrated * steps * OF_CONCENTRATING
+    allowed["training"] = updates * (OF_AN_UPDATE + moved * OF_A_MOVE)
     for_experts = 0
     for phase, most in allowed.items():
         found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
@@ -117,6 +118,25 @@ def test_the_tried_versions_are_those_that_sglang_pins():
 def test_sglang_on_the_cpu_is_installed_in_versions_that_were_tried():
     tried = pins("constraints.txt")
     assert {canonicalize_name(name) for name in lines("requirements/sglang-cpu.txt")} <= set(tried)
+
+
+def test_every_megatron_core_that_is_allowed_was_tried(package):
+    """What tests/versions.sh saw last; the README and docs/install.md have its table."""
+    _head, *rows = [line.split("\t") for line in lines("tests/versions.tsv")]
+    versions = [version for version, *_ in rows]
+    assert [version.rpartition(".")[0] for version in versions] == ["0.16", "0.17", "0.18", "0.19"]
+    (bound,) = [r.specifier for r in asked(package["REQUIRED"]) if r.name == "megatron-core"]
+    assert [*bound.filter(["0.15.3", *versions, "0.20.0"])] == versions
+    pythons = SpecifierSet(re.search('python_requires="(.*)"', (ROOT / "setup.py").read_text())[1])
+    assert pythons == SpecifierSet(">=3.11,<3.13")
+    assert {python.rpartition(".")[0] for _, python, *_ in rows} == {"3.11", "3.12"}
+    for _version, _python, torch, passed, failed, _skipped in rows:
+        assert torch == pins("constraints.txt")["torch"] and int(passed) > 200 and failed == "0"
+    table = subprocess.run(
+        ["bash", "tests/versions.sh", "--table"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for page in ("README.md", "docs/install.md"):
+        assert table in (ROOT / page).read_text()
 
 
 def test_transformer_engine_is_bounded_as_megatron_core_bounds_it(package):

@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.ranks import run_ranks
 
 from megatron_taopd.evaluation.in_loop import Example, wilson
 from megatron_taopd.monitoring import samples
 from megatron_taopd.monitoring.plane import SIDE, drawn_plane
 from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot, kinds_of, take
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.types import TokenScores
+from megatron_taopd.step.batch_scores import BatchScores, HeldRows
+from megatron_taopd.step.distiller import Selection
+from megatron_taopd.step.selection import SELECTORS, Choice
+from megatron_taopd.types import TokenScores, WantedRows
 
 # Of two responses: D, C, and what follows from the definitions (Q05 and Q95 of nine are .4 and 7.6
 # of D = 0 … 8; of C they are .04 and .76 of C = 0 … .8).
@@ -47,10 +52,11 @@ def look(selector="teachability", count=4, kept=KEPT) -> Snapshot:
     batch = batch_of([[2, 3, 0], [4, 0], [5, 5, 5, 0]])
     mask = torch.zeros(9, dtype=torch.bool)
     mask[kept] = True
-    scores = TokenScores(
-        torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16
-    )
-    return take(7, batch, scores, mask, Spelling(), (selector, 0), count)
+    rows = TokenScores(torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16)
+    scores = BatchScores.whole(rows, batch.cu_rows)
+    choice = Choice(scores, selector, SELECTORS[selector](scores, 0), mask)
+    wanted = WantedRows.known(batch, mask.nonzero()[:, 0])
+    return take(7, batch, Selection(choice, wanted, {}), Spelling(), count)
 
 
 def test_a_look_has_every_score_of_every_token():
@@ -75,6 +81,33 @@ def test_a_look_has_every_score_of_every_token():
     assert first.scores["rank"] == [order.index(row) + 1 for row in range(3)]
 
 
+def look_of_a_rank(selector, owner):
+    """What a rank sees that holds some of the three responses; the first response is kept whole."""
+    batch = batch_of([[2, 3, 0], [4, 0], [5, 5, 5, 0]])
+    held = HeldRows(
+        batch.cu_rows,
+        torch.tensor([i for i, rank in enumerate(owner) if rank == dist.get_rank()]).long(),
+        dist.group.WORLD,
+    )
+    mask, ids = torch.zeros(9, dtype=torch.bool), held.ids()
+    mask[[0, 1, 2, 8]] = True
+    of_all = (torch.tensor(D), torch.tensor(C), torch.arange(9) / 8, torch.arange(9) / 16)
+    scores = BatchScores(TokenScores(*(column[ids] for column in of_all)), held)
+    choice = Choice(scores, selector, SELECTORS[selector](scores, 0), mask[ids])
+    wanted = WantedRows.known(batch, mask.nonzero()[:, 0])
+    kept = replace(wanted, ids=ids[mask[ids]])
+    return take(7, batch, Selection(choice, kept, {}), Spelling(), 4)
+
+
+@pytest.mark.parametrize("selector", ["teachability", "q3_low_dl", "full"])
+@pytest.mark.parametrize("owner", [[0, 1, 0], [1, 1, 1]])
+def test_ranks_see_together_what_one_sees_alone(selector, owner):
+    """Ties among priorities included: rank 1 holds the middle, or all of it."""
+    first, other = run_ranks(2, look_of_a_rank, selector, owner)
+    assert other is None
+    assert first == look(selector, kept=[0, 1, 2, 8])
+
+
 def test_selectors_without_priorities_give_no_rank():
     for selector in ("full", "random"):
         assert look(selector).responses[0].scores["rank"] is None
@@ -90,10 +123,13 @@ def test_kinds_are_counted_over_the_whole_batch():
 
 def test_where_nothing_varies_all_agree():
     same = torch.full((5,), 0.3)
-    kinds, split = kinds_of(same, torch.zeros(5), torch.ones(5))
-    assert kinds.tolist() == [2] * 5 and split == 0
-    kinds, _ = kinds_of(torch.zeros(0), torch.zeros(0), torch.zeros(0))
-    assert len(kinds) == 0
+    assert kinds_of(same, torch.ones(5), 0.3).tolist() == [2] * 5
+    assert len(kinds_of(torch.zeros(0), torch.zeros(0), 0.0)) == 0
+    batch = batch_of([[2, 3, 0], [4, 0]])
+    scores = BatchScores.whole(TokenScores(same, same, same, same), batch.cu_rows)
+    choice = Choice(scores, "full", torch.ones(5), torch.ones(5, dtype=torch.bool))
+    seen = take(7, batch, Selection(choice, WantedRows.all(batch), {}), Spelling(), 4)
+    assert seen.split == 0 and seen.counts == {"l": (0, 0), "i": (0, 0), "a": (5, 5)}
 
 
 def test_the_plane_has_a_bounded_number_of_points(monkeypatch):

@@ -59,14 +59,25 @@ def test_every_collective_is_called_as_often_and_with_as_many_bytes_as_planned(m
             assert row["calls"] == row["planned_calls"], where
             assert row["bytes"] == pytest.approx(row["planned_bytes"], abs=0.5), where
         # What no formula has: counts, norms and the sum of the losses.
-        assert result["control_calls"] <= 4 and result["control_bytes"] < 64
+        assert result["control_calls"] <= 5 and result["control_bytes"] < 80
 
 
-def test_the_score_table_is_28_bytes_a_row_whatever_the_layout(measured):
+def test_the_selection_sends_histograms_and_a_few_numbers_a_sequence(measured):
+    """By hand: no rank is told of rows but of those that its TP group has scored, a byte each."""
+    quantiles = 4 * 4 * (2048 + 6 * 2048 + 6 * 1024)  # four scores; the first digit is one for all
+    thresholds = 2 * 4 * (2048 + 2048 + 1024)
     for case in ("dp", "tp2-sp", "tp8", "tp4-pp4"):
         for result in measured[case]:
-            expected = links.all_reduce_bytes(28 * ROWS, WORLD_SIZE)
-            assert called(result, "scoring", "all_reduce", WORLD_SIZE) == (1, expected)
+            told = 64 + quantiles + thresholds + (8 * 64 + 8) + 24 * 64 + 72
+            expected = 14, pytest.approx(links.all_reduce_bytes(told, WORLD_SIZE))
+            assert called(result, "selection", "all_reduce", WORLD_SIZE) == expected
+            probed = links.all_reduce_bytes(4 * (1 + ROWS), WORLD_SIZE)
+            assert called(result, "scoring", "all_reduce", WORLD_SIZE) == (1, probed)
+            student = result["case"]["student"]
+            last = result["stage"] == student["pp"] - 1 and student["tp"] > 1
+            rows = ROWS * student["tp"] * student["pp"] // WORLD_SIZE
+            mask = called(result, "selection", "broadcast", student["tp"])
+            assert mask == ((1, rows) if last else (0, 0))
 
 
 @pytest.mark.parametrize(("case", "tp", "k"), [("tp2-sp", 2, 5), ("tp8", 8, 16)])

@@ -1,16 +1,26 @@
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import dense
+from support import dense, whole_batch
+from support.ranks_of_threads import on_threads
 
 from megatron_taopd.config.schema import CONCENTRATES
 from megatron_taopd.monitoring.observer import Observer
-from megatron_taopd.step.selection import SELECTORS, budget, select, selection_metrics
+from megatron_taopd.step.batch_scores import BatchScores, HeldRows
+from megatron_taopd.step.selection import (
+    SELECTORS,
+    budget,
+    choose,
+    look,
+    select,
+    selection_metrics,
+)
 from megatron_taopd.types import TokenScores
 
 SCORED = [name for name in SELECTORS if name not in ("full", "random")]
@@ -24,6 +34,10 @@ def random_scores(rows: int, seed: int = 0, levels: int | None = None) -> TokenS
     if levels:
         d, c, h, t = ((x * levels).round() / levels for x in (d, c, h, t))
     return TokenScores(3 * d**3, c, 5 * h**2, 5 * t)
+
+
+def priorities(name, scores, seed):
+    return SELECTORS[name](BatchScores.whole(scores), seed)
 
 
 batches = st.builds(
@@ -69,7 +83,7 @@ def test_every_score_is_the_one_of_the_paper(name, scores):
     expected = dense.selector_scores(
         name, scores.disagreement, scores.compatibility, scores.student_entropy
     )
-    actual = SELECTORS[name](scores, 0).double()
+    actual = priorities(name, scores, 0).double()
     assert torch.equal(actual == -math.inf, expected == -math.inf)
     finite = expected > -math.inf
     assert torch.allclose(actual[finite], expected[finite], rtol=0, atol=1e-6)
@@ -79,7 +93,7 @@ def test_every_score_is_the_one_of_the_paper(name, scores):
 @given(scores=batches, ratio=ratios)
 def test_exactly_the_budget_is_kept_and_nothing_better_is_left_out(name, scores, ratio):
     rows = len(scores.disagreement)
-    priority, mask = SELECTORS[name](scores, 3), select(name, scores, ratio, seed=3)
+    priority, mask = priorities(name, scores, 3), select(name, scores, ratio, seed=3)
     eligible = int((priority > -math.inf).sum())
     expected = rows if name == "full" else min(dense.budget(ratio, rows), eligible)
     assert mask.sum() == expected
@@ -97,7 +111,7 @@ def test_exactly_the_budget_is_kept_and_nothing_better_is_left_out(name, scores,
 def test_the_mask_is_the_oracles(scores, ratio):
     """From the same scores; the selectors' float32 scores may differ from float64 by rounding."""
     for name in SCORED:
-        priority = SELECTORS[name](scores, 0)
+        priority = priorities(name, scores, 0)
         assert torch.equal(select(name, scores, ratio, seed=0), dense.select(priority, ratio))
 
 
@@ -276,6 +290,101 @@ def test_concentrating_keeps_as_many_rows_in_fewer_tokens(rows, seed, concentrat
     assert metrics["selection/mass_of_best"] <= 1 + 1e-9
 
 
+# Every layout
+
+
+@st.composite
+def dealt_batches(draw):
+    """Scores with ties, infinities or constants, where each sequence's rows start, and a rank for
+    each sequence."""
+    rows = draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
+    cu_rows = torch.tensor([0, *rows]).cumsum(0)
+    seed = draw(st.integers(0, 1000))
+    scores = random_scores(sum(rows), seed, draw(st.sampled_from([None, 2, 10])))
+    infinite = torch.rand(sum(rows), generator=torch.Generator().manual_seed(seed))
+    share = draw(st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+    scores.disagreement[infinite < share] = math.inf
+    for name in draw(
+        st.sets(st.sampled_from(["disagreement", "compatibility", "student_entropy"]))
+    ):
+        getattr(scores, name).fill_(0.5)
+    ranks = draw(st.integers(1, 4))
+    owner = draw(st.lists(st.integers(0, ranks - 1), min_size=len(rows), max_size=len(rows)))
+    scores = replace(scores, topk_overlap=infinite)
+    return scores, cu_rows, ranks, torch.tensor(owner)
+
+
+def dealt(scores, cu_rows, owner, rank, group):
+    held = HeldRows(cu_rows, (owner == rank).nonzero()[:, 0], group)
+    ids = held.ids()
+    return BatchScores(TokenScores(*(v[ids] for v in vars(scores).values() if v is not None)), held)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    case=dealt_batches(),
+    selector=st.sampled_from([*SELECTORS]),
+    ratio=ratios,
+    concentrate=st.sampled_from([0.0, 0.0, 0.0, 0.3, 0.7]),
+    seed=st.integers(0, 3),
+)
+def test_every_layout_keeps_the_rows_of_one_sort(case, selector, ratio, concentrate, seed):
+    """As with whole vectors and sorts on one rank, bit for bit; and the same is said of them."""
+    scores, cu_rows, ranks, owner = case
+    concentrate = concentrate if selector in CONCENTRATES else 0.0
+    want = whole_batch.select(selector, scores, ratio, seed, concentrate, cu_rows)
+    assert torch.equal(select(selector, scores, ratio, seed, concentrate, cu_rows), want)
+
+    def chosen(rank, group):
+        own = dealt(scores, cu_rows, owner, rank, group)
+        choice = choose(selector, own, ratio, seed, concentrate)
+        return own.held.ids()[choice.mask], look(choice)
+
+    by_rank = on_threads(ranks, chosen)
+    kept = torch.cat([ids for ids, _ in by_rank]).sort().values
+    assert torch.equal(kept, want.nonzero()[:, 0])
+    said = whole_batch.selection_metrics(selector, scores, want, cu_rows, seed)
+    sequences = want.split(cu_rows.diff().tolist())
+    for _, seen in by_rank:
+        assert seen.counts.tolist() == [int(of.sum()) for of in sequences]
+        assert seen.last.tolist() == [
+            int((of.nonzero() + 1).amax()) if of.any() else 0 for of in sequences
+        ]
+        assert seen.metrics == pytest.approx(said, rel=2e-7, abs=1e-12)
+        exact = [name for name in said if name.startswith("scores/") or name.endswith("threshold")]
+        assert [seen.metrics[name] for name in exact] == [said[name] for name in exact]
+
+
+def test_what_ranks_tell_each_other_does_not_grow_with_the_rows():
+    """But for 32 bytes a sequence: histograms of the scores' digits, and sums."""
+
+    def told(rows):
+        scores, cu_rows = random_scores(4 * rows), torch.arange(5) * rows
+        owner = torch.tensor([0, 1, 1, 0])
+
+        def chosen(rank, group):
+            look(choose("teachability", dealt(scores, cu_rows, owner, rank, group), 0.1, 0))
+            return group.calls, group.bytes
+
+        return on_threads(2, chosen)[0]
+
+    assert told(10) == told(1000)
+
+
+def test_a_nan_on_one_rank_is_refused_on_all():
+    scores = random_scores(40)
+    scores.teacher_entropy[33] = math.nan
+    cu_rows, owner = torch.tensor([0, 20, 40]), torch.tensor([0, 1])
+
+    def refused(rank, group):
+        own = dealt(scores, cu_rows, owner, rank, group)
+        with pytest.raises(ValueError, match=r"^teacher_entropy: 1 of 40 values are NaN"):
+            look(choose("teachability", own, 0.1, 0))
+        return True
+
+    assert all(on_threads(2, refused))
+
+
 def test_concentrating_gives_up_late_rows():
     """Two sequences of 100 rows; what disagrees stands early, but for one lone late row."""
     scores = random_scores(200)
@@ -305,15 +414,12 @@ def test_a_mask_that_is_all_of_q3_is_told_of():
     run = SimpleNamespace(
         config=SimpleNamespace(selection=selection), monitor=SimpleNamespace(note=notes.__setitem__)
     )
-    warn_of_small_q3 = Observer._warn_of_small_q3
-    mask = torch.zeros(100, dtype=torch.bool)
-    mask[:10] = True
-    warn_of_small_q3(run, mask, step=1)
+    warn_of_small_q3 = partial(Observer._warn_of_small_q3, run, 100)
+    warn_of_small_q3(10, step=1)
     assert not notes
-    mask[0] = False
-    warn_of_small_q3(run, mask, step=2)
+    warn_of_small_q3(9, step=2)
     assert "could keep 10 rows, but Q3 has 9" in notes["selection.ratio"]
     selection.selector = "q3"
     del notes["selection.ratio"]
-    warn_of_small_q3(run, mask, step=3)
+    warn_of_small_q3(9, step=3)
     assert not notes

@@ -123,6 +123,7 @@ def memory_of_training(student_dir, parallel, batch, dtype):
     from megatron_taopd.parallel import platform
     from megatron_taopd.step.loss import kept_row_loss
     from megatron_taopd.step.output_heads import OutputHeads
+    from megatron_taopd.types import WantedRows
 
     platform.emulate_cuda()
     try:
@@ -132,7 +133,7 @@ def memory_of_training(student_dir, parallel, batch, dtype):
         width = shard.stop - shard.start
         teacher_head = torch.randn(width, 16).to(dtype)
         heads = layout.is_last_stage and OutputHeads(student.head_weight, teacher_head, shard, 2)
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        everything = WantedRows.all(batch)
         assigned = batching.assign(batch, everything, layout, micro_batch_tokens=40)
 
         def loss(micro_batch, hidden_states):

@@ -26,6 +26,7 @@ from support.step import (
     gather_gradients,
     make_batch,
     row_logits,
+    whole_mask,
 )
 from transformers import AutoModelForCausalLM, GraniteConfig
 
@@ -37,7 +38,7 @@ from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.teacher import sglang as module
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
 from megatron_taopd.teacher.topk import TopkRows
-from megatron_taopd.types import TeacherSequences
+from megatron_taopd.types import TeacherSequences, WantedRows
 
 STUDENT, TEACHER = "examples/tiny_pair/student", "examples/tiny_pair/teacher"
 VOCABULARY, HIDDEN = 1152, 128
@@ -479,6 +480,7 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     from megatron_taopd.step.distiller import Distiller
     from megatron_taopd.step.guard import Guard
     from megatron_taopd.step.output_heads import open_heads
+    from megatron_taopd.step.scoring import whole_scores
     from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
@@ -506,9 +508,13 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
         assigned = distiller.assign(BATCH)
         rows = distiller.dispatch(distiller.read(BATCH), BATCH, assigned)
         scored = distiller.score(BATCH, assigned, rows)
-        kept = distiller.select(scored, 0) if mask is None else mask
+        if mask is None:
+            kept = distiller.select(scored, 0).kept
+            mask = whole_mask(kept, BATCH.num_rows)
+        else:
+            kept = WantedRows.known(BATCH, mask.nonzero()[:, 0])
         metrics = backward(scored, kept, student, heads, distiller.loss, 60)
-        return scored.scores, kept, metrics, gather_gradients(student), teacher.fingerprint()
+        return whole_scores(scored), mask, metrics, gather_gradients(student), teacher.fingerprint()
     finally:
         if getattr(teacher, "leads", False):
             teacher.close()

@@ -375,21 +375,21 @@ def drawn(overrides):
     from megatron_taopd.step import distiller
     from megatron_taopd.step.distiller import Distiller
 
-    learn, select, draws = Distiller.learn, distiller.select, []
+    learn, choose, draws = Distiller.learn, distiller.choose, []
 
     def seen_learn(self, batch, *rest):
         draws.append((batch.prompts.tolist(), batch.tokens.tolist()))
         return learn(self, batch, *rest)
 
-    def seen_select(selector, scores, ratio, seed, *rest):
+    def seen_choose(selector, scores, ratio, seed, *rest):
         draws[-1] += (seed,)
-        return select(selector, scores, ratio, seed, *rest)
+        return choose(selector, scores, ratio, seed, *rest)
 
-    Distiller.learn, distiller.select = seen_learn, seen_select
+    Distiller.learn, distiller.choose = seen_learn, seen_choose
     try:
         train(["optimizer.lr=1e-12", "selection={selector: random, ratio: 0.5}", *overrides])
     finally:
-        Distiller.learn, distiller.select = learn, select
+        Distiller.learn, distiller.choose = learn, choose
     return draws
 
 

@@ -58,11 +58,12 @@ def main() -> int:
     planned.add_argument("--cluster", default="h800", help=f"{', '.join(CLUSTERS)} or a YAML file")
     planned.add_argument("--grow", action="store_true", help="the batch grows with the GPUs")
     planned.add_argument("--gpus-per-server", type=int, help="one SGLang server for so many")
-    planned.add_argument("--host-seconds", type=float, default=2.1, help="per million rows")
+    planned.add_argument("--host-seconds", type=float, default=0.03, help="per million rows")
     command(measure)
     timed = command(host)
-    timed.add_argument("--sequences", type=int, nargs="+", default=[64, 512, 2048])
+    timed.add_argument("--sequences", type=int, nargs="+", default=[32, 256, 2048, 8192])
     timed.add_argument("--response", type=int, default=2048, help="tokens of each")
+    timed.add_argument("--tp", type=int, default=2, help="of 64 ranks, of both models")
     real = command(ranks)
     real.add_argument("--tp", type=int, default=1, help="of the student; the rest is dp")
     real.add_argument("--sequences", type=int, default=16, help="of the whole batch")
@@ -133,10 +134,12 @@ def measure(arguments):
 
 
 def host(arguments):
-    """Time what every rank's host does for the whole batch, and its memory."""
+    """Time what a rank's host does for a batch, and its memory."""
     from benchmarks.scaling.host import measure_host
 
-    found = [measure_host(n, arguments.response, 64, 2) for n in sorted(arguments.sequences)]
+    found = [
+        measure_host(n, arguments.response, 64, arguments.tp) for n in sorted(arguments.sequences)
+    ]
     return results.host_table(found), found
 
 

@@ -255,7 +255,7 @@ def compare(setup: Setup, rank: int, recorder: Recorder) -> list[dict]:
 
 def _phase(collective: Collective) -> str:
     """Name the phase that the recorder sees: some of the formulas' phases are parts of another."""
-    inside = {"probe": "scoring", "score table": "scoring", "gradients": "training"}
+    inside = {"probe": "scoring", "gradients": "training"}
     return inside.get(collective.phase, collective.phase)
 
 

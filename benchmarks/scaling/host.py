@@ -1,17 +1,19 @@
-"""The work on the host that every rank does for the whole batch, whatever the number of ranks.
+"""What a rank's host does for a batch: plans and routes of all of it, its share of the selection.
 
-Plans, routes and the selection are the same on every rank, so that ranks need not negotiate; their
-cost grows with the batch and no rank more makes it smaller. Measured as one rank of many on a fake
-group: no layer runs, and hidden states are four numbers wide.
+Plans and routes are the same on every rank, so that ranks need not negotiate: they grow with the
+sequences of the whole batch. The selection is a rank's own rows, but for what one rank alone would
+have to do, which is timed next to it. Measured as one rank of many on a fake group: no layer runs,
+and hidden states are four numbers wide.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,28 +22,39 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scaling.fake import Recorder, replace_distributed
 from megatron_taopd.data import batching
+from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
-from megatron_taopd.step.selection import select, selection_metrics
-from megatron_taopd.step.teachability import learnable_disagreement
+from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
+from megatron_taopd.step.selection import choose, look
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
-from megatron_taopd.types import RolloutBatch, TokenScores
+from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows
 
-PROMPT = 32
+PROMPT, RATIO = 32, 0.1
 
 
-def measure_host(sequences: int, response: int, ranks: int, tp: int, ratio: float = 0.1) -> dict:
-    """Seconds by part of a batch's host work, and bytes that it adds to the process's peak."""
-    replace_distributed()
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    seconds: dict[str, float] = defaultdict(float)
+@dataclass
+class Parts:
+    """CPU seconds of each part, and the bytes that it added to what the process had at a time."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     @contextmanager
-    def part(name: str) -> Iterator[None]:
-        started = time.process_time()
+    def part(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        before, started = _resident(reset=True), time.process_time()
         yield
-        seconds[name] += time.process_time() - started
+        self.seconds[name] += time.process_time() - started
+        self.bytes[name] = max(self.bytes[name], _resident() - before)
 
+
+def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
+    """Measure the parts of a batch's host work on one of so many ranks."""
+    torch.set_num_threads(1)
+    replace_distributed()
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    parts = Parts()
     try:
         layout, teacher = student_layout(tp, 1), forward_layout(tp, 1)
         length, rows = PROMPT + response, sequences * response
@@ -54,32 +67,57 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int, ratio: floa
             prompts=torch.arange(sequences),
             weight_versions=torch.zeros(rows, dtype=torch.int64),
         )
-        everything = torch.ones(rows, dtype=torch.bool)
-        scores = TokenScores(*torch.rand(4, rows))
-        before = _peak_bytes()
-        with part("plans"):
-            assigned = batching.assign(batch, everything, layout, 2 * length)
-            own = batching.assign(batch, everything, teacher, 2 * length)
+        scores = TokenScores(*torch.rand(4, rows, generator=torch.Generator().manual_seed(0)))
+        few = TokenScores(*(getattr(scores, name)[:4] for name in NAMES))
+        select(few, HeldRows.all(torch.arange(5)))  # what a process does once
+        with parts.part("plans"):
+            assigned = batching.assign(batch, WantedRows.all(batch), layout, 2 * length)
+            own = batching.assign(batch, WantedRows.all(batch), teacher, 2 * length)
         held = torch.cat([m.row_ids for m in own.micro_batches])
         read = ReadRows(
             RowShard(held, torch.zeros(len(held), 4)),
             teacher.last_stage_rank(own.owner[:, None], torch.arange(tp)),
         )
-        with part("routes of the teacher's rows"), Recorder():
+        with parts.part("routes"), Recorder():
             dispatch([(torch.arange(sequences), read)], batch, layout, assigned.owner)
-        with part("selection"):
-            mask = select("teachability", scores, ratio, 0)
-        with part("plans"):
-            batching.assign(batch, mask, layout, 2 * length)
-        with part("metrics"):
-            learnable_disagreement(scores.disagreement, scores.compatibility)
-            selection_metrics("teachability", scores, mask, batch.cu_rows, 0)
-        added = _peak_bytes() - before
+        share = HeldRows(batch.cu_rows, assigned.sequences(), dist.group.WORLD)
+        of_share = TokenScores(*(getattr(scores, name)[share.ids()] for name in NAMES))
+        with parts.part("selection, a rank's share"), Recorder():
+            select(of_share, share)
+        whole = HeldRows.all(batch.cu_rows)
+        with parts.part("selection by one rank"):
+            mask, seen = select(scores, whole)
+        lengths = (PROMPT - 1 + seen.last) * (seen.last > 0)
+        ids = share.ids()
+        kept = WantedRows(seen.counts, lengths, ids[mask[ids]])
+        with parts.part("plans"):
+            batching.assign(batch, kept, layout, 2 * length)
+        with parts.part("metrics of the batch"):
+            rollout_metrics(batch, torch.zeros(1), 1)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    return {"rows": rows, "sequences": sequences, "seconds": dict(seconds), "bytes": added}
+    return {
+        "rows": rows,
+        "sequences": sequences,
+        "held": len(ids),
+        "seconds": dict(parts.seconds),
+        "bytes": dict(parts.bytes),
+    }
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def select(scores: TokenScores, held: HeldRows):
+    """Choose the rows as a step does: [r] bool, and what all ranks know of it."""
+    of_batch = BatchScores(scores, held)
+    of_batch.describe(*NAMES)
+    choice = choose("teachability", of_batch, RATIO, 0)
+    return choice.mask, look(choice)
+
+
+def _resident(reset: bool = False) -> int:
+    """Return the most bytes that the process has had since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024

@@ -86,18 +86,18 @@ def _lost(size: Size) -> str:
 
 
 def host_table(measured: list[dict]) -> Table:
-    table = _table("Host work of every rank, CPU seconds of one thread", "rows", "sequences")
+    table = _table("A rank's host, one thread: CPU seconds · MiB added", "rows", "held")
     parts = list(measured[0]["seconds"])
-    for name in (*parts, "s per million rows", "bytes a row"):
+    for name in (*parts, "a rank, s per million rows"):
         table.add_column(name, justify="right")
     for m in measured:
-        total = sum(m["seconds"].values())
+        # What a rank of many does; the selection by one rank is for comparison.
+        of_rank = [s for name, s in m["seconds"].items() if name != "selection by one rank"]
         table.add_row(
             f"{m['rows']:,}",
-            f"{m['sequences']:,}",
-            *(f"{m['seconds'][name]:.2f}" for name in parts),
-            f"{total / m['rows'] * 1e6:.2f}",
-            f"{m['bytes'] / m['rows']:.0f}",
+            f"{m['held']:,}",
+            *(f"{m['seconds'][name]:.3f} · {m['bytes'][name] / 2**20:.0f}" for name in parts),
+            f"{sum(of_rank) / m['rows'] * 1e6:.3f}",
         )
     return table
 

@@ -6,12 +6,14 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
-from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
 from megatron_taopd.plan.collectives import Collective, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.time import step_phases
 
+# CPU seconds of the selection for a million rows that a rank has scored (`host`). On a device it is
+# not the host that does it.
+SELECTION_S = 0.15
 # Microseconds that a message takes beside its bytes, inside a node and between nodes.
 HOP_INSIDE_US, HOP_BETWEEN_US = 2.0, 10.0
 
@@ -56,7 +58,7 @@ def sizes(
         gpus: ascending.
         gpus_per_server: SGLang servers, of their own GPUs, for so many that train; None: what the
             configuration says.
-        host_s_per_million: seconds of a rank's host for a million rows (`host`).
+        host_s_per_million: seconds of a rank's host for a million rows of the batch (`host`).
         lengths: of `Setup.of`.
     """
     found: list[Size] = []
@@ -120,8 +122,8 @@ def _seconds(
     return seconds | {
         "longest response": tail,
         "bubble": bubble,
-        "score table": links.all_reduce_bytes(28 * rows, setup.gpus) / rate,
-        "host": host_s_per_million * rows / 1e6,
+        "selection": sum(c.bytes for c in collectives if c.phase == "selection") / rate,
+        "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.dp) / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),
     }
 

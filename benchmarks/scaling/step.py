@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 
 import torch
 from megatron.core import parallel_state
-from torch import Tensor
 
 import megatron_taopd.models.student
 from megatron_taopd.config.schema import (
@@ -25,7 +24,7 @@ from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import OutputHeads
 from megatron_taopd.step.training import backward
 from megatron_taopd.teacher.megatron import MegatronTeacher
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, WantedRows
 
 Phase = Callable[[str], AbstractContextManager]
 OPTIMIZER = OptimizerSection(warmup_steps=0, weight_decay=0.0)
@@ -47,15 +46,15 @@ def make_batch(setup: Setup) -> RolloutBatch:
     )
 
 
-def kept_rows(setup: Setup) -> Tensor:
-    """[R] bool: of every response as many rows as the workload says, the last at its cut."""
+def kept_rows(setup: Setup, batch: RolloutBatch) -> WantedRows:
+    """Of every response as many rows as the workload says, the last at its cut."""
     work = setup.workload
     length = int(min(work.length - 1, -(-work.length * work.trained // 1)))
     last, count = length - work.prompt, max(1, round(work.kept * work.response))
     assert count <= last + 1, work
     one = torch.zeros(work.response, dtype=torch.bool)
     one[last - count + 1 : last + 1] = True
-    return one.repeat(work.sequences)
+    return WantedRows.known(batch, one.repeat(work.sequences).nonzero()[:, 0])
 
 
 class NamedOutputHeads(OutputHeads):
@@ -105,7 +104,8 @@ class Step:
             chunk = rows_within(setup.head_memory, columns)
             self.heads = NamedOutputHeads(self.student.head_weight, head, shard, chunk)
             object.__setattr__(self.heads, "phase", phase)  # frozen
-        self.batch, self.mask = make_batch(setup), kept_rows(setup)
+        self.batch = make_batch(setup)
+        self.kept = kept_rows(setup, self.batch)
         self.distiller = Distiller(
             self.student,
             self.teacher,
@@ -133,7 +133,7 @@ class Step:
             distiller.select(scored, 0)
         with phase("training"):
             tokens = self.setup.micro_batch_tokens
-            backward(scored, self.mask, self.student, self.heads, distiller.loss, tokens)
+            backward(scored, self.kept, self.student, self.heads, distiller.loss, tokens)
         with phase("optimizer"):
             self.student.step()
         with phase("sync"):

@@ -21,12 +21,11 @@ from benchmarks.step.results import extrapolate
 from benchmarks.step.step import Arm, Step, arms, metered, say, seconds
 from megatron_taopd import score_hidden
 from megatron_taopd.config.schema import LossSection
-from megatron_taopd.data import batching
 from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
 from megatron_taopd.parallel import platform
 from megatron_taopd.step.extensions.horizon import Horizon
-from megatron_taopd.step.selection import budget, selection_metrics
-from megatron_taopd.step.teachability import learnable_disagreement
+from megatron_taopd.step.selection import budget
+from megatron_taopd.types import WantedRows
 
 
 def measure(arguments) -> dict:
@@ -98,21 +97,21 @@ def measure(arguments) -> dict:
 
 def agreement(step: Step) -> dict[str, float]:
     """Relative differences of loss and gradient that ought to be rounding."""
-    mask, everything = step.select(RATIO), step.everything
+    kept, everything = step.select(RATIO), step.everything
 
-    def difference(mask: Tensor, other: str) -> float:
+    def difference(rows: WantedRows, other: str) -> float:
         """Return the relative difference of a replay from another schedule."""
-        loss = step.train(mask, other, "none")["loss"]
+        loss = step.train(rows, other, "none")["loss"]
         buffers = step.models.student.model.buffers
         reference = [buffer.grad_data.clone() for buffer in buffers]
-        replayed = step.train(mask, "replay", "full")["loss"]
+        replayed = step.train(rows, "replay", "full")["loss"]
         pairs = zip(buffers, reference, strict=True)
         apart = sum((buffer.grad_data - one).norm() ** 2 for buffer, one in pairs) ** 0.5
         norm = sum(one.norm() ** 2 for one in reference) ** 0.5
         return max(abs(replayed / loss - 1), float(apart / norm))
 
     return {
-        f"{100 * RATIO:g} %: replay from two_pass": difference(mask, "two_pass"),
+        f"{100 * RATIO:g} %: replay from two_pass": difference(kept, "two_pass"),
         "everything kept: replay from full OPD": difference(everything, "single_pass"),
     }
 
@@ -135,24 +134,23 @@ def memory_of_phases(step: Step) -> dict[str, int]:
 def facts(step: Step, arm: Arm) -> dict:
     """What no clock is needed for: peak memory of the training pass, operations, mass, tokens."""
     batch, models = step.batch, step.models
-    mask = step.select(arm.ratio, arm.concentrate)
-    trained = batching.cut_lengths(batch, mask)
+    selection = step.selection(arm.ratio, arm.concentrate)
+    kept = selection.kept
     operations = step_operations(
         ModelCost.of(models.student.trunk.hf),
         ModelCost.of(models.teacher.trunk.hf),
         Work(
             scored=step.assigned.lengths,
-            read=batching.cut_lengths(step.teacher_inputs, step.everything),
-            trained=trained,
+            read=step.teacher_inputs.reach(),
+            trained=kept.lengths,
             num_rows=batch.num_rows,
-            kept_rows=int(mask.sum()),
+            kept_rows=kept.num_rows,
             replayed=arm.schedule == "replay",
             recompute=arm.recompute,
         ),
     )
     if arm.schedule == "single_pass":
         operations["flops/scoring"], operations["flops/of_full_opd"] = 0.0, 1.0
-    selected = selection_metrics("teachability", step.scores, mask, batch.cu_rows, 0)
     # Without the reduction over data-parallel ranks: there is one, and gloo's would still copy all
     # gradients for it.
     config = models.student.config
@@ -162,14 +160,14 @@ def facts(step: Step, arm: Arm) -> dict:
             *((group, "start_grad_sync") for group in models.student.model.bucket_groups),
         ]:
             patches.enter_context(mock.patch.object(what, name, lambda *_, **__: None))
-        memory = metered(partial(step.train, mask, arm.schedule, arm.recompute))["temporaries"]
+        memory = metered(partial(step.train, kept, arm.schedule, arm.recompute))["temporaries"]
     say(f"{arm}, recompute {arm.recompute}: {memory / 1e6:,.0f} MB")
     return {
         "training_temporaries": memory,
-        "kept_rows": int(mask.sum()),
-        "tokens_trained": int(trained.sum()),
+        "kept_rows": kept.num_rows,
+        "tokens_trained": int(kept.lengths.sum()),
         **operations,
-        "mass_retained": selected["selection/mass_retained"],
+        "mass_retained": selection.metrics["selection/mass_retained"],
     }
 
 
@@ -177,8 +175,7 @@ def concentration(step: Step) -> list[dict[str, float]]:
     """What is kept and what is trained at ρ = 10 % as the budget is drawn together."""
     rows = []
     for c in (0.0, 0.2, 0.3, 0.4, 0.5, 0.6):
-        mask = step.select(RATIO, c)
-        selected = selection_metrics("teachability", step.scores, mask, step.batch.cu_rows, 0)
+        selected = step.selection(RATIO, c).metrics
         names = ("mass_retained", "mass_of_best", "trained_share")
         rows.append({"concentrate": c} | {name: selected[f"selection/{name}"] for name in names})
     return rows
@@ -279,22 +276,20 @@ def horizon_phases(step: Step, rollout, measured: dict) -> dict[tuple, Callable]
     setup = measured["setup"]
     longest = setup["max_new_tokens"] or rollout.max_new_tokens
     horizon = Horizon("auto", longest, rollout.horizon_floor, rollout.horizon_prompt_weight)
-    scores = step.scores
-    teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
-    horizon.observe(step.batch, teachability, longest)
+    horizon.observe(step.batch, step.scored.scores.learnable, longest)
     lengths = {"none": longest, "auto": horizon.length(step=2)}
     lengths |= {str(length): min(length, longest) for length in setup["horizon"]}
     phases, measured["horizon"] = {}, []
     for name, length in lengths.items():
         batch = step.batch if name == "none" else step.models.generate(length)
         own = step if name == "none" else Step(step.models, batch)
-        mask = own.select(RATIO)
+        kept = own.select(RATIO)
         measured["horizon"].append(
             {
                 "name": name,
                 "length": length,
                 "rows": batch.num_rows,
-                "kept_rows": int(mask.sum()),
+                "kept_rows": kept.num_rows,
                 "mass": float(horizon.mass[:length].sum() / horizon.mass.sum()),
             }
         )
@@ -302,6 +297,6 @@ def horizon_phases(step: Step, rollout, measured: dict) -> dict[tuple, Callable]
             ("horizon", name, "rollout"): partial(step.models.generate, length),
             ("horizon", name, "teacher"): own.read,
             ("horizon", name, "scoring"): partial(own.score, "replay"),
-            ("horizon", name, "training"): partial(own.train, mask, "replay", "full"),
+            ("horizon", name, "training"): partial(own.train, kept, "replay", "full"),
         }
     return phases

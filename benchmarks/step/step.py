@@ -8,19 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.step.pairs import RATIO, K, Models
 from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSection
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.memory import peak_memory
-from megatron_taopd.step.distiller import Distiller
+from megatron_taopd.step.distiller import Distiller, Selection
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.training import backward
+from megatron_taopd.types import WantedRows
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Step:
 
     def __init__(self, models: Models, batch):
         self.models, self.batch = models, batch
-        self.everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        self.everything = WantedRows.all(batch)
         self.teacher_inputs, _ = models.read(batch)
         train = TrainSection(
             micro_batch_tokens=models.micro_batch_tokens, replay_memory_mib=sys.maxsize
@@ -87,7 +86,7 @@ class Step:
 
     @property
     def scores(self):
-        return self.scored.scores
+        return self.scored.scores.rows
 
     def read(self) -> RowShard:
         """Let the teacher read, and send its rows to who scores them."""
@@ -100,16 +99,17 @@ class Step:
         distiller = replace(self.distiller, train=train)
         return distiller.score(self.batch, self.assigned, self.teacher_rows)
 
-    def select(self, ratio: float, concentrate: float = 0.0) -> Tensor:
-        if ratio == 1:
-            return self.everything
+    def selection(self, ratio: float, concentrate: float = 0.0) -> Selection:
         section = replace(self.distiller.selection, ratio=ratio, concentrate=concentrate)
         return replace(self.distiller, selection=section).select(self.scored, 0)
+
+    def select(self, ratio: float, concentrate: float = 0.0) -> WantedRows:
+        return self.everything if ratio == 1 else self.selection(ratio, concentrate).kept
 
     def select_and_train(self, arm: Arm) -> None:
         self.train(self.select(arm.ratio, arm.concentrate), arm.schedule, arm.recompute)
 
-    def train(self, mask: Tensor, schedule: str, recompute: str) -> dict[str, float]:
+    def train(self, kept: WantedRows, schedule: str, recompute: str) -> dict[str, float]:
         """Form the gradients of the rows' loss, reverse KL; its metrics."""
         models, outputs = self.models, None
         if schedule == "replay":  # which uses the lists up
@@ -118,7 +118,7 @@ class Step:
         with models.recompute(recompute):
             return backward(
                 scored,
-                mask,
+                kept,
                 models.student,
                 models.heads,
                 self.distiller.loss,

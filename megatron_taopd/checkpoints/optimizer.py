@@ -1,8 +1,10 @@
-"""The state of the distributed optimizer that is not sharded: its counts of updates.
+"""The state of the distributed optimizer that is not sharded: its count of updates.
 
-Megatron saves the count of torch's Adam, but gives all parameters one shared `step` tensor when it
-loads, which every one of them increments. This module repairs that. (Apex's and TransformerEngine's
-Adam keep `step` elsewhere and need none of it.) `shards` has the state that is sharded.
+Torch's Adam keeps it with every parameter, Apex's and TransformerEngine's in the parameter groups.
+Megatron saves it, but its loader gives all parameters of torch's Adam one shared tensor, which
+every one of them increments, replaces learning rates and all other settings by a checkpoint's, and
+since version 0.19 refuses others than these. So the count is put back here, and settings stay those
+of the configuration. `shards` has the state that is sharded.
 """
 
 from __future__ import annotations
@@ -32,13 +34,14 @@ def go_on_from(student: Student, state: dict) -> None:
     stage's buffer, as after every step.
     """
     (distributed,) = student.optimizer.chained_optimizers
-    # The updates so far: a float where torch's Adam has saved them. The others' kernels want an
+    # A float where torch's Adam has saved it, the same in each group. The others' kernels want an
     # integer, and they have none before the first update.
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = int(group.get("step", 0))
-    student.optimizer.load_state_dict(state)
+    updates = int(state["optimizer"]["param_groups"][0].get("step", 0))
     if isinstance(distributed.optimizer, torch.optim.AdamW):
         for parameter_state in distributed.optimizer.state.values():
-            parameter_state["step"] = parameter_state["step"].clone()
+            parameter_state["step"] = torch.tensor(float(updates))
+    else:
+        for group in distributed.optimizer.param_groups:
+            group["step"] = updates
     publish_masters(distributed)
     student.model.start_param_sync(force_sync=True)

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 
 from megatron_taopd.checkpoints import optimizer, shards
 from megatron_taopd.checkpoints.files import (
@@ -273,9 +272,7 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         _check_pickles(folder)
     optimizer.allocate(student)
     with progress.phase(f"loading {folder}"):
-        strategy = get_default_load_sharded_strategy(folder)
-        own = {"owned": shards.of_optimizer(student)}
-        loaded = dist_checkpointing.load(own, folder, strategy)
+        loaded = dist_checkpointing.load({"owned": shards.of_optimizer(student)}, folder)
     optimizer.go_on_from(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from megatron_taopd.checkpoints.files import Best, Sum, SummedFile, publish, sum
 from megatron_taopd.formats.files import os_errors_of_torch, reason_of
 from megatron_taopd.formats.hf import CARD, copy_side_files
 from megatron_taopd.formats.megatron import SIDE_FILES
-from megatron_taopd.formats.unpickle import COMMON, CONFIG, METADATA
+from megatron_taopd.formats.unpickle import BACKEND, COMMON, CONFIG, METADATA
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel.compat.megatron_internals import Bucket, SavePlan, plan_save
 from megatron_taopd.parallel.compat.torch_internals import write_item
@@ -140,6 +141,7 @@ def complete(writing: Writing, ranks: list[Written], final: Path) -> None:
         OSError: also where a file is not as it was written.
     """
     writing.plan.finish([w.results for w in ranks])
+    (writing.aside / CONFIG).write_text(json.dumps(BACKEND) + "\n")
     files = {name: summed for w in ranks for name, summed in w.files.items()}
     for name in (METADATA, CONFIG):
         files[name] = _synced_sum(writing.aside / name)

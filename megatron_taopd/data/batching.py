@@ -1,4 +1,4 @@
-"""Cut, drop, balance and pack: from a mask over response rows to equal work on every rank.
+"""Cut, drop, balance and pack: from the response rows that are wanted to equal work on every rank.
 
 Planning works on lengths alone and is the same on every rank: no collectives. Tokens are only
 touched in `build_micro_batch`. A sequence's *length* here is the number of its tokens that a pass
@@ -18,48 +18,28 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.parallel.copies import to_device
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.types import RolloutBatch, Sequences, WantedRows, ranges
 
 if TYPE_CHECKING:
     from megatron_taopd.parallel.layout import Layout
 
 
-def cut_lengths(batch: Sequences, mask: Tensor) -> Tensor:
-    """Return [N] int64: how many tokens of each sequence a pass runs to reach its last wanted row.
-
-    A row at position t sees the tokens 0 … t, so its sequence runs t+1 of them; a sequence without
-    a wanted row is dropped (0). With a mask that keeps everything that is all but the last token of
-    each sequence, which predicts nothing that was generated: the lengths of the scoring pass.
-
-    Args:
-        mask: [R] bool, the wanted rows.
-    """
-    rows = mask.to(batch.tokens.device).nonzero().squeeze(1)
-    needed = batch.row_positions[rows] + 1
-    lengths = torch.zeros_like(batch.lengths)
-    return lengths.scatter_reduce_(0, batch.row_sequences()[rows], needed, "amax")
-
-
-def split_mini_batches(batch: RolloutBatch, mask: Tensor, n: int) -> list[Tensor]:
+def split_mini_batches(batch: RolloutBatch, kept: WantedRows, n: int) -> list[WantedRows]:
     """Deal the sequences into n groups of near-equal kept rows, for n optimizer steps per batch.
 
     Selection stays batch-wide: this only says which kept rows belong to which step.
 
-    Args:
-        mask: [R] bool, the kept rows.
-
     Returns:
-        n masks [R] bool that partition `mask`, whole sequences each, in deterministic order. Their
-        kept counts differ by at most the largest count of one sequence. A mask is empty only if
-        fewer than n sequences have kept rows.
+        n parts of `kept`, whole sequences each, in deterministic order. Their kept counts differ by
+        at most the largest count of one sequence. A part is empty only if fewer than n sequences
+        have kept rows.
     """
-    mask = mask.to(batch.tokens.device)
-    sequence_of_row = batch.row_sequences()
-    kept = torch.bincount(sequence_of_row[mask], minlength=batch.num_sequences)
-    group = torch.empty_like(batch.prompt_lengths)
-    for index, sequences in enumerate(balance(kept.tolist(), n)):
+    if n == 1:
+        return [kept]
+    group = torch.empty_like(kept.counts)
+    for index, sequences in enumerate(balance(kept.counts.tolist(), n)):
         group[sequences] = index
-    return [mask & (group[sequence_of_row] == index) for index in range(n)]
+    return [kept.within(batch, group == index) for index in range(n)]
 
 
 def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
@@ -132,7 +112,7 @@ def plan(
         6. the same arguments give the same plan, everywhere.
 
     Args:
-        lengths: [N] tokens to run of each sequence (`cut_lengths`).
+        lengths: [N] tokens to run of each sequence (`WantedRows`).
         world_size: data-parallel size.
         multiple: what the token count of a micro-batch is padded to.
 
@@ -203,51 +183,40 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    batch: Sequences,
-    sequences: Sequence[int],
-    lengths: Tensor,
-    mask: Tensor,
-    multiple: int = 1,
+    batch: Sequences, sequences: Sequence[int], wanted: WantedRows, multiple: int = 1
 ) -> MicroBatch:
-    """Pack the first `lengths[i]` tokens of each sequence i, with its wanted rows.
+    """Pack the first `wanted.lengths[i]` tokens of each sequence i, with its wanted rows.
 
     Args:
         sequences: ascending sequence indices, possibly none: then it is all padding, without rows.
-        lengths: [N] int64, tokens to run of each sequence (`cut_lengths` of the mask, or more).
-        mask: [R] bool, the wanted rows; all True for scoring, the kept rows for training.
+        wanted: all rows for scoring, the kept ones for training; of sequences whose rows are not
+            known here there are tokens, but no rows.
         multiple: the token count is padded to it (the tensor-parallel size under sequence
             parallelism).
     """
     assert all(a < b for a, b in pairwise(sequences)), "not ascending"
     chosen = torch.tensor(sequences, dtype=torch.int64)
-    kept = lengths[chosen]
-    num_tokens = int(kept.sum())
+    lengths = wanted.lengths[chosen]
+    num_tokens = int(lengths.sum())
     padding = -num_tokens % multiple if num_tokens else multiple
-    segments = torch.cat([kept, kept.new_tensor([padding] if padding else [])])
+    segments = torch.cat([lengths, lengths.new_tensor([padding] if padding else [])])
     cu_seqlens = _starts(segments)
-    segment = torch.repeat_interleave(segments)
-    position_ids = torch.arange(len(segment)) - cu_seqlens[segment]
-
-    sources = batch.cu_seqlens[chosen][segment[:num_tokens]] + position_ids[:num_tokens]
+    sources = ranges(batch.cu_seqlens[chosen], lengths)
     tokens = torch.nn.functional.pad(batch.tokens[sources], (0, padding))
 
-    counts = batch.cu_rows.diff()[chosen]
-    owner = torch.repeat_interleave(counts)
-    offset = torch.arange(len(owner)) - _starts(counts)[owner]
-    row_ids = batch.cu_rows[chosen][owner] + offset
-    wanted = mask.to(row_ids.device)[row_ids]
-    owner, row_ids = owner[wanted], row_ids[wanted]
-    positions = batch.row_positions[row_ids]
-    assert (positions < kept[owner]).all(), "a wanted row lies behind the cut"
+    row_ids = wanted.of(batch, chosen)
+    segment = torch.searchsorted(chosen, batch.sequences_of(row_ids))
+    positions = batch.positions_of(row_ids)
+    assert (positions < lengths[segment]).all(), "a wanted row lies behind the cut"
     return MicroBatch(
         tokens=tokens,
-        position_ids=position_ids,
+        position_ids=ranges(torch.zeros_like(segments), segments),
         sequences=tuple(sequences),
         cu_seqlens=cu_seqlens.int(),
         max_seqlen=int(segments.max()),
-        rows=cu_seqlens[owner] + positions,
+        rows=cu_seqlens[segment] + positions,
         row_ids=row_ids,
-        targets=batch.tokens[batch.cu_seqlens[chosen][owner] + positions + 1],
+        targets=batch.tokens[batch.cu_seqlens[chosen[segment]] + positions + 1],
     )
 
 
@@ -265,18 +234,55 @@ class Assignment:
     owner: Tensor
     micro_batches: list[MicroBatch]
 
+    def sequences(self) -> Tensor:
+        """[n] int64, ascending: the sequences that this rank runs."""
+        return torch.tensor(sorted(i for m in self.micro_batches for i in m.sequences)).long()
+
+    def most_rows(self, wanted: WantedRows) -> int:
+        """Count the wanted rows of the micro-batch of this rank that has most."""
+        return max(int(wanted.counts[list(m.sequences)].sum()) for m in self.micro_batches)
+
+
+def deal(
+    batch: Sequences,
+    wanted: WantedRows,
+    layout: Layout,
+    micro_batch_tokens: int,
+    rows_held: Tensor | None = None,
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Balance and pack the batch for a model's layout; the same plan on every rank.
+
+    Args: those of `assign`.
+
+    Returns:
+        [N] int64, the data-parallel rank that runs each sequence (0 for those not run); and this
+        rank's micro-batches, ascending sequence indices each.
+
+    Raises:
+        ValueError: a sequence is longer than a micro-batch.
+    """
+    ranks = plan(wanted.lengths, layout.dp, micro_batch_tokens, _multiple(layout))
+    if rows_held is not None:
+        rows = batch.cu_rows.diff().tolist()
+        sizes = [sum(rows[i] for packed in share for i in packed) for share in ranks]
+        ranks = hand_out(ranks, sizes, rows_held.tolist())
+    owner = torch.zeros_like(wanted.lengths)
+    for rank, micro_batches in enumerate(ranks):
+        owner[[sequence for packed in micro_batches for sequence in packed]] = rank
+    return owner, ranks[layout.dp_rank]
+
 
 def assign(
     batch: Sequences,
-    mask: Tensor,
+    wanted: WantedRows,
     layout: Layout,
     micro_batch_tokens: int,
     rows_held: Tensor | None = None,
 ) -> Assignment:
-    """Cut, drop, balance and pack the batch for a model's layout; the same plan on every rank.
+    """Balance and pack the batch for a model's layout, and build this rank's micro-batches.
 
     Args:
-        mask: [R] bool, the wanted rows.
+        wanted: rows; the same counts and lengths on every rank.
         micro_batch_tokens: the most tokens in a micro-batch.
         rows_held: [dp] int64, the rows that each data-parallel rank has from the parts of a batch
             before this one, all of whose rows it keeps: see `hand_out`.
@@ -284,21 +290,26 @@ def assign(
     Raises:
         ValueError: a sequence is longer than a micro-batch.
     """
-    lengths = cut_lengths(batch, mask)
-    multiple = layout.tp if layout.sequence else 1
-    ranks = plan(lengths, layout.dp, micro_batch_tokens, multiple)
-    if rows_held is not None:
-        rows = batch.cu_rows.diff().tolist()
-        sizes = [sum(rows[i] for packed in share for i in packed) for share in ranks]
-        ranks = hand_out(ranks, sizes, rows_held.tolist())
-    owner = torch.zeros_like(lengths)
-    for rank, micro_batches in enumerate(ranks):
-        owner[[sequence for packed in micro_batches for sequence in packed]] = rank
-    own = [
-        build_micro_batch(batch, sequences, lengths, mask, multiple)
-        for sequences in ranks[layout.dp_rank]
-    ]
-    return Assignment(lengths, owner, own)
+    owner, own = deal(batch, wanted, layout, micro_batch_tokens, rows_held)
+    return build(batch, owner, own, wanted, layout)
+
+
+def build(
+    batch: Sequences,
+    owner: Tensor,
+    own: Sequence[tuple[int, ...]],
+    wanted: WantedRows,
+    layout: Layout,
+) -> Assignment:
+    """Build the micro-batches that `deal` has dealt to this rank."""
+    multiple = _multiple(layout)
+    micro_batches = [build_micro_batch(batch, packed, wanted, multiple) for packed in own]
+    return Assignment(wanted.lengths, owner, micro_batches)
+
+
+def _multiple(layout: Layout) -> int:
+    """Return what the tokens of a micro-batch are padded to a multiple of."""
+    return layout.tp if layout.sequence else 1
 
 
 def hand_out(shares: list, sizes: Sequence[int], held: Sequence[int]) -> list:
@@ -335,27 +346,24 @@ def rows_by_rank(batch: Sequences, owner: Tensor, world_size: int) -> Tensor:
 
 
 def shorten(
-    batch: Sequences, assigned: Assignment, mask: Tensor, layout: Layout
+    batch: Sequences, assigned: Assignment, wanted: WantedRows, layout: Layout
 ) -> tuple[Assignment, list[Tensor]]:
     """Cut an assignment's sequences after their last wanted row; nothing is re-packed.
 
     Args:
         assigned: of a pass over these sequences at no shorter lengths.
-        mask: [R] bool, the wanted rows.
 
     Returns:
         The assignment, some of whose micro-batches may be padding only; and for each of its
         micro-batches [T'] int64, where each token stood in the longer one, −1 for padding.
     """
-    lengths = cut_lengths(batch, mask)
-    multiple = layout.tp if layout.sequence else 1
-    micro_batches, places = [], []
+    lengths, micro_batches, places = wanted.lengths, [], []
     for longer in assigned.micro_batches:
         starts = dict(zip(longer.sequences, longer.cu_seqlens.tolist(), strict=False))
         sequences = [i for i in longer.sequences if lengths[i] > 0]
-        shorter = build_micro_batch(batch, sequences, lengths, mask, multiple)
-        segments = [torch.arange(int(lengths[i])) + starts[i] for i in sequences]
-        place = torch.cat([*segments, torch.empty(0, dtype=torch.int64)])
+        shorter = build_micro_batch(batch, sequences, wanted, _multiple(layout))
+        first = torch.tensor([starts[i] for i in sequences], dtype=torch.int64)
+        place = ranges(first, lengths[sequences])
         padding = len(shorter.tokens) - len(place)
         places.append(torch.nn.functional.pad(place, (0, padding), value=-1))
         micro_batches.append(shorter)

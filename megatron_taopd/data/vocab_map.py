@@ -201,7 +201,10 @@ class VocabMap:
         Raises:
             RuntimeError: fewer than MIN_SHARED of the response tokens have a counterpart.
         """
-        tokens, sequences = batch.response_tokens(), batch.row_sequences()
+        same = self.is_identity and prompts is None
+        if same and int(batch.tokens.max()) < self.size:
+            return batch, {"teacher/shared_tokens": 1.0, "teacher/cut_spellings": 0}
+        tokens = batch.response_tokens()
         ids = self.to_teacher(tokens)
         spelled = ids < 0
         shared = int((~spelled).sum())
@@ -211,9 +214,10 @@ class VocabMap:
                 f"counterpart in the teacher's vocabulary; at least {MIN_SHARED:.0%} have to"
             )
         metrics = {"teacher/shared_tokens": shared / len(ids), "teacher/cut_spellings": 0}
-        if self.is_identity and prompts is None:
+        if same:
             return batch, metrics
 
+        sequences = batch.row_sequences()
         if prompts is None:
             own = [batch.sequence(i)[:n] for i, n in enumerate(batch.prompt_lengths.tolist())]
         else:

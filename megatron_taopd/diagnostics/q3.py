@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from megatron_taopd.diagnostics.bootstrap import interval, ratio
 from megatron_taopd.diagnostics.gains import Row, ScoredBank, estimate_row
-from megatron_taopd.step.selection import SELECTORS
+from megatron_taopd.step.batch_scores import BatchScores
 
 PROXIES = {
     "C": "Teacher mass on student support",
@@ -20,7 +19,10 @@ PROXIES = {
 
 def in_q3(bank: ScoredBank, k: int) -> np.ndarray:
     """Mark the rows, [R] bool, of TIP's quadrant, as the selector `q3` has it."""
-    return (SELECTORS["q3"](bank.scores(k), 0) > -torch.inf).numpy()
+    scores = BatchScores.whole(bank.scores(k))
+    inside = scores.in_q3()
+    scores.refuse_nan()
+    return inside.numpy()
 
 
 def high_half(values: np.ndarray) -> np.ndarray:

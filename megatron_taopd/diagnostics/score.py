@@ -31,7 +31,7 @@ from megatron_taopd.parallel.vocab import Compared, compare_hidden
 from megatron_taopd.step.output_heads import open_heads
 from megatron_taopd.step.scoring import gather_rows
 from megatron_taopd.teacher.megatron import MegatronTeacher
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.types import RolloutBatch, Sequences, WantedRows
 
 TOP = 5  # likeliest tokens that a view shows
 
@@ -169,8 +169,7 @@ class Pair:
             `compare_hidden`; an all-reduce of 4·height bytes a row over all ranks.
         """
         layout = self.student.layout
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
-        assigned = batching.assign(batch, everything, layout, self.micro_batch_tokens)
+        assigned = batching.assign(batch, WantedRows.all(batch), layout, self.micro_batch_tokens)
         teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned.owner)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:

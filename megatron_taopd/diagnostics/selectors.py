@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from megatron_taopd.diagnostics.bootstrap import interval, ratio
 from megatron_taopd.diagnostics.gains import Row, ScoredBank, estimate_row
-from megatron_taopd.step.selection import SELECTORS, budget
+from megatron_taopd.step.batch_scores import BatchScores
+from megatron_taopd.step.selection import SELECTORS, budget, keep_highest
 
 # The paper's names.
 SELECTOR_NAMES = {
@@ -33,16 +33,14 @@ Masks = dict[tuple[str, float], np.ndarray]
 
 
 def kept_rows(bank: ScoredBank, k: int, seed: int) -> Masks:
-    """Mark what `selection.select` keeps, [R] bool by (selector, budget); one sort per selector."""
-    scores, masks = bank.scores(k), {}
+    """Mark what `selection.select` keeps, [R] bool by (selector, budget)."""
+    scores, masks = BatchScores.whole(bank.scores(k)), {}
     for name, priority_of in SELECTORS.items():
         priority = priority_of(scores, seed)
-        order = priority.sort(descending=True, stable=True).indices
-        order = order[priority[order] > -torch.inf].numpy()
         for share in RATIOS:
             kept = bank.num_rows if name == "full" else budget(share, bank.num_rows)
-            masks[name, share] = np.zeros(bank.num_rows, dtype=bool)
-            masks[name, share][order[:kept]] = True
+            masks[name, share] = keep_highest(priority, scores.held, kept).numpy()
+    scores.refuse_nan()
     return masks
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_taopd.parallel.compat.torch_internals import StorageInfo
 
 METADATA, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"  # files of a checkpoint
-BACKEND = {
+BACKEND = {  # what CONFIG says
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -43,7 +43,9 @@ def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
     directory = Path(directory)
     path = directory / CONFIG
     try:
-        if json.loads(path.read_text()) != BACKEND:
+        stated = json.loads(path.read_text())
+        # Megatron-core 0.19 names no common backend.
+        if "sharded_backend" not in stated or BACKEND | stated != BACKEND:
             raise ValueError("it names another format than torch_dist")
         path = directory / METADATA
         with path.open("rb") as stream:
@@ -51,7 +53,8 @@ def check_pickles(directory: str | Path, part: int = 0, parts: int = 1) -> None:
         tensors = describe(metadata)[0]
         objects = [i for w, i in metadata.storage_data.items() if w.fqn not in tensors]
         objects = [(info.relative_path, info.offset, info.length) for info in objects]
-        objects.append((COMMON, 0, (directory / COMMON).stat().st_size))
+        if (directory / COMMON).exists():  # Megatron-core 0.19 has it among the objects
+            objects.append((COMMON, 0, (directory / COMMON).stat().st_size))
         for name, offset, length in objects[part::parts]:
             path = directory / name
             with path.open("rb") as stream:

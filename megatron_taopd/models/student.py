@@ -168,18 +168,9 @@ class Student(FrozenStudent):
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        # Megatron's loader replaces the parameter groups, settings and all, by a checkpoint's.
-        self._settings = [
-            {name: value for name, value in group.items() if name not in ("params", "step")}
-            for group in self.optimizer.param_groups
-        ]
 
     def go_on_after(self, updates: int) -> None:
-        """Put the configured settings back into the optimizer, whose state was loaded, and go on
-        with the schedule after so many updates.
-        """
-        for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
-            group.update(settings)
+        """Go on with the schedule of the learning rate after so many updates."""
         self.scheduler.num_steps = updates
         self.scheduler.step(increment=0)
 

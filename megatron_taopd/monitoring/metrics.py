@@ -17,7 +17,8 @@ def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, fl
     """
     lengths = batch.response_lengths.double()
     middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
-    staleness = (step - 1 - batch.weight_versions).double()
+    versions = batch.weight_versions
+    oldest = int(versions.min())
     return {
         "valid_rows": batch.num_rows,
         "tokens_rolled_out": int(batch.lengths.sum()),
@@ -26,9 +27,10 @@ def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, fl
         "rollout/response_length_p90": long,
         "rollout/response_length_max": lengths.max().item(),
         "rollout/truncated_share": batch.truncated.double().mean().item(),
-        "rollout/weight_version": int(batch.weight_versions.min()),
-        "rollout/staleness_mean": staleness.mean().item(),
-        "rollout/staleness_max": staleness.max().item(),
+        "rollout/weight_version": oldest,
+        "rollout/staleness_mean": ((step - 1) * len(versions) - int(versions.sum()))
+        / len(versions),
+        "rollout/staleness_max": float(step - 1 - oldest),
         "rollout/logprob_gap_mean": gap.mean().item(),
         "rollout/logprob_gap_max": gap.max().item(),
     }

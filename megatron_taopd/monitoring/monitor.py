@@ -73,12 +73,12 @@ class Monitor:
         self._expected: dict[str, float] = {}  # likewise, in the step before
         self._stepped = False  # a whole step is done
         self._noted: set[str] = set()
+        self._num_samples, self._looked = log.samples, False
         self._writes = rank == 0
         if self._writes:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.records = truncate_records(self.run_dir / "metrics.jsonl", first_step)
             self.sessions = Sessions(self.run_dir / "sessions.json", first_step)
-            self._num_samples = log.samples
             self._samples_file = self.run_dir / "samples.json"
             self.samples = Samples()
             self._sinks = open_sinks(log, self.run_dir, self.name, config_yaml, first_step)
@@ -156,16 +156,20 @@ class Monitor:
             self.write_report()
         return record
 
-    def keep_tokens(self, look: Callable[[], Snapshot | None], newest: bool) -> None:
+    def keep_tokens(self, look: Callable[[], Snapshot | None] | None, newest: bool) -> None:
         """Keep a look at a step's tokens for the report: of the first step and of the newest.
 
+        Every rank calls this, and looks alike, whatever rank 0 has kept of earlier starts.
+
         Args:
-            look: takes it; None where the step had none to look at.
-            newest: take it in any case; otherwise only if it is the first.
+            look: takes it, and returns None but on rank 0; None of a step without tokens.
+            newest: take it in any case; otherwise only if it is the first of this start.
         """
-        if not self._writes or not self._num_samples or (self.samples.steps and not newest):
+        if look is None or not self._num_samples or (self._looked and not newest):
             return
-        if (snapshot := look()) is not None:
+        self._looked = True
+        snapshot = look()
+        if snapshot is not None and self._writes and (newest or not self.samples.steps):
             self.samples.keep(self.samples.steps, snapshot)
             self._write_samples()
 

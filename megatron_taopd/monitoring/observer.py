@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_taopd.config.schema import Config
-from megatron_taopd.data import batching
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
@@ -22,13 +20,12 @@ from megatron_taopd.parallel.vocab import logits_bytes
 from megatron_taopd.step.distiller import Lesson, replay_mib
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import ScoredBatch
-from megatron_taopd.step.selection import budget, selection_metrics
-from megatron_taopd.step.teachability import learnable_disagreement
-from megatron_taopd.types import Sequences
+from megatron_taopd.step.selection import budget
+from megatron_taopd.types import Sequences, WantedRows
 
 ENDLESS = 0.95  # the share of responses without an end above which a run says so
 
-Samples = Callable[[], Snapshot | None]  # looks at a step's tokens, for the report
+Samples = Callable[[], Snapshot | None] | None  # looks at a step's tokens, for the report
 
 
 class Observer:
@@ -65,29 +62,26 @@ class Observer:
             length: the longest response that was allowed.
             teacher_inputs: the batch as the teacher read it.
         """
-        scored, mask, config = lesson.scored, lesson.mask, self.config
+        scored, selection, config = lesson.scored, lesson.selection, self.config
         batch, scores = scored.batch, scored.scores
-        teachability = learnable_disagreement(scores.disagreement, scores.compatibility)
         metrics = dict(lesson.trained)
         head_rows = metrics.pop("head_rows")
-        metrics |= self.horizon.observe(batch, teachability, length)
-        metrics |= selection_metrics(
-            config.selection.selector, scores, mask, batch.cu_rows, lesson.seed
-        )
+        metrics |= self.horizon.observe(batch, scores.learnable, length, scores.held)
+        metrics |= selection.metrics
         metrics |= rollout_metrics(batch, scored.gap, step)
         metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
-        metrics |= self._head_memory(scored.assigned, head_rows)
+        metrics |= self._head_memory(scored, head_rows)
         work = _work(lesson, teacher_inputs, config.train.recompute)
         metrics |= step_operations(*self.costs, work)
         metrics |= {"tokens_read": int(work.read.sum()), "tokens_scored": int(work.scored.sum())}
         self._warn_of_replay(scored)
-        self._warn_of_small_q3(mask, step)
+        self._warn_of_small_q3(batch.num_rows, selection.kept.num_rows, step)
         self._warn_of_gap(scored.gap, step)
         if length == config.rollout.max_new_tokens:  # a shorter horizon cuts them on purpose
             truncated = metrics["rollout/truncated_share"]
             self._warn_of_endless("rollout.max_new_tokens", truncated, f"step {step}")
-        selector, count = (config.selection.selector, lesson.seed), config.log.samples
-        return metrics, lambda: take(step, batch, scores, mask, self.tokenizer, selector, count)
+        tokenizer, count = self.tokenizer, config.log.samples
+        return metrics, lambda: take(step, batch, selection, tokenizer, count)
 
     def throughput(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the `perf/*` of a step whose spans have ended; none of one that was skipped."""
@@ -107,11 +101,11 @@ class Observer:
             **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},
         }
 
-    def _head_memory(self, scored: batching.Assignment, trained_rows: int) -> dict[str, int]:
+    def _head_memory(self, scored: ScoredBatch, trained_rows: int) -> dict[str, int]:
         """Return the bytes of logits that exist at a time in both passes, on rank 0's rows."""
         columns = self.student.shard.stop - self.student.shard.start
         chunk_rows = self.student.rows_within(self.config.train.head_memory_mib)
-        scored_rows = max(len(m.rows) for m in scored.micro_batches)
+        scored_rows = scored.assigned.most_rows(WantedRows.all(scored.batch))
         return {
             "memory/head_scoring": logits_bytes(scored_rows, chunk_rows, columns),
             "memory/head_training": logits_bytes(trained_rows, chunk_rows, columns),
@@ -147,12 +141,12 @@ class Observer:
                 "more, or name in rollout.stop_token_ids what ends an answer",
             )
 
-    def _warn_of_small_q3(self, mask: Tensor, step: int) -> None:
+    def _warn_of_small_q3(self, rows: int, kept: int, step: int) -> None:
         """Warn of masks inside Q3 that are all of it, and so equal one another."""
         selection = self.config.selection
         if not selection.selector.startswith("q3_"):
             return
-        most, kept = budget(selection.ratio, len(mask)), int(mask.sum())
+        most = budget(selection.ratio, rows)
         if kept < most:
             self.monitor.note(
                 "selection.ratio",
@@ -164,14 +158,13 @@ class Observer:
 
 def _work(lesson: Lesson, teacher_inputs: Sequences, recompute: str) -> Work:
     """Return what was run in a step."""
-    batch, mask = lesson.scored.batch, lesson.mask
-    everything = torch.ones(batch.num_rows, dtype=torch.bool)
+    batch, kept = lesson.scored.batch, lesson.selection.kept
     return Work(
         scored=lesson.scored.assigned.lengths,
-        read=batching.cut_lengths(teacher_inputs, everything),
-        trained=batching.cut_lengths(batch, mask),
+        read=teacher_inputs.reach(),
+        trained=kept.lengths,
         num_rows=batch.num_rows,
-        kept_rows=int(mask.sum()),
+        kept_rows=kept.num_rows,
         replayed=lesson.scored.kept_outputs is not None,
         recompute=recompute,
     )

@@ -1,37 +1,38 @@
 """Single tokens and answers for the report: of the first step and evaluation, and of the newest.
 
 They are kept in samples.json, which is replaced as a whole, so that its size does not grow with the
-run. Nothing is computed for it that the step has not: scores and masks are on every rank anyway.
+run. Each rank looks at the rows that it holds, and rank 0 writes down what all have seen.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.evaluation.in_loop import Example
 from megatron_taopd.formats.files import file_written_aside
-from megatron_taopd.step.selection import SELECTORS
-from megatron_taopd.step.teachability import (
-    bounded,
-    normalize_compatibility,
-    normalize_disagreement,
-    quantiles,
-)
-from megatron_taopd.types import RolloutBatch, TokenScores
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.objects import gather
+from megatron_taopd.parallel.order import all_reduce
+from megatron_taopd.step.distiller import Selection
+from megatron_taopd.types import RolloutBatch
 
 MOST_TOKENS = 1600  # of all responses of a step; each has an equal share
 MOST_POINTS = 400  # of kept tokens in the D–C plane, and as many of the others
 MOST_CHARACTERS = 2000  # of a prompt or an answer
 KINDS = {"l": "learnable", "i": "incompatible", "a": "agreement"}
+LETTERS = list(KINDS)
 AGREEMENT = 2  # its place there
+COLUMNS = ("D", "C", "d", "c", "student", "teacher")  # of a token's scores
 EVEN = 0.5  # of C̃, where D^L = D̃·C̃ and D^I = D̃·(1 − C̃) are equal
 UNRANKED = ("full", "random")  # selectors whose priorities say nothing of a token
 
@@ -142,88 +143,176 @@ class Samples:
 
 
 def take(
-    step: int,
-    batch: RolloutBatch,
-    scores: TokenScores,
-    mask: Tensor,
-    tokenizer,
-    selector: tuple[str, int],
-    count: int,
-) -> Snapshot:
+    step: int, batch: RolloutBatch, selection: Selection, tokenizer, count: int
+) -> Snapshot | None:
     """Look at the tokens of a step.
 
     A token disagrees where D is above the median of the batch, as in TIP's quadrants. Its
     disagreement is learnable where D^L, and incompatible where D^I is the larger part of D̃ (Eq. 5).
 
     Args:
-        scores: [R] each, on the CPU.
-        mask: [R] bool, the rows that were kept.
-        selector: its name and seed.
         count: of responses: the first ones of which a row was kept.
-    """
-    d, c = bounded(scores.disagreement), scores.compatibility
-    normal_d, normal_c = normalize_disagreement(d), normalize_compatibility(c)
-    kinds, split = kinds_of(d, normal_d, normal_c)
-    columns = {
-        "D": d,
-        "C": c,
-        "d": normal_d,
-        "c": normal_c,
-        "rank": _ranks(scores, *selector),
-        "log_p": batch.log_probs,
-        "student": scores.student_entropy,
-        "teacher": scores.teacher_entropy,
-    }
-    letters = list(KINDS)
-    counts = {
-        letter: (int((kinds == i).sum()), int((mask & (kinds == i)).sum()))
-        for i, letter in enumerate(letters)
-    }
-    tokens, points = batch.response_tokens(), []
-    for row in sorted([*_spread(mask), *_spread(~mask)]):
-        place = [round(float(x), 4) for x in (normal_c[row], normal_d[row])]
-        raw = [_short(float(x)) for x in (c[row], d[row])]
-        text = tokenizer.decode(tokens[row : row + 1])
-        points.append([*place, letters[kinds[row]], int(mask[row]), *raw, text])
 
-    responses, starts = [], batch.cu_rows.tolist()
-    for i, (start, end) in enumerate(pairwise(starts)):
-        if len(responses) == count:
-            break
-        rows = slice(start, min(end, start + MOST_TOKENS // count))
-        if not mask[rows].any():
-            continue
+    Returns:
+        The same whoever holds which rows; None but on the first rank.
+
+    Collectives: every rank takes part. It says, pickled, which of its rows are to be shown, and
+    then their scores; together at most 2·MOST_POINTS + MOST_TOKENS rows. All-reduces of 48 bytes
+    and of 8 for each token.
+    """
+    rows = _Rows(batch, selection)
+    most = MOST_TOKENS // count
+    offers = rows.gather((rows.points(), rows.begun_well(most)[:count], rows.nearest_median()))
+    points = sorted(row for found, _, _ in offers for row in found)
+    first = sorted(i for _, found, _ in offers for i in found)[:count]
+    split = min(nearest for _, _, nearest in offers)[-1]
+    starts = batch.cu_rows.tolist()
+    spans = {i: range(starts[i], min(starts[i + 1], starts[i] + most)) for i in first}
+    shown = [row for span in spans.values() for row in span]
+    seen = {
+        row: scores for part in rows.gather(rows.scores({*points, *shown})) for row, scores in part
+    }
+    ranks = None
+    if selection.choice.selector not in UNRANKED:
+        ranks = dict(
+            zip(shown, rows.ranks(shown, [seen[row]["priority"] for row in shown]), strict=True)
+        )
+    counts = rows.kinds_counted()
+    if not rows.first_rank:
+        return None
+
+    tokens, plane = batch.response_tokens(), []
+    for row in points:
+        of = seen[row]
+        place, raw = ([of[name] for name in names] for names in (("c", "d"), ("C", "D")))
+        text = tokenizer.decode(tokens[row : row + 1])
+        rounded = [round(value, 4) for value in place]
+        plane.append([*rounded, of["kind"], of["kept"], *map(_short, raw), text])
+
+    responses = []
+    for i, span in spans.items():
         prompt, response = batch.sequence(i).tensor_split([int(batch.prompt_lengths[i])])
+        columns = {name: [_short(seen[row][name]) for row in span] for name in COLUMNS}
+        columns["rank"] = ranks and [ranks[row] for row in span]
+        columns["log_p"] = [_short(p) for p in batch.log_probs[span.start : span.stop].tolist()]
         responses.append(
             Response(
                 shortened(tokenizer.decode(prompt, skip_special_tokens=True)),
-                texts_of(response[: rows.stop - start], tokenizer),
-                "".join(letters[kind] for kind in kinds[rows]),
-                mask[rows].tolist(),
-                {
-                    name: None if values is None else [_short(v) for v in values[rows].tolist()]
-                    for name, values in columns.items()
-                },
-                end - start,
+                texts_of(response[: len(span)], tokenizer),
+                "".join(seen[row]["kind"] for row in span),
+                [bool(seen[row]["kept"]) for row in span],
+                columns,
+                starts[i + 1] - starts[i],
             )
         )
-    return Snapshot(step, split, counts, points, responses)
+    return Snapshot(step, split, counts, plane, responses)
 
 
-def kinds_of(d: Tensor, normal_d: Tensor, normal_c: Tensor) -> tuple[Tensor, float]:
-    """Return [R] int64, the place in KINDS of each row, and D̃ at the median of D.
+class _Rows:
+    """The rows of a batch that this rank holds, on the CPU: what a look asks of each."""
+
+    def __init__(self, batch: RolloutBatch, selection: Selection):
+        choice, self.kept_of = selection.choice, selection.kept.counts
+        self.batch, self.held = batch, choice.scores.held
+        self.ids, self.mask = self.held.ids(), choice.mask.cpu()
+        self.priority = choice.priority.cpu()
+        scores = choice.scores
+        self.columns = {
+            "D": scores.bounded("disagreement"),
+            "C": scores.rows.compatibility,
+            "d": scores.d,
+            "c": scores.c,
+            "student": scores.rows.student_entropy,
+            "teacher": scores.rows.teacher_entropy,
+        }
+        self.columns = {name: column.cpu() for name, column in self.columns.items()}
+        [known] = scores.describe("disagreement")
+        self.median = float(known.quantiles[1])
+        self.kinds = kinds_of(self.columns["D"], self.columns["c"], self.median)
+
+    @property
+    def first_rank(self) -> bool:
+        return self.held.group is None or dist.get_rank() == 0
+
+    def gather(self, value):
+        """Return what every rank says, by rank."""
+        return [value] if self.held.group is None else gather(value)
+
+    def points(self) -> list[int]:
+        """Return those held of at most MOST_POINTS kept rows, evenly spread, and of the others."""
+        found = []
+        for marked, of in (
+            (self.mask, self.kept_of),
+            (~self.mask, self.batch.cu_rows.diff() - self.kept_of),
+        ):
+            ids = self.ids[marked]
+            sequence = self.batch.sequences_of(ids)
+            within = torch.arange(len(ids)) - torch.searchsorted(sequence, sequence)
+            place = (of.cumsum(0) - of)[sequence] + within  # among all marked rows of the batch
+            stride = -(-int(of.sum()) // MOST_POINTS) or 1
+            found += ids[place % stride == 0].tolist()
+        return found
+
+    def begun_well(self, most: int) -> list[int]:
+        """Return the sequences held that have a kept row among their first ones."""
+        kept = self.ids[self.mask]
+        sequence = self.batch.sequences_of(kept)
+        return sequence[kept - self.batch.cu_rows[sequence] < most].unique().tolist()
+
+    def nearest_median(self) -> tuple[float, int, float]:
+        """Return how far the nearest D held is from the median, of which row, and its D̃."""
+        if not len(self.ids):
+            return math.inf, 0, 0.0
+        away = (self.columns["D"] - self.median).abs()
+        i = int((away == away.min()).nonzero()[0])
+        return float(away[i]), int(self.ids[i]), round(float(self.columns["d"][i]), 4)
+
+    def scores(self, rows: set[int]) -> list[tuple[int, dict]]:
+        """Return what is known of those of these rows that are held."""
+        wanted = torch.isin(self.ids, torch.tensor(sorted(rows), dtype=torch.int64))
+        at = wanted.nonzero()[:, 0]
+        columns = {name: column[at].tolist() for name, column in self.columns.items()}
+        columns["priority"] = self.priority[at].tolist()
+        columns["kind"] = [LETTERS[kind] for kind in self.kinds[at].tolist()]
+        columns["kept"] = self.mask[at].int().tolist()
+        return [
+            (row, {name: column[i] for name, column in columns.items()})
+            for i, row in enumerate(self.ids[at].tolist())
+        ]
+
+    def ranks(self, rows: list[int], priorities: list[float]) -> list[int]:
+        """Return, 1 for the row that the selector would keep first, the rank of these rows."""
+        ordered = self.priority.sort(descending=True, stable=True)
+        ids, asked = self.ids[ordered.indices], torch.tensor(priorities, dtype=self.priority.dtype)
+        rising = ordered.values.flip(0)
+        higher = len(ids) - torch.searchsorted(rising, asked, right=True)
+        as_high = len(ids) - torch.searchsorted(rising, asked)
+        before = [
+            first + int(torch.searchsorted(ids[first:end], row))  # ties: the earlier rows
+            for row, first, end in zip(rows, higher.tolist(), as_high.tolist(), strict=True)
+        ]
+        return [place + 1 for place in self._sums(before)]
+
+    def kinds_counted(self) -> dict[str, tuple[int, int]]:
+        """Return, by letter, all tokens of the batch, and the kept ones."""
+        both = [self.kinds.bincount(minlength=3), self.kinds[self.mask].bincount(minlength=3)]
+        counts = self._sums(torch.cat(both).tolist())
+        return dict(zip(LETTERS, zip(counts[:3], counts[3:], strict=True), strict=True))
+
+    def _sums(self, numbers: list[int]) -> list[int]:
+        told = torch.tensor(numbers, dtype=torch.int64, device=platform.device())
+        return all_reduce(told, self.held.group).tolist()
+
+
+def kinds_of(d: Tensor, normal_c: Tensor, median: float) -> Tensor:
+    """Return [r] int64, the place in KINDS of each row.
 
     Args:
-        d: [R] finite D; its median is exact where many rows have the same D̃.
-        normal_d, normal_c: [R] D̃ and C̃.
+        d: [r] finite D.
+        normal_c: [r] C̃.
+        median: of D over the batch, which is exact where many rows have the same D̃.
     """
-    kinds = torch.full_like(d, AGREEMENT, dtype=torch.int64)
-    if not len(d):
-        return kinds, 0.0
-    middle = float(quantiles(d, [0.5]))
-    disagrees = d > middle
-    kinds[disagrees] = (normal_c[disagrees] < EVEN).long()
-    return kinds, round(float(normal_d[(d - middle).abs().argmin()]), 4)
+    return torch.where(d > median, (normal_c < EVEN).long(), AGREEMENT)
 
 
 def texts_of(tokens: Tensor, tokenizer) -> list[str]:
@@ -238,23 +327,6 @@ def shortened(text: str) -> str:
         return text
     half = MOST_CHARACTERS // 2
     return f"{text[:half]} … {text[-half:]}"
-
-
-def _ranks(scores: TokenScores, selector: str, seed: int) -> Tensor | None:
-    """Return [R] int64, 1 for the row that the selector would keep first."""
-    if selector in UNRANKED:
-        return None
-    order = SELECTORS[selector](scores, seed).sort(descending=True, stable=True).indices
-    ranks = torch.empty_like(order)
-    ranks[order] = torch.arange(1, len(order) + 1)
-    return ranks
-
-
-def _spread(mask: Tensor) -> Sequence[int]:
-    """Return at most MOST_POINTS of the marked rows, evenly spread."""
-    rows = mask.nonzero().flatten().tolist()
-    stride = -(-len(rows) // MOST_POINTS) or 1
-    return rows[::stride]
 
 
 def _short(value: float) -> float | int:

@@ -7,7 +7,7 @@ import os
 import platform as machine
 import time
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def about() -> dict[str, Any]:
     """Describe this process's job: its ranks, its device, the versions of what it runs."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     return {
-        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "ranks": ranks,
         "hosts": max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
         "device": device(),

@@ -20,6 +20,7 @@ PHASES = (
     "selection",
     "training",
     "sync",
+    "metrics",
     "eval",
     "checkpoint",
     "other",

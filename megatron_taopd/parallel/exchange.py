@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.copies import to_device
+from megatron_taopd.types import ranges
 
 _ROWS_AT_A_TIME = 256  # that are copied by their numbers, which takes a temporary of so many
 _MOST_ROUNDS = 32  # a rank has this share of what it sends in its send buffer
@@ -58,18 +59,83 @@ class RowShard:
         return self.rows[to_device(where, self.rows.device)]
 
 
-def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Tensor) -> RowShard:
+@dataclass(frozen=True)
+class Traffic:
+    """The rows that this rank sends to others, or gets from them; its own included.
+
+    Attributes:
+        ids: [p] int64 on the CPU, canonical numbers, one partner after another; both ranks of a
+            pair have them in one order.
+        counts: [world_size] int64, how many are of each partner.
+    """
+
+    ids: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which rank sends the rows of which sequence to which: the same on every rank.
+
+    Attributes:
+        sequences, source, destination: [P] int64 on the CPU; a sequence may go to several ranks.
+        rows: [P] int64, how many rows each has that go.
+    """
+
+    sequences: Tensor
+    source: Tensor
+    destination: Tensor
+    rows: Tensor
+
+    @property
+    def rounds(self) -> int:
+        """In how many rounds they are sent (`rounds`)."""
+        sent, received = (self._by_rank(each) for each in (self.source, self.destination))
+        return rounds(int(torch.maximum(sent, received).max()))
+
+    def outgoing(self) -> tuple[Tensor, Tensor]:
+        """Return the sequences that this rank sends, by partner, and [world_size] rows to each."""
+        return self._of_own(self.source, self.destination)
+
+    def incoming(self) -> tuple[Tensor, Tensor]:
+        """Return the sequences that come here, by partner, and [world_size] rows of each."""
+        return self._of_own(self.destination, self.source)
+
+    def _of_own(self, own: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+        places = (own == dist.get_rank()).nonzero()[:, 0]
+        places = places[partner[places].argsort(stable=True)]
+        return self.sequences[places], self._by_rank(partner, places)
+
+    def _by_rank(self, ranks: Tensor, places: Tensor | slice = slice(None)) -> Tensor:
+        total = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        return total.index_add_(0, ranks[places], self.rows[places])
+
+
+def tell_ids(outgoing: Traffic, counts: Tensor) -> Traffic:
+    """Tell every rank which rows it will get; return those that come to this one.
+
+    Args:
+        counts: [world_size] int64, how many come of each rank.
+
+    Collectives: an all-to-all of 8 bytes for each row.
+    """
+    sent = to_device(outgoing.ids, platform.device())
+    received = sent.new_empty(int(counts.sum()))
+    dist.all_to_all_single(received, sent, counts.tolist(), outgoing.counts.tolist())
+    return Traffic(received.cpu(), counts)
+
+
+def send_rows(held: list[RowShard], outgoing: Traffic, incoming: Traffic, count: int) -> RowShard:
     """Move rows between ranks, as all of them have agreed.
 
-    They go in `rounds` of about equally many rows of each pair of ranks, so that a rank has every
+    They go in rounds of about equally many rows of each pair of ranks, so that a rank has every
     row at most twice, where it was and where it comes to, and in addition the rows that it sends in
     one round.
 
     Args:
         held: what this rank has, in any number of pieces (of no rows: [0, D]). The list is emptied.
-        ids, source, destination: [P] int64 on the CPU, equal on every rank: row `ids[i]` goes from
-            global rank `source[i]` to `destination[i]`. A row may go to several ranks, and also to
-            its own.
+        outgoing, incoming: what it sends, also to itself, and what comes to it.
+        count: of rounds, the same on every rank (`Routes.rounds`).
 
     Returns:
         The rows that came to this rank.
@@ -77,22 +143,19 @@ def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Te
     Raises:
         KeyError: a row that this rank was to send is not held.
 
-    Collectives: `rounds` all-to-alls over the world, P·D elements in total, of which rows that stay
-    on their rank cost nothing on the wire.
+    Collectives: `count` all-to-alls over the world, D elements for each row and destination, of
+    which rows that stay on their rank cost nothing on the wire.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    by_rank = (each.bincount(minlength=world_size) for each in (source, destination))
-    count = rounds(max(int(rows.max()) for rows in by_rank))
-    outgoing, send_counts = _in_rounds(source == rank, destination, count, world_size)
-    incoming, receive_counts = _in_rounds(destination == rank, source, count, world_size)
+    departing, send_counts = _in_rounds(outgoing, count)
+    arriving, receive_counts = _in_rounds(incoming, count)
     sent, width = send_counts.sum(1).tolist(), held[0].rows.shape[1]
-    received = held[0].rows.new_empty(len(incoming), width)
+    received = held[0].rows.new_empty(len(arriving), width)
     # One for all rounds: gloo's threads let go of what they have sent at their leisure.
     buffer = held[0].rows.new_empty(max(sent), width)
     arrivals = received.split(receive_counts.sum(1).tolist())
-    for i, departing in enumerate(ids[outgoing].split(sent)):
-        leaving = buffer[: len(departing)]
-        _take(held, departing, leaving)
+    for i, ids in enumerate(departing.split(sent)):
+        leaving = buffer[: len(ids)]
+        _take(held, ids, leaving)
         # Bytes, because gloo moves no bfloat16.
         dist.all_to_all_single(
             arrivals[i].view(torch.uint8),
@@ -101,7 +164,7 @@ def send_rows(held: list[RowShard], ids: Tensor, source: Tensor, destination: Te
             send_counts[i].tolist(),
         )
     held.clear()
-    return RowShard(ids[incoming], received)
+    return RowShard(arriving, received)
 
 
 def rounds(most_rows: int) -> int:
@@ -113,26 +176,20 @@ def rounds(most_rows: int) -> int:
     return max(1, min(_MOST_ROUNDS, -(-most_rows // _FEWEST_ROWS)))
 
 
-def _in_rounds(own: Tensor, partner: Tensor, count: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Deal a rank's copies to rounds: the rows of a pair of ranks evenly, in their order.
+def _in_rounds(traffic: Traffic, count: int) -> tuple[Tensor, Tensor]:
+    """Deal a rank's rows to rounds: those of a pair of ranks evenly, in their order.
 
     Both ranks of a pair see the same rows in the same order, and so deal them alike.
 
-    Args:
-        own: [P] bool, the copies that this rank sends, or receives.
-        partner: [P] the other rank of each.
-
     Returns:
-        [p] int64, the places of its copies, by round and partner; [count, world_size] how many.
+        [p] int64, the ids by round and partner; [count, world_size] how many.
     """
-    places = own.nonzero()[:, 0]
-    places = places[partner[places].argsort(stable=True)]
-    partners = partner[places]
-    of_pair = partners.bincount(minlength=world_size)
-    within = torch.arange(len(places)) - (of_pair.cumsum(0) - of_pair)[partners]
-    cells = within * count // of_pair[partners] * world_size + partners
-    counts = cells.bincount(minlength=count * world_size).view(count, world_size)
-    return places[cells.argsort(stable=True)], counts
+    # Of n rows the w-th goes in round ⌊w · count / n⌋.
+    rounds_of = torch.arange(count + 1)[:, None]
+    ends = -(-rounds_of * traffic.counts // count)
+    counts = ends.diff(dim=0)
+    starts = traffic.counts.cumsum(0) - traffic.counts + ends[:-1]
+    return traffic.ids[ranges(starts.flatten(), counts.flatten())], counts
 
 
 def _take(held: list[RowShard], ids: Tensor, out: Tensor) -> None:

@@ -8,7 +8,9 @@ CUDA nothing is touched.
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +23,15 @@ from torch import Tensor
 
 from megatron_taopd.parallel import cuda_variables, nccl
 from megatron_taopd.parallel.compat import torch_internals
+
+# Loggers of megatron-core that tell, since 0.17, at every start and save what it will drop.
+_ANNOUNCING = (
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.models.gpt.gpt_model",
+)
+_ANNOUNCEMENT = re.compile("deprecated|full_param_layout not provided", re.IGNORECASE)
 
 
 def device() -> torch.device:
@@ -65,6 +76,12 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     transformers.utils.logging.disable_progress_bar()
+    for name in _ANNOUNCING:
+        logging.getLogger(name).addFilter(_is_no_announcement)
+
+
+def _is_no_announcement(record: logging.LogRecord) -> bool:
+    return _ANNOUNCEMENT.search(record.getMessage()) is None
 
 
 def initialize(timeout_s: float = 1800.0) -> bool:

@@ -50,6 +50,7 @@ def step_collectives(setup: Setup, rank: int, moved: float = 0.0) -> list[Collec
         *_rollout(setup),
         *_teacher(setup, rank),
         *_scoring(setup, rank),
+        *_selection(setup, rank),
         *_training(setup, rank, moved),
         *_gradients(setup, rank),
         *_optimizer(setup, rank),
@@ -267,13 +268,31 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
     probed = _Pass.of(setup, setup.student, grid, rank, work.length - 1, work.response // stride)
     chunk = _chunk_rows(setup)
     a_row = (12 if setup.columns_only else 24) * (setup.k + 1)
-    table = links.all_reduce_bytes(28 * rows, world)
+    told = links.all_reduce_bytes(4 * (1 + -(-rows // stride)), world)
     return [
         *scored.forward("scoring"),
         *scored.heads("scores", chunk, a_row),
         *probed.heads("probe", chunk, 12),
-        Collective("score table", "all_reduce", "world", world, world, 1, table),
+        Collective("scoring", "all_reduce", "world", world, world, 1, told),
     ]
+
+
+def _selection(setup: Setup, rank: int) -> list[Collective]:
+    """List those of `selection.choose` by teachability, of `look`, and the mask's way over TP."""
+    grid, work, world = setup.student_grid, setup.workload, setup.gpus
+    digits = (1 << 11, 1 << 11, 1 << 10)  # cells of a float32's, `parallel.order`
+    # Four scores are described by three quantiles, between two places each; then the threshold is
+    # looked for, and that of the best D^L.
+    bytes_ = [8 * 4, 8 * 4]
+    bytes_ += [4 * 4 * places * cells for places, cells in zip((1, 6, 6), digits, strict=True)]
+    bytes_ += 2 * [4 * cells for cells in digits]
+    bytes_ += [8 * work.sequences + 8, 24 * work.sequences, 9 * 8]
+    sent = sum(links.all_reduce_bytes(each, world) for each in bytes_)
+    found = [Collective("selection", "all_reduce", "world", world, world, len(bytes_), sent)]
+    if grid.stage(rank) == grid.pp - 1:
+        rows = work.sequences_of(grid.dp) * work.response
+        found.append(Collective("selection", "broadcast", "student tp", grid.tp, grid.tp, 1, rows))
+    return found
 
 
 def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:

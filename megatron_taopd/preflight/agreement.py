@@ -32,7 +32,7 @@ from megatron_taopd.serving.begin import wait_for_servers
 from megatron_taopd.step.distiller import Distiller
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import open_heads
-from megatron_taopd.step.scoring import sequence_log_probs
+from megatron_taopd.step.scoring import sequence_log_probs, whole_scores
 from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teacher
 from megatron_taopd.types import RolloutBatch, Sequences
 
@@ -92,7 +92,7 @@ def check_teacher(
     parts, assigned = distiller.read(teacher_inputs), distiller.assign(batch)
     teacher_rows = distiller.dispatch(parts, batch, assigned)
     try:
-        scores = distiller.score(batch, assigned, teacher_rows).scores
+        scores = whole_scores(distiller.score(batch, assigned, teacher_rows))
     except Fault as fault:
         return [error(f"{what}: {fault.what}", remedy)]
     least, most = scores.disagreement.aminmax()

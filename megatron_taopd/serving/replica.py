@@ -158,7 +158,7 @@ class Replica:
         url, timeout_s = self.url + path, self.shared.limits.health_timeout_s
         try:
             return await asyncio.wait_for(self.shared.http.get(url), timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise RuntimeError(f"{url}: no answer within {timeout_s:g} s") from None
         except httpx.TransportError as error:
             raise RuntimeError(f"{url}: {error!r}") from error

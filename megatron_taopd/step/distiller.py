@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSection
@@ -16,13 +17,14 @@ from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.faults import Fault
+from megatron_taopd.step.batch_scores import NAMES
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.scoring import ScoredBatch, score
-from megatron_taopd.step.selection import select
+from megatron_taopd.step.selection import Choice, choose, look
 from megatron_taopd.step.training import train_on
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.types import RolloutBatch, Sequences, WantedRows
 
 Parts = list[tuple[Tensor, ReadRows]]  # of a batch: places in it, and what the teacher made of them
 Span = Callable[[str], AbstractContextManager]
@@ -46,19 +48,32 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True)
+class Selection:
+    """The rows of a batch that are trained on, and what is known of them.
+
+    Attributes:
+        choice: of the rows whose scores this rank has.
+        kept: the same on every rank but for `ids`, which are known where they were scored.
+        metrics: of `selection_metrics`.
+    """
+
+    choice: Choice
+    kept: WantedRows
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Lesson:
     """What the student was taught by one batch.
 
     Attributes:
-        mask: [R] bool, the rows that were kept.
+        selection: the rows that were kept.
         trained: what `train_on` says of them.
-        seed: of the selection.
     """
 
     scored: ScoredBatch
-    mask: Tensor
+    selection: Selection
     trained: dict[str, float]
-    seed: int
 
 
 @dataclass
@@ -93,7 +108,7 @@ class Distiller:
             Fault: its numbers mean nothing, on every rank alike. What it has taken of
                 `train.mini_batches` stays.
 
-        Collectives: those of `dispatch`, `score` and `train_on`.
+        Collectives: those of `dispatch`, `score`, `select` and `train_on`.
         """
         with span("teacher"):
             assigned = self.assign(batch)
@@ -107,12 +122,12 @@ class Distiller:
 
         # … of which the ⌈ρ|I|⌉ most teachable of the whole batch are kept (Eq. 12–13) …
         with span("selection"):
-            mask = self.select(scored, seed)
+            selection = self.select(scored, seed)
 
         # … and the loss falls on these alone (Eq. 6–7).
         with span("training"):
-            trained = self.train_on(scored, mask)
-        return Lesson(scored, mask, trained, seed)
+            trained = self.train_on(scored, selection.kept)
+        return Lesson(scored, selection, trained)
 
     def read(self, teacher_inputs: Sequences) -> Parts:
         """Let the teacher read a batch as a whole. Collectives: the teacher's."""
@@ -122,7 +137,7 @@ class Distiller:
 
     def assign(self, batch: RolloutBatch) -> batching.Assignment:
         """Deal all rows of a batch to the student's ranks."""
-        everything = torch.ones(batch.num_rows, dtype=torch.bool)
+        everything = WantedRows.all(batch)
         return batching.assign(
             batch, everything, self.student.layout, self.train.micro_batch_tokens
         )
@@ -143,16 +158,39 @@ class Distiller:
             batch, assigned, teacher_rows, self.student, self.heads, self.selection.k, keep
         )
 
-    def select(self, scored: ScoredBatch, seed: int) -> Tensor:
-        """Pick the rows to train on, [R] bool (`selection.select`)."""
-        section, cu_rows = self.selection, scored.batch.cu_rows
-        return select(
-            section.selector, scored.scores, section.ratio, seed, section.concentrate, cu_rows
-        )
+    def select(self, scored: ScoredBatch, seed: int) -> Selection:
+        """Pick the rows to train on (`selection.choose`).
 
-    def train_on(self, scored: ScoredBatch, mask: Tensor) -> dict[str, float]:
+        Collectives: those of `choose` and `look` over all ranks; on the last stage a broadcast of a
+        byte for each row that a data-parallel rank has scored, over TP.
+        """
+        section, batch = self.selection, scored.batch
+        scored.scores.describe(*NAMES)  # all at once
+        choice = choose(section.selector, scored.scores, section.ratio, seed, section.concentrate)
+        seen = look(choice)
+        # The last row of a sequence sees its prompt, and the tokens of the rows before it.
+        lengths = (batch.prompt_lengths - 1 + seen.last) * (seen.last > 0)
+        ids = self._kept_here(scored, choice.mask)
+        return Selection(choice, WantedRows(seen.counts, lengths, ids), seen.metrics)
+
+    def _kept_here(self, scored: ScoredBatch, mask: Tensor) -> Tensor:
+        """Return [k] int64, the kept rows of the sequences that this rank has scored.
+
+        The first rank of a TP group has the mask, so that the others cannot differ by a bit.
+        """
+        layout, batch = self.student.layout, scored.batch
+        if not layout.is_last_stage:
+            return torch.empty(0, dtype=torch.int64)
+        ids = batch.rows_of(scored.assigned.sequences())
+        if layout.tp > 1:
+            mask = mask.byte() if len(mask) else mask.new_empty(len(ids), dtype=torch.uint8)
+            first = layout.last_stage_rank(layout.dp_rank, 0)
+            dist.broadcast(mask, src=first, group=layout.groups.tp)
+        return ids[mask.bool().cpu()]
+
+    def train_on(self, scored: ScoredBatch, kept: WantedRows) -> dict[str, float]:
         """Take the optimizer steps of a batch (`training.train_on`)."""
-        return train_on(scored, mask, self.student, self.heads, self.train, self.loss, self.guard)
+        return train_on(scored, kept, self.student, self.heads, self.train, self.loss, self.guard)
 
 
 def replay_mib(student: Student, assigned: batching.Assignment) -> float:

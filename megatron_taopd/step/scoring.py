@@ -16,11 +16,12 @@ from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.exchange import RowShard
-from megatron_taopd.parallel.faults import Fault
+from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import token_log_probs
+from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
-from megatron_taopd.types import RolloutBatch, TokenScores
+from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows, ranges
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class ScoredBatch:
     Attributes:
         assigned: who scored each sequence, and so has its teacher rows.
         teacher_rows: on the student's last stage, what the teacher says of this rank's sequences.
-        scores: [R] each, on the CPU, the same on every rank.
-        gap: |log p_trainer − log p_engine| of some sampled tokens, likewise.
+        scores: each row's on one rank, the first of the TP group that scored it, on its device.
+        gap: |log p_trainer − log p_engine| of some sampled tokens, on the CPU, the same on every
+            rank.
         kept_outputs: what this rank's layers returned, for a replay (`models.replay`), or None.
     """
 
     batch: RolloutBatch
     assigned: batching.Assignment
     teacher_rows: RowShard
-    scores: TokenScores
+    scores: BatchScores
     gap: Tensor
     kept_outputs: list[list[Tensor]] | None
 
@@ -70,7 +72,8 @@ def score(
             rank that scored them and their sequences. (A D of +inf is a score like any other.)
 
     Collectives: the trunk's forward; those of the heads' scores, 24K+24 bytes (12K+12 of top-K
-    rows) per row and rank over TP; an all-reduce of 28 bytes per row over all ranks.
+    rows) per row and rank over TP; an all-reduce of 4 bytes per probed row and 4 more over all
+    ranks. The scores stay where they are.
     """
     layout = student.layout
     stride = max(1, batch.num_rows // probe_rows)
@@ -104,12 +107,54 @@ def score(
     with student.keep_outputs() if keep_outputs else nullcontext() as kept:
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
-    *scores, log_probs, faults = gather_rows(columns, assigned, batch.num_rows, 7, layout)
-    if faults.any():
-        raise _fault(faults, batch.row_sequences(), layout.last_stage_rank(assigned.owner, 0))
-    probed = torch.arange(0, batch.num_rows, stride)
-    gap = (log_probs[probed] - batch.log_probs[probed]).abs()
-    return ScoredBatch(batch, assigned, teacher_rows, TokenScores(*scores), gap, kept)
+    held = HeldRows(batch.cu_rows, _sequences_held(assigned, layout), dist.group.WORLD)
+    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 7)
+    ids = held.ids()
+    probed = (ids % stride == 0).nonzero()[:, 0]
+    told = torch.zeros(1 + -(-batch.num_rows // stride), device=platform.device())
+    told[0] = (faults > 0).sum()
+    at = to_device(1 + ids[probed] // stride, told.device)
+    told[at] = log_probs[to_device(probed, told.device)]
+    dist.all_reduce(told)
+    faulty, *_ = found = told.cpu()
+    if faulty:
+        raise _fault(faults.cpu(), batch.sequences_of(ids))
+    gap = (found[1:] - batch.log_probs[::stride]).abs()
+    scored = BatchScores(TokenScores(*scores), held)
+    return ScoredBatch(batch, assigned, teacher_rows, scored, gap, kept)
+
+
+def _sequences_held(assigned: batching.Assignment, layout: Layout) -> Tensor:
+    """Return [n] int64, ascending: the sequences whose scores this rank alone has."""
+    sequences = assigned.sequences()
+    return sequences if layout.is_last_stage and layout.tp_rank == 0 else sequences[:0]
+
+
+def _in_canonical_order(
+    columns: list[Tensor], assigned: batching.Assignment, held: HeldRows, height: int
+) -> Tensor:
+    """Return [height, r] fp32: what was found of the rows that are held, in their order."""
+    if not len(held.sequences):
+        return torch.zeros(height, 0, device=platform.device())
+    packed = torch.tensor([i for m in assigned.micro_batches for i in m.sequences])
+    counts = held.cu_rows.diff()[packed]
+    order = packed.argsort()
+    rows = ranges((counts.cumsum(0) - counts)[order], counts[order])
+    table = torch.cat(columns, dim=1)
+    return table[:, to_device(rows, table.device)]
+
+
+def whole_scores(scored: ScoredBatch) -> TokenScores:
+    """Put the scores of all rows together, [R] each on the CPU of every rank: for few rows.
+
+    Collectives: an all-reduce of 20 bytes a row over all ranks.
+    """
+    rows, held = scored.scores.rows, scored.scores.held
+    columns = [getattr(rows, name) for name in (*NAMES, "topk_overlap")]
+    table = torch.zeros(len(columns), held.num_rows, device=platform.device())
+    table[:, to_device(held.ids(), table.device)] = torch.stack(columns)
+    dist.all_reduce(table)
+    return TokenScores(*table.cpu())
 
 
 _CULPRITS = {1: "teacher hidden states", 2: "student hidden states", 4: "scores"}
@@ -128,17 +173,19 @@ def culprits(student: Tensor, teacher: Tensor, scores: TokenScores) -> Tensor:
     return (1 * ~teacher + 2 * ~student + 4 * (student & teacher & ~sound)).float()
 
 
-def _fault(faults: Tensor, sequences: Tensor, rank_of: Tensor) -> Fault:
+def _fault(faults: Tensor, sequences: Tensor) -> Fault:
     """Say whose numbers are not finite, on which ranks and in which sequences.
 
     Args:
-        faults: [R] of `culprits`, and sequences: [R] the sequence of each row.
-        rank_of: [N] the rank that scored each sequence.
+        faults: [r] of `culprits`, of the rows held here, and sequences: [r] the sequence of each.
     """
-    whose = [name for bit, name in _CULPRITS.items() if (faults.int() & bit).any()]
-    bad = sequences[faults > 0].unique()
+    bits = faults[faults > 0].int().unique().tolist()
+    bad = sequences[faults > 0].unique().tolist()
+    found = by_rank([(bits, bad)] if bad else [])
+    seen = [bit for [(bits, _)] in found.values() for bit in bits]
+    whose = [name for bit, name in _CULPRITS.items() if any(bit & each for each in seen)]
     what = f"{' and '.join(whose)} are not finite"
-    return Fault(what, rank_of[bad].unique().tolist(), bad.tolist())
+    return Fault(what, [*found], sorted(i for [(_, bad)] in found.values() for i in bad))
 
 
 def sequence_log_probs(
@@ -168,8 +215,7 @@ def sequence_log_probs(
     )
     layout, shard = student.layout, student.shard
     whole = replace(shard, size=student.trunk.hf.vocab_size, absent=None)
-    everything = torch.ones(rows, dtype=torch.bool)
-    assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
+    assigned = batching.assign(batch, WantedRows.all(batch), layout, micro_batch_tokens)
 
     def log_probs(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
         hidden = pick_rows(hidden_states, micro_batch.rows, layout)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -18,19 +19,19 @@ from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.copies import to_device
-from megatron_taopd.parallel.exchange import RowShard, send_rows
+from megatron_taopd.parallel.exchange import Routes, RowShard, Traffic, send_rows, tell_ids
 from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.loss import kept_row_loss, metric_names
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.scoring import ScoredBatch
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, WantedRows
 
 
 def train_on(
     scored: ScoredBatch,
-    mask: Tensor,
+    kept: WantedRows,
     student: Student,
     heads: OutputHeads | TopkOutputHeads | None,
     train: TrainSection,
@@ -55,38 +56,38 @@ def train_on(
             optimizer step and those after it are not taken.
     """
     assert scored.kept_outputs is None or train.mini_batches == 1, train.mini_batches
-    kept: float = 0  # counts among metrics, whose type is float
+    kept_rows: float = 0  # counts among metrics, whose type is float
     trained: float = 0
     head_rows: float = 0
     sums: Counter = Counter()
     grad_norms: list[float] = []
-    for part in batching.split_mini_batches(scored.batch, mask, train.mini_batches):
-        if not part.any():
+    for part in batching.split_mini_batches(scored.batch, kept, train.mini_batches):
+        if not part.num_rows:
             continue
         metrics = backward(scored, part, student, heads, loss, train.micro_batch_tokens)
         guard.check(metrics["loss"])
         grad_norm, lr = student.step()
         guard.taken(metrics["loss"])
         rows = metrics.pop("kept_rows")
-        kept += rows
+        kept_rows += rows
         trained += metrics.pop("tokens_trained")
         head_rows = max(head_rows, metrics.pop("head_rows"))
         sums.update({name: rows * value for name, value in metrics.items()})
         grad_norms.append(grad_norm)
     counts: dict[str, float] = {
-        "kept_rows": kept,
+        "kept_rows": kept_rows,
         "tokens_trained": trained,
         "head_rows": head_rows,
     }
     if not grad_norms:
         return counts
-    means = {name: value / kept for name, value in sums.items()}
+    means = {name: value / kept_rows for name, value in sums.items()}
     return {**counts, **means, "grad_norm": sum(grad_norms) / len(grad_norms), "lr": lr}
 
 
 def backward(
     scored: ScoredBatch,
-    mask: Tensor,
+    kept: WantedRows,
     student: Student,
     heads: OutputHeads | TopkOutputHeads | None,
     loss: LossSection,
@@ -100,7 +101,7 @@ def backward(
 
     Args:
         scored: what was scored, with teacher rows of (at least) the kept rows scored here.
-        mask: [R] bool, the kept rows; the same on every rank.
+        kept: the rows to train on, those known that were scored here.
         heads: None except on the last stage.
         loss: its kind, and the parameters of that.
         micro_batch_tokens: the most tokens in a packed micro-batch.
@@ -112,17 +113,19 @@ def backward(
     Raises:
         Fault: the loss is not finite, on every rank alike.
 
-    Collectives: one all-to-all that takes the kept teacher rows (D_t elements each, per TP rank)
-    to the data-parallel rank that trains their sequence; the trunk's and the loss's own.
+    Collectives: where a sequence is trained on another rank than scored, all-to-alls that take the
+    kept teacher rows (D_t elements and a number of 8 bytes each, per TP rank) there; the trunk's
+    and the loss's own.
     """
     layout, batch, teacher_rows = student.layout, scored.batch, scored.teacher_rows
     if scored.kept_outputs is None:
-        assigned = batching.assign(batch, mask, layout, micro_batch_tokens)
-        owners = scored.assigned.owner, assigned.owner
-        teacher_rows = _follow(teacher_rows, batch, mask, *owners, layout)
+        trainer, own = batching.deal(batch, kept, layout, micro_batch_tokens)
+        owners = scored.assigned.owner, trainer
+        kept, teacher_rows = _follow(teacher_rows, batch, kept, *owners, layout)
+        assigned = batching.build(batch, trainer, own, kept, layout)
         outputs = nullcontext()
     else:
-        assigned, places = batching.shorten(batch, scored.assigned, mask, layout)
+        assigned, places = batching.shorten(batch, scored.assigned, kept, layout)
         outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
@@ -142,17 +145,17 @@ def backward(
 
     with outputs:
         sums = student.forward_backward(assigned.micro_batches, loss_func)
-    kept = int(mask.sum())
+    num_rows = kept.num_rows
     names = "loss", *metric_names(loss.kind)
     totals = _global_sums(sums, names, layout)
-    means = {name: total / max(kept, 1) for name, total in zip(names, totals, strict=True)}
+    means = {name: total / max(num_rows, 1) for name, total in zip(names, totals, strict=True)}
     if not math.isfinite(means["loss"]):
         raise _fault(sums, assigned.micro_batches, layout)
     return {
         **means,
-        "kept_rows": kept,
+        "kept_rows": num_rows,
         "tokens_trained": int(assigned.lengths.sum()),
-        "head_rows": max(len(m.rows) for m in assigned.micro_batches),
+        "head_rows": assigned.most_rows(kept),
     }
 
 
@@ -174,23 +177,33 @@ def _fault(
 def _follow(
     held: RowShard,
     batch: RolloutBatch,
-    mask: Tensor,
+    kept: WantedRows,
     owner: Tensor,
     trainer: Tensor,
     layout: Layout,
-) -> RowShard:
-    """Send the kept teacher rows to the data-parallel rank that trains their sequence."""
-    if torch.equal(owner, trainer):
-        return held
-    kept = mask.nonzero()[:, 0]
-    sequences = batch.row_sequences()[kept]
-    tp_ranks = range(layout.tp)
-    return send_rows(
-        [held],  # later mini-batches need what is here
-        kept.repeat(layout.tp),
+) -> tuple[WantedRows, RowShard]:
+    """Send the kept teacher rows to the data-parallel rank that trains their sequence.
+
+    Returns:
+        The kept rows, of which those are known here that this rank trains, and what the teacher
+        says of them. Where no sequence has moved that is what was given.
+    """
+    trained = kept.counts > 0
+    if torch.equal(owner[trained], trainer[trained]):
+        return kept, held
+    sequences, tp_ranks = trained.nonzero()[:, 0], range(layout.tp)
+    routes = Routes(
+        sequences.repeat(layout.tp),
         torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
         torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
+        kept.counts[sequences].repeat(layout.tp),
     )
+    leaving, counts = routes.outgoing()
+    outgoing = Traffic(kept.of(batch, leaving), counts)
+    incoming = tell_ids(outgoing, routes.incoming()[1])
+    # Later mini-batches need what is here.
+    rows = send_rows([held], outgoing, incoming, routes.rounds)
+    return replace(kept, ids=incoming.ids.sort().values), rows
 
 
 def _global_sums(

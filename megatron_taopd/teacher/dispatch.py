@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_taopd.parallel.exchange import RowShard, send_rows
+from megatron_taopd.parallel.exchange import Routes, RowShard, Traffic, send_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.types import Sequences
 
@@ -44,7 +44,12 @@ def dispatch(
     being the student's.
     """
     held, holders = _in_batch(parts, batch)
-    return send_rows(held, *_routes(batch, student, owner, holders))
+    routes = _routes(batch, student, owner, holders)
+    outgoing, incoming = (
+        Traffic(batch.rows_of(sequences), counts)
+        for sequences, counts in (routes.outgoing(), routes.incoming())
+    )
+    return send_rows(held, outgoing, incoming, routes.rounds)
 
 
 def _in_batch(
@@ -59,23 +64,30 @@ def _in_batch(
     while parts:
         places, part = parts.pop()
         holders[places] = part.holders
-        held.append(RowShard(batch.rows_of(places)[part.held.ids], part.held.rows))
+        counts = batch.cu_rows.diff()[places]
+        ends = counts.cumsum(0)
+        sequence = torch.searchsorted(ends, part.held.ids, right=True)
+        moved_by = batch.cu_rows[places] - (ends - counts)
+        held.append(RowShard(part.held.ids + moved_by[sequence], part.held.rows))
     return held, holders
 
 
-def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor):
-    """Return (row, source rank, destination rank) of every copy that has to be delivered.
+def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor) -> Routes:
+    """Say which rank sends each sequence's rows to which.
 
-    Each rank of the student's last-stage TP group needs the row; the copies are taken in turn from
-    the ranks that have it, and from the destination itself if it does.
+    Each rank of the student's last-stage TP group needs them; the copies are taken in turn from
+    the ranks that have them, and from the destination itself if it does.
     """
-    sequences = batch.row_sequences()
     sources, destinations = [], []
     for tp_rank in range(student.tp):
         destination = student.last_stage_rank(owner, tp_rank)
         source = holders[:, tp_rank % holders.shape[1]]
         has_it = (holders == destination[:, None]).any(1)
-        sources.append(torch.where(has_it, destination, source)[sequences])
-        destinations.append(destination[sequences])
-    ids = torch.arange(batch.num_rows)
-    return ids.repeat(student.tp), torch.cat(sources), torch.cat(destinations)
+        sources.append(torch.where(has_it, destination, source))
+        destinations.append(destination)
+    return Routes(
+        torch.arange(batch.num_sequences).repeat(student.tp),
+        torch.cat(sources),
+        torch.cat(destinations),
+        batch.cu_rows.diff().repeat(student.tp),
+    )

@@ -19,7 +19,7 @@ from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
-from megatron_taopd.types import Sequences
+from megatron_taopd.types import Sequences, WantedRows
 
 _CHECKSUM_BLOCK = 1 << 22  # bytes
 
@@ -87,7 +87,7 @@ class MegatronTeacher:
 
         Collectives: those of the trunk's forward.
         """
-        everything = torch.ones(sequences.num_rows, dtype=torch.bool)
+        everything = WantedRows.all(sequences)
         own = batching.assign(
             sequences, everything, self.layout, self.micro_batch_tokens, self.rows_held
         )

@@ -95,8 +95,6 @@ class _Teacher(ABC):
             ValueError: a sequence that no server takes, on every rank.
             RuntimeError: of rank 0, on every rank.
         """
-        for i in range(sequences.num_sequences):
-            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0)
         started = time.monotonic()
         rows = self._ask(lambda: self._ask_all(sequences), tell=False)
         self.counts["tokens"] += len(sequences.tokens)
@@ -170,6 +168,8 @@ class _Teacher(ABC):
             await self.check(replica)
 
     async def _ask_all(self, sequences: Sequences) -> Tensor:
+        for i in range(sequences.num_sequences):
+            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0)
         tasks = [
             asyncio.ensure_future(self._ask_one(sequences, i))
             for i in range(sequences.num_sequences)
@@ -184,7 +184,7 @@ class _Teacher(ABC):
 
     async def _ask_one(self, sequences: Sequences, index: int) -> Tensor:
         first, last = sequences.cu_rows[index : index + 2].tolist()
-        positions = sequences.row_positions[first:last]
+        positions = sequences.positions_of(torch.arange(first, last))
         if not len(positions):
             return torch.empty(0, self.width, dtype=self.dtype)
         seen = int(positions[-1]) + 1 + self.tokens_after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ from support import dense
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_pair.yaml"
+TEACHER = TINY.parent / "tiny_pair" / "teacher"
+MIB = 1 << 20
 
 
 def test_varlen_attention_agrees_with_segment_by_segment():
@@ -135,3 +138,155 @@ def test_a_short_run_with_nccl(tmp_path, precision):
     )
     assert status == 0
     assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+@pytest.fixture
+def layout():
+    from megatron.core import parallel_state
+
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.layout import forward_layout, student_layout
+
+    platform.initialize()
+    student_layout(1, 1)  # has the random states that Megatron's layers ask for
+    yield forward_layout(1, 1)
+    parallel_state.destroy_model_parallel()
+
+
+def sequences():
+    from megatron_taopd.rollout.engine import make_rollout_batch
+
+    generator = torch.Generator().manual_seed(0)
+    prompts, responses = torch.randint(3, 1000, (2, 4, 12), generator=generator).unbind()
+    zeros = [torch.zeros(12)] * 4
+    versions = [torch.zeros(12, dtype=torch.int64)] * 4
+    return make_rollout_batch(
+        prompts.tolist(), range(4), list(responses), zeros, [True] * 4, versions
+    )
+
+
+def test_offloaded_weights_travel_from_pinned_memory_on_a_stream_of_their_own(layout):
+    """Neither does the host wait for them, nor they for what the device computes meanwhile."""
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    teacher = MegatronTeacher(TEACHER, layout, torch.bfloat16, 128, offload=True)
+    parameters = list(teacher.trunk.parameters())
+    assert all(host.is_pinned() for host in teacher.host)
+    assert not any(parameter.is_cuda for parameter in parameters)
+    computing = torch.cuda.current_stream()
+    assert teacher.copies != computing
+    with teacher.resident():  # the first one allocates
+        torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)  # cycles, half a second or so
+    with teacher.resident():
+        assert not computing.query()  # the host is here before the device is done
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)
+        with torch.cuda.stream(teacher.copies):
+            parameters[0].data.copy_(teacher.host[0], non_blocking=True)
+        teacher.copies.synchronize()
+        assert not computing.query()  # copied while the device was busy with something else
+        assert all(parameter.is_cuda for parameter in parameters)
+        assert all(torch.equal(p.cpu(), h) for p, h in zip(parameters, teacher.host, strict=True))
+    assert not any(parameter.is_cuda for parameter in parameters)
+
+
+def test_an_offloaded_teacher_reads_the_same_and_leaves_the_device(layout):
+    from megatron_taopd.teacher.megatron import MegatronTeacher
+
+    stays, goes = (
+        MegatronTeacher(TEACHER, layout, torch.bfloat16, 128, offload=offload)
+        for offload in (False, True)
+    )
+    expected = stays.read(sequences()).held.rows
+    weights = sum(host.nbytes for host in goes.host)
+    for _ in range(2):  # cuBLAS allocates its workspace on the first use
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        with goes.resident():
+            rows = goes.read(sequences()).held.rows
+            assert torch.cuda.memory_allocated() - before[0] >= weights
+        assert torch.equal(rows, expected)
+        del rows
+    assert torch.cuda.memory_allocated() == before[0]
+    assert torch.cuda.memory_reserved() <= before[1]
+    assert goes.fingerprint() == stays.fingerprint()
+
+
+@pytest.mark.parametrize("releases", [True, False])
+def test_servers_take_their_memory_when_the_cache_is_empty(layout, releases):
+    from megatron_taopd.rollout.sglang import SGLangEngine, Updates
+
+    seen = []
+
+    class Sync:
+        def push(self, *_):
+            seen.append(torch.cuda.memory_reserved())
+
+    replicas = SimpleNamespace(
+        live=["a server"],
+        run=lambda found: found,
+        begin_update=lambda targets: targets,
+        commit_update=lambda targets, version: None,
+    )
+    model = SimpleNamespace(vocab_size=8)
+    engine = SGLangEngine(replicas, model, 8, [1], Updates(Sync(), list, release_memory=releases))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    temporary = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")
+    del temporary
+    assert torch.cuda.memory_reserved() >= before + 256 * MIB  # torch keeps it
+    engine.update_weights([], version=1)
+    [held] = seen
+    assert (held <= before) if releases else (held >= before + 256 * MIB)
+
+
+def test_a_memory_snapshot_has_allocations_with_their_lines_and_the_spans(tmp_path):
+    from torch.profiler import record_function
+
+    from megatron_taopd.config.schema import ProfileSection
+    from megatron_taopd.monitoring.profiling import StepProfiler
+
+    profiler = StepProfiler(ProfileSection(steps=(2,), kind="memory"), tmp_path, 0)
+    for step in (1, 2, 3):
+        with profiler.step(step), record_function("scoring"):
+            tensor = torch.empty((31 + step) * MIB, dtype=torch.uint8, device="cuda")
+            del tensor
+    [file] = tmp_path.iterdir()
+    assert file.name == "step_2_rank_0.pickle"
+    snapshot = pickle.loads(file.read_bytes())
+    allocated = [
+        entry
+        for entry in snapshot["device_traces"][torch.cuda.current_device()]
+        if entry["action"] == "alloc"
+    ]
+    assert [entry["size"] for entry in allocated] == [33 * MIB]
+    assert any(frame["filename"] == __file__ for frame in allocated[0]["frames"])
+    stages = [e["stage"] for e in snapshot["external_annotations"] if e["name"] == "scoring"]
+    assert stages == ["START", "END"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "nsys"])
+def test_a_profiled_step_names_its_spans_and_kernels(tmp_path, kind):
+    import json
+
+    from torch.profiler import record_function
+
+    from megatron_taopd.config.schema import ProfileSection
+    from megatron_taopd.monitoring.profiling import StepProfiler
+
+    profiler = StepProfiler(ProfileSection(steps=(1,), kind=kind), tmp_path, 0)
+    x = torch.randn(64, 64, device="cuda")
+    with profiler.step(1):
+        with record_function("scoring"):
+            x @ x
+        torch.cuda.synchronize()
+    if kind == "nsys":  # which writes a file of its own, from outside
+        assert not list(tmp_path.iterdir())
+        return
+    events = json.loads((tmp_path / "step_1_rank_0.json").read_text())["traceEvents"]
+    categories = {event.get("cat") for event in events if event.get("name") == "scoring"}
+    assert "user_annotation" in categories
+    assert any(event.get("cat") == "kernel" for event in events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import megatron_taopd
 
 # Whose line a wait is: the innermost one of the first of these that is on the stack.
 _PLACES = (f"{Path(megatron_taopd.__file__).parent}/", "/megatron/core/", "/transformers/", "")
+SYNCHRONIZING = "called a synchronizing CUDA operation"
 _NOT_THEIRS = ("/torch/", f"{Path(__file__).parent}/")
 
 
@@ -32,14 +34,22 @@ class HostWaits:
     with waits.phase("training"):
         ...
     assert waits.by_phase()["training"] <= 4, waits.by_line("training")
+
+    Attributes:
+        debug_mode: that of `torch.cuda.set_sync_debug_mode`, which does not see `synchronize`.
     """
 
     def __init__(self) -> None:
         self.counts: Counter[Wait] = Counter()
+        self.debug_mode: str | int = "default"
         self._phase = ""
 
     def __call__(self, kind: str) -> None:
         self.counts[Wait(self._phase, kind, _line())] += 1
+        if kind != "synchronize" and self.debug_mode in ("error", 2):
+            raise RuntimeError(SYNCHRONIZING)
+        if kind != "synchronize" and self.debug_mode in ("warn", 1):
+            warnings.warn(SYNCHRONIZING, stacklevel=2)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

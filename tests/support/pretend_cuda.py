@@ -10,8 +10,9 @@ A tensor on the device is a `DeviceTensor`, whose numbers are in a tensor on the
 operator that reaches torch's dispatcher, in the backward pass, too, is looked at: where its tensors
 are, whether CUDA would run it, and whether the host would have to wait for it. It is then computed
 on the host. `device`, `is_cuda` and `torch.cuda.is_available()` answer as they do with CUDA, so
-that the product takes its CUDA branches. To torch's C++ code the device is PrivateUse1, which is
-its place for backends that are written in Python.
+that the product takes its CUDA branches, and `torch.cuda.set_sync_debug_mode` has waits raise or
+warn. To torch's C++ code the device is PrivateUse1, which is its place for backends that are
+written in Python.
 
 NCCL is gloo here, which refuses tensors that are not on the device, as NCCL does. Several ranks are
 several processes with a device each.
@@ -366,6 +367,8 @@ def _patch_cuda() -> None:
     torch.cuda.nccl.version = lambda: (2, 27, 5)
     torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.synchronize = lambda *_: _waits("synchronize")
+    torch.cuda.get_sync_debug_mode = lambda: _waits.debug_mode
+    torch.cuda.set_sync_debug_mode = lambda mode: setattr(_waits, "debug_mode", mode)
 
     def get_state(*_, **__):
         return torch.get_rng_state()

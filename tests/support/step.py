@@ -13,7 +13,7 @@ from megatron_taopd.config.schema import (
     TrainSection,
 )
 from megatron_taopd.data.vocab_map import VocabMap
-from megatron_taopd.types import RolloutBatch
+from megatron_taopd.types import RolloutBatch, WantedRows
 from support import dense
 from support.rounding import MULTIPLE
 
@@ -103,6 +103,8 @@ def step_on_ranks(
     from megatron.core import parallel_state
 
     from megatron_taopd.parallel import platform
+    from megatron_taopd.step.distiller import Selection
+    from megatron_taopd.step.scoring import whole_scores
 
     platform.emulate_cuda()
     vocab_map = vocab_map or VocabMap(torch.arange(size))
@@ -119,7 +121,8 @@ def step_on_ranks(
         distiller.selection = SelectionSection(ratio=ratio, k=5)
         distiller.loss = LossSection(**(loss or {}))
         if mask is not None:
-            distiller.select = lambda scored, seed: mask
+            given = WantedRows.known(batch, mask.nonzero()[:, 0])
+            distiller.select = lambda scored, seed: Selection(None, given, {})
         student, teacher = distiller.student, distiller.teacher
         before_update, gradients = student.step, []
 
@@ -133,8 +136,8 @@ def step_on_ranks(
         lessons = [distiller.learn(batch, distiller.read(teacher_inputs), 0) for _ in range(steps)]
         first = lessons[0]
         return {
-            "scores": first.scored.scores,
-            "mask": first.mask,
+            "scores": whole_scores(first.scored),
+            "mask": whole_mask(first.selection.kept, batch.num_rows),
             "metrics": first.trained,
             "gap": first.scored.gap,
             "grad_norm": first.trained["grad_norm"],
@@ -145,6 +148,14 @@ def step_on_ranks(
         }
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def whole_mask(kept, num_rows):
+    """[R] bool: the kept rows that any rank knows of."""
+    mask = torch.zeros(num_rows, dtype=torch.uint8)
+    mask[kept.ids] = 1
+    dist.all_reduce(mask, op=dist.ReduceOp.MAX)
+    return mask.bool()
 
 
 def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False):

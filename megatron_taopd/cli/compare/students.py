@@ -118,9 +118,9 @@ def compare(
     shard = VocabShard(0, len(ids[0]), None, len(ids[0]))
     values: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for i in range(batch.num_sequences):
-        rows = slice(*batch.cu_rows[i : i + 2].tolist())
+        rows = batch.rows_of(torch.tensor([i]))
         hidden = [
-            model.model(read.sequence(i)[None]).last_hidden_state[0, read.row_positions[rows]]
+            model.model(read.sequence(i)[None]).last_hidden_state[0, read.positions_of(rows)]
             for model, read in zip(models, (batch, teacher_inputs), strict=True)
         ]
         for kind, parts in values.items():

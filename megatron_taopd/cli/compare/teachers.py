@@ -155,7 +155,7 @@ def hidden_rows(model, sequences: Sequences) -> Tensor:
     """Return the normed hidden states at the response rows, [R, D]."""
     rows = []
     for i in range(sequences.num_sequences):
-        picked = sequences.row_positions[slice(*sequences.cu_rows[i : i + 2].tolist())]
+        picked = sequences.positions_of(sequences.rows_of(torch.tensor([i])))
         rows.append(model.model(sequences.sequence(i)[None]).last_hidden_state[0, picked])
     return torch.cat(rows)
 

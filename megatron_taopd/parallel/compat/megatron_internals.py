@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -27,15 +26,18 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-BACKEND, VERSION = "torch_dist", 1  # of the distributed checkpoint format
 Bucket = tuple[str, list[tuple[WriteItem, Any]]]  # a file's name, and what goes into it
 
 
 class _Plan(TorchDistSaveShardedStrategy):
     """Megatron's plan of which rank writes what, without the writing."""
 
-    def _get_save_and_finalize_callbacks(self, writer, planned):
-        return writer, planned[1]
+    def _get_save_and_finalize_callbacks(self, writer, planned, *_):
+        self.writer, self.metadata = writer, planned[1]
+        return self
+
+    def execute_sync(self) -> None:
+        """Do nothing where Megatron's `save` writes."""
 
 
 @dataclass
@@ -49,10 +51,9 @@ class SavePlan:
     transforms: Any
     _writer: filesystem_async.FileSystemWriterAsync
     _metadata: Metadata | None  # on rank 0
-    _directory: Path
 
     def finish(self, results: list[list[WriteResult]]) -> None:
-        """Write, on rank 0, what describes the files of all ranks.
+        """Write, on rank 0, which tensor lies where in the files of all ranks.
 
         Args:
             results: by rank, what `torch_internals.write_item` returned.
@@ -61,7 +62,6 @@ class SavePlan:
             OSError: the disk is full, say.
         """
         self._writer.finish(self._metadata, results)
-        save_config(CheckpointingConfig(BACKEND, VERSION), str(self._directory))
 
 
 def plan_save(
@@ -85,7 +85,9 @@ def plan_save(
     """
     tensors, common = save_preprocess(sharded)
     filesystem_async._results_queue = queue.Queue()  # or Megatron starts a process to have one
-    writer, metadata = _Plan(BACKEND, VERSION).async_save(tensors, directory)
+    plan = _Plan("torch_dist", 1)
+    plan.save(tensors, directory)
+    writer = plan.writer
     own = {
         t.data.untyped_storage().data_ptr()
         for t in nested_values(tensors)
@@ -99,7 +101,7 @@ def plan_save(
         for name, objects, items in planned
     ]
     writer.write_buckets = None  # it would keep the state's tensors alive
-    return SavePlan(writer.transforms, writer, metadata, directory), buckets, common
+    return SavePlan(writer.transforms, writer, plan.metadata), buckets, common
 
 
 def allocate_moments(distributed: Any) -> None:

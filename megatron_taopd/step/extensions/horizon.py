@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.config.schema import RolloutSection
+from megatron_taopd.parallel.order import all_reduce
+from megatron_taopd.step.batch_scores import HeldRows
 from megatron_taopd.types import RolloutBatch
 
 PROBE_EVERY = 8  # steps: then responses are generated in full, or what lies behind is never seen
@@ -75,24 +77,37 @@ class Horizon:
         yields = self.mass.cumsum(0) / self._cost().clamp(min=1e-12)
         return int(yields[self.floor - 1 :].argmax()) + self.floor
 
-    def observe(self, batch: RolloutBatch, teachability: Tensor, length: int) -> dict[str, float]:
+    def observe(
+        self,
+        batch: RolloutBatch,
+        teachability: Tensor,
+        length: int,
+        held: HeldRows | None = None,
+    ) -> dict[str, float]:
         """Learn from a step whose responses could have `length` tokens.
 
         Args:
-            teachability: [R] D^L, on the CPU.
+            teachability: [r] D^L of the rows held.
+            held: which those are, the same on every rank of its group; None: the whole batch.
 
         Returns:
             rollout/horizon: the length that was allowed; and for `auto` what it is believed to
             retain of a full response's mass (rollout/horizon_mass) and tokens
             (rollout/horizon_tokens), the prompt counted with its weight.
+
+        Collectives: for `auto` an all-reduce of 8·length bytes.
         """
         metrics: dict[str, float] = {"rollout/horizon": length}
         if self.setting != "auto":
             return metrics
-        places = torch.arange(batch.num_rows) - batch.cu_rows[batch.row_sequences()]
-        mass = torch.zeros(length, dtype=torch.float64)
-        mass.index_add_(0, places, teachability.double())
-        reach = torch.bincount(places, minlength=length).double()
+        held = held or HeldRows.all(batch.cu_rows)
+        mass = torch.zeros(length, dtype=torch.float64, device=teachability.device)
+        # One response after another: a sum in the same order every time.
+        for response in teachability.split(held.counts.tolist()):
+            mass[: len(response)] += response
+        mass = all_reduce(mass, held.group).cpu()
+        ended = torch.bincount(batch.response_lengths, minlength=length + 1).cumsum(0)
+        reach = (batch.num_sequences - ended[:length]).double()
         memory = MEMORY if self.observed else 0.0
         for known, seen in ((self.mass, mass), (self.reach, reach)):
             known[:length].mul_(memory).add_(seen / batch.num_sequences, alpha=1 - memory)

@@ -1,4 +1,4 @@
-"""TransformerEngine 2.8 as megatron-core 0.16 sees it, with plain torch inside.
+"""TransformerEngine 2.8 as megatron-core sees it, 0.16 to 0.19, with plain torch inside.
 
 Its modules have the names, shapes, dtypes, attributes and extra states of TransformerEngine's own,
 and take the arguments that Megatron gives them; its Adam keeps what TransformerEngine's does, in

@@ -16,3 +16,8 @@ class FP8GlobalStateManager:
 def fp8_autocast(enabled: bool = False, **_):
     assert not enabled
     return nullcontext()
+
+
+def fp8_model_init(enabled: bool = False, **_):
+    assert not enabled
+    return nullcontext()

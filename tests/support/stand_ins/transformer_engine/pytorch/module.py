@@ -14,17 +14,19 @@ from transformer_engine.pytorch.extra_state import WithExtraState
 class RMSNorm(WithExtraState):
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
         eps: float = 1e-5,
         sequence_parallel: bool | None = None,
         params_dtype: torch.dtype | None = None,
         zero_centered_gamma: bool = False,
+        hidden_size: int | None = None,  # its name before
         device: torch.device | str | int = "cuda",
     ):
         super().__init__()
-        assert not zero_centered_gamma
+        assert not zero_centered_gamma and (normalized_shape is None) != (hidden_size is None)
         self.eps = eps
-        self.weight = _norm_weight(hidden_size, params_dtype, device, sequence_parallel)
+        size = hidden_size if normalized_shape is None else normalized_shape
+        self.weight = _norm_weight(size, params_dtype, device, sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)

@@ -22,8 +22,9 @@ class FusedAdam(torch.optim.Optimizer):
         *,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         super().__init__(
             params,
             dict(
