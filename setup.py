@@ -19,6 +19,7 @@ REQUIRED = [
     "einops>=0.7",  # megatron-core needs these two and does not say so
     "psutil>=5.9",
     "httpx>=0.27",
+    "msgspec>=0.19",
     "jinja2>=3.1",  # both reports; torch brings it, too
 ]
 EXTRAS = {

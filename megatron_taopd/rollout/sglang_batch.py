@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.parallel.objects import SIGN_OF_LIFE_S
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
+from megatron_taopd.serving.answers import Answer, Meta, VersionSpan
 from megatron_taopd.types import RolloutBatch
 
 POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
@@ -202,25 +203,23 @@ class Generating:
         request = engine.request(self.prompts[place], self.sampling)
         answer = await engine.replicas.complete(request)
         watchdog.heartbeat()
-        meta = answer["meta_info"]
+        meta = answer.meta_info
         response = read(answer, self.sampling, engine.vocab_size, engine.stop_ids(self.sampling))
         engine.counts["tokens"] += len(response.tokens)
-        engine.counts["prompt"] += meta.get("prompt_tokens", 0)
-        engine.counts["cached"] += meta.get("cached_tokens", 0)
-        engine.counts["retractions"] += meta.get("num_retractions", 0)
+        engine.counts["prompt"] += meta.prompt_tokens
+        engine.counts["cached"] += meta.cached_tokens
+        engine.counts["retractions"] += meta.num_retractions
         self.finished.put((place, response))
 
 
-def read(answer: dict, sampling: Sampling, vocab_size: int, stop_ids: frozenset[int]) -> Response:
+def read(answer: Answer, sampling: Sampling, vocab_size: int, stop_ids: frozenset[int]) -> Response:
     """Read a server's answer to one request.
 
     Raises:
         RuntimeError: it is not what was asked for.
     """
-    meta, reason = answer["meta_info"], answer["meta_info"]["finish_reason"]["type"]
-    triples = meta["output_token_logprobs"]  # of log-probability, id and text
-    log_probs = np.array([triple[0] for triple in triples], np.float32)
-    tokens = np.array([triple[1] for triple in triples], np.int32)
+    meta, reason = answer.meta_info, answer.meta_info.finish_reason.type
+    tokens, log_probs = meta.output_token_logprobs.ids, meta.output_token_logprobs.log_probs
     stopped = len(tokens) > 0 and int(tokens[-1]) in stop_ids
     whole = reason == "stop" or len(tokens) == sampling.max_new_tokens
     values = np.isfinite(log_probs).all() and (tokens < vocab_size).all()
@@ -234,21 +233,19 @@ def read(answer: dict, sampling: Sampling, vocab_size: int, stop_ids: frozenset[
     return Response(
         tokens,
         log_probs,
-        _versions(meta, len(tokens), answer["replica_version"]),
+        _versions(meta, len(tokens), answer.replica_version),
         truncated=reason != "stop" and not stopped,
     )
 
 
-def _versions(meta: dict, tokens: int, replica_version: int) -> np.ndarray:
+def _versions(meta: Meta, tokens: int, replica_version: int | None) -> np.ndarray:
     """Return the version of each token's weights, [n] int32.
 
     A server whose weights came from its disk calls them "default": they are `replica_version`.
     """
-    spans = meta.get("weight_versions") or [
-        {"version": meta.get("weight_version"), "start": 0, "end": tokens}
-    ]
+    spans = meta.weight_versions or [VersionSpan(meta.weight_version, 0, tokens)]
     versions = np.full(tokens, replica_version, np.int32)
     for span in spans:
-        if str(span["version"]).isdecimal():
-            versions[span["start"] : span["end"]] = int(span["version"])
+        if str(span.version).isdecimal():
+            versions[span.start : span.end] = int(span.version)
     return versions

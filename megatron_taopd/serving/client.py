@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from megatron_taopd.serving.answers import Answer
 from megatron_taopd.serving.health import is_healthy, wait_until_up, watch
 from megatron_taopd.serving.identity import agreed
 from megatron_taopd.serving.model import ServedModel
@@ -154,12 +155,11 @@ class Replicas:
 
     # Requests
 
-    async def complete(self, request: dict) -> dict:
+    async def complete(self, request: dict) -> Answer:
         """Answer a /generate request with one prompt as `input_ids`.
 
         The replica with the fewest outstanding tokens does it. A request that fails for no fault of
-        its own, or that the server aborts, begins anew, on another replica if there is one. The
-        answer's `replica_version` is the replica's when the request was sent.
+        its own, or that the server aborts, begins anew, on another replica if there is one.
 
         Raises:
             ValueError: the request is one that kills a server or that it would not do as asked.
@@ -181,7 +181,7 @@ class Replicas:
                 continue
             finally:
                 await self._release(last, len(ids) + new)
-            if answer["meta_info"]["finish_reason"]["type"] != "abort":
+            if answer.meta_info.finish_reason.type != "abort":
                 return answer
             failure = Failed(f"{last.url}/generate: aborted")
         raise RuntimeError(f"a request failed {attempts} times, the last time: {failure}")

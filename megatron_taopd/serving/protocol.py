@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Iterable
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -25,9 +26,65 @@ def new_client(api_key: str | None) -> httpx.AsyncClient:
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         trust_env=False,
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-        # The server closes a connection that has idled for 5 s, perhaps as we write to it.
-        limits=httpx.Limits(max_connections=None, keepalive_expiry=2),
+        transport=Connections(),
     )
+
+
+class Connections(httpx.AsyncBaseTransport):
+    """Gives each request under way a connection of its own, and keeps those that are idle.
+
+    httpx's pool looks at all of its connections whenever a request begins or ends, and at all of
+    them once more for each idle one. Here each connection is a pool of one. There are never more of
+    them than there were requests at a time.
+    """
+
+    def __init__(self):
+        self._ssl = httpx.create_ssl_context(trust_env=False)  # which takes long to make
+        # The server closes a connection that has idled for 5 s, perhaps as we write to it.
+        self._limits = httpx.Limits(max_connections=1, keepalive_expiry=2)
+        self._idle: dict[tuple, list[httpx.AsyncHTTPTransport]] = defaultdict(list)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request on the connection to its server that was used last, or on a new one."""
+        url = request.url
+        idle = self._idle[url.scheme, url.host, url.port]
+        connection = (
+            idle.pop()
+            if idle
+            else httpx.AsyncHTTPTransport(self._ssl, trust_env=False, limits=self._limits)
+        )
+        try:
+            response = await connection.handle_async_request(request)
+        except BaseException:
+            idle.append(connection)
+            raise
+        assert isinstance(response.stream, httpx.AsyncByteStream)
+        response.stream = _Stream(response.stream, lambda: idle.append(connection))
+        return response
+
+    async def aclose(self) -> None:
+        """Close those that are idle."""
+        for connections in self._idle.values():
+            while connections:
+                await connections.pop().aclose()
+
+
+class _Stream(httpx.AsyncByteStream):
+    """The body of a response; `done` is called once when it is closed."""
+
+    def __init__(self, stream: httpx.AsyncByteStream, done: Callable[[], None]):
+        self._stream, self._done = stream, done
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            yield part
+
+    async def aclose(self) -> None:
+        try:
+            await self._stream.aclose()
+        finally:
+            done, self._done = self._done, lambda: None
+            done()
 
 
 def body_of(url: str, response: httpx.Response) -> Any:

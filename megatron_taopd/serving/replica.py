@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_taopd.parallel import visible
 from megatron_taopd.serving import identity
+from megatron_taopd.serving.answers import Answer, answer_of
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import CONTROL_TIMEOUT_S, Failed, body_of, message_of
 from megatron_taopd.serving.server import Server
@@ -213,12 +214,12 @@ class Replica:
             missed = 0 if trouble is None else missed + 1
         return f"the server is lost: {trouble}"
 
-    async def generate(self, request: dict) -> dict:
-        """Return the answer to a /generate request, with the `replica_version` when it was sent.
+    async def generate(self, request: dict) -> Answer:
+        """Return the answer to a /generate request.
 
         Raises:
             Failed: another attempt may succeed.
-            RuntimeError: the server refuses the request.
+            RuntimeError: the server refuses the request, or does not answer as SGLang does.
         """
         url, rid, timeout_s = f"{self.url}/generate", uuid.uuid4().hex, self.shared.limits.timeout_s
         generation, version = self.generation, self.version
@@ -249,7 +250,9 @@ class Replica:
             raise Failed(f"{url}: {error!r}") from error
         if response.status_code >= 500:
             raise Failed(f"{url}: {message_of(response)}")
-        return {**body_of(url, response), "replica_version": version}
+        answer = answer_of(url, response)
+        answer.replica_version = version
+        return answer
 
     async def _abort(self, rid: str) -> None:
         with suppress(RuntimeError):

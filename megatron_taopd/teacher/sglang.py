@@ -39,8 +39,9 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import RowShard, no_rows
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.serving.answers import Answer, as_answer
 from megatron_taopd.serving.client import Replicas
-from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, SERVER_ARGS, unpack
+from megatron_taopd.serving.hidden_states import HOOK_ARGS, SERVER_ARGS, unpack
 from megatron_taopd.serving.identity import agreed, probe_log_probs, probe_tokens, same_model
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.replica import Replica
@@ -140,7 +141,7 @@ class _Teacher(ABC):
         """Make the /generate request for rows from position `first` on."""
 
     @abstractmethod
-    def rows(self, answer: dict, tokens: list[int], positions: Tensor) -> Tensor:
+    def rows(self, answer: Answer, tokens: list[int], positions: Tensor) -> Tensor:
         """Return the rows at these positions of a sequence, [r, width].
 
         Raises:
@@ -162,6 +163,11 @@ class _Teacher(ABC):
         """Return what the servers answer rank 0, which alone asks. Collective: see `on_rank_0`."""
         replicas = self.replicas
         return on_rank_0(lambda: replicas.spawn(coroutine()), self.group, tell)
+
+    async def _post(self, replica: Replica, request: dict) -> Answer:
+        """Ask this server, once."""
+        body = await self.replicas.post(replica, "/generate", request)
+        return as_answer(f"{replica.url}/generate", body)
 
     async def _check_all(self) -> None:
         for replica in self.replicas.live:
@@ -260,7 +266,7 @@ class SGLangTeacher(_Teacher):
             "return_hidden_states": not self.packs,
         }
 
-    def rows(self, answer: dict, tokens: list[int], positions: Tensor) -> Tensor:
+    def rows(self, answer: Answer, tokens: list[int], positions: Tensor) -> Tensor:
         hidden = _hidden_states(answer)
         found = (0, 0) if hidden is None else tuple(hidden.shape)
         if found != (len(tokens), self.width):
@@ -273,12 +279,12 @@ class SGLangTeacher(_Teacher):
 
     async def check(self, replica: Replica) -> None:
         request = self.request([0, 0], 0)
-        answer = await self.replicas.post(replica, "/generate", request)
-        if KEY not in answer["meta_info"]:
+        answer = await self._post(replica, request)
+        if answer.meta_info.hidden is None:
             self.packs = False
             request["return_hidden_states"] = True
             try:
-                answer = await self.replicas.post(replica, "/generate", request)
+                answer = await self._post(replica, request)
             except RuntimeError as error:
                 raise ValueError(
                     f"teacher.servers: {replica.url} returns no hidden states ({error}); start it "
@@ -297,11 +303,11 @@ class SGLangTeacher(_Teacher):
         hidden, tokens, theirs = [], [], []
         for sequence in probe_tokens(self.model):
             request = self.request(sequence, 0) | {"return_logprob": True, "logprob_start_len": 0}
-            answer = await self.replicas.post(replica, "/generate", request)
+            answer = await self._post(replica, request)
             self.rows(answer, sequence, torch.arange(1))  # all of them are there
             hidden.append(_hidden_states(answer)[:-1])
             tokens += sequence[1:]
-            theirs += [lp for lp, *_ in answer["meta_info"]["input_token_logprobs"][1:]]
+            theirs += answer.meta_info.input_token_logprobs.log_probs[1:].tolist()
         rows, targets = torch.cat(hidden), torch.tensor(tokens)
         ours, explained = await asyncio.to_thread(
             head_log_probs, self.model.path, rows, targets, self.dtype
@@ -366,12 +372,11 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _hidden_states(answer: dict) -> Tensor | None:
+def _hidden_states(answer: Answer) -> Tensor | None:
     """Return the prompt's [T, D], packed by our hook or in SGLang's lists; None: neither."""
-    meta = answer["meta_info"]
-    if KEY in meta:
-        return unpack(meta[KEY][0])
-    lists = meta.get("hidden_states")
+    if answer.meta_info.hidden is not None:
+        return unpack(answer.meta_info.hidden[0])
+    lists = answer.meta_info.hidden_states
     return torch.from_numpy(np.array(lists[0], dtype=np.float32)) if lists else None
 
 
@@ -417,26 +422,27 @@ class SGLangTopkTeacher(_Teacher):
             "return_flat_raw_top_logprobs_b64": True,
         }
 
-    def rows(self, answer: dict, tokens: list[int], positions: Tensor) -> Tensor:
-        meta, first = answer["meta_info"], int(positions[0])
+    def rows(self, answer: Answer, tokens: list[int], positions: Tensor) -> Tensor:
+        meta, first = answer.meta_info, int(positions[0])
         expected = [len(tokens) - 1 - first, self.k]
-        found = meta.get("input_top_logprobs_shape")
-        if found != expected or meta["input_top_logprobs_null_prefix"] != 1:
+        found = meta.input_top_logprobs_shape
+        sampled = torch.from_numpy(meta.input_token_logprobs.log_probs)[1:]
+        whole = found == expected and len(sampled) == expected[0]
+        if not whole or meta.input_top_logprobs_null_prefix != 1:
             raise RuntimeError(
                 f"{self._urls}: top log-probabilities of {expected[0]} × {expected[1]} were "
                 f"expected, the answer has {found}; this needs SGLang 0.5.20 or later"
             )
         picked = positions - first
-        ids = _flat(meta["input_top_logprobs_idx_flat_b64"], np.int32, found)[picked].long()
+        ids = _flat(meta.input_top_logprobs_idx_flat_b64, np.int32, found)[picked].long()
         ids = ids if self.student_ids is None else self.student_ids[ids]
-        log_probs = _flat(meta["input_top_logprobs_val_flat_b64"], np.float32, found)[picked]
-        sampled = torch.tensor([lp for lp, *_ in meta["input_token_logprobs"][1:]])
+        log_probs = _flat(meta.input_top_logprobs_val_flat_b64, np.float32, found)[picked]
         self.counts["rows"] += len(picked)
         self.counts["mass"] += float(log_probs.double().exp().sum())
         return TopkRows(ids, log_probs, sampled[picked]).pack()
 
     async def check(self, replica: Replica) -> None:
-        answer = await self.replicas.post(replica, "/generate", self.request([0, 0], 0))
+        answer = await self._post(replica, self.request([0, 0], 0))
         self.rows(answer, [0, 0], torch.arange(1))
         self.counts.clear()
 
