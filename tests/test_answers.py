@@ -156,7 +156,8 @@ MALFORMED = {
     "no tokens": (said(output_token_logprobs=[]), NOT_ASKED, "0 tokens of 7"),
     "no list": (said(output_token_logprobs=...), NOT_ASKED, "0 tokens of 7"),
     "too few": (said(tokens=6), NOT_ASKED, "6 tokens of 7 (finish reason length)"),
-    "no reason": (said(finish_reason=...), NO_ANSWER, "`finish_reason` - at `$.meta_info`"),
+    "no reason": (said(finish_reason=...), NO_ANSWER, "no `finish_reason` - at `$.meta_info`"),
+    "an empty reason": (said(finish_reason={}), NO_ANSWER, "no `finish_reason`"),
     "null as reason": (said(finish_reason=None), NO_ANSWER, "Expected `object`, got `null`"),
     "a text as count": (said(prompt_tokens="8"), NO_ANSWER, "Expected `int`, got `str`"),
     "a span without an end": (
@@ -181,6 +182,12 @@ def test_what_is_no_answer_is_one_line_and_not_asked_for_again(body, begin, part
     assert isinstance(error, str) and "\n" not in error
     assert error.startswith(begin) and all(part in error for part in parts), error
     assert metrics["rollout/retries"] == 0 and max(asked.values()) == 1
+
+
+def test_a_refusal_is_none_whatever_else_it_says():
+    body = answer() | {"error": {"message": "oh"}}
+    with pytest.raises(RuntimeError, match=r"^http://a/generate: 400 oh$"):
+        answer_of("http://a/generate", httpx.Response(400, json=body))
 
 
 def test_an_aborted_response_is_asked_for_again():

@@ -10,7 +10,9 @@ import msgspec
 import numpy as np
 
 from megatron_taopd.serving.hidden_states import KEY
-from megatron_taopd.serving.protocol import body_of
+from megatron_taopd.serving.protocol import body_of, refuse_unless_200
+
+_NO_ANSWER = "this is no answer of SGLang's"
 
 
 class TokenLogProbs:
@@ -30,9 +32,9 @@ class TokenLogProbs:
 
 
 class FinishReason(msgspec.Struct):
-    """Why a response has ended: "stop", "length" or "abort"."""
+    """Why a response has ended: "stop", "length" or "abort"; "": the server does not say."""
 
-    type: str
+    type: str = ""
 
 
 class VersionSpan(msgspec.Struct):
@@ -51,7 +53,7 @@ class Meta(msgspec.Struct):
         hidden_states: SGLang's own nested lists.
     """
 
-    finish_reason: FinishReason
+    finish_reason: FinishReason = msgspec.field(default_factory=FinishReason)
     output_token_logprobs: TokenLogProbs = msgspec.field(default_factory=TokenLogProbs)
     input_token_logprobs: TokenLogProbs = msgspec.field(default_factory=TokenLogProbs)
     prompt_tokens: int = 0
@@ -87,18 +89,20 @@ _DECODER = msgspec.json.Decoder(Answer, dec_hook=_as_arrays)
 
 
 def answer_of(url: str, response: httpx.Response) -> Answer:
-    """Read an answer.
+    """Read an answer, which has to say why the response has ended.
 
     Raises:
         RuntimeError: the server refused, or says something else than SGLang; with the address and
             the server's message, or the first field that is not as it should be.
     """
-    if response.status_code == 200:
-        try:
-            return _DECODER.decode(response.content)
-        except msgspec.DecodeError:
-            pass  # said below, by a reader that also takes a NaN for a number
-    return as_answer(url, body_of(url, response))
+    refuse_unless_200(url, response)
+    try:
+        answer = _DECODER.decode(response.content)
+    except msgspec.DecodeError:  # or there is a NaN, which json takes for a number
+        answer = as_answer(url, body_of(url, response))
+    if not answer.meta_info.finish_reason.type:
+        raise RuntimeError(f"{url}: {_NO_ANSWER}: no `finish_reason` - at `$.meta_info`")
+    return answer
 
 
 def as_answer(url: str, body: Any) -> Answer:
@@ -110,4 +114,4 @@ def as_answer(url: str, body: Any) -> Answer:
     try:
         return msgspec.convert(body, Answer, dec_hook=_as_arrays)
     except msgspec.ValidationError as error:
-        raise RuntimeError(f"{url}: this is no answer of SGLang's: {error}") from None
+        raise RuntimeError(f"{url}: {_NO_ANSWER}: {error}") from None

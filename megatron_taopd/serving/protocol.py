@@ -93,8 +93,7 @@ def body_of(url: str, response: httpx.Response) -> Any:
     Raises:
         RuntimeError: the server refused; with the address and its message.
     """
-    if response.status_code != 200:
-        raise RuntimeError(f"{url}: {message_of(response)}")
+    refuse_unless_200(url, response)
     try:
         body = response.json()
     except ValueError:
@@ -102,6 +101,12 @@ def body_of(url: str, response: httpx.Response) -> Any:
     if isinstance(body, dict) and body.get("success") is False:
         raise RuntimeError(f"{url}: {body.get('message', body)}")
     return body
+
+
+def refuse_unless_200(url: str, response: httpx.Response) -> None:
+    """Raise RuntimeError with the address and the server's message where it refused."""
+    if response.status_code != 200:
+        raise RuntimeError(f"{url}: {message_of(response)}")
 
 
 def message_of(response: httpx.Response) -> str:
