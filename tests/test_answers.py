@@ -1,6 +1,7 @@
 """What a server's answer is read as, next to a plain reading of the same JSON."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import math
@@ -268,6 +269,38 @@ def test_a_connection_that_breaks_or_is_given_up_is_replaced():
             assert (await client.get(url)).text == "ok"
 
     assert on_a_server(1, work) <= 3
+
+
+def test_requests_after_cancelled_ones_are_answered():
+    """Whenever they are cancelled: not sent yet, waiting, or being read."""
+
+    async def handle(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await asyncio.sleep(0.002)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n")
+                for _ in range(4):
+                    writer.write(b"x" * 50_000)
+                    await asyncio.sleep(0.001)
+        writer.close()
+
+    async def run():
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with httpx.AsyncClient(transport=Connections(), timeout=None) as client:
+            for wait in [place * 0.0005 for place in range(20)] * 2:
+                requests = [asyncio.ensure_future(client.get(url)) for _ in range(8)]
+                await asyncio.sleep(wait)
+                for request in requests:
+                    request.cancel()
+                await asyncio.gather(*requests, return_exceptions=True)
+                for _ in range(3):
+                    answered = await asyncio.wait_for(client.get(url), 20)
+                    assert len(answered.content) == 200_000
+        server.close()
+
+    asyncio.run(run())
 
 
 def test_a_server_that_is_not_there_is_an_error_of_the_connection():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -55,11 +55,11 @@ class Connections(httpx.AsyncBaseTransport):
         )
         try:
             response = await connection.handle_async_request(request)
-        except BaseException:
-            idle.append(connection)
+        except BaseException:  # a cancelled request can leave its connection taken for ever
+            await connection.aclose()
             raise
         assert isinstance(response.stream, httpx.AsyncByteStream)
-        response.stream = _Stream(response.stream, lambda: idle.append(connection))
+        response.stream = _Stream(response.stream, connection, idle)
         return response
 
     async def aclose(self) -> None:
@@ -70,21 +70,36 @@ class Connections(httpx.AsyncBaseTransport):
 
 
 class _Stream(httpx.AsyncByteStream):
-    """The body of a response; `done` is called once when it is closed."""
+    """The body of a response. Its connection is idle once it is read to its end, else closed."""
 
-    def __init__(self, stream: httpx.AsyncByteStream, done: Callable[[], None]):
-        self._stream, self._done = stream, done
+    def __init__(
+        self,
+        stream: httpx.AsyncByteStream,
+        connection: httpx.AsyncHTTPTransport,
+        idle: list[httpx.AsyncHTTPTransport],
+    ):
+        self._stream, self._connection, self._idle = stream, connection, idle
+        self._whole = self._closed = False
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for part in self._stream:
             yield part
+        self._whole = True
 
     async def aclose(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         try:
             await self._stream.aclose()
+        except BaseException:
+            self._whole = False
+            raise
         finally:
-            done, self._done = self._done, lambda: None
-            done()
+            if self._whole:
+                self._idle.append(self._connection)
+            else:
+                await self._connection.aclose()
 
 
 def body_of(url: str, response: httpx.Response) -> Any:
