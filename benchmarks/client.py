@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import multiprocessing
 import statistics
@@ -112,6 +113,7 @@ def one_batch(replicas: Replicas, tokens: int, requests: int) -> float:
     engine = SGLangEngine(replicas, replicas.model, replicas.model.vocab_size, [])
     prompts = [[2] * PROMPT] * requests
     engine.generate(prompts[:8], range(8), 1, Sampling(tokens))
+    gc.collect()  # which the way before may have left due
     started = time.process_time()
     batch = engine.generate(prompts, range(requests), 1, Sampling(tokens))
     return (time.process_time() - started) / len(batch.log_probs) * 1e6
