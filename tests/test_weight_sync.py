@@ -43,6 +43,7 @@ from megatron_taopd.rollout.weight_sync import (
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
 from megatron_taopd.rollout.weight_sync.distributed import _Group, local_address
 from megatron_taopd.rollout.weight_sync.sequence import TIMEOUT_S
+from megatron_taopd.rollout.weight_sync.sources import deal
 
 STUDENT = "examples/tiny_pair/student"
 VOCABULARY = 1152
@@ -127,8 +128,9 @@ def push(sync, student, url, version, post=None, tp=1):
 
     first = dist.get_rank() == 0
     replica = Replica(url, tp)
-    ours = (Client(post), [replica]) if first else (None, None)
-    sync.push(*ours, Repeatable(student.named_tensors), version)
+    sync._client = Client(post)  # of whichever rank is the server's source
+    ours = (sync._client, [replica]) if first else (None, None)
+    assert sync.push(*ours, Repeatable(student.named_tensors), version) == {}
     trainer = sequence_log_probs(student, SEQUENCES, 16)
     if not first:
         return None, trainer, None
@@ -502,7 +504,16 @@ def sync_with(monkeypatch, timeout_s, **alive):
     for name, is_alive in alive.items():
         sync._groups[f"http://{name}"] = _Group(name, Backend(device, is_alive), "7")
     bucket = Bucket([Entry("a", torch.Size([2]), torch.bfloat16, 0, 4)], device)
-    return sync, dict(sync._groups), [Replica(f"http://{name}") for name in alive], bucket
+    sync._own = [Replica(f"http://{name}") for name in alive]
+    return sync, dict(sync._groups), sync._own, bucket
+
+
+def send_all(sync, client, replicas, bucket):
+    """Send one bucket; what is said of the servers that fell out, by url."""
+    sync._client, sync._own, sync._lost = client, replicas, {}
+    sync._send(None, None, bucket, " (weights 1, a)")
+    sync._close()
+    return sync._lost
 
 
 def dies_of(*names, after=0.05):
@@ -519,28 +530,32 @@ def test_a_dead_server_holds_up_no_push_and_others_are_not_blamed(monkeypatch, a
     """On a GPU that they share: the dead one's transfer runs till it is aborted."""
     sync, groups, replicas, bucket = sync_with(monkeypatch, 600, first=True, dead=False, last=True)
     started = time.monotonic()
-    with pytest.raises(RuntimeError) as caught:
-        sync._send(Client(dies_of("dead")), replicas, bucket)
+    lost = send_all(sync, Client(dies_of("dead")), replicas, bucket)
     assert time.monotonic() - started < 60
-    assert "http://dead/update_weights_from_distributed: connection reset" in str(caught.value)
-    assert "first" not in str(caught.value) and "last" not in str(caught.value)
+    path = "/update_weights_from_distributed"
+    assert lost == {"http://dead": f"http://dead{path}: connection reset (weights 1, a)"}
     assert groups["http://dead"].backend.aborted.wait(60)
     assert sync._groups == {url: groups[url] for url in ("http://first", "http://last")}
     assert not any(g.backend.aborted.is_set() for g in sync._groups.values())
-    sync._send(Client(dies_of()), [replicas[0], replicas[2]], bucket)  # and so they go on
+    going = [replicas[0], replicas[2]]
+    assert send_all(sync, Client(dies_of()), going, bucket) == {}  # and so they go on
 
 
 def test_every_server_that_failed_is_named(monkeypatch, alone):
     sync, _, replicas, bucket = sync_with(monkeypatch, 600, a=False, b=True, c=False)
-    with pytest.raises(RuntimeError, match=r"^http://a/.* reset; http://c/[^;]* reset$"):
-        sync._send(Client(dies_of("a", "c")), replicas, bucket)
+    sync._lost = send_all(sync, Client(dies_of("a", "c")), replicas, bucket)
+    assert list(sync._lost) == ["http://a", "http://c"]
+    assert sync._going(replicas) == [replicas[1]]
+    with pytest.raises(RuntimeError, match=r"^http://a/.* reset .*; http://c/[^;]* reset [^;]*$"):
+        sync._going([replicas[0], replicas[2]])
 
 
 def test_a_server_that_only_stays_silent_is_given_up_after_the_time_out(monkeypatch, alone):
     sync, groups, replicas, bucket = sync_with(monkeypatch, 1.0, hung=False, well=True)
     monkeypatch.setattr(distributed, "GRACE_S", 0.1)
-    with pytest.raises(RuntimeError, match=r"^http://hung: the weight transfer failed: no end"):
-        sync._send(Client(dies_of()), replicas, bucket)
+    lost = send_all(sync, Client(dies_of()), replicas, bucket)
+    assert list(lost) == ["http://hung"]
+    assert lost["http://hung"].startswith("http://hung: the weight transfer failed: no end")
     assert groups["http://hung"].backend.aborted.wait(60)
     assert list(sync._groups) == ["http://well"]
 
@@ -549,8 +564,10 @@ def test_those_that_joined_are_known_if_another_does_not(monkeypatch, alone):
     sync = DistributedSync(STUDENT, BUCKET, 600)
     monkeypatch.setattr(distributed, "join_group", lambda store, name, *_: name)
     replicas = [Replica("http://127.0.0.1:1"), Replica("http://127.0.0.1:2")]
-    with pytest.raises(RuntimeError, match=r"^http://127.0.0.1:1/init_weights_update_group: conn"):
-        sync._prepare(Client(dies_of("127.0.0.1:1")), replicas, 1)
+    sync._prepare(Client(dies_of("127.0.0.1:1")), replicas, 1)
+    [(url, why)] = sync._lost.items()
+    assert url == "http://127.0.0.1:1"
+    assert why == f"{url}/init_weights_update_group: connection reset"
     assert list(sync._groups) == ["http://127.0.0.1:2"]
 
 
@@ -579,6 +596,26 @@ def test_only_a_whole_checkpoint_has_the_whole_time_out(alone, tmp_path):
     assert set(timeouts.values()) == {60}
     bucket = Bucket([Entry("a", torch.Size([1]), torch.bfloat16, 0, 512 << 20)], None)
     assert sync._time_for(bucket) == pytest.approx(120 + 53.7, abs=0.1)
+
+
+DEALS = {  # by hand: nodes of the ranks, urls → ranks
+    "a node each, rank 0's last": ([0, 1, 2, 3], ["a", "b", "c", "d"], [1, 2, 3, 0]),
+    "two servers on each rank": ([0, 0], ["a", "b", "c", "d"], [1, 0, 1, 0]),
+    "one on each node first": ([0, 0, 0, 3, 3, 3], ["a", "b", "c", "d", "e"], [2, 5, 1, 4, 3]),
+    "those on the loopback address": (
+        [0, 0, 2, 2],
+        ["127.0.0.1:1", "a", "localhost:2", "[::1]:3"],
+        [1, 3, 0, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEALS)
+def test_servers_are_dealt_over_the_nodes(case):
+    nodes, hosts, ranks = DEALS[case]
+    urls = [f"http://{host}" for host in hosts]
+    assert deal(urls, nodes) == dict(zip(urls, ranks, strict=True))
+    assert deal(urls[1:], nodes, deal(urls, nodes)) == deal(urls, nodes)
 
 
 def test_the_probe_asks_from_the_first_sync_on():
@@ -633,12 +670,14 @@ def push_again(student, url, tp):
     perturb(student)
     for version in (3, 4):
         states.append(push(KEPT["sync"], student, url, version, tp=tp))
-        if version == 3 and dist.get_rank() == 0:
+        dist.barrier()  # rank 0 asks the server, and another one is its source
+        if version == 3 and KEPT["sync"]._groups:
             [group] = KEPT["sync"]._groups.values()
             forget = {"group_name": group.name}
             version_of_its_own = {"new_version": "default"}
             asyncio.run(send(Replica(url), "/destroy_weights_update_group", forget, TIMEOUT_S))
             asyncio.run(send(Replica(url), "/update_weight_version", version_of_its_own, TIMEOUT_S))
+        dist.barrier()
         restore(student)
     return states
 

@@ -229,6 +229,7 @@ def test_servers_take_their_memory_when_the_cache_is_empty(layout, releases):
     class Sync:
         def push(self, *_):
             seen.append(torch.cuda.memory_reserved())
+            return {}
 
     replicas = SimpleNamespace(
         live=["a server"],
