@@ -16,7 +16,7 @@ from megatron_taopd.serving.replica import Limits, Replica, Shared
 class Remote:
     """Posts to servers of one model, on an event loop in a thread of its own.
 
-    It starts, restarts and looks after none of them.
+    It starts and restarts none of them.
 
     Args:
         model: that they serve.
@@ -31,10 +31,15 @@ class Remote:
     async def post(self, replica: Any, path: str, payload: dict, timeout: float) -> Any:
         """Call `Replica.post` of the server at `replica.url`.
 
+        Args:
+            replica: may have `workers`, the server's processes on this host.
+
         Raises:
             RuntimeError: with the address and the server's message.
         """
-        return await Replica(replica.url, self._shared).post(path, payload, timeout)
+        target = Replica(replica.url, self._shared)
+        target.workers = replica.workers
+        return await target.post(path, payload, timeout)
 
     def spawn(self, coroutine: Coroutine) -> Future:
         """Start a coroutine on the event loop, from any thread."""

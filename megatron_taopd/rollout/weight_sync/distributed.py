@@ -27,9 +27,10 @@ from megatron_taopd.parallel.objects import (
 )
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
-from megatron_taopd.rollout.weight_sync.sources import deal
+from megatron_taopd.rollout.weight_sync.sources import deal, is_loopback
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.remote import Remote
+from megatron_taopd.serving.server import Workers
 
 GRACE_S = 5.0  # for the server's own word on a transfer that has broken off
 POLL_S = 0.001
@@ -41,6 +42,14 @@ class Target(NamedTuple):
 
     url: str
     tp: int
+    workers: Workers | None = None  # its processes, if it is on this host
+
+
+def as_target(replica: Replica) -> Target:
+    """Return what the source of a server has to know of it."""
+    server = getattr(replica, "server", None)  # of our own, on this node
+    near = server is not None and is_loopback(replica.url)
+    return Target(replica.url, replica.tp, server.workers if near else None)
 
 
 @dataclass
@@ -112,12 +121,12 @@ class DistributedSync(BucketSync):
         """Learn which servers this rank is the source of. Collective."""
         self._nodes = self._nodes or gather(first_rank_of_node())
 
-        def work() -> list[tuple[str, int, int]]:
+        def work() -> list[tuple[Target, int]]:
             self._dealt = deal((r.url for r in targets), self._nodes, self._dealt)
-            return [(r.url, r.tp, self._dealt[r.url]) for r in targets]
+            return [(as_target(r), self._dealt[r.url]) for r in targets]
 
-        own = [Target(url, tp) for url, tp, rank in on_rank_0(work) if rank == dist.get_rank()]
-        if targets is not None:  # rank 0 knows more of them than their urls
+        own = [target for target, rank in on_rank_0(work) if rank == dist.get_rank()]
+        if targets is not None:  # rank 0 has the replicas themselves
             known = {replica.url: replica for replica in targets}
             own = [known[target.url] for target in own]
         self._own, self._sending = own, []
