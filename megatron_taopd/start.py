@@ -42,7 +42,7 @@ def start(config: Config) -> int:
         with watchdog:
             if not before_run(config):
                 watchdog.stop()
-                return MISTAKE
+                return leave(joined, MISTAKE)  # threads of gloo that are left may abort the exit
             if on_rank_0(lambda: is_finished(config)):
                 watchdog.stop()
                 return leave(joined, 0)

@@ -314,8 +314,9 @@ def without_moments(go_on_from, student, state):
         of_parameter["exp_avg"].zero_()
 
 
-def doubled(host_copy, teacher):
-    return [2 * copy for copy in host_copy(teacher)]
+def doubled(take, host, tensors):
+    copies, wait = take(host, tensors)
+    return [2 * copy for copy in copies], wait
 
 
 def with_a_look(forward, attention, query, *arguments, **options):
@@ -331,7 +332,7 @@ MISTAKES = {
     "kernels": ("parallel.vocab.reductions:kl_within", one_more, "reverse_kl"),
     "heads": ("parallel.vocab.reductions:kl_within", one_more, "loss, loss"),
     "saves": ("checkpoints.optimizer:go_on_from", without_moments, "elements that differ"),
-    "offload": ("teacher.megatron:MegatronTeacher._host_copy", doubled, "numbers that differ"),
+    "offload": ("parallel.copies:HostCopies.take", doubled, "numbers that differ"),
     "waits": ("models.attention:PackedAttention.forward", with_a_look, "synchronizing"),
 }
 

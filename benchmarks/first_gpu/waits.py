@@ -25,7 +25,7 @@ from megatron_taopd.models import pipeline
 from megatron_taopd.monitoring.monitor import Monitor
 
 # What a step may wait for, in whichever phase: a fixed few, however many layers and micro-batches.
-BUDGET = {"step": 6, "teacher": 0, "scoring": 1, "selection": 0, "training": 3, "sync": 0}
+BUDGET = {"step": 6, "teacher": 0, "scoring": 1, "selection": 3, "training": 3, "sync": 0}
 MESSAGE = "called a synchronizing CUDA operation"
 WARM_UP = 2  # steps
 PACKAGE = f"{Path(megatron_taopd.__file__).parent}/"

@@ -43,7 +43,9 @@ def measure_on_rank(rank: int, setup: Setup, folder: str) -> None:
     torch.set_num_threads(max(1, setup.threads // setup.tp))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
     backend, store = "nccl" if setup.device == "cuda" else "gloo", f"file://{folder}/store"
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=setup.tp)
+    joined = not dist.is_initialized()
+    if joined:
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=setup.tp)
     problem = Problem.draw(setup, rank)
     if "loss" in setup.only:
         problem = replace(problem, reported=report(problem))
@@ -82,7 +84,8 @@ def measure_on_rank(rank: int, setup: Setup, folder: str) -> None:
             answer["best_matmul_flops"] = best_matmul_rate(problem)
         (Path(folder) / "result.json").write_text(json.dumps(answer))
     dist.barrier()
-    dist.destroy_process_group()
+    if joined:
+        dist.destroy_process_group()
 
 
 def say(rank: int, text: str) -> None:
