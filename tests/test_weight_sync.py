@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.patience import patience
 from support.ranks import run_ranks
 from support.sglang_server import generate, serve
 from support.step import OPTIMIZER
@@ -28,6 +29,7 @@ from torch.multiprocessing import reductions
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
+from benchmarks.receiver import Receiver
 from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.rollout.weight_sync import (
     DiskSync,
@@ -616,6 +618,91 @@ def test_servers_are_dealt_over_the_nodes(case):
     urls = [f"http://{host}" for host in hosts]
     assert deal(urls, nodes) == dict(zip(urls, ranks, strict=True))
     assert deal(urls[1:], nodes, deal(urls, nodes)) == deal(urls, nodes)
+
+
+# Several servers, each with a source of its own among the ranks
+
+
+def push_to_many(student, urls):
+    """Twice; of each push what fell out and its seconds, and the servers of this rank's groups."""
+    sync, seen = DistributedSync(STUDENT, BUCKET), []
+    client, targets = Client(), [Replica(url) for url in urls]
+    for version in (1, 2):
+        perturb(student)
+        started = time.monotonic()
+        leads = dist.get_rank() == 0
+        tensors = Repeatable(student.named_tensors)
+        lost = sync.push(client if leads else None, targets if leads else None, tensors, version)
+        seen.append((lost, time.monotonic() - started, sorted(sync._groups)))
+        targets = [target for target in targets if target.url not in lost]
+    weights = {name: tensor.clone() for name, tensor in student.named_tensors()}
+    return seen, weights
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_every_server_gets_the_weights_from_a_rank_of_its_own(tp, pp):
+    """One of them ends with the second push's third bucket: the others do not notice."""
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(Receiver()) for _ in range(4)]
+        urls = [receiver.url for receiver in receivers]
+        lost_one = receivers[1]
+        buckets = len(list(buckets_of_student()))
+        lost_one.dies_at = buckets + 3
+        ranks = run_ranks(4, on_student, push_to_many, tp, pp, torch.float32, urls)
+    for rank, (seen, _) in enumerate(ranks):
+        (first, _, groups), (second, seconds, left) = seen
+        assert first == {} and groups == [urls[3 - rank]]  # rank 0 is the last to be dealt one
+        assert list(second) == [lost_one.url]
+        path = "/update_weights_from_distributed: "
+        assert second[lost_one.url].startswith(lost_one.url + path)
+        assert "(weights 2, model." in second[lost_one.url]
+        assert seconds < patience(10)
+        assert left == [url for url in groups if url != lost_one.url]
+    weights = ranks[0][1]
+    for receiver in receivers:
+        assert len({*receiver.sources}) == len(receiver.sources) == 1
+        if receiver is lost_one:
+            assert receiver.version == "1" and receiver.buckets == buckets + 3
+            continue
+        assert receiver.version == "2" and receiver.buckets == 2 * buckets
+        assert receiver.tensors.keys() == weights.keys()
+        for name, expected in weights.items():
+            assert torch.equal(receiver.tensors[name], expected), name
+    assert len({source for receiver in receivers for source in receiver.sources}) == 4
+
+
+def buckets_of_student():
+    shapes = TensorSync(STUDENT, BUCKET).shapes
+    tensors = ((name, torch.empty(shape)) for name, shape in shapes.items())
+    return buckets(tensors, shapes, BUCKET, keep=False)
+
+
+def test_the_next_bucket_is_gathered_while_this_one_is_sent(alone):
+    """The first bucket arrives when the second is there, and the second does not leave before."""
+    gathered, second_left, sent = threading.Event(), threading.Event(), []
+
+    class Slow(DistributedSync):
+        def _send_to(self, replica, bucket):
+            if bucket.entries[0].name != first:
+                second_left.set()
+            else:
+                assert gathered.wait(patience(10))
+                assert not second_left.wait(0.2)
+            sent.append(str(bucket))
+
+    def tensors():
+        for name, shape in sync.shapes.items():
+            if name == third:
+                gathered.set()
+            yield name, torch.zeros(shape)
+
+    sync, all_of_them = Slow(STUDENT, BUCKET), list(buckets_of_student())
+    first, third = (all_of_them[number].entries[0].name for number in (0, 2))
+    sync._own = [Replica("http://127.0.0.1:9")]
+    for bucket in buckets(tensors(), sync.shapes, BUCKET, keep=True):
+        sync._send(None, None, bucket)
+    sync._close()
+    assert sync._lost == {} and sent == list(map(str, all_of_them))
 
 
 def test_the_probe_asks_from_the_first_sync_on():
