@@ -206,6 +206,8 @@ def _launch(arguments: list[str], command: Asked, asked: Sequence[int]) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from megatron_taopd.parallel import rendezvous
+
     if logger.getEffectiveLevel() > logging.DEBUG:
         _silence_torchrun()
     if not torch.cuda.is_available():
@@ -216,7 +218,9 @@ def _launch(arguments: list[str], command: Asked, asked: Sequence[int]) -> int:
         parser = run.get_args_parser()
         parser.error = _refuse
         # torchrun leaves the signals that it is not to handle to those who do.
-        run.run(parser.parse_args(["--signals-to-handle", "SIGQUIT,SIGHUP", *arguments]))
+        options = parser.parse_args(["--signals-to-handle", "SIGQUIT,SIGHUP", *arguments])
+        rendezvous.use(options)
+        run.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         status = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode

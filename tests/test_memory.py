@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
+from support.pushing import engine_that_pushes
 from support.ranks import run_ranks
 
 from megatron_taopd.parallel.memory import PeakMemory, peak_memory
@@ -100,18 +99,9 @@ def test_cuda_agrees_with_the_allocators_own_peak():
 def test_the_cache_is_emptied_before_servers_take_their_memory_again(monkeypatch, releases):
     """And only if they had given it back: emptying waits for the device."""
     from megatron_taopd.parallel import platform
-    from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 
     calls = []
     monkeypatch.setattr(platform, "empty_cache", lambda: calls.append("empty cache"))
-    sync = SimpleNamespace(push=lambda *_: calls.append("resume and push"))
-    replicas = SimpleNamespace(
-        live=["a server"],
-        run=lambda found: found,
-        begin_update=lambda targets: targets,
-        commit_update=lambda targets, version: None,
-    )
-    model = SimpleNamespace(vocab_size=8)
-    engine = SGLangEngine(replicas, model, 8, [1], Updates(sync, list, release_memory=releases))
+    engine = engine_that_pushes(lambda: calls.append("resume and push"), releases)
     engine.update_weights([], version=1)
     assert calls == [*(["empty cache"] if releases else []), "resume and push"]

@@ -100,9 +100,10 @@ def checked(monkeypatch, info, **kwargs):
     async def get(path):
         return answers[path]
 
-    async def nothing(*_):
+    async def nothing(*_, **__):
         return None
 
+    monkeypatch.setattr(Replica, "post", nothing)
     monkeypatch.setattr(identity, "vocab_size", nothing)
     monkeypatch.setattr(identity, "reports_raw", nothing)
     replica = Replica("http://a", replicas.shared)

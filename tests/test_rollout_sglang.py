@@ -453,6 +453,15 @@ def test_server_that_comes_back(pair, endless):
             Replicas([url], MODEL)
 
 
+def test_a_server_that_a_killed_run_has_left_paused_goes_on(pair):
+    first = pair.all[0]
+    pair.run(pair.pause("abort", [first]))
+    try:
+        Replicas([first.url], MODEL).close()  # which asks it to generate
+    finally:
+        pair.run(pair.resume([first]))
+
+
 def test_wrong_server_at_the_url(pair):
     url = pair.all[0].url
     for model, message in (

@@ -15,13 +15,20 @@ from megatron_taopd.monitoring.observer import Observer
 from megatron_taopd.step.batch_scores import BatchScores, HeldRows
 from megatron_taopd.step.selection import (
     SELECTORS,
+    Choice,
     budget,
     choose,
     look,
     select,
-    selection_metrics,
 )
 from megatron_taopd.types import TokenScores
+
+
+def selection_metrics(selector, scores, mask, cu_rows, seed) -> dict[str, float]:
+    """What the log says of a mask of a batch that is here as a whole."""
+    whole = BatchScores.whole(scores, cu_rows)
+    return look(Choice(whole, selector, SELECTORS[selector](whole, seed), mask)).metrics
+
 
 SCORED = [name for name in SELECTORS if name not in ("full", "random")]
 Q3 = [name for name in SELECTORS if name.startswith("q3")]

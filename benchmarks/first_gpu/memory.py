@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from megatron.core import parallel_state
 
 from benchmarks.checkpoint import OPTIMIZER, make_model
 from benchmarks.first_gpu.result import Result, Setting
-from benchmarks.first_gpu.runs import STUDENT, TEACHER, precision
+from benchmarks.first_gpu.runs import STUDENT, TEACHER, join, precision
 from benchmarks.weight_sync import make_checkpoint
 from megatron_taopd.checkpoints import saving
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.models.student import Student
-from megatron_taopd.parallel import cuda_variables, platform
+from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.rollout.engine import make_rollout_batch
 from megatron_taopd.teacher.megatron import MegatronTeacher
@@ -75,8 +74,7 @@ def saves(setting: Setting) -> Result:
     On one rank, whose own part is all of the state: 14 bytes of an element in bf16, 16 in fp32.
     """
     result = Result()
-    cuda_variables.set_allocator(os.environ, "distributed")
-    platform.initialize()
+    join()
     model = STUDENT
     if not setting.small:
         model = Path(setting.scratch) / "student"
@@ -148,8 +146,7 @@ def update(student: Student) -> None:
 def offload(setting: Setting) -> Result:
     """Read with a teacher whose weights come and go, and with one whose weights stay."""
     result = Result()
-    cuda_variables.set_allocator(os.environ, "distributed")
-    platform.initialize()
+    join()
     path = TEACHER
     if not setting.small:
         path = Path(setting.scratch) / "teacher"

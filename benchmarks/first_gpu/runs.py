@@ -35,14 +35,19 @@ def precision() -> str:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
+def join(transport: str = "distributed") -> None:
+    """Set the allocator for a way of the weights to servers, and join the process group."""
+    cuda_variables.set_allocator(os.environ, transport)
+    platform.initialize()
+
+
 @contextmanager
 def run_of(file: Path, directory: str | Path, *overrides: str) -> Iterator[Run]:
     """Build a run of one rank, as `train` does, and close it afterwards."""
     asked = (*ONE_RANK, *QUIET, f"run.dir={directory}", *overrides)
     config = configuration.load(file, list(asked))
     check_values(config, ranks=1)
-    cuda_variables.set_allocator(os.environ, config.rollout.sync.transport)
-    platform.initialize()
+    join(config.rollout.sync.transport)
     run = build(config, lambda: lambda: False)
     try:
         yield run
@@ -58,8 +63,7 @@ def step_of(setting: Setting, precision: str) -> Iterator[Step]:
     The models are some layers of Qwen3-4B and Qwen3-14B at their widths, with random weights, or,
     small, the tiny pair.
     """
-    cuda_variables.set_allocator(os.environ, "distributed")
-    platform.initialize()
+    join()
     asked = SimpleNamespace(
         pair="tiny", precision=precision, layers=[2, 4],
         prompts=8 if setting.small else 16,

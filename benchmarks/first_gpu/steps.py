@@ -28,6 +28,7 @@ from benchmarks.first_gpu.runs import (
 )
 from benchmarks.step.pairs import RATIO
 from benchmarks.step.step import Step
+from megatron_taopd.types import WantedRows
 
 ENGINE = ("transformer_engine",)
 LIMIT_S = 150.0  # of a call without TransformerEngine
@@ -48,16 +49,16 @@ def gradients(setting: Setting) -> Result:
         repacked = Step(halves, step.batch)
         repacked.scored = step.scored  # the same rows are kept
         for kept, ratio in (("the kept rows", RATIO), ("all rows", 1.0)):
-            mask = step.select(ratio)
-            loss, gradient = gradient_of(step, mask, "two_pass", "none")
+            rows = step.select(ratio)
+            loss, gradient = gradient_of(step, rows, "two_pass", "none")
             for schedule, recompute in (("replay", "full"), ("two_pass", "full")):
-                other, its = gradient_of(step, mask, schedule, recompute)
+                other, its = gradient_of(step, rows, schedule, recompute)
                 apart_by = distance(its, gradient)
                 result.figures[f"{schedule}, recompute {recompute}, {kept}"] = apart_by
                 if schedule == "replay":
                     replayed = apart_by
                     result.most(f"loss, {kept}: relative difference", abs(other / loss - 1), 2**-7)
-            _, its = gradient_of(repacked, mask, "two_pass", "none")
+            _, its = gradient_of(repacked, rows, "two_pass", "none")
             rounding = distance(its, gradient)
             result.figures[f"two_pass, packed otherwise, {kept}"] = rounding
             result.most(
@@ -68,10 +69,10 @@ def gradients(setting: Setting) -> Result:
 
 
 def gradient_of(
-    step: Step, mask: Tensor, schedule: str, recompute: str
+    step: Step, rows: WantedRows, schedule: str, recompute: str
 ) -> tuple[float, list[Tensor]]:
     """Return the loss and the gradients, a copy of each buffer."""
-    loss = step.train(mask, schedule, recompute)["loss"]
+    loss = step.train(rows, schedule, recompute)["loss"]
     return loss, [buffer.grad_data.clone() for buffer in step.models.student.model.buffers]
 
 

@@ -87,9 +87,8 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
         whole = HeldRows.all(batch.cu_rows)
         with parts.part("selection by one rank"):
             mask, seen = select(scores, whole)
-        lengths = (PROMPT - 1 + seen.last) * (seen.last > 0)
         ids = share.ids()
-        kept = WantedRows(seen.counts, lengths, ids[mask[ids]])
+        kept = seen.wanted(batch, ids[mask[ids]])
         with parts.part("plans"):
             batching.assign(batch, kept, layout, 2 * length)
         with parts.part("metrics of the batch"):

@@ -90,6 +90,11 @@ class Problem:
     chunk_rows: int
     reported: tuple[Tensor, ...] = ()
 
+    @property
+    def of_the_mean(self) -> Tensor:
+        """[R], the weights of rows in their mean."""
+        return torch.full((self.num_rows,), 1 / self.num_rows, device=self.student_hidden.device)
+
     @classmethod
     def draw(cls, setup: Setup, rank: int) -> Problem:
         """Logits of standard deviation 3 that the two models half share, the same for any TP."""

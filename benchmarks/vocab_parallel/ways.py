@@ -153,7 +153,7 @@ def our_loss(p: Problem) -> Tensor:
         p.shard,
         "reverse_kl",
         chunk_rows=p.chunk_rows,
-        row_weight=torch.full((p.num_rows,), 1 / p.num_rows, device=p.student_hidden.device),
+        row_weight=p.of_the_mean,
     )
 
 
@@ -169,7 +169,7 @@ def our_topk_loss(p: Problem) -> Tensor:
         p.shard,
         "forward_kl",
         chunk_rows=p.chunk_rows,
-        row_weight=torch.full((p.num_rows,), 1 / p.num_rows, device=p.student_hidden.device),
+        row_weight=p.of_the_mean,
     )
 
 

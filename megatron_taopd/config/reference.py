@@ -6,11 +6,11 @@ import sys
 import types
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import MISSING
 
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, types_of
 
 INTRODUCTION = """# Configuration
 
@@ -32,7 +32,7 @@ def reference() -> str:
 
 def _tables(kind: type, prefix: str) -> list[str]:
     """Return the section's own keys first, then the sections within it."""
-    hints = get_type_hints(kind)
+    hints = types_of(kind)
     own = [f for f in fields(kind) if not is_dataclass(hints[f.name])]
     lines: list[str] = []
     if own:

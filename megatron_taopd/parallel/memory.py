@@ -93,5 +93,5 @@ def rank_memory() -> dict[str, float]:
         "memory/least_mib": min(taken) / 2**20,
     }
     if allocated:
-        found["memory/most_allocated_mib"] = max(*allocated) / 2**20
+        found["memory/most_allocated_mib"] = max(allocated[0]) / 2**20
     return found

@@ -270,6 +270,9 @@ class Replica:
         server = await self.get("/server_info")
         self.tp, self.dtype = server.get("tp_size", 1), server.get("dtype", "auto")
         self.reported = info.get("weight_version")
+        if self.server is None and not shared.fixed_weights:
+            # A run that was killed while it sent weights left it paused: no question would end.
+            await self.post("/continue_generation", {})
         vocab = await identity.vocab_size(self._ask)
         identity.check_description(self.url, info, vocab, model, shared.fixed_weights)
         identity.check_length(self.url, server, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ class HeldRows:
         """The rows of the whole batch, R."""
         return int(self.cu_rows[-1])
 
-    @property
+    @cached_property
     def counts(self) -> Tensor:
         """[n] int64, the rows of each sequence that is held."""
         return self.cu_rows.diff()[self.sequences]

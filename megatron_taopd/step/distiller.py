@@ -54,7 +54,7 @@ class Selection:
     Attributes:
         choice: of the rows whose scores this rank has.
         kept: the same on every rank but for `ids`, which are known where they were scored.
-        metrics: of `selection_metrics`.
+        metrics: of `selection.Look`.
     """
 
     choice: Choice
@@ -164,14 +164,12 @@ class Distiller:
         Collectives: those of `choose` and `look` over all ranks; on the last stage a broadcast of a
         byte for each row that a data-parallel rank has scored, over TP.
         """
-        section, batch = self.selection, scored.batch
+        section = self.selection
         scored.scores.describe(*NAMES)  # all at once
         choice = choose(section.selector, scored.scores, section.ratio, seed, section.concentrate)
         seen = look(choice)
-        # The last row of a sequence sees its prompt, and the tokens of the rows before it.
-        lengths = (batch.prompt_lengths - 1 + seen.last) * (seen.last > 0)
-        ids = self._kept_here(scored, choice.mask)
-        return Selection(choice, WantedRows(seen.counts, lengths, ids), seen.metrics)
+        kept = seen.wanted(scored.batch, self._kept_here(scored, choice.mask))
+        return Selection(choice, kept, seen.metrics)
 
     def _kept_here(self, scored: ScoredBatch, mask: Tensor) -> Tensor:
         """Return [k] int64, the kept rows of the sequences that this rank has scored.

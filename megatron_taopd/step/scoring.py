@@ -153,10 +153,7 @@ def whole_scores(scored: ScoredBatch) -> TokenScores:
     """
     rows, held = scored.scores.rows, scored.scores.held
     columns = [getattr(rows, name) for name in (*NAMES, "topk_overlap", "teacher_log_prob")]
-    table = torch.zeros(len(columns), held.num_rows, device=platform.device())
-    table[:, to_device(held.ids(), table.device)] = torch.stack(columns)
-    dist.all_reduce(table)
-    return TokenScores(*table.cpu())
+    return TokenScores(*_everywhere(torch.stack(columns), held.ids(), held.num_rows))
 
 
 _CULPRITS = {1: "teacher hidden states", 2: "student hidden states", 4: "scores"}
@@ -245,10 +242,20 @@ def gather_rows(
 
     Collectives: an all-reduce of 4·height bytes a row over all ranks.
     """
-    # Each row is written by one rank, so the sum over all ranks is a gather.
-    table = torch.zeros(height, num_rows, device=platform.device())
+    ids = torch.empty(0, dtype=torch.int64)
+    found = torch.empty(height, 0, device=platform.device())
     if columns and layout.tp_rank == 0:
         ids = torch.cat([m.row_ids for m in assigned.micro_batches])
-        table[:, to_device(ids, table.device)] = torch.cat(columns, dim=1)
+        found = torch.cat(columns, dim=1)
+    return _everywhere(found, ids, num_rows)
+
+
+def _everywhere(found: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    """Return [height, R] on the CPU of every rank, of which each has [height, r], the rows `ids`.
+
+    Each row is written by one rank, so the sum over all ranks is a gather.
+    """
+    table = torch.zeros(len(found), num_rows, device=platform.device())
+    table[:, to_device(ids, table.device)] = found
     dist.all_reduce(table)
     return table.cpu()

@@ -23,7 +23,7 @@ from megatron_taopd.parallel.order import BLOCK, all_reduce, order_statistics
 from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.extensions.concentration import cut_responses
 from megatron_taopd.step.teachability import either, refuse_nan
-from megatron_taopd.types import TokenScores
+from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows
 
 
 def _random(scores: BatchScores, seed: int) -> Tensor:
@@ -201,12 +201,34 @@ class Look:
     Attributes:
         counts: [N] int64, the kept rows of each sequence.
         last: [N] int64, its rows up to the last kept one, that one included.
-        metrics: of `selection_metrics`.
+        metrics: what the log says of it; values are finite, keys without one are left out:
+            scores/{disagreement,compatibility,student_entropy,teacher_entropy}_{q05,q50,q95}: over
+                all rows (nats; compatibility a probability).
+            selection/topk_overlap: mean share of the student's top-K that is in the teacher's, over
+                all rows; not where nobody has counted.
+            selection/kept_share: kept rows over all rows.
+            selection/kept_{disagreement,compatibility,student_entropy,teacher_entropy}: means over
+                the kept rows, an infinite D counting as the largest finite one.
+            selection/mass_retained: the kept rows' share of the batch's learnable disagreement
+                ΣD^L, for every selector the same yardstick.
+            selection/mass_of_best: ΣD^L of the kept rows over that of as many rows of highest D^L:
+                what the selector, or concentrating, gives away.
+            selection/trained_share: rows up to the last kept one of their sequence, over all rows.
+            selection/relative_position: mean place of the kept rows in their responses, 0 the first
+                token, 1 the last; .5 when all rows are kept.
+            selection/threshold: the lowest kept priority; not for `full` and `random`, which have
+                none.
     """
 
     counts: Tensor
     last: Tensor
     metrics: dict[str, float]
+
+    def wanted(self, batch: RolloutBatch, ids: Tensor) -> WantedRows:
+        """Say what training needs of a batch; ids: [k] int64, the kept rows that are known here."""
+        # The last row of a sequence sees its prompt, and the tokens of the rows before it.
+        lengths = (batch.prompt_lengths - 1 + self.last) * (self.last > 0)
+        return WantedRows(self.counts, lengths, ids)
 
 
 def look(choice: Choice) -> Look:
@@ -292,34 +314,3 @@ def _cut(numbers: list[float], *sizes: int) -> list[list[float]]:
     """Cut a list in parts of these sizes, and what is left."""
     ends = [0, *accumulate(sizes), len(numbers)]
     return [numbers[a:b] for a, b in pairwise(ends)]
-
-
-def selection_metrics(
-    selector: str, scores: TokenScores, mask: Tensor, cu_rows: Tensor, seed: int
-) -> dict[str, float]:
-    """Return what the log says of one selection; values are finite, keys without one left out.
-
-    Args:
-        selector, scores, seed: as given to `select`.
-        mask: [R] bool, R ≥ 1, what `select` returned.
-        cu_rows: [N+1] int64 on the CPU, where each sequence's rows start.
-
-    Returns:
-        scores/{disagreement,compatibility,student_entropy,teacher_entropy}_{q05,q50,q95}: over all
-            rows (nats; compatibility a probability).
-        selection/topk_overlap: mean share of the student's top-K that is in the teacher's, over all
-            rows; not where nobody has counted.
-        selection/kept_share: kept rows over all rows.
-        selection/kept_{disagreement,compatibility,student_entropy,teacher_entropy}: means over the
-            kept rows, an infinite D counting as the largest finite one.
-        selection/mass_retained: the kept rows' share of the batch's learnable disagreement ΣD^L,
-            for every selector the same yardstick.
-        selection/mass_of_best: ΣD^L of the kept rows over that of as many rows of highest D^L: what
-            the selector, or concentrating, gives away.
-        selection/trained_share: rows up to the last kept one of their sequence, over all rows.
-        selection/relative_position: mean place of the kept rows in their responses, 0 the first
-            token, 1 the last; .5 when all rows are kept.
-        selection/threshold: the lowest kept priority; not for `full` and `random`, which have none.
-    """
-    whole = BatchScores.whole(scores, cu_rows)
-    return look(Choice(whole, selector, SELECTORS[selector](whole, seed), mask)).metrics

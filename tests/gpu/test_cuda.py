@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import dense
+from support.pushing import engine_that_pushes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -222,23 +223,8 @@ def test_an_offloaded_teacher_reads_the_same_and_leaves_the_device(layout):
 
 @pytest.mark.parametrize("releases", [True, False])
 def test_servers_take_their_memory_when_the_cache_is_empty(layout, releases):
-    from megatron_taopd.rollout.sglang import SGLangEngine, Updates
-
     seen = []
-
-    class Sync:
-        def push(self, *_):
-            seen.append(torch.cuda.memory_reserved())
-            return {}
-
-    replicas = SimpleNamespace(
-        live=["a server"],
-        run=lambda found: found,
-        begin_update=lambda targets: targets,
-        commit_update=lambda targets, version: None,
-    )
-    model = SimpleNamespace(vocab_size=8)
-    engine = SGLangEngine(replicas, model, 8, [1], Updates(Sync(), list, release_memory=releases))
+    engine = engine_that_pushes(lambda: seen.append(torch.cuda.memory_reserved()), releases)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     temporary = torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")

@@ -45,19 +45,20 @@ def run_python(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     words = [*map(str, arguments)]
-    # As torchrun's, which outlives the ranks.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="command-") as directory:
         streams = [Path(directory, name) for name in ("stdout", "stderr")]
         processes = []
-        for rank in range(ranks):
-            group = {} if ranks == 1 else {
-                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                "MASTER_ADDR": store.host, "MASTER_PORT": store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
+        place, common = str(cwd or Path.cwd()), dict(env or {})
+        if ranks > 1:  # as torchrun, whose store outlives the ranks
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            common |= {
+                "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             }  # fmt: skip
-            variables = {**(env or {}), **{name: str(value) for name, value in group.items()}}
-            place = str(cwd or Path.cwd())
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            variables = common | own
             process = context.Process(
                 target=_run, args=(str(program), words, streams, place, variables)
             )
@@ -70,8 +71,9 @@ def run_python(
                 if process.is_alive():
                     kill_family(process.pid)
                 process.join()
-        # One that was ended from outside, since another had failed, is not the one that failed.
-        status = max((process.exitcode for process in processes), key=lambda code: (code > 0, code))
+        # One that a signal has ended counts only if none has failed by itself, which ends others.
+        statuses = [process.exitcode for process in processes]
+        status = max(statuses) or min(statuses)
         return subprocess.CompletedProcess(
             [program, *words], status, *(stream.read_text() for stream in streams)
         )
