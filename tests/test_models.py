@@ -9,6 +9,8 @@ from support.families import CONFIGS, SIZES, save_random
 from support.ranks import RankError, run_ranks
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from megatron_taopd.parallel.packing import pack
+
 
 @pytest.fixture(scope="session")
 def hf_dirs(tmp_path_factory):
@@ -63,10 +65,42 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths, ep=1):
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        exported = dict(weights.export_weights(model)) if ep == 1 else None
+        exported = exports(model) if ep == 1 else None
         return (outputs[0] if outputs else None), exported, str(layout)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def exports(model):
+    """The exported tensors, the same however many parameters travel together."""
+    from unittest import mock
+
+    from megatron_taopd.models import weights
+    from megatron_taopd.parallel import packing
+
+    together = list(weights.export_weights(model))
+    for limit in (1, 20_000):  # each parameter alone, and some
+        with mock.patch.object(packing, "EXPORT_BYTES", limit):
+            for (name, tensor), (other, expected) in zip(
+                weights.export_weights(model), together, strict=True
+            ):
+                assert name == other and torch.equal(tensor, expected), name
+    return dict(together)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (10, [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]),
+        (1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]),
+        (99, [(0, 3), (3, 6), (6, 7)]),
+    ],
+)
+def test_parameters_of_a_stage_travel_together(limit, expected):
+    """By hand: 20 is more than is let together, and so is 4 + 6 + 1."""
+    sizes, stages = [4, 6, 1, 20, 3, 7, 2], [0, 0, 0, 1, 1, 1, 2]
+    assert list(pack(sizes, stages, limit)) == expected
+    assert list(pack([], [], limit)) == []
 
 
 def packed(lengths, vocab_size):

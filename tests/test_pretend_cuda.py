@@ -599,10 +599,11 @@ def push(directory):
 
         def abort(self): ...
 
-    def send(self, client, targets, bucket):
+    def send(self, client, targets, bucket, where):
         nonlocal entries
+        self._wait_for_last()  # the one before, whose entries these were
         entries = iter([bucket])
-        return sending(self, client, targets, bucket)
+        return sending(self, client, targets, bucket, where)
 
     def last(self, client, targets):
         self._writer.write_index()

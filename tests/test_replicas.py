@@ -18,7 +18,7 @@ from megatron_taopd.serving.identity import agreed, probe_tokens, remarks
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import all_of
 from megatron_taopd.serving.replica import Replica
-from megatron_taopd.serving.server import Server
+from megatron_taopd.serving.server import Server, Workers
 
 MODEL = ServedModel("model", {"vocab_size": 100}, 40)
 
@@ -160,7 +160,7 @@ def worker():
 def server_with(worker):
     server = Server.__new__(Server)
     server._process = SimpleNamespace(poll=lambda: None)
-    server._workers = {worker: "sglang::scheduler_TP1"}
+    server.workers = Workers(((worker.pid, worker.create_time(), "sglang::scheduler_TP1"),))
     return server
 
 

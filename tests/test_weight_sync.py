@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.patience import patience
 from support.ranks import run_ranks
 from support.sglang_server import generate, serve
 from support.step import OPTIMIZER
@@ -28,6 +29,7 @@ from torch.multiprocessing import reductions
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
+from benchmarks.receiver import Receiver
 from megatron_taopd.parallel.compat import torch_internals
 from megatron_taopd.rollout.weight_sync import (
     DiskSync,
@@ -43,6 +45,7 @@ from megatron_taopd.rollout.weight_sync import (
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
 from megatron_taopd.rollout.weight_sync.distributed import _Group, local_address
 from megatron_taopd.rollout.weight_sync.sequence import TIMEOUT_S
+from megatron_taopd.rollout.weight_sync.sources import deal
 
 STUDENT = "examples/tiny_pair/student"
 VOCABULARY = 1152
@@ -127,8 +130,9 @@ def push(sync, student, url, version, post=None, tp=1):
 
     first = dist.get_rank() == 0
     replica = Replica(url, tp)
-    ours = (Client(post), [replica]) if first else (None, None)
-    sync.push(*ours, Repeatable(student.named_tensors), version)
+    sync._client = Client(post)  # of whichever rank is the server's source
+    ours = (sync._client, [replica]) if first else (None, None)
+    assert sync.push(*ours, Repeatable(student.named_tensors), version) == {}
     trainer = sequence_log_probs(student, SEQUENCES, 16)
     if not first:
         return None, trainer, None
@@ -502,7 +506,16 @@ def sync_with(monkeypatch, timeout_s, **alive):
     for name, is_alive in alive.items():
         sync._groups[f"http://{name}"] = _Group(name, Backend(device, is_alive), "7")
     bucket = Bucket([Entry("a", torch.Size([2]), torch.bfloat16, 0, 4)], device)
-    return sync, dict(sync._groups), [Replica(f"http://{name}") for name in alive], bucket
+    sync._own = [Replica(f"http://{name}") for name in alive]
+    return sync, dict(sync._groups), sync._own, bucket
+
+
+def send_all(sync, client, replicas, bucket):
+    """Send one bucket; what is said of the servers that fell out, by url."""
+    sync._client, sync._own, sync._lost = client, replicas, {}
+    sync._send(None, None, bucket, " (weights 1, a)")
+    sync._close()
+    return sync._lost
 
 
 def dies_of(*names, after=0.05):
@@ -519,28 +532,32 @@ def test_a_dead_server_holds_up_no_push_and_others_are_not_blamed(monkeypatch, a
     """On a GPU that they share: the dead one's transfer runs till it is aborted."""
     sync, groups, replicas, bucket = sync_with(monkeypatch, 600, first=True, dead=False, last=True)
     started = time.monotonic()
-    with pytest.raises(RuntimeError) as caught:
-        sync._send(Client(dies_of("dead")), replicas, bucket)
+    lost = send_all(sync, Client(dies_of("dead")), replicas, bucket)
     assert time.monotonic() - started < 60
-    assert "http://dead/update_weights_from_distributed: connection reset" in str(caught.value)
-    assert "first" not in str(caught.value) and "last" not in str(caught.value)
+    path = "/update_weights_from_distributed"
+    assert lost == {"http://dead": f"http://dead{path}: connection reset (weights 1, a)"}
     assert groups["http://dead"].backend.aborted.wait(60)
     assert sync._groups == {url: groups[url] for url in ("http://first", "http://last")}
     assert not any(g.backend.aborted.is_set() for g in sync._groups.values())
-    sync._send(Client(dies_of()), [replicas[0], replicas[2]], bucket)  # and so they go on
+    going = [replicas[0], replicas[2]]
+    assert send_all(sync, Client(dies_of()), going, bucket) == {}  # and so they go on
 
 
 def test_every_server_that_failed_is_named(monkeypatch, alone):
     sync, _, replicas, bucket = sync_with(monkeypatch, 600, a=False, b=True, c=False)
-    with pytest.raises(RuntimeError, match=r"^http://a/.* reset; http://c/[^;]* reset$"):
-        sync._send(Client(dies_of("a", "c")), replicas, bucket)
+    sync._lost = send_all(sync, Client(dies_of("a", "c")), replicas, bucket)
+    assert list(sync._lost) == ["http://a", "http://c"]
+    assert sync._going(replicas) == [replicas[1]]
+    with pytest.raises(RuntimeError, match=r"^http://a/.* reset .*; http://c/[^;]* reset [^;]*$"):
+        sync._going([replicas[0], replicas[2]])
 
 
 def test_a_server_that_only_stays_silent_is_given_up_after_the_time_out(monkeypatch, alone):
     sync, groups, replicas, bucket = sync_with(monkeypatch, 1.0, hung=False, well=True)
     monkeypatch.setattr(distributed, "GRACE_S", 0.1)
-    with pytest.raises(RuntimeError, match=r"^http://hung: the weight transfer failed: no end"):
-        sync._send(Client(dies_of()), replicas, bucket)
+    lost = send_all(sync, Client(dies_of()), replicas, bucket)
+    assert list(lost) == ["http://hung"]
+    assert lost["http://hung"].startswith("http://hung: the weight transfer failed: no end")
     assert groups["http://hung"].backend.aborted.wait(60)
     assert list(sync._groups) == ["http://well"]
 
@@ -549,8 +566,10 @@ def test_those_that_joined_are_known_if_another_does_not(monkeypatch, alone):
     sync = DistributedSync(STUDENT, BUCKET, 600)
     monkeypatch.setattr(distributed, "join_group", lambda store, name, *_: name)
     replicas = [Replica("http://127.0.0.1:1"), Replica("http://127.0.0.1:2")]
-    with pytest.raises(RuntimeError, match=r"^http://127.0.0.1:1/init_weights_update_group: conn"):
-        sync._prepare(Client(dies_of("127.0.0.1:1")), replicas, 1)
+    sync._prepare(Client(dies_of("127.0.0.1:1")), replicas, 1)
+    [(url, why)] = sync._lost.items()
+    assert url == "http://127.0.0.1:1"
+    assert why == f"{url}/init_weights_update_group: connection reset"
     assert list(sync._groups) == ["http://127.0.0.1:2"]
 
 
@@ -579,6 +598,111 @@ def test_only_a_whole_checkpoint_has_the_whole_time_out(alone, tmp_path):
     assert set(timeouts.values()) == {60}
     bucket = Bucket([Entry("a", torch.Size([1]), torch.bfloat16, 0, 512 << 20)], None)
     assert sync._time_for(bucket) == pytest.approx(120 + 53.7, abs=0.1)
+
+
+DEALS = {  # by hand: nodes of the ranks, urls → ranks
+    "a node each, rank 0's last": ([0, 1, 2, 3], ["a", "b", "c", "d"], [1, 2, 3, 0]),
+    "two servers on each rank": ([0, 0], ["a", "b", "c", "d"], [1, 0, 1, 0]),
+    "one on each node first": ([0, 0, 0, 3, 3, 3], ["a", "b", "c", "d", "e"], [2, 5, 1, 4, 3]),
+    "those on the loopback address": (
+        [0, 0, 2, 2],
+        ["127.0.0.1:1", "a", "localhost:2", "[::1]:3"],
+        [1, 3, 0, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEALS)
+def test_servers_are_dealt_over_the_nodes(case):
+    nodes, hosts, ranks = DEALS[case]
+    urls = [f"http://{host}" for host in hosts]
+    assert deal(urls, nodes) == dict(zip(urls, ranks, strict=True))
+    assert deal(urls[1:], nodes, deal(urls, nodes)) == deal(urls, nodes)
+
+
+# Several servers, each with a source of its own among the ranks
+
+
+def push_to_many(student, urls):
+    """Twice; of each push what fell out and its seconds, and the servers of this rank's groups."""
+    sync, seen = DistributedSync(STUDENT, BUCKET), []
+    client, targets = Client(), [Replica(url) for url in urls]
+    for version in (1, 2):
+        perturb(student)
+        started = time.monotonic()
+        leads = dist.get_rank() == 0
+        tensors = Repeatable(student.named_tensors)
+        lost = sync.push(client if leads else None, targets if leads else None, tensors, version)
+        seen.append((lost, time.monotonic() - started, sorted(sync._groups)))
+        targets = [target for target in targets if target.url not in lost]
+    weights = {name: tensor.clone() for name, tensor in student.named_tensors()}
+    return seen, weights
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+def test_every_server_gets_the_weights_from_a_rank_of_its_own(tp, pp):
+    """One of them ends with the second push's third bucket: the others do not notice."""
+    with ExitStack() as stack:
+        receivers = [stack.enter_context(Receiver()) for _ in range(4)]
+        urls = [receiver.url for receiver in receivers]
+        lost_one = receivers[1]
+        buckets = len(list(buckets_of_student()))
+        lost_one.dies_at = buckets + 3
+        ranks = run_ranks(4, on_student, push_to_many, tp, pp, torch.float32, urls)
+    for rank, (seen, _) in enumerate(ranks):
+        (first, _, groups), (second, seconds, left) = seen
+        assert first == {} and groups == [urls[3 - rank]]  # rank 0 is the last to be dealt one
+        assert list(second) == [lost_one.url]
+        path = "/update_weights_from_distributed: "
+        assert second[lost_one.url].startswith(lost_one.url + path)
+        assert "(weights 2, model." in second[lost_one.url]
+        assert seconds < patience(10)
+        assert left == [url for url in groups if url != lost_one.url]
+    weights = ranks[0][1]
+    for receiver in receivers:
+        assert len({*receiver.sources}) == len(receiver.sources) == 1
+        if receiver is lost_one:
+            assert receiver.version == "1" and receiver.buckets == buckets + 3
+            continue
+        assert receiver.version == "2" and receiver.buckets == 2 * buckets
+        assert receiver.tensors.keys() == weights.keys()
+        for name, expected in weights.items():
+            assert torch.equal(receiver.tensors[name], expected), name
+    assert len({source for receiver in receivers for source in receiver.sources}) == 4
+
+
+def buckets_of_student():
+    shapes = TensorSync(STUDENT, BUCKET).shapes
+    tensors = ((name, torch.empty(shape)) for name, shape in shapes.items())
+    return buckets(tensors, shapes, BUCKET, keep=False)
+
+
+def test_the_next_bucket_is_gathered_while_this_one_is_sent(alone):
+    """The first bucket arrives when the second is there, and the second does not leave before."""
+    gathered, second_left, sent = threading.Event(), threading.Event(), []
+
+    class Slow(DistributedSync):
+        def _send_to(self, replica, bucket):
+            if bucket.entries[0].name != first:
+                second_left.set()
+            else:
+                assert gathered.wait(patience(10))
+                assert not second_left.wait(0.2)
+            sent.append(str(bucket))
+
+    def tensors():
+        for name, shape in sync.shapes.items():
+            if name == third:
+                gathered.set()
+            yield name, torch.zeros(shape)
+
+    sync, all_of_them = Slow(STUDENT, BUCKET), list(buckets_of_student())
+    first, third = (all_of_them[number].entries[0].name for number in (0, 2))
+    sync._own = [Replica("http://127.0.0.1:9")]
+    for bucket in buckets(tensors(), sync.shapes, BUCKET, keep=True):
+        sync._send(None, None, bucket)
+    sync._close()
+    assert sync._lost == {} and sent == list(map(str, all_of_them))
 
 
 def test_the_probe_asks_from_the_first_sync_on():
@@ -633,12 +757,14 @@ def push_again(student, url, tp):
     perturb(student)
     for version in (3, 4):
         states.append(push(KEPT["sync"], student, url, version, tp=tp))
-        if version == 3 and dist.get_rank() == 0:
+        dist.barrier()  # rank 0 asks the server, and another one is its source
+        if version == 3 and KEPT["sync"]._groups:
             [group] = KEPT["sync"]._groups.values()
             forget = {"group_name": group.name}
             version_of_its_own = {"new_version": "default"}
             asyncio.run(send(Replica(url), "/destroy_weights_update_group", forget, TIMEOUT_S))
             asyncio.run(send(Replica(url), "/update_weight_version", version_of_its_own, TIMEOUT_S))
+        dist.barrier()
         restore(student)
     return states
 

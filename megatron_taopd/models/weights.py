@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import torch
@@ -31,8 +33,7 @@ from megatron_taopd.formats.megatron import (
 from megatron_taopd.formats.output_head import OutputHead, find_head
 from megatron_taopd.formats.unpickle import check_pickles
 from megatron_taopd.models.gpt import Trunk
-from megatron_taopd.parallel import platform, progress, watchdog
-from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel import packing, platform, progress, watchdog
 
 
 def named_parameters(model: Trunk) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -150,33 +151,74 @@ def export_weights(
 
     Every rank has to run the iterator to its end. Models without expert parallelism only.
 
+    Parameters of one stage travel together, up to `packing.EXPORT_BYTES` of whole ones; a larger
+    one goes alone. First the shards of its stage go to the ranks of the same tensor-parallel rank
+    in the others, so that little goes between nodes; then each stage gathers them over TP.
+
     Args:
         read: picks what is exported of a parameter, of its shape and dtype: its value, or say its
             gradient.
 
-    Collectives, per parameter: an all-gather over the owners' TP group and a broadcast over the
-    pipeline group, of the parameter's bytes each.
+    Memory: a bucket of whole parameters and this rank's shards of it, and one whole parameter.
+
+    Collectives, per bucket: a broadcast over the pipeline group of this rank's shards, and an
+    all-gather of them over the TP group. A parameter that TP does not cut goes along.
     """
     layout = model.layout
     assert layout.ep == 1, layout
     own = {name: read(parameter) for name, parameter in named_parameters(model)}
     known = hf_map.parameters(model.hf)
-    if layout.pp > 1 and not hasattr(model, "whole_shapes"):  # they never change
+    if not hasattr(model, "whole_shapes"):  # they never change
         model.whole_shapes = whole_shapes(model.hf, known)
-    stages = dist.get_process_group_ranks(layout.groups.pp)
-    for name, parameter in known.items():
-        watchdog.heartbeat()
-        stage = _stage(parameter, model)
-        if layout.pp_rank == stage:
-            whole = _unshard(parameter.mapping, own[name], layout)
-        else:
-            shape = model.whole_shapes[name]
-            whole = torch.empty(shape, dtype=dtype_of(model), device=platform.device())
-        if layout.pp > 1:
-            dist.broadcast(whole, src=stages[stage], group=layout.groups.pp)
-        mapping = parameter.mapping
-        for hf_name, tensor in zip(mapping.names, mapping.split(whole, model.hf), strict=True):
-            yield hf_name, tensor.contiguous()
+    dtype, parameters = dtype_of(model), list(known.values())
+    sizes = [prod(model.whole_shapes[p.name]) * dtype.itemsize for p in parameters]
+    stages = [_stage(parameter, model) for parameter in parameters]
+    for start, stop in packing.pack(sizes, stages, packing.EXPORT_BYTES):
+        together = parameters[start:stop]
+        for parameter, shards in zip(together, _shards(together, own, model), strict=True):
+            watchdog.heartbeat()
+            mapping = parameter.mapping
+            whole = mapping.unshard(shards) if mapping.sharded else shards[0]
+            for hf_name, tensor in zip(mapping.names, mapping.split(whole, model.hf), strict=True):
+                yield hf_name, tensor.contiguous()
+
+
+def _shards(
+    parameters: Sequence[hf_map.Parameter], own: Mapping[str, Tensor], model: Trunk
+) -> Iterator[list[Tensor]]:
+    """Yield, for each of these parameters of one stage, what every tensor-parallel rank has of it.
+
+    Args:
+        own: this rank's parameters by name, those of its stage.
+    """
+    layout = model.layout
+    if layout.tp * layout.pp == 1:
+        yield from ([own[parameter.name]] for parameter in parameters)
+        return
+    shapes = [_shard_shape(p.mapping, model.whole_shapes[p.name], layout.tp) for p in parameters]
+    ends = list(accumulate(map(prod, shapes)))
+    stage = _stage(parameters[0], model)
+    if layout.pp_rank == stage:
+        flat = torch.cat([own[parameter.name].reshape(-1) for parameter in parameters])
+    else:
+        flat = torch.empty(ends[-1], dtype=dtype_of(model), device=platform.device())
+    if layout.pp > 1:
+        source = dist.get_process_group_ranks(layout.groups.pp)[stage]
+        dist.broadcast(flat, src=source, group=layout.groups.pp)
+    every = flat[None]
+    if layout.tp > 1:
+        every = flat.new_empty(layout.tp, len(flat))
+        dist.all_gather_into_tensor(every.view(-1), flat, group=layout.groups.tp)
+    del flat
+    for shape, end in zip(shapes, ends, strict=True):
+        yield [row[end - prod(shape) : end].view(shape) for row in every]
+
+
+def _shard_shape(mapping: hf_map.AnyMapping, whole: Sequence[int], tp: int) -> tuple[int, ...]:
+    if not mapping.sharded:
+        return tuple(whole)
+    dim, _ = mapping.cuts(tp)
+    return (*whole[:dim], whole[dim] // tp, *whole[dim + 1 :])
 
 
 def dtype_of(model: torch.nn.Module) -> torch.dtype:
@@ -189,15 +231,6 @@ def _stage(parameter: hf_map.Parameter, model: Trunk) -> int:
     if parameter.layer is not None:
         return parameter.layer // (model.config.num_layers // model.layout.pp)
     return 0 if parameter.name.startswith("embedding") else model.layout.pp - 1
-
-
-def _unshard(mapping, shard: Tensor, layout: Layout) -> Tensor:
-    shard = shard.contiguous()
-    if layout.tp == 1 or not mapping.sharded:
-        return shard
-    shards = [torch.empty_like(shard) for _ in range(layout.tp)]
-    dist.all_gather(shards, shard, group=layout.groups.tp)
-    return mapping.unshard(shards)
 
 
 def save_hf(

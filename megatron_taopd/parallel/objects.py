@@ -108,6 +108,12 @@ def on_rank_0(
         watchdog.heartbeat()
 
 
+def first_rank_of_node() -> int:
+    """Return the first rank of this rank's node, as the launcher has numbered them."""
+    rank = dist.get_rank()
+    return rank - min(int(os.environ.get("LOCAL_RANK", rank)), rank)
+
+
 def once_per_node(work: Callable[[], T]) -> T:
     """Do the work on the first rank of every node, and give it to the others there.
 
@@ -121,8 +127,8 @@ def once_per_node(work: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return work()
-    local_rank = min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), dist.get_rank())
-    pending = in_background(work) if local_rank == 0 else None
+    first = first_rank_of_node()
+    pending = in_background(work) if first == dist.get_rank() else None
     while True:
         word: tuple[str, Any] = "done", None
         if pending is not None:
@@ -139,7 +145,7 @@ def once_per_node(work: Callable[[], T]) -> T:
                 cause = pending.exception() if pending is not None and pending.done() else None
                 raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
         if all(state == "done" for state, _ in words):
-            return words[dist.get_rank() - local_rank][1]
+            return words[first][1]
         watchdog.heartbeat()
 
 

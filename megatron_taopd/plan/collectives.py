@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_taopd.parallel import exchange
+from megatron_taopd.parallel import exchange, packing
 from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
 from megatron_taopd.plan.setup import Setup
-from megatron_taopd.plan.shapes import Architecture, Grid, buffer_elements, student_buckets
+from megatron_taopd.plan.shapes import (
+    Architecture,
+    Grid,
+    buffer_elements,
+    exported,
+    student_buckets,
+)
+from megatron_taopd.rollout.weight_sync.sources import deal
 
 SHAPE_BYTES = 3 * 8  # that a pipeline stage sends before each tensor
 PROBED_ROWS = 1024  # of `scoring.score`
@@ -348,33 +355,36 @@ def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Co
 
 
 def _sync(setup: Setup, rank: int) -> list[Collective]:
-    """List those of `models.weights.export_weights`, and of rank 0's groups with servers.
-
-    Cut parameters of this rank's stage go over TP, and every parameter down the pipeline.
-    """
+    """List those of `models.weights.export_weights`, and of a rank's groups with its servers."""
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
-    stage = grid.stage(rank)
-    layers = model.layers // grid.pp
-    cut = [elements for _, elements, is_cut, _ in model.layer if is_cut]
-    ends = [model.embedding] * (stage == 0)
-    ends += [model.embedding] * (stage == grid.pp - 1 and not model.tied)
-    over_tp = links.gather_bytes(e * (layers * sum(cut) + sum(ends)), grid.tp)
-    calls = layers * len(cut) + len(ends)
-    parameters = model.layers * len(model.layer) + 2 + (not model.tied)
-    whole = e * model.elements
+    parameters = exported(model, grid)
+    sizes = [e * p.elements for p in parameters]
+    calls = len([*packing.pack(sizes, [p.stage for p in parameters], packing.EXPORT_BYTES)])
+    shards = sum(p.shard for p in parameters)
+    over_tp, over_pp = links.export_bytes(shards, e, grid.tp, grid.pp)
     span = grid.tp * grid.dp * grid.pp
     found = [
+        Collective("sync", "broadcast", "student pp", grid.pp, span, calls, over_pp),
         Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
-        Collective("sync", "broadcast", "student pp", grid.pp, span, parameters, whole),
     ]
-    if setup.rollout is not None and setup.sync_way == "distributed" and rank == 0:
-        servers = setup.rollout.replicas
+    if servers := sources(setup)[rank]:
+        whole = e * model.elements
         calls = servers * -(-whole // setup.sync_bucket)
         ranks = setup.rollout.tp + 1  # a group with each server
         found.append(
             Collective("sync", "broadcast", "a server", ranks, setup.gpus, calls, servers * whole)
         )
     return found
+
+
+def sources(setup: Setup) -> Counter[int]:
+    """Count the servers that each rank sends the weights to."""
+    if setup.rollout is None or setup.sync_way != "distributed":
+        return Counter()
+    host = "127.0.0.1" if setup.rollout.gpus else "servers"
+    urls = [f"http://{host}:{i}" for i in range(setup.rollout.replicas)]
+    nodes = [rank // setup.gpus_per_node for rank in range(setup.gpus)]
+    return Counter(deal(urls, nodes).values())
 
 
 def _padded(n: int, multiple: int) -> int:

@@ -87,7 +87,11 @@ def parameter_bytes(buffer_elements: int, itemsize: int, dp: int) -> float:
     return gather_bytes(itemsize * buffer_elements, dp)
 
 
-def export_bytes(elements: int, itemsize: int, tp: int, pp: int) -> tuple[float, float]:
-    """Count `models.weights.export_weights` of the whole model: (over TP, over the pipeline)."""
-    whole = elements * itemsize
-    return gather_bytes(whole, tp), whole if pp > 1 else 0.0
+def export_bytes(shards: int, itemsize: int, tp: int, pp: int) -> tuple[float, float]:
+    """Count `models.weights.export_weights` of the whole model: (over TP, over the pipeline).
+
+    Args:
+        shards: elements of a tensor-parallel rank's part of the whole model.
+    """
+    own = shards * itemsize
+    return gather_bytes(tp * own, tp), own if pp > 1 else 0.0

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_taopd.parallel.exchange import rounds
+from megatron_taopd.parallel.packing import EXPORT_BYTES
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
@@ -388,14 +389,22 @@ def _rollout(setup: Setup) -> dict[str, int]:
 
 
 def _sync(setup: Setup) -> dict[str, int]:
-    """Count the bytes of the largest tensor, from its shards or between stages, and of a bucket.
+    """Count the bytes of a bucket of the export, its shards and a whole parameter, and of buckets.
 
-    A bucket is on its way to servers.
+    A rank that broadcasts to servers has two of these: one on its way, one being filled.
     """
-    whole = setup.student.largest * setup.itemsize
-    copies = 2 * (setup.student_grid.tp > 1) or (setup.student_grid.pp > 1)
-    bucket = setup.sync_bucket if setup.rollout is not None else 0
-    return {"whole tensors": copies * whole + bucket}
+    e, grid = setup.itemsize, setup.student_grid
+    whole = setup.student.largest * e
+    together = min(max(whole, EXPORT_BYTES), setup.student.elements * e)
+    found = 0
+    if grid.tp * grid.pp > 1:
+        found += together // grid.tp
+    if grid.tp > 1:
+        found += together + whole
+    if setup.rollout is not None:
+        buckets = 1 + (setup.sync_way == "distributed")
+        found += buckets * min(setup.sync_bucket, setup.student.elements * e)
+    return {"whole tensors": found}
 
 
 def _share(servers: Servers, memory_gib: float) -> int:

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from math import lcm, prod
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -38,6 +39,8 @@ class Architecture:
     Attributes:
         layer: (name, elements, cut over TP, held by one expert) of a layer's parameters; all layers
             are alike, and an expert stands for all.
+        exported: (elements, cut over TP) of a layer's parameters, all experts', in the order in
+            which `models.weights.export_weights` has them.
         largest: elements of the largest parameter.
     """
 
@@ -53,6 +56,7 @@ class Architecture:
     experts: int
     experts_per_token: int
     layer: tuple[tuple[str, int, bool, bool], ...]
+    exported: tuple[tuple[int, bool], ...]
     largest: int
     cost: ModelCost
 
@@ -89,6 +93,11 @@ class Architecture:
             experts=experts,
             experts_per_token=hf.num_experts_per_tok if experts else 1,
             layer=layer,
+            exported=tuple(
+                (prod(shapes[name]), parameter.mapping.sharded)
+                for name, parameter in known.items()
+                if parameter.layer is not None
+            ),
             largest=max(prod(shape) for shape in shapes.values()),
             cost=ModelCost.of(hf),
         )
@@ -111,6 +120,33 @@ class Architecture:
         inside = sum(n * (self.experts if expert else 1) for _, n, _, expert in self.layer)
         heads = self.embedding if self.tied else 2 * self.embedding
         return self.layers * inside + heads + self.hidden
+
+
+class Exported(NamedTuple):
+    """A parameter of the whole model on its way to every rank.
+
+    Attributes:
+        shard: elements of a tensor-parallel rank; all of them where TP does not cut it.
+    """
+
+    elements: int
+    shard: int
+    stage: int
+
+
+def exported(model: Architecture, grid: Grid) -> list[Exported]:
+    """List the parameters in the order in which `models.weights.export_weights` has them."""
+
+    def one(elements: int, cut: bool, stage: int) -> Exported:
+        return Exported(elements, elements // grid.tp if cut else elements, stage)
+
+    inside = model.layers // grid.pp
+    last = [(model.hidden, False)] + [(model.embedding, True)] * (not model.tied)
+    return [
+        one(model.embedding, True, 0),
+        *(one(*size, layer // inside) for layer in range(model.layers) for size in model.exported),
+        *(one(*size, grid.pp - 1) for size in last),
+    ]
 
 
 @dataclass(frozen=True)

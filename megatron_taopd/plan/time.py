@@ -14,12 +14,14 @@ from megatron_taopd.monitoring.accounting import Work, step_operations
 from megatron_taopd.monitoring.throughput import throughput
 from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
+from megatron_taopd.plan.collectives import sources
 from megatron_taopd.plan.memory import replay_bytes
 from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
     buffer_elements,
+    exported,
     optimizer_elements,
     parameter_elements,
     student_buckets,
@@ -324,9 +326,14 @@ def optimizer(setup: Setup, cluster: Cluster) -> Phase:
 
 
 def sync(setup: Setup, cluster: Cluster) -> Phase:
-    """Estimate whole tensors on every rank, then into the engine's copy or to the servers."""
+    """Estimate whole tensors on every rank, then into the engine's copy or to the servers.
+
+    The next bucket is gathered while this one is sent; what goes down the pipeline shares the
+    network with what goes to servers.
+    """
     model, grid = setup.student, setup.student_grid
-    tensor, pipeline = links.export_bytes(model.elements, setup.itemsize, grid.tp, grid.pp)
+    shards = sum(parameter.shard for parameter in exported(model, grid))
+    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
     parts = {
         "over TP": tensor / _link_rate(setup, cluster, grid.tp),
         "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
@@ -339,9 +346,11 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
     elif setup.sync_way == "tensor":
         parts["handles"] = 0.0
     else:
-        # Rank 0 sends them to every server in a group of its own.
-        whole *= setup.rollout.replicas
-        parts["broadcast"] = whole / _link_rate(setup, cluster, setup.gpus_per_node + 1)
+        most = max(sources(setup).values())
+        parts["broadcast"] = most * whole / _link_rate(setup, cluster, setup.gpus_per_node + 1)
+        sent = parts["over the pipeline"] + parts["broadcast"]
+        shorter, longer = sorted((parts["over TP"], sent))
+        return Phase(longer + shorter / -(-whole // setup.sync_bucket), parts)
     return Phase(sum(parts.values()), parts)
 
 

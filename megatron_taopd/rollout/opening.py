@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,9 @@ def transport_of(config: Config) -> weight_sync.WeightSync:
     sync, path = config.rollout.sync, config.student.path
     bucket_bytes = sync.bucket_mib << 20
     if sync.transport == "distributed":
-        return weight_sync.DistributedSync(path, bucket_bytes)
+        key = config.rollout.servers.api_key_env
+        api_key = None if key is None else os.environ[key]
+        return weight_sync.DistributedSync(path, bucket_bytes, api_key=api_key)
     if sync.transport == "tensor":
         return weight_sync.TensorSync(path, bucket_bytes)
     directory = sync.dir or Path(config.run.dir) / "weights"

@@ -156,18 +156,23 @@ class SGLangEngine:
             return
         if self.updates.release_memory:
             self._make_room()
-        trouble = None
+        lost, trouble = {}, None
         try:
-            self.updates.sync.push(self.replicas, targets, weights(), version)
+            lost = self.updates.sync.push(self.replicas, targets, weights(), version)
             if self.updates.probe is not None:
-                self.updates.probe.check(self.replicas, targets)
+                going = [r for r in targets if r.url not in lost] if self.leads else None
+                self.updates.probe.check(self.replicas, going)
         except RuntimeError as error:
             trouble = str(error)
-        if self.leads and trouble is None:
-            self.replicas.run(self.replicas.commit_update(targets, version))
-        self._settle(trouble, targets, f"weights of version {version}")
+        fell_out, what = targets, f"weights of version {version}"
         if trouble is None:
-            self.failed_syncs = 0
+            if self.leads:
+                fell_out = [r for r in targets if r.url in lost]
+                going = [r for r in targets if r.url not in lost]
+                self.replicas.run(self.replicas.commit_update(going, version))
+            trouble = "; ".join(lost.values()) or None
+            self.failed_syncs = 0  # there are servers to go on with
+        self._settle(trouble, fell_out, what)
 
     def _make_room(self) -> None:
         """Give back what torch has cached, on every rank, before servers take their memory again.

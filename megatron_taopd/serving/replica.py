@@ -22,7 +22,7 @@ from megatron_taopd.serving import identity
 from megatron_taopd.serving.answers import Answer, answer_of
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import CONTROL_TIMEOUT_S, Failed, body_of, message_of
-from megatron_taopd.serving.server import Server
+from megatron_taopd.serving.server import Server, Workers
 
 PULSE_S = 2.0  # how often a server that has not answered yet is looked at
 
@@ -107,6 +107,7 @@ class Replica:
         self._url = source.rstrip("/") if isinstance(source, str) else None
         self.shared = shared
         self.server: Server | None = None
+        self.workers: Workers | None = None  # of a server that another rank has started here
         self.tp, self.dtype = 1, "auto"
         self.state = State.DOWN
         self.tokens = self.requests = 0
@@ -209,8 +210,8 @@ class Replica:
                 await self.fetch("/model_info")
             except RuntimeError as error:
                 trouble = str(error)
-            if self.server is not None:
-                trouble = await asyncio.to_thread(self.server.trouble) or trouble
+            if (watched := self.server or self.workers) is not None:
+                trouble = await asyncio.to_thread(watched.trouble) or trouble
             missed = 0 if trouble is None else missed + 1
         return f"the server is lost: {trouble}"
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -111,6 +111,38 @@ class Options:
         return [*command, *(CPU_ARGS if device == "cpu" else ()), *self.args]
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The scheduler and the other processes of a server, which any process of its host can look at.
+
+    Attributes:
+        found: (process id, when it began, name) of each.
+    """
+
+    found: tuple[tuple[int, float, str], ...]
+
+    @classmethod
+    def of(cls, processes: Iterable[psutil.Process]) -> Workers:
+        """Pick those that SGLang has named."""
+        found = []
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if (name := process.name()).startswith("sglang::"):
+                    found.append((process.pid, process.create_time(), name))
+        return cls(tuple(found))
+
+    def trouble(self) -> str | None:
+        """Return which of them has ended or was stopped, or None."""
+        for pid, began, name in self.found:
+            status = psutil.STATUS_DEAD
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                status = process.status() if process.create_time() == began else status
+            if status in LIFELESS:
+                return f"its {name} (process {pid}) is {LIFELESS[status]}"
+        return None
+
+
 class Server:
     """Starts an SGLang server; `wait_until_ready` says when, `stop` ends it.
 
@@ -167,7 +199,7 @@ class Server:
                 f"port {self.port} of {self.host} is in use: stop its user or take another"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._workers: dict[psutil.Process, str] = {}
+        self.workers = Workers(())
         with open(self.log, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -220,9 +252,7 @@ class Server:
                     self._fail(f"was not ready within {self.start_timeout:g} s")
                 time.sleep(POLL_S)
         with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.pid).children(recursive=True):
-                if (name := process.name()).startswith("sglang::"):
-                    self._workers[process] = name
+            self.workers = Workers.of(psutil.Process(self.pid).children(recursive=True))
         return self
 
     def trouble(self) -> str | None:
@@ -233,13 +263,7 @@ class Server:
         """
         if not self.alive:
             return f"died: {cause(self._output())} (log: {self.log})"
-        for worker, name in self._workers.items():
-            status = psutil.STATUS_DEAD
-            with suppress(psutil.NoSuchProcess):
-                status = worker.status() if worker.is_running() else status
-            if status in LIFELESS:
-                return f"its {name} (process {worker.pid}) is {LIFELESS[status]}"
-        return None
+        return self.workers.trouble()
 
     def _generates(self, client: httpx.Client) -> bool:
         with suppress(httpx.TransportError):

@@ -15,7 +15,12 @@ def engine_that_pushes(push: Callable[[], object], releases: bool) -> SGLangEngi
         push: called in place of sending the weights.
         releases: servers give their memory back between rollouts.
     """
-    sync = SimpleNamespace(push=lambda *_: push())
+
+    def take(*_) -> dict[str, str]:
+        push()
+        return {}  # none has failed
+
+    sync = SimpleNamespace(push=take)
     replicas = SimpleNamespace(
         live=["a server"],
         run=lambda found: found,

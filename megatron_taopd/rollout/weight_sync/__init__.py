@@ -10,11 +10,13 @@ from a cache of the old ones:
     pause (running requests are aborted) → weights, bucket by bucket → flush the cache → new version
     → continue
 
-If anything fails in between, the servers stay paused: they hold parts of two models. A later push
-that succeeds mends them. `probe` then compares log-probabilities: SGLang calls much a success.
+A server with which anything fails in between stays paused, because it holds parts of two models;
+the others go on. A later push that succeeds mends it. `probe` then compares log-probabilities:
+SGLang calls much a success.
 
     sequence      what the ways share, requests in their order; release and resume of device memory
     buckets       tensors checked and laid end to end
+    sources       which rank sends to which server
     distributed, tensor, disk
     probe
 """
@@ -23,7 +25,7 @@ from megatron_taopd.rollout.weight_sync.buckets import Repeatable
 from megatron_taopd.rollout.weight_sync.disk import DiskSync
 from megatron_taopd.rollout.weight_sync.distributed import DistributedSync
 from megatron_taopd.rollout.weight_sync.probe import Probe, check_probe, probe_replica
-from megatron_taopd.rollout.weight_sync.sequence import WeightSync, release, resume
+from megatron_taopd.rollout.weight_sync.sequence import WeightSync, release
 from megatron_taopd.rollout.weight_sync.tensor import TensorSync
 
 __all__ = [
@@ -36,5 +38,4 @@ __all__ = [
     "check_probe",
     "probe_replica",
     "release",
-    "resume",
 ]

@@ -33,15 +33,27 @@ class DiskSync(BucketSync):
         """The path that servers report as their model's: it ends in the model's own name."""
         return self._version / self.hf_dir.absolute().name
 
-    def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:
-        self._version = self.directory / f"weights-{version}"
-        shutil.rmtree(self._version, ignore_errors=True)
-        self._checkpoint.mkdir(parents=True)
+    def _prepare(
+        self, client: Client | None, targets: Sequence[Replica] | None, version: int
+    ) -> None:
+        def make() -> None:
+            self._version = self.directory / f"weights-{version}"
+            shutil.rmtree(self._version, ignore_errors=True)
+            self._checkpoint.mkdir(parents=True)
+
+        on_rank_0(make)
 
     def _send(
-        self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
+        self,
+        client: Client | None,
+        targets: Sequence[Replica] | None,
+        bucket: Bucket,
+        where: str = "",
     ) -> None:
-        on_rank_0(lambda: self._write(bucket))
+        try:
+            on_rank_0(lambda: self._write(bucket))
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}{where}") from error
 
     def _write(self, bucket: Bucket) -> None:
         dtype = bucket.entries[0].dtype
@@ -62,7 +74,7 @@ class DiskSync(BucketSync):
         self._post_all(client, targets, "/update_weights_from_disk", request, self.timeout_s)
         self._discard()
 
-    def _abandon(self, targets: Sequence[Replica]) -> None:
+    def _abandon(self) -> None:
         self._discard()
 
     def _discard(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -58,11 +59,13 @@ class WeightSync(Protocol):
         targets: Sequence[Replica] | None,
         named_tensors: Iterable[tuple[str, Tensor]],
         version: int,
-    ) -> None:
+    ) -> dict[str, str]:
         """Give these weights to the servers and let them go on with them. Every rank calls this.
 
+        A server that fails falls out: it stays paused, and the others go on.
+
         Args:
-            client, targets: None except on global rank 0, the only one that talks to servers.
+            client, targets: None except on global rank 0.
             named_tensors: whole tensors under their Hugging Face names, the same on every rank,
                 consumed one by one. If it can be iterated over more than once (`Repeatable`), the
                 first push goes through it once more, before anything is sent, to check it. Of a
@@ -70,13 +73,16 @@ class WeightSync(Protocol):
                 one is missing at the end. Both leave the servers paused.
             version: what servers report as weight_version from now on.
 
+        Returns:
+            Of each server that fell out, by url, what went wrong; on every rank.
+
         Raises:
             ValueError: the names and shapes are not those of the model, or dtypes differ.
-            RuntimeError: a server failed, or a disk; on every rank. The servers stay paused.
+            RuntimeError: all servers failed, or a disk; on every rank. The servers stay paused.
 
-        Memory: one bucket and one tensor.
+        Memory: one tensor, and on ranks that send at most two buckets.
 
-        Collectives: those of named_tensors; a broadcast of some 100 bytes for every bucket.
+        Collectives: those of named_tensors; broadcasts and gathers of some 100 bytes.
         """
         ...
 
@@ -100,6 +106,7 @@ class BucketSync:
         self.bucket_bytes = bucket_bytes
         self.timeout_s, self.control_s = timeout_s, min(timeout_s, CONTROL_TIMEOUT_S)
         self._checked_ahead = False
+        self._lost: dict[str, str] = {}  # servers that fell out of this push, and why
         # Servers, by url, that gave memory back and are still without it.
         self._without_weights: set[str] = set()
         self._without_cache: set[str] = set()
@@ -110,25 +117,27 @@ class BucketSync:
         targets: Sequence[Replica] | None,
         named_tensors: Iterable[tuple[str, Tensor]],
         version: int,
-    ) -> None:
+    ) -> dict[str, str]:
         """See `WeightSync.push`."""
         if not self._checked_ahead and iter(named_tensors) is not named_tensors:
             for _ in checked(named_tensors, self.shapes):
                 pass
             self._checked_ahead = True
+        self._lost = {}
         try:
-            on_rank_0(lambda: self._begin(client, targets, version))
+            self._prepare(client, targets, version)
+            self._on_rank_0(lambda: self._begin(client, targets))
             tensors = checked(named_tensors, self.shapes)
             for bucket in buckets(tensors, self.shapes, self.bucket_bytes, self._keeps_bytes()):
-                try:
-                    self._send(client, targets, bucket)
-                except RuntimeError as error:
-                    raise RuntimeError(f"{error} (weights {version}, {bucket})") from error
+                self._send(client, targets, bucket, f" (weights {version}, {bucket})")
                 del bucket  # before the next one is filled
-            on_rank_0(lambda: self._finish(client, targets, version))
+            self._close()
+            self._on_rank_0(lambda: self._finish(client, targets, version))
+            self._succeeded(version)
         except BaseException:
-            self._abandon(targets or ())
+            self._abandon()
             raise
+        return self._lost
 
     def release(self, client: Client | None, targets: Sequence[Replica] | None) -> None:
         """Let colocated servers give back their device memory. Every rank calls this.
@@ -151,8 +160,38 @@ class BucketSync:
 
         on_rank_0(work)
 
-    def _begin(self, client: Client, targets: Sequence[Replica], version: int) -> None:
-        self._prepare(client, targets, version)
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        """Do the work on rank 0, and tell every rank which servers have fallen out so far.
+
+        Raises:
+            RuntimeError: all of them, or the work's own; on every rank.
+        """
+
+        def lost() -> dict[str, str]:
+            work()
+            return self._lost
+
+        self._lost = on_rank_0(lost)
+
+    def _going(self, targets: Sequence[Replica]) -> list[Replica]:
+        """List those that have not fallen out.
+
+        Raises:
+            RuntimeError: none is left.
+        """
+        going = [replica for replica in targets if replica.url not in self._lost]
+        if targets and not going:
+            raise RuntimeError("; ".join(dict.fromkeys(self._lost[r.url] for r in targets)))
+        return going
+
+    def _note(self, replica: Replica, outcome: Any, where: str = "") -> None:
+        """Let a server fall out if this is what went wrong with it; an answer changes nothing."""
+        if isinstance(outcome, RuntimeError):
+            self._lost[replica.url] = f"{outcome}{where}"
+        elif isinstance(outcome, BaseException):
+            raise outcome
+
+    def _begin(self, client: Client, targets: Sequence[Replica]) -> None:
         self._post_all(client, targets, "/pause_generation", {"mode": "abort"})
         self._resume(client, targets, self._without_weights, ("weights",))
 
@@ -164,16 +203,17 @@ class BucketSync:
         self._post_all(client, targets, "/update_weight_version", new)
         self._resume(client, targets, self._without_cache, CACHE_TAGS)
         self._post_all(client, targets, "/continue_generation", {})
-        self._succeeded(targets, version)
+        self._going(targets)
 
     def _resume(
         self, client: Client, targets: Sequence[Replica], without: set[str], tags: Sequence[str]
     ) -> None:
-        waiting = [replica for replica in targets if replica.url in without]
+        waiting = [replica for replica in self._going(targets) if replica.url in without]
         # Forgotten first: SGLang dies of it if it was restarted meanwhile, and would again.
         without -= {replica.url for replica in waiting}
+        path, payload = "/resume_memory_occupation", {"tags": list(tags)}
         if waiting:
-            client.spawn(resume(client.post, waiting, tags, self.control_s)).result()
+            self._post_all(client, waiting, path, payload)
 
     def _post_all(
         self,
@@ -183,8 +223,22 @@ class BucketSync:
         payload: dict,
         timeout_s: float | None = None,
     ) -> None:
+        """Send the same request to all servers that have not fallen out; those that fail do."""
         timeout_s = self.control_s if timeout_s is None else timeout_s
-        client.spawn(post_all(client.post, targets, path, payload, timeout_s)).result()
+        going = self._going(targets)
+        self._wait_all(client, going, [client.post(r, path, payload, timeout_s) for r in going])
+
+    def _wait_all(
+        self,
+        client: Client,
+        targets: Sequence[Replica],
+        requests: Iterable[Awaitable],
+        where: str = "",
+    ) -> None:
+        """Wait for a request to each of these servers; those whose request fails fall out."""
+        outcomes = client.spawn(outcomes_of(requests)).result()
+        for replica, outcome in zip(targets, outcomes, strict=True):
+            self._note(replica, outcome, where)
 
     def _time_for(self, bucket: Bucket) -> float:
         return min(self.timeout_s, BUCKET_TIMEOUT_S + bucket.entries[-1].end / SLOWEST)
@@ -195,23 +249,41 @@ class BucketSync:
         """Tell whether this rank needs the buckets' bytes."""
         return dist.get_rank() == 0
 
-    def _prepare(self, client: Client, targets: Sequence[Replica], version: int) -> None:
-        """Get ready before the servers are paused; on rank 0."""
+    def _prepare(
+        self, client: Client | None, targets: Sequence[Replica] | None, version: int
+    ) -> None:
+        """Get ready before the servers are paused; on every rank."""
 
     def _send(
-        self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
+        self,
+        client: Client | None,
+        targets: Sequence[Replica] | None,
+        bucket: Bucket,
+        where: str = "",
     ) -> None:
-        """Send one bucket; on every rank."""
+        """Send one bucket, or begin to; on every rank.
+
+        Args:
+            where: said after what goes wrong with it.
+        """
         raise NotImplementedError
+
+    def _close(self) -> None:
+        """Wait until all buckets have been sent; on every rank."""
 
     def _last(self, client: Client, targets: Sequence[Replica]) -> None:
         """Act after the last bucket; on rank 0."""
 
-    def _succeeded(self, targets: Sequence[Replica], version: int) -> None:
-        """Note that the servers go on; on rank 0."""
+    def _succeeded(self, version: int) -> None:
+        """Note that the servers that have not fallen out go on; on every rank."""
 
-    def _abandon(self, targets: Sequence[Replica]) -> None:
-        """Give up what a failed push has begun; on every rank, targets on rank 0."""
+    def _abandon(self) -> None:
+        """Give up what a failed push has begun; on every rank."""
+
+
+async def outcomes_of(awaitables: Iterable[Awaitable]) -> list[Any]:
+    """Wait for all of them; return the result of each, or the exception that it raised."""
+    return await asyncio.gather(*awaitables, return_exceptions=True)
 
 
 async def post_all(
@@ -233,15 +305,3 @@ async def release(
     await post_all(post, targets, f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s)
     tags = {"tags": ["weights", *CACHE_TAGS]}
     await post_all(post, targets, "/release_memory_occupation", tags, timeout_s)
-
-
-async def resume(
-    post: Post,
-    targets: Sequence[Replica],
-    tags: Sequence[str],
-    timeout_s: float = CONTROL_TIMEOUT_S,
-) -> None:
-    """Allocate again what `release` freed: ("weights",) before a push, CACHE_TAGS before the server
-    continues. SGLang dies of it if that had not been released.
-    """
-    await post_all(post, targets, "/resume_memory_occupation", {"tags": list(tags)}, timeout_s)

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from megatron_taopd.parallel import platform, visible
 from megatron_taopd.parallel.compat.torch_internals import ipc_handle
-from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import (
     BucketSync,
     Client,
     Replica,
 )
-from megatron_taopd.serving.protocol import all_of
 
 
 class TensorSync(BucketSync):
@@ -46,17 +44,22 @@ class TensorSync(BucketSync):
         return dist.get_rank() == 0 or platform.device().type == "cuda"
 
     def _send(
-        self, client: Client | None, targets: Sequence[Replica] | None, bucket: Bucket
+        self,
+        client: Client | None,
+        targets: Sequence[Replica] | None,
+        bucket: Bucket,
+        where: str = "",
     ) -> None:
         handles = gather_handles(bucket) if platform.device().type == "cuda" else None
 
         def update() -> None:
+            going = self._going(targets)
             if handles is None:
                 inline = pickled(bucket, bucket.data.clone())  # a pickle has the whole storage
-                payloads = [[inline] * replica.tp for replica in targets]
+                payloads = [[inline] * replica.tp for replica in going]
             else:
-                payloads = [colocated(replica, handles) for replica in targets]
-            client.spawn(all_of(map(one, targets, payloads))).result()
+                payloads = [colocated(replica, handles) for replica in going]
+            self._wait_all(client, going, map(one, going, payloads), where)
 
         def one(replica: Replica, payloads: list[str]) -> Awaitable:
             request = {
@@ -67,7 +70,7 @@ class TensorSync(BucketSync):
             path = "/update_weights_from_tensor"
             return client.post(replica, path, request, self._time_for(bucket))
 
-        on_rank_0(update)
+        self._on_rank_0(update)
         if handles is not None:
             torch.cuda.ipc_collect()
 
