@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -179,6 +179,16 @@ class Replicas:
 
     # Requests
 
+    def slots_of(self, replicas: Sequence[Replica]) -> int:
+        """Count the requests that these take at a time."""
+        return len(replicas) * self.limits.concurrency
+
+    async def any_ready(self) -> bool:
+        """Wait until a replica can be asked; False: all of them are given up."""
+        async with self.shared.changed:
+            await self.shared.changed.wait_for(lambda: self.ready or self.troubles is not None)
+        return bool(self.ready)
+
     async def complete(self, request: dict, made: int = 0, alone: bool = True) -> Answer:
         """Answer a /generate request with one prompt as `input_ids`.
 
@@ -305,6 +315,16 @@ class Replicas:
                 replica.syncing = False
                 if replica.alive:
                     replica.version, replica.state = version, State.READY
+            self.shared.changed.notify_all()
+
+    async def follow_update(self, versions: Mapping[str, int | None]) -> None:
+        """Take over, by url, which weights another rank has given each of these; None: none."""
+        async with self.shared.changed:
+            for replica in self.all:
+                replica.syncing, replica.version = False, versions[replica.url]
+                if replica.alive:
+                    replica.state = State.STALE if replica.version is None else State.READY
+                replica.alarm.set()  # it may have lost them meanwhile
             self.shared.changed.notify_all()
 
     async def abort_update(self, targets: Sequence[Replica]) -> bool:
