@@ -219,7 +219,8 @@ def test_what_a_source_cannot_have_answered_another_one_has(backends, expected, 
     for _, batches, *_ in answers:
         for batch, version in zip(batches, (7, 8), strict=True):
             assert_same(batch, expected, version)
-    assert len(first.completions) - before == 36 - 2
+    # Its first two answers may have been lost with it.
+    assert 36 - 2 <= len(first.completions) - before <= 36
     assert answers[0][4]["rollout/retries"] >= 1
 
 

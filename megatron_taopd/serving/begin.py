@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -173,14 +174,10 @@ def open_own(
     mine = [url for url, rank in dealt.items() if rank == dist.get_rank()]
     own, trouble = None, None
     if mine and len(set(dealt.values())) > 1:
+        limits = replace(_limits(section), start_timeout_s=0)  # they are up
+        api_key = _api_key(section)
         try:
-            own = Replicas(
-                mine,
-                model,
-                _limits(section),
-                api_key=_api_key(section),
-                fixed_weights=fixed_weights,
-            )
+            own = Replicas(mine, model, limits, api_key=api_key, fixed_weights=fixed_weights)
         except (RuntimeError, ValueError) as error:
             trouble = f"rank {dist.get_rank()}: {error}"
     if troubles := [*filter(None, gather(trouble))]:
