@@ -15,7 +15,7 @@ WIDTH = 64  # bytes of the line in a rank's file
 
 
 def trace() -> None:
-    """Wait until the watchdog is there, and let it write where the rank is whenever that changes."""
+    """Wait until the watchdog is there; let it write where the rank is whenever that changes."""
     while not hasattr(watchdog := sys.modules.get("megatron_taopd.parallel.watchdog"), "Watchdog"):
         time.sleep(0.05)
     path = os.path.join(os.environ["TAOPD_TRACE"], f"rank_{os.environ['RANK']}")

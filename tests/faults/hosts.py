@@ -1,0 +1,511 @@
+"""Two training hosts and two server hosts whose network fails: is the run what it would have been?
+
+    python tests/faults/hosts.py --json figures.json             # all faults, once
+    python tests/faults/hosts.py --only "server gone" --json …   # those of a kind
+
+The hosts are network namespaces of this machine (tests/support/hosts.py; Linux, root). A real
+torchrun of the tiny pair, TP2 | PP2 over the two training hosts, is started by
+examples/launch/node.sh; an SGLang server on each server host by `taopd serve`; weights go by
+`distributed`. Each fault is made in a phase of its own, at a random moment of it:
+
+    link cut        packets of a training host are dropped: both hosts' ranks have to end, naming
+                    host, rank and phase, within the watchdog's time and what machine and launcher
+                    take; node.sh starts the ranks again, or the same command is given again
+    host gone       likewise, and all that runs there is killed, without a word to the others
+    server cut      packets of a server host are dropped, for some seconds or until the run has gone
+                    on without it; the run goes on, and gives it weights when it is back
+    server gone     likewise, with all that runs there killed; it is started again
+    lossy           5 % of a host's packets are lost and the others take 100 ms each way, for half a
+                    minute; the run goes on
+
+After every fault the records of all steps so far have to be those of a run that nothing disturbed,
+to the bit, and the newest checkpoint has to be the one that is resumed; in the end the weights of
+the students have to be the same, and no process may be left on any host. Responses are greedy
+(`rollout.top_k=1`): what servers sample cannot be repeated. Outside the suite: about a minute a
+fault on two cores. docs/reliability.md has its outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from kill_anywhere import curve, weights
+from support.hosts import Host, Hosts, missing
+from support.patience import Deadline, patience
+
+from megatron_taopd.checkpoints import files as checkpoint_files
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = ROOT / "examples" / "tiny_pair.yaml"
+NODE = ROOT / "examples" / "launch" / "node.sh"
+TRAINING, SERVING = ("train0", "train1"), ("serve0", "serve1")
+PORT, KEY = 30000, "SGLANG_KEY"
+OPTIONS = [
+    "rollout.prompts=16", "rollout.max_new_tokens=16", "rollout.engine=sglang", "rollout.top_k=1",
+    "rollout.stream=false", "rollout.servers.timeout_s=60", f"rollout.servers.api_key_env={KEY}",
+    f"rollout.servers.urls=[{','.join(f'http://{name}:{PORT}' for name in SERVING)}]",
+    "eval.limit=16", "eval.every=3", "log.tensorboard=false",
+    "checkpoint.every=1", "checkpoint.keep_last=2",
+]  # fmt: skip
+PHASES = ["build", "rollout", "teacher", "scoring", "selection", "training", "sync", "checkpoint"]
+PHASES += ["eval"]
+PAUSE_S = 5  # of node.sh before it starts its ranks again
+LAUNCHER_S = 30  # that torchrun may take to end once a rank has, on a quiet machine
+ON_S = 300  # in which a run has to go on, on a quiet machine; a lost push takes a minute
+LOSS, DELAY_S, LOSSY_S = 0.05, 0.1, 30
+ENDS = re.compile(r"^(?:rank \d+ ends: |error on rank )(.*)$", re.MULTILINE)
+AGAIN = re.compile(r"^node \d: status (\d+); start \d", re.MULTILINE)
+# Of records, what depends on which server answered, and when.
+UNREPEATABLE = (
+    *("rollout/retries", "rollout/timeouts", "rollout/restarts", "rollout/resyncs"),
+    *("rollout/staleness", "rollout/logprob_gap", "rollout/cached_share"),
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to which host, and in which phase of the run; see above for the kinds."""
+
+    kind: str
+    host: str
+    phase: str
+    long: bool = False  # of a server cut: until the run has gone on without it
+
+
+FAULTS = [
+    *(Fault("link cut", host, phase) for phase in PHASES for host in TRAINING),
+    *(Fault("host gone", TRAINING[n % 2], phase) for n, phase in enumerate(PHASES)),
+    *(Fault("server cut", SERVING[n % 2], phase, n % 2 == 0) for n, phase in enumerate(PHASES)),
+    Fault("server cut", "serve1", "rollout", long=True),
+    Fault("server cut", "serve1", "sync", long=True),
+    *(Fault("server gone", SERVING[n % 2], p) for n, p in enumerate(("rollout", "sync", "eval"))),
+    *(Fault("lossy", host, at) for host in ("train1", "serve0") for at in ("sync", "rollout")),
+]  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    """What came of a fault.
+
+    Attributes:
+        struck: the phase that the run was in.
+        noticed_s: seconds until all training hosts' ranks had ended, or until a step was done
+            without the server.
+        said: by host, why its rank ended.
+        on_s: seconds from the end of the fault until the next step was done.
+        failures: what should not have been.
+    """
+
+    fault: Fault
+    struck: str = ""
+    noticed_s: float | None = None
+    said: dict[str, str] = field(default_factory=dict)
+    on_s: float | None = None
+    failures: list[str] = field(default_factory=list)
+
+
+class Node:
+    """A training host's starts of the launcher."""
+
+    def __init__(self, host: Host, rank: int, command: list, env: dict[str, str], log: Path):
+        self.host, self.rank, self.command, self.log = host, rank, command, log
+        self.env = {**env, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": TRAINING[0]}
+        self.env |= {"NPROC": "1", "ATTEMPTS": "2", "PAUSE": str(PAUSE_S)}
+        self.process: subprocess.Popen | None = None
+        self.seen = 0  # bytes of the log that belong to earlier lives
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start node.sh, unless it runs: it may be about to start the ranks again by itself."""
+        if not self.running:
+            with self.log.open("a") as log:
+                self.process = self.host.start(self.command, self.env, stdout=log, stderr=log)
+
+    def begin_life(self) -> None:
+        self.seen = len(self.output(0))
+
+    def output(self, since: int | None = None) -> str:
+        data = self.log.read_bytes() if self.log.exists() else b""
+        return data[self.seen if since is None else since :].decode(errors="replace")
+
+    @property
+    def life_is_over(self) -> bool:
+        return not self.running or AGAIN.search(self.output()) is not None
+
+
+class Run:
+    """A run of the tiny pair on the two training hosts, through all its starts."""
+
+    def __init__(self, hosts: Hosts, name: str, steps: int, heartbeat_s: float, directory: Path):
+        self.hosts, self.dir = hosts, directory / name
+        self.trace = directory / f"{name}-trace"
+        self.trace.mkdir(exist_ok=True)
+        options = [*OPTIONS, f"run.dir={self.dir}", f"train.steps={steps}"]
+        options += [f"watchdog.heartbeat_timeout_s={heartbeat_s:.0f}"]
+        env = environment() | {"TAOPD_TRACE": str(self.trace)}
+        traced = Path(__file__).with_name("traced")
+        env["PYTHONPATH"] = os.pathsep.join([str(traced), env["PYTHONPATH"]])
+        command = ["bash", NODE, CONFIG, *options]
+        self.nodes = [
+            Node(hosts[host], rank, command, env, directory / f"{name}-{host}.log")
+            for rank, host in enumerate(TRAINING)
+        ]
+
+    def begin(self) -> None:
+        """Begin a life: node.sh starts its ranks again, or is started where it has ended."""
+        for path in self.trace.iterdir():
+            path.unlink()
+        for node in self.nodes:
+            node.begin_life()
+            node.start()
+
+    def place(self, rank: int) -> tuple[int, str, int]:
+        """Return the count, name and step of a rank's phase; -1 before there is a watchdog."""
+        path = self.trace / f"rank_{rank}"
+        words = path.read_text().split() if path.exists() else []
+        return (int(words[0]), words[1], int(words[2])) if len(words) == 3 else (-1, "", 0)
+
+    @property
+    def step(self) -> int:
+        return self.place(0)[2]
+
+    def reach(self, fault: Fault, generator: random.Random) -> str | None:
+        """Wait for a random moment of a fault's phase, or shortly after it.
+
+        Returns:
+            The phase at that moment; None if the life has ended.
+        """
+        rank = TRAINING.index(fault.host) if fault.host in TRAINING else 0
+        often = fault.phase not in ("build", "eval", "checkpoint")
+        skip, seen = generator.randrange(3) if often else 0, -1
+        deadline = Deadline(ON_S)
+        while deadline.left():
+            if any(node.life_is_over for node in self.nodes):
+                return None
+            count, phase, _ = self.place(rank)
+            if phase == fault.phase and count != seen:
+                seen, skip = count, skip - 1
+                if skip < 0:
+                    longest = 8.0 if fault.phase == "build" else 0.1
+                    time.sleep(generator.uniform(0, longest) * generator.random())
+                    return self.place(rank)[1]
+            time.sleep(0.001)
+        return None
+
+    def wait(self, what: Callable[[], bool], seconds: float, ended: bool = False) -> float | None:
+        """Wait for something; the seconds that it took, None if it has not come.
+
+        Args:
+            seconds: of a quiet machine.
+            ended: that ranks end is no reason not to wait any longer.
+        """
+        began, deadline = time.monotonic(), Deadline(seconds)
+        while not what():
+            over = not ended and any(node.life_is_over for node in self.nodes)
+            if over or not deadline.left():
+                return None
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
+        return max(checkpoint_files.steps(self.dir / "checkpoints"), default=0)
+
+    def went_on_after(self) -> int:
+        """Return the step of the checkpoint that this life has resumed, 0 for none."""
+        said = re.search(r"^resuming after step (\d+)$", self.nodes[0].output(), re.MULTILINE)
+        return int(said[1]) if said else 0
+
+    def ask_to_end(self) -> None:
+        """Let both nodes save and end, as a scheduler would ask them to.
+
+        Raises:
+            RuntimeError: they do not, or not with 3.
+        """
+        for node in self.nodes:
+            if node.running:
+                node.process.send_signal(signal.SIGTERM)
+        if self.wait(lambda: not any(node.running for node in self.nodes), ON_S, True) is None:
+            raise RuntimeError("the run does not end when it is asked to")
+        if any(status := [node.process.returncode - 3 for node in self.nodes]):
+            raise RuntimeError(f"{status}: {[node.output()[-3000:] for node in self.nodes]}")
+
+    def end(self, seconds: float) -> None:
+        """Wait until both nodes have ended with 0.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        if self.wait(lambda: not any(node.running for node in self.nodes), seconds, True) is None:
+            raise RuntimeError("the run does not end")
+        if any(status := [node.process.returncode for node in self.nodes]):
+            raise RuntimeError(f"{status}: {[node.output()[-3000:] for node in self.nodes]}")
+
+
+def environment() -> dict[str, str]:
+    """Return what every process on a host gets: `python` is this one."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    more = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", KEY: "of-the-servers"}
+    return {**os.environ, **more}
+
+
+class Trial:
+    """The hosts, their servers, and one run that goes through all faults."""
+
+    def __init__(self, hosts: Hosts, directory: Path, generator: random.Random, heartbeat_s: float):
+        self.hosts, self.directory, self.generator = hosts, directory, generator
+        self.heartbeat_s = heartbeat_s
+
+    def serve(self, name: str) -> None:
+        """Start a host's server, as its documentation says."""
+        command = ["python", "-m", "megatron_taopd", "serve", ROOT / "examples/tiny_pair/student"]
+        command += ["--host", "0.0.0.0", "--port", PORT, "--api-key-env", KEY]
+        command += ["--dtype", "float32", "--max-total-tokens", "8192"]
+        command += ["--logs", self.directory / f"{name}-logs"]
+        with (self.directory / f"{name}.log").open("a") as log:
+            self.hosts[name].start(command, environment(), stdout=log, stderr=log)
+
+    def version(self, name: str) -> str | None:
+        """Ask a server, on its own host, for the version of its weights."""
+        ask = (
+            "import json, os, urllib.request as r; q = r.Request('http://127.0.0.1:%d/model_info', "
+        )
+        ask += "headers={'Authorization': 'Bearer ' + os.environ[%r]}); "
+        ask += "print(json.load(r.urlopen(q, timeout=10))['weight_version'])"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        command = [sys.executable, "-S", "-c", ask % (PORT, KEY)]
+        process = self.hosts[name].start(command, environment(), **pipes)
+        return process.communicate()[0].strip() or None
+
+    def strike(self, run: Run, fault: Fault) -> Outcome:
+        """Make a fault, and end it; see whether the run does what it should."""
+        outcome = Outcome(fault)
+        if fault.phase == "build" and run.place(0)[1] not in ("", "build"):
+            run.ask_to_end()
+            run.begin()
+        struck = run.reach(fault, self.generator)
+        if struck is None:
+            said = [node.output()[-3000:] for node in run.nodes]
+            outcome.failures.append(f"did not come to {fault.phase}: {said}")
+            return outcome
+        outcome.struck = struck
+        if fault.host in TRAINING and fault.kind != "lossy":
+            self._lose_training_host(run, fault, outcome)
+        else:
+            self._disturb(run, fault, outcome)
+        return outcome
+
+    def _lose_training_host(self, run: Run, fault: Fault, outcome: Outcome) -> None:
+        host, gone = self.hosts[fault.host], fault.kind == "host gone"
+        step = run.step
+        host.power_off() if gone else host.cut()
+        limit = self.heartbeat_s + LAUNCHER_S
+        over = lambda: all(node.life_is_over for node in run.nodes)  # noqa: E731
+        outcome.noticed_s = run.wait(over, limit, ended=True)
+        if outcome.noticed_s is None:
+            outcome.failures.append(f"ranks had not ended after {limit:.0f} s")
+            for node in run.nodes:  # nothing else can go on
+                if not node.life_is_over:
+                    outcome.said[node.host.name] = node.output()[-3000:]
+                    end(node)
+        for node in run.nodes:
+            if gone and node.host is host:
+                continue
+            said = ENDS.search(node.output())
+            outcome.said[node.host.name] = said[1] if said else node.output()[-500:]
+            other = TRAINING[1 - node.rank]
+            # Before ranks have heard of each other there is no more to say than whose store it is.
+            if said is None or not (other in said[1] or "store of the job" in said[1]):
+                outcome.failures.append(f"{node.host.name} does not name {other}")
+            statuses = AGAIN.findall(node.output()) or [str(node.process.poll())]
+            if statuses != ["4"] and said is not None and outcome.struck != "build":
+                outcome.failures.append(f"{node.host.name}: status {statuses}")
+        for node in run.nodes:
+            if not node.running and (left := node.host.processes()):
+                outcome.failures.append(f"left on {node.host.name}: {left}")
+        host.heal()
+        newest = run.newest
+        run.begin()
+        outcome.on_s = run.wait(lambda: run.step > max(step, newest + 1), ON_S)
+        if outcome.on_s is None:
+            outcome.failures.append(f"not resumed: {[n.output()[-3000:] for n in run.nodes]}")
+        elif (after := run.went_on_after()) != newest:
+            outcome.failures.append(f"resumed after step {after}, not {newest}")
+
+    def _disturb(self, run: Run, fault: Fault, outcome: Outcome) -> None:
+        host = self.hosts[fault.host]
+        if fault.kind == "lossy":
+            host.degrade(LOSS, DELAY_S, self.generator.randrange(1000))
+            run.wait(lambda: False, LOSSY_S)
+        else:
+            host.power_off() if fault.kind == "server gone" else host.cut()
+            step = run.newest if outcome.struck == "build" else run.step
+            if fault.long or fault.kind == "server gone":
+                outcome.noticed_s = run.wait(lambda: run.step > step + 1, ON_S)
+                if outcome.noticed_s is None:
+                    outcome.failures.append("did not go on without the server")
+            else:
+                run.wait(lambda: False, self.generator.uniform(3, 15))
+        host.heal()
+        if fault.kind == "server gone":
+            self.serve(fault.host)
+        step = max(run.step, run.newest)
+        outcome.on_s = run.wait(lambda: run.step > step + 1, ON_S)
+        if outcome.on_s is None:
+            outcome.failures.append(f"did not go on: {[n.output()[-3000:] for n in run.nodes]}")
+        elif fault.host in SERVING and not self._has_weights(run, fault.host):
+            outcome.failures.append(f"{fault.host} was not given weights again")
+
+    def _has_weights(self, run: Run, name: str) -> bool:
+        """Wait until a server has weights that were current when this was called, or newer ones."""
+        step = run.step - 1
+
+        def has() -> bool:
+            time.sleep(1)
+            version = self.version(name)
+            return version is not None and version.isdecimal() and int(version) >= step
+
+        return run.wait(has, ON_S) is not None
+
+
+def end(node: Node) -> None:
+    """Kill all that runs on a training host, its launcher included."""
+    for process in node.host.processes():
+        process.kill()
+    node.process.wait()
+
+
+def records(run: Run) -> list[dict]:
+    """Return what a run's steps computed, as far as it can be repeated."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith(UNREPEATABLE)}
+        for record in curve(run.dir)
+    ]
+
+
+def differing(run: Run, whole: Run) -> str | None:
+    """Name the first step whose records differ, and how; None if none does."""
+    for one, other in zip(records(run), records(whole), strict=False):
+        if keys := sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k)):
+            return f"step {one['step']} differs in {', '.join(keys)}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    kinds = sorted({fault.kind for fault in FAULTS})
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--most", type=int, help="only so many of them, spread over the list")
+    parser.add_argument("--minutes", type=float, help="after which no further fault is made")
+    parser.add_argument("--heartbeat", type=float, default=10, help="seconds, of a quiet machine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--logs", type=Path, help="keep what hosts and runs write there")
+    parser.add_argument("--json", type=Path, help="write the outcome there, too")
+    arguments = parser.parse_args()
+    if reason := missing():
+        parser.error(reason)
+    # The hosts go at an end by a signal, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    generator = random.Random(arguments.seed)
+    faults = [fault for fault in FAULTS if fault.kind in arguments.only]
+    if arguments.most:
+        faults = faults[:: max(1, len(faults) // arguments.most)][: arguments.most]
+    with ExitStack() as stack:
+        directory = arguments.logs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.mkdir(exist_ok=True)
+        hosts = stack.enter_context(Hosts(*TRAINING, *SERVING))
+        trial = Trial(hosts, directory, generator, patience(arguments.heartbeat))
+        outcomes, failures = go_through(trial, faults, arguments.minutes, arguments.json)
+        for name in SERVING:
+            hosts[name].power_off()
+    print(json.dumps(summary(outcomes, failures), indent=2))
+    return 1 if failures or any(outcome.failures for outcome in outcomes) else 0
+
+
+def go_through(
+    trial: Trial, faults: list[Fault], minutes: float | None, file: Path | None
+) -> tuple[list[Outcome], list[str]]:
+    """Let one run go through all faults; then an undisturbed one, to compare it with."""
+    for name in SERVING:
+        trial.serve(name)
+    steps, deadline = 100_000, time.monotonic() + 60 * (minutes or math.inf)
+    run = Run(trial.hosts, "disturbed", steps, trial.heartbeat_s, trial.directory)
+    outcomes: list[Outcome] = []
+    run.begin()
+    for fault in faults:
+        if (began := time.monotonic()) > deadline:
+            break
+        if any(node.life_is_over for node in run.nodes):  # a fault that it has not survived
+            run.begin()
+        outcomes.append(outcome := trial.strike(run, fault))
+        line = asdict(outcome) | {"step": run.step, "minutes": (time.monotonic() - began) / 60}
+        print(json.dumps(line), flush=True)
+        if file is not None:
+            file.write_text(json.dumps(summary(outcomes, ["not at the end"]), indent=2) + "\n")
+    return outcomes, compare(trial, run, outcomes, file)
+
+
+def compare(trial: Trial, run: Run, outcomes: list[Outcome], file: Path | None) -> list[str]:
+    """End the disturbed run, do the same steps undisturbed; how they differ, and what is left."""
+    failures = []
+    last = run.step + 3
+    for node in run.nodes:
+        for process in node.host.processes():
+            process.kill()
+        node.process.wait()
+    runs = []
+    for name in ("disturbed", "whole"):
+        ending = Run(trial.hosts, name, last, trial.heartbeat_s, trial.directory)
+        ending.begin()
+        ending.end(30 + 10 * last)
+        runs.append(ending)
+    if difference := differing(*runs):
+        failures.append(difference)
+    if len({json.dumps([r["step"] for r in records(each)]) for each in runs}) != 1:
+        failures.append("a step is missing, or there twice")
+    if len({weights(each.dir) for each in runs}) != 1:
+        failures.append("weights differ")
+    for name in TRAINING:
+        if left := trial.hosts[name].processes():
+            failures.append(f"left on {name}: {left}")
+    if file is not None:
+        file.write_text(json.dumps(summary(outcomes, failures), indent=2) + "\n")
+    return failures
+
+
+def summary(outcomes: list[Outcome], failures: list[str]) -> dict:
+    """Return how many faults of each kind were survived, and the slowest notice and resumption."""
+    kinds = {}
+    for kind in dict.fromkeys(outcome.fault.kind for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.fault.kind == kind]
+        kinds[kind] = {
+            "faults": len(own),
+            "survived": sum(not outcome.failures for outcome in own),
+            "slowest_notice_s": max((o.noticed_s for o in own if o.noticed_s), default=None),
+            "slowest_to_go_on_s": max((o.on_s for o in own if o.on_s), default=None),
+        }
+    return {"kinds": kinds, "failures": failures, "outcomes": [asdict(o) for o in outcomes]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
