@@ -11,7 +11,8 @@ examples/launch/node.sh; an SGLang server on each server host by `taopd serve`; 
     link cut        packets of a training host are dropped: both hosts' ranks have to end, naming
                     host, rank and phase, within the watchdog's time and what machine and launcher
                     take; node.sh starts the ranks again, or the same command is given again
-    host gone       likewise, and all that runs there is killed, without a word to the others
+    link lost       likewise, for less than the watchdog's time: the run goes on
+    host gone       as a link cut, and all that runs there is killed, without a word to the others
     server cut      packets of a server host are dropped, for some seconds or until the run has gone
                     on without it; the run goes on, and gives it weights when it is back
     server gone     likewise, with all that runs there killed; it is started again
@@ -30,15 +31,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,16 +44,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from kill_anywhere import curve, weights
-from support.hosts import Host, Hosts, missing
-from support.patience import Deadline, patience
+from support.hosts import Hosts, missing
+from support.patience import patience
+from support.run_on_hosts import AGAIN, ENDS, ON_S, ROOT, Node, Run, environment
 
-from megatron_taopd.checkpoints import files as checkpoint_files
-
-ROOT = Path(__file__).parent.parent.parent
-CONFIG = ROOT / "examples" / "tiny_pair.yaml"
-NODE = ROOT / "examples" / "launch" / "node.sh"
 TRAINING, SERVING = ("train0", "train1"), ("serve0", "serve1")
 PORT, KEY = 30000, "SGLANG_KEY"
+SECRET = {KEY: "of-the-servers"}
 OPTIONS = [
     "rollout.prompts=16", "rollout.max_new_tokens=16", "rollout.engine=sglang", "rollout.top_k=1",
     "rollout.stream=false", "rollout.servers.timeout_s=60", f"rollout.servers.api_key_env={KEY}",
@@ -65,12 +60,8 @@ OPTIONS = [
 ]  # fmt: skip
 PHASES = ["build", "rollout", "teacher", "scoring", "selection", "training", "sync", "checkpoint"]
 PHASES += ["eval"]
-PAUSE_S = 5  # of node.sh before it starts its ranks again
 LAUNCHER_S = 30  # that torchrun may take to end once a rank has, on a quiet machine
-ON_S = 300  # in which a run has to go on, on a quiet machine; a lost push takes a minute
 LOSS, DELAY_S, LOSSY_S = 0.05, 0.1, 30
-ENDS = re.compile(r"^(?:rank \d+ ends: |error on rank )(.*)$", re.MULTILINE)
-AGAIN = re.compile(r"^node \d: status (\d+); start \d", re.MULTILINE)
 # Of records, what depends on which server answered, and when.
 UNREPEATABLE = (
     *("rollout/retries", "rollout/timeouts", "rollout/restarts", "rollout/resyncs"),
@@ -89,14 +80,17 @@ class Fault:
 
 
 FAULTS = [
-    *(Fault("link cut", host, phase) for phase in PHASES for host in TRAINING),
+    *(Fault("link cut", TRAINING[n % 2], phase) for n, phase in enumerate(PHASES)),
+    *(Fault("link lost", TRAINING[n % 2], phase) for n, phase in enumerate(PHASES)),
     *(Fault("host gone", TRAINING[n % 2], phase) for n, phase in enumerate(PHASES)),
-    *(Fault("server cut", SERVING[n % 2], phase, n % 2 == 0) for n, phase in enumerate(PHASES)),
-    Fault("server cut", "serve1", "rollout", long=True),
+    *(Fault("link cut", TRAINING[1 - n % 2], phase) for n, phase in enumerate(PHASES)),
+    # A run that is built waits for its servers as long as it takes.
+    *(Fault("server cut", SERVING[n % 2], phase, n % 2 == 1) for n, phase in enumerate(PHASES)),
+    Fault("server cut", "serve0", "rollout", long=True),
     Fault("server cut", "serve1", "sync", long=True),
     *(Fault("server gone", SERVING[n % 2], p) for n, p in enumerate(("rollout", "sync", "eval"))),
     *(Fault("lossy", host, at) for host in ("train1", "serve0") for at in ("sync", "rollout")),
-]  # fmt: skip
+]
 
 
 @dataclass
@@ -120,161 +114,18 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-class Node:
-    """A training host's starts of the launcher."""
-
-    def __init__(self, host: Host, rank: int, command: list, env: dict[str, str], log: Path):
-        self.host, self.rank, self.command, self.log = host, rank, command, log
-        self.env = {**env, "NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": TRAINING[0]}
-        self.env |= {"NPROC": "1", "ATTEMPTS": "2", "PAUSE": str(PAUSE_S)}
-        self.process: subprocess.Popen | None = None
-        self.seen = 0  # bytes of the log that belong to earlier lives
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def start(self) -> None:
-        """Start node.sh, unless it runs: it may be about to start the ranks again by itself."""
-        if not self.running:
-            with self.log.open("a") as log:
-                self.process = self.host.start(self.command, self.env, stdout=log, stderr=log)
-
-    def begin_life(self) -> None:
-        self.seen = len(self.output(0))
-
-    def output(self, since: int | None = None) -> str:
-        data = self.log.read_bytes() if self.log.exists() else b""
-        return data[self.seen if since is None else since :].decode(errors="replace")
-
-    @property
-    def life_is_over(self) -> bool:
-        return not self.running or AGAIN.search(self.output()) is not None
-
-
-class Run:
-    """A run of the tiny pair on the two training hosts, through all its starts."""
-
-    def __init__(self, hosts: Hosts, name: str, steps: int, heartbeat_s: float, directory: Path):
-        self.hosts, self.dir = hosts, directory / name
-        self.trace = directory / f"{name}-trace"
-        self.trace.mkdir(exist_ok=True)
-        options = [*OPTIONS, f"run.dir={self.dir}", f"train.steps={steps}"]
-        options += [f"watchdog.heartbeat_timeout_s={heartbeat_s:.0f}"]
-        env = environment() | {"TAOPD_TRACE": str(self.trace)}
-        traced = Path(__file__).with_name("traced")
-        env["PYTHONPATH"] = os.pathsep.join([str(traced), env["PYTHONPATH"]])
-        command = ["bash", NODE, CONFIG, *options]
-        self.nodes = [
-            Node(hosts[host], rank, command, env, directory / f"{name}-{host}.log")
-            for rank, host in enumerate(TRAINING)
-        ]
-
-    def begin(self) -> None:
-        """Begin a life: node.sh starts its ranks again, or is started where it has ended."""
-        for path in self.trace.iterdir():
-            path.unlink()
-        for node in self.nodes:
-            node.begin_life()
-            node.start()
-
-    def place(self, rank: int) -> tuple[int, str, int]:
-        """Return the count, name and step of a rank's phase; -1 before there is a watchdog."""
-        path = self.trace / f"rank_{rank}"
-        words = path.read_text().split() if path.exists() else []
-        return (int(words[0]), words[1], int(words[2])) if len(words) == 3 else (-1, "", 0)
-
-    @property
-    def step(self) -> int:
-        return self.place(0)[2]
-
-    def reach(self, fault: Fault, generator: random.Random) -> str | None:
-        """Wait for a random moment of a fault's phase, or shortly after it.
-
-        Returns:
-            The phase at that moment; None if the life has ended.
-        """
-        rank = TRAINING.index(fault.host) if fault.host in TRAINING else 0
-        often = fault.phase not in ("build", "eval", "checkpoint")
-        skip, seen = generator.randrange(3) if often else 0, -1
-        deadline = Deadline(ON_S)
-        while deadline.left():
-            if any(node.life_is_over for node in self.nodes):
-                return None
-            count, phase, _ = self.place(rank)
-            if phase == fault.phase and count != seen:
-                seen, skip = count, skip - 1
-                if skip < 0:
-                    longest = 8.0 if fault.phase == "build" else 0.1
-                    time.sleep(generator.uniform(0, longest) * generator.random())
-                    return self.place(rank)[1]
-            time.sleep(0.001)
-        return None
-
-    def wait(self, what: Callable[[], bool], seconds: float, ended: bool = False) -> float | None:
-        """Wait for something; the seconds that it took, None if it has not come.
-
-        Args:
-            seconds: of a quiet machine.
-            ended: that ranks end is no reason not to wait any longer.
-        """
-        began, deadline = time.monotonic(), Deadline(seconds)
-        while not what():
-            over = not ended and any(node.life_is_over for node in self.nodes)
-            if over or not deadline.left():
-                return None
-            time.sleep(0.02)
-        return time.monotonic() - began
-
-    @property
-    def newest(self) -> int:
-        """The step of the newest checkpoint; 0 if there is none."""
-        return max(checkpoint_files.steps(self.dir / "checkpoints"), default=0)
-
-    def went_on_after(self) -> int:
-        """Return the step of the checkpoint that this life has resumed, 0 for none."""
-        said = re.search(r"^resuming after step (\d+)$", self.nodes[0].output(), re.MULTILINE)
-        return int(said[1]) if said else 0
-
-    def ask_to_end(self) -> None:
-        """Let both nodes save and end, as a scheduler would ask them to.
-
-        Raises:
-            RuntimeError: they do not, or not with 3.
-        """
-        for node in self.nodes:
-            if node.running:
-                node.process.send_signal(signal.SIGTERM)
-        if self.wait(lambda: not any(node.running for node in self.nodes), ON_S, True) is None:
-            raise RuntimeError("the run does not end when it is asked to")
-        if any(status := [node.process.returncode - 3 for node in self.nodes]):
-            raise RuntimeError(f"{status}: {[node.output()[-3000:] for node in self.nodes]}")
-
-    def end(self, seconds: float) -> None:
-        """Wait until both nodes have ended with 0.
-
-        Raises:
-            RuntimeError: they have not.
-        """
-        if self.wait(lambda: not any(node.running for node in self.nodes), seconds, True) is None:
-            raise RuntimeError("the run does not end")
-        if any(status := [node.process.returncode for node in self.nodes]):
-            raise RuntimeError(f"{status}: {[node.output()[-3000:] for node in self.nodes]}")
-
-
-def environment() -> dict[str, str]:
-    """Return what every process on a host gets: `python` is this one."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    more = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", KEY: "of-the-servers"}
-    return {**os.environ, **more}
-
-
 class Trial:
     """The hosts, their servers, and one run that goes through all faults."""
 
     def __init__(self, hosts: Hosts, directory: Path, generator: random.Random, heartbeat_s: float):
         self.hosts, self.directory, self.generator = hosts, directory, generator
         self.heartbeat_s = heartbeat_s
+
+    def run(self, name: str, steps: int) -> Run:
+        """Return a run on the training hosts, which has not begun."""
+        options = [*OPTIONS, f"train.steps={steps}"]
+        options += [f"watchdog.heartbeat_timeout_s={self.heartbeat_s:.0f}"]
+        return Run([self.hosts[host] for host in TRAINING], self.directory / name, options, SECRET)
 
     def serve(self, name: str) -> None:
         """Start a host's server, as its documentation says."""
@@ -283,7 +134,7 @@ class Trial:
         command += ["--dtype", "float32", "--max-total-tokens", "8192"]
         command += ["--logs", self.directory / f"{name}-logs"]
         with (self.directory / f"{name}.log").open("a") as log:
-            self.hosts[name].start(command, environment(), stdout=log, stderr=log)
+            self.hosts[name].start(command, environment() | SECRET, stdout=log, stderr=log)
 
     def version(self, name: str) -> str | None:
         """Ask a server, on its own host, for the version of its weights."""
@@ -294,7 +145,7 @@ class Trial:
         ask += "print(json.load(r.urlopen(q, timeout=10))['weight_version'])"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         command = [sys.executable, "-S", "-c", ask % (PORT, KEY)]
-        process = self.hosts[name].start(command, environment(), **pipes)
+        process = self.hosts[name].start(command, environment() | SECRET, **pipes)
         return process.communicate()[0].strip() or None
 
     def strike(self, run: Run, fault: Fault) -> Outcome:
@@ -303,13 +154,14 @@ class Trial:
         if fault.phase == "build" and run.place(0)[1] not in ("", "build"):
             run.ask_to_end()
             run.begin()
-        struck = run.reach(fault, self.generator)
+        rank = TRAINING.index(fault.host) if fault.host in TRAINING else 0
+        struck = run.reach(fault.phase, rank, self.generator)
         if struck is None:
             said = [node.output()[-3000:] for node in run.nodes]
             outcome.failures.append(f"did not come to {fault.phase}: {said}")
             return outcome
         outcome.struck = struck
-        if fault.host in TRAINING and fault.kind != "lossy":
+        if fault.host in TRAINING and fault.kind in ("link cut", "host gone"):
             self._lose_training_host(run, fault, outcome)
         else:
             self._disturb(run, fault, outcome)
@@ -356,7 +208,7 @@ class Trial:
         host = self.hosts[fault.host]
         if fault.kind == "lossy":
             host.degrade(LOSS, DELAY_S, self.generator.randrange(1000))
-            run.wait(lambda: False, LOSSY_S)
+            run.sleep(LOSSY_S)
         else:
             host.power_off() if fault.kind == "server gone" else host.cut()
             step = run.newest if outcome.struck == "build" else run.step
@@ -365,7 +217,7 @@ class Trial:
                 if outcome.noticed_s is None:
                     outcome.failures.append("did not go on without the server")
             else:
-                run.wait(lambda: False, self.generator.uniform(3, 15))
+                run.sleep(self.generator.uniform(0.2, 0.6) * self.heartbeat_s)
         host.heal()
         if fault.kind == "server gone":
             self.serve(fault.host)
@@ -448,8 +300,8 @@ def go_through(
     """Let one run go through all faults; then an undisturbed one, to compare it with."""
     for name in SERVING:
         trial.serve(name)
-    steps, deadline = 100_000, time.monotonic() + 60 * (minutes or math.inf)
-    run = Run(trial.hosts, "disturbed", steps, trial.heartbeat_s, trial.directory)
+    deadline = time.monotonic() + 60 * (minutes or math.inf)
+    run = trial.run("disturbed", 100_000)
     outcomes: list[Outcome] = []
     run.begin()
     for fault in faults:
@@ -475,7 +327,7 @@ def compare(trial: Trial, run: Run, outcomes: list[Outcome], file: Path | None) 
         node.process.wait()
     runs = []
     for name in ("disturbed", "whole"):
-        ending = Run(trial.hosts, name, last, trial.heartbeat_s, trial.directory)
+        ending = trial.run(name, last)
         ending.begin()
         ending.end(30 + 10 * last)
         runs.append(ending)

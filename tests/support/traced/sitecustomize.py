@@ -1,6 +1,6 @@
 """Lets ranks tell in which phase they are, whatever starts them: the newest, in a file each.
 
-    TAOPD_TRACE=DIR PYTHONPATH=tests/faults/traced … examples/launch/node.sh …
+    TAOPD_TRACE=DIR PYTHONPATH=tests/support/traced … examples/launch/node.sh …
 
 Python imports a module of this name at its start. The line of a file is a count, the phase and the
 step. It begins when the rank's watchdog does; before that there is no file.
