@@ -11,7 +11,7 @@ import sys
 import pytest
 from support import hosts as making
 from support.hosts import Hosts, missing, namespaces
-from support.patience import finish, known_patience, patience
+from support.patience import known_patience, patience
 from support.run_on_hosts import ENDS, ON_S, Run
 
 if reason := missing():
@@ -107,7 +107,7 @@ def test_what_a_killed_program_has_left_goes_at_the_next_start():
     making.sweep()
     assert left in namespaces()  # it runs
     program.kill()
-    finish(program)
+    program.wait()  # its pipes are still open: the sleeper has them
     making.sweep()
     assert left not in namespaces()
     assert not os.path.exists(f"/proc/{sleeper}")
