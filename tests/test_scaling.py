@@ -21,12 +21,16 @@ SERVED_WIDTH = 128 * 4  # bytes of a teacher's row
 
 CASES = {
     "dp": dict(student=dict(tp=1, pp=1), ranks=[21]),
-    "tp2-sp": dict(student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full"),
+    "tp2-sp": dict(
+        student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", export_bytes=150_000
+    ),
     "tp2-sp, more columns": dict(
         student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", vocab_size=2048
     ),
     "tp8": dict(student=dict(tp=8, pp=1), teacher=dict(tp=2, pp=2), ranks=[0], k=16),
-    "tp4-pp4": dict(student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63]),
+    "tp4-pp4": dict(
+        student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63], export_bytes=150_000
+    ),
     "tp2-pp2-sp": dict(
         student=dict(tp=2, pp=2, sequence=True), teacher=dict(tp=4, pp=2, sequence=True),
         ranks=[0, 63], tied=False, precision="bf16", sequences=128,
@@ -88,6 +92,17 @@ def test_a_chunk_of_scores_is_one_all_gather_of_24_k_plus_28_bytes_a_row(measure
     micro_batches = rows // 20  # two sequences each
     assert calls == micro_batches * 4  # 20 rows in chunks of 6
     assert called(measured[case][0], "loss", "all_gather", tp)[0] == micro_batches
+
+
+def test_an_export_moves_buckets(measured):
+    """By hand: the embedding (131,072 bytes) and a norm, then two buckets for each of four layers:
+    QKV (98,304) and the projection (32,768); both of the MLP's (98,304 and 49,152) and small ones.
+    """
+    assert called(measured["tp2-sp"][0], "sync", "all_gather", 2)[0] == 1 + 2 * 4
+    for result in measured["tp4-pp4"]:
+        assert called(result, "sync", "all_gather", 4)[0] == 1 + 2 * 4
+        assert called(result, "sync", "broadcast", 4)[0] == 1 + 2 * 4
+    assert called(measured["tp8"][0], "sync", "all_gather", 8)[0] == 1  # 64 MiB hold all of it
 
 
 def test_the_loss_calls_nothing_in_its_backward_pass(measured):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +30,8 @@ from megatron_taopd.serving.protocol import (
 )
 from megatron_taopd.serving.replica import Limits, Replica, Shared, State
 from megatron_taopd.serving.server import Server
+
+PUSHES = 3  # of weights, in a row, that a server may fall out of
 
 
 class Replicas:
@@ -137,6 +139,11 @@ class Replicas:
     def stale(self) -> list[Replica]:
         """List those that wait for weights."""
         return [r for r in self.all if r.state is State.STALE and not r.syncing]
+
+    @property
+    def ready(self) -> list[Replica]:
+        """List those that serve."""
+        return [replica for replica in self.all if replica.state is State.READY]
 
     @property
     def remarks(self) -> list[str]:
@@ -268,7 +275,7 @@ class Replicas:
         """Let these serve: they have the current weights, with str(version) as weight_version."""
         async with self.shared.changed:
             for replica in targets:
-                replica.syncing = False
+                replica.syncing, replica.fell_out = False, 0
                 if replica.alive:
                     replica.version, replica.state = version, State.READY
             self.shared.changed.notify_all()
@@ -286,3 +293,21 @@ class Replicas:
             replica.state = State.STALE if well else State.DOWN
             replica.alarm.set()
         return not all(healthy)
+
+    async def leave_out(self, troubles: Mapping[Replica, str]) -> list[Replica]:
+        """Go on without these, which were not given the weights; they are looked at meanwhile.
+
+        One that is well waits for weights. One that this happens to PUSHES times in a row is given
+        up, and no longer looked at.
+
+        Returns:
+            Those that are given up.
+        """
+        async with self.shared.changed:
+            for replica, trouble in troubles.items():
+                replica.syncing, replica.version = False, None
+                replica.fell_out, replica.trouble = replica.fell_out + 1, trouble
+                replica.state = State.DOWN if replica.fell_out < PUSHES else State.DEAD
+                replica.alarm.set()
+            self.shared.changed.notify_all()
+        return [replica for replica in troubles if replica.state is State.DEAD]
