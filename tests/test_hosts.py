@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import psutil
 import pytest
 from support import hosts as making
 from support.hosts import Hosts, missing, namespaces
@@ -93,24 +94,24 @@ def test_hosts_have_names_addresses_and_directories_of_their_own(tmp_path):
 
 
 def test_what_a_killed_program_has_left_goes_at_the_next_start():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from support.hosts import Hosts\n"
-    code += (
-        "with Hosts('one') as hosts: print(hosts['one'].start(['sleep', 'inf']).pid, flush=True)"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from support.hosts import Hosts\n"
+        "with Hosts('one') as hosts:\n"
+        "    print(hosts['one'].start(['sleep', 'inf']).pid, flush=True)\n"
+        "    sys.stdin.read()"
     )
-    code += ", sys.stdin.read()"
     command = [sys.executable, "-c", code, str(making.WIRE.parent.parent)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     program = subprocess.Popen(command, **pipes)
-    sleeper = int(program.stdout.readline())
-    assert os.path.exists(f"/proc/{sleeper}")
+    sleeper = psutil.Process(int(program.stdout.readline()))
     left = f"{making.PREFIX}-{program.pid}-one"
     making.sweep()
-    assert left in namespaces()  # it runs
+    assert left in namespaces() and sleeper.is_running()
     program.kill()
     program.wait()  # its pipes are still open: the sleeper has them
     making.sweep()
     assert left not in namespaces()
-    assert not os.path.exists(f"/proc/{sleeper}")
+    assert not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.slow
