@@ -13,6 +13,8 @@ examples/launch/node.sh; an SGLang server on each server host by `taopd serve`; 
                     take; node.sh starts the ranks again, or the same command is given again
     link lost       likewise, for less than the watchdog's time: the run goes on
     host gone       as a link cut, and all that runs there is killed, without a word to the others
+    joining         packets of a training host are dropped for 5 to 20 s while nodes and ranks meet,
+                    before there is a watchdog: the run begins all the same
     server cut      packets of a server host are dropped, for some seconds or until the run has gone
                     on without it; the run goes on, and gives it weights when it is back
     server gone     likewise, with all that runs there killed; it is started again
@@ -89,6 +91,7 @@ FAULTS = [
     Fault("server cut", "serve0", "rollout", long=True),
     Fault("server cut", "serve1", "sync", long=True),
     *(Fault("server gone", SERVING[n % 2], p) for n, p in enumerate(("rollout", "sync", "eval"))),
+    *(Fault("joining", host, "joining") for host in TRAINING * 3),
     *(Fault("lossy", host, at) for host in ("train1", "serve0") for at in ("sync", "rollout")),
 ]
 
@@ -151,6 +154,8 @@ class Trial:
     def strike(self, run: Run, fault: Fault) -> Outcome:
         """Make a fault, and end it; see whether the run does what it should."""
         outcome = Outcome(fault)
+        if fault.kind == "joining":
+            return self._disturb_joining(run, fault)
         if fault.phase == "build" and run.place(0)[1] not in ("", "build"):
             run.ask_to_end()
             run.begin()
@@ -165,6 +170,23 @@ class Trial:
             self._lose_training_host(run, fault, outcome)
         else:
             self._disturb(run, fault, outcome)
+        return outcome
+
+    def _disturb_joining(self, run: Run, fault: Fault) -> Outcome:
+        outcome = Outcome(fault, "joining")
+        run.ask_to_end()
+        newest = run.newest
+        run.begin()
+        began, deadline = time.monotonic(), self.generator.uniform(0, 40)
+        while run.place(0)[0] < 0 and time.monotonic() - began < deadline:
+            time.sleep(0.01)
+        self.hosts[fault.host].cut()
+        run.sleep(self.generator.uniform(5, 20))
+        outcome.said = {node.host.name: node.output()[-500:] for node in run.nodes}
+        self.hosts[fault.host].heal()
+        outcome.on_s = run.wait(lambda: run.step > newest + 1, ON_S)
+        if outcome.on_s is None:
+            outcome.failures.append(f"did not begin: {[n.output()[-3000:] for n in run.nodes]}")
         return outcome
 
     def _lose_training_host(self, run: Run, fault: Fault, outcome: Outcome) -> None:
@@ -186,8 +208,7 @@ class Trial:
             said = ENDS.search(node.output())
             outcome.said[node.host.name] = said[1] if said else node.output()[-500:]
             other = TRAINING[1 - node.rank]
-            # Before ranks have heard of each other there is no more to say than whose store it is.
-            if said is None or not (other in said[1] or "store of the job" in said[1]):
+            if said is None or other not in said[1]:
                 outcome.failures.append(f"{node.host.name} does not name {other}")
             statuses = AGAIN.findall(node.output()) or [str(node.process.poll())]
             if statuses != ["4"] and said is not None and outcome.struck != "build":
@@ -300,6 +321,7 @@ def go_through(
     """Let one run go through all faults; then an undisturbed one, to compare it with."""
     for name in SERVING:
         trial.serve(name)
+    failures = refuse_separate_directories(trial)
     deadline = time.monotonic() + 60 * (minutes or math.inf)
     run = trial.run("disturbed", 100_000)
     outcomes: list[Outcome] = []
@@ -314,7 +336,23 @@ def go_through(
         print(json.dumps(line), flush=True)
         if file is not None:
             file.write_text(json.dumps(summary(outcomes, ["not at the end"]), indent=2) + "\n")
-    return outcomes, compare(trial, run, outcomes, file)
+    return outcomes, failures + compare(trial, run, outcomes, file)
+
+
+def refuse_separate_directories(trial: Trial) -> list[str]:
+    """Give a run a directory that each host has for itself; what is wrong with what it says."""
+    host = trial.hosts[TRAINING[1]]
+    run = trial.run("separate", 1)
+    run.dir.mkdir()
+    host.own_directory(run.dir)
+    run.begin()
+    run.wait(lambda: not any(node.running for node in run.nodes), ON_S, ended=True)
+    host.own.clear()
+    statuses = [node.process.poll() for node in run.nodes]
+    said = f"run.dir: {run.dir} of rank 0 is not seen on {host.name}"
+    if statuses == [2, 2] and said in run.nodes[0].output():
+        return []
+    return [f"separate directories: {statuses}, {[node.output() for node in run.nodes]}"]
 
 
 def compare(trial: Trial, run: Run, outcomes: list[Outcome], file: Path | None) -> list[str]:
