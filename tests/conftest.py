@@ -41,7 +41,8 @@ settings.load_profile("repeatable")
 logs.set_up()  # tests call what entry points do, without these
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
     """Leave all that was imported and collected alone from now on."""
     gc.freeze()
     gc.enable()
