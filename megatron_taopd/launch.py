@@ -37,6 +37,7 @@ from megatron_taopd.config.load import load
 from megatron_taopd.config.values import check_values
 from megatron_taopd.monitoring import logs
 from megatron_taopd.parallel import nccl
+from megatron_taopd.parallel.imports import long_imports
 from megatron_taopd.serving.ports import is_free
 
 logger = logging.getLogger("megatron_taopd.launch")  # its __name__ may be __main__
@@ -202,11 +203,12 @@ def _hold_back_ctrl_c() -> None:
 def _launch(arguments: list[str], command: Asked, asked: Sequence[int]) -> int:
     """Run torchrun; asked: the signals that have come, of which more may come."""
     # They take seconds to import, for which a mistake does not wait.
-    import torch
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    with long_imports():
+        import torch
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from megatron_taopd.parallel import rendezvous
+        from megatron_taopd.parallel import rendezvous
 
     if logger.getEffectiveLevel() > logging.DEBUG:
         _silence_torchrun()

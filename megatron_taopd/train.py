@@ -19,6 +19,7 @@ from megatron_taopd.config.values import check_values
 from megatron_taopd.launch import INTERRUPTED, MISTAKE
 from megatron_taopd.monitoring import logs
 from megatron_taopd.parallel import cuda_variables
+from megatron_taopd.parallel.imports import long_imports
 
 
 def main(arguments: list[str]) -> int:
@@ -37,8 +38,9 @@ def main(arguments: list[str]) -> int:
         cuda_variables.set_allocator(os.environ, config.rollout.sync.transport)
         # transformers takes seconds to import, Megatron too, which nobody should wait for to read
         # what is wrong with a value.
-        from megatron_taopd.preflight.check_config import check
-        from megatron_taopd.preflight.models import with_model_directories
+        with long_imports():
+            from megatron_taopd.preflight.check_config import check
+            from megatron_taopd.preflight.models import with_model_directories
 
         config = with_model_directories(config)
         check(config, ranks)
@@ -48,7 +50,8 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         signal.signal(signal.SIGINT, before)
         return MISTAKE
-    from megatron_taopd.start import start
+    with long_imports():
+        from megatron_taopd.start import start
 
     return start(config)
 

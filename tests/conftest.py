@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before torch: ranks and test workers share the cores. What is started from here inherits it.
@@ -21,6 +22,8 @@ from support.ranks import close_pools
 
 from megatron_taopd.monitoring import logs
 
+# A third of the time of imports goes on looking for garbage among what stays; see below.
+gc.disable()
 # Where matplotlib keeps the fonts that it has found: looking for them takes another second.
 caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))
@@ -36,6 +39,13 @@ if find_spec("triton") and not torch.cuda.is_available():
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 logs.set_up()  # tests call what entry points do, without these
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Leave all that was imported and collected alone from now on."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

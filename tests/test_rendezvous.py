@@ -4,14 +4,13 @@ each start of a node's launcher."""
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import signal
 import time
 
 import pytest
+from support.forks import fork_context
 from support.patience import known_patience, patience
-from support.ranks import PRELOAD
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -23,8 +22,7 @@ class Launcher:
     """A start of a node's launcher, in a process of its own."""
 
     def __init__(self, node: int, port: int):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = fork_context()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=meet, args=(node, port, theirs))
         self.process.start()

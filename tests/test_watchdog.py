@@ -5,7 +5,6 @@ Each job is a group of processes of its own, started as torchrun would, so that 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.forks import fork_context
 from support.patience import finish, patience, wait_for
-from support.ranks import PRELOAD, run_ranks
+from support.ranks import run_ranks
 from test_train import kill_all, start, wait_for_step
 
 from megatron_taopd.config.schema import DataSection
@@ -172,8 +172,7 @@ def run_job(misfortune, whose, directory, ranks=3):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_context()
     paths = [directory / f"output_{rank}.txt" for rank in range(ranks)]
     arguments = (misfortune, whose, str(directory), patience(SILENT_S), patience(STUCK_S))
     processes = [

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 from megatron_taopd.launch import ENDED_AT_ONCE, MISTAKE
+from megatron_taopd.parallel.imports import long_imports
 
 COMMANDS = {
     "train": ("megatron_taopd.train", "run a training: CONFIG.yaml section.key=value …"),
@@ -49,7 +50,9 @@ def choose(
     """
     name, *rest = arguments or [""]
     if name in commands:
-        return importlib.import_module(commands[name][0]).main(rest)
+        with long_imports():
+            command = importlib.import_module(commands[name][0])
+        return command.main(rest)
     if name in ("-h", "--help", ""):
         print(f"{about.strip()}\n\nusage: {program} COMMAND …\n")
         for command, (_, does) in commands.items():

@@ -11,7 +11,6 @@ exit status.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import subprocess
@@ -23,8 +22,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from support.forks import fork_context, keep_imports_frozen
 from support.patience import Deadline, kill_family
-from support.ranks import PRELOAD
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +41,7 @@ def run_python(
     Args:
         env: what the environment has besides.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_context()
     words = [*map(str, arguments)]
     with tempfile.TemporaryDirectory(prefix="command-") as directory:
         streams = [Path(directory, name) for name in ("stdout", "stderr")]
@@ -91,6 +89,7 @@ def _wait_for(processes: list, seconds: float) -> None:
 
 
 def _run(program: str, words: list[str], streams: list[Path], cwd: str, variables: dict) -> None:
+    keep_imports_frozen()
     for descriptor, stream in enumerate(streams, 1):
         opened = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)

@@ -18,7 +18,6 @@ ranks. What a function leaves behind is still there for the next one, but for Me
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -34,14 +33,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_taopd.monitoring import logs
+from support.forks import fork_context, fork_server, keep_imports_frozen
 from support.patience import Deadline, known_patience, took
 
 START_S = 120
 QUIET_START_S = 12.0  # of the first pool, which imports everything
-PRELOAD = [
-    *("megatron_taopd.start", "megatron_taopd.preflight.check_config"),
-    *("megatron_taopd.preflight.models", "transformers.models.qwen3.modeling_qwen3", "pytest"),
-]
 
 
 class RankError(RuntimeError):
@@ -72,16 +68,13 @@ class RankPool:
     """Ranks that answer calls until they are killed.
 
     Args:
-        path: directories that they import from first. Such ranks are started from nothing: the fork
-            server has imported Megatron without these.
+        path: directories that they import from first.
     """
 
     def __init__(self, world_size: int, path: tuple[str, ...] = ()):
         # Not forked from this process: torch's thread pools do not survive that. The fork server
         # only imports, so it has no threads.
-        context = multiprocessing.get_context("spawn" if path else "forkserver")
-        if not path:
-            context.set_forkserver_preload(PRELOAD)
+        context = fork_context()
         self.directory = tempfile.mkdtemp(prefix="ranks-")
         self.connections, self.processes = [], []
         try:
@@ -92,7 +85,7 @@ class RankPool:
                 process = context.Process(
                     target=_serve, args=(rank, world_size, store, theirs, path)
                 )
-                process.start()
+                fork_server(path).start(process) if path else process.start()
                 theirs.close()
                 self.connections.append(ours)
                 self.processes.append(process)
@@ -150,6 +143,7 @@ def _serve(
     rank: int, world_size: int, store: str, connection: Connection, path: tuple[str, ...]
 ) -> None:
     """The life of one rank: join the group, then answer calls until the pipe closes."""
+    keep_imports_frozen()
     sys.path[:0] = path
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then kills us
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
