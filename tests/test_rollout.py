@@ -9,11 +9,19 @@ import pytest
 import torch
 from support.ranks import run_ranks
 from torch.nn.functional import log_softmax, softmax
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_taopd.data.vocab_map import Vocabulary
+from megatron_taopd.rollout import kv_cache
+from megatron_taopd.rollout.draws import DrawTokens, gumbel_noise, noise_key
 from megatron_taopd.rollout.engine import Sampling
-from megatron_taopd.rollout.local import DrawTokens, LocalEngine, gumbel_noise, noise_key
+from megatron_taopd.rollout.local import LocalEngine
 
 ROOT = Path(__file__).parent.parent
 V = 96
@@ -81,6 +89,81 @@ def test_recorded_log_probs_are_of_the_full_distribution_at_temperature_1():
     log_probs = log_softmax(teacher_forced(tiny_model(), batch), dim=-1)
     expected = log_probs.gather(1, batch.response_tokens()[:, None]).squeeze(1)
     torch.testing.assert_close(batch.log_probs, expected, atol=1e-5, rtol=0)
+
+
+class Noisy(LogitsProcessor):
+    """Makes the argmax of transformers' `generate` the engine's draw."""
+
+    def __init__(self, keys, temperature):
+        self.keys, self.temperature, self.position, self.log_probs = keys, temperature, 0, []
+
+    def __call__(self, input_ids, logits):
+        noise = gumbel_noise(self.keys, torch.tensor([self.position]), logits.shape[1])
+        scores = logits / self.temperature + noise
+        self.position += 1
+        self.log_probs.append(log_softmax(logits, dim=1).gather(1, scores.argmax(1)[:, None]))
+        return scores
+
+
+def generated_by_transformers(prompt, keys, longest, temperature):
+    """[(tokens, log-probabilities)] of samples that start, run and end in one batch."""
+    noisy = Noisy(torch.tensor(keys), temperature)
+    tokens = copy.deepcopy(tiny_model()).generate(
+        torch.tensor([prompt] * len(keys)),
+        generation_config=GenerationConfig(
+            max_new_tokens=longest, do_sample=False, eos_token_id=EOS, pad_token_id=0
+        ),
+        logits_processor=LogitsProcessorList([noisy]),
+    )[:, len(prompt) :]
+    found = []
+    for row, log_probs in zip(tokens.tolist(), torch.cat(noisy.log_probs, 1), strict=True):
+        length = row.index(EOS) + 1 if EOS in row else len(row)
+        found.append((row[:length], log_probs[:length]))
+    return found
+
+
+@pytest.mark.parametrize("room", [1, 64])
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_samples_are_those_of_transformers_own_loop(monkeypatch, batch_size, room):
+    """Whoever else is in the batch, whenever they enter and leave, and however often it moves."""
+    monkeypatch.setattr(kv_cache, "ROOM", room)
+    engine = tiny_engine(seed=5, batch_size=batch_size)
+    batch = generate(engine, samples=6, max_new_tokens=40, temperature=0.8)
+    ours = zip(responses(batch), batch.log_probs.split(batch.response_lengths.tolist()))
+    for i, prompt in enumerate(PROMPTS):
+        keys = [noise_key(5, 3, i, sample) for sample in range(6)]
+        for tokens, log_probs in generated_by_transformers(prompt, keys, 40, 0.8):
+            found, found_log_probs = next(ours)
+            assert found == tokens
+            torch.testing.assert_close(found_log_probs, log_probs, atol=1e-5, rtol=0)
+    lengths = batch.response_lengths.tolist()
+    assert min(lengths) < 10 and max(lengths) == 40 and batch.truncated.sum() in range(1, 25)
+
+
+def test_rows_that_are_finished_leave_and_others_take_their_places(monkeypatch):
+    """A pass is over a token of each row that goes on, and over each prompt once."""
+    passes, caches = [], []
+    begin = kv_cache.ColumnCache.begin
+
+    def counted(self, lengths, prompts, places):
+        caches.append(self)
+        passes.append((len(lengths), 0 if places is None else len(places), prompts))
+        begin(self, lengths, prompts, places)
+
+    monkeypatch.setattr(kv_cache.ColumnCache, "begin", counted)
+    batch = generate(tiny_engine(batch_size=4), samples=3, max_new_tokens=40, temperature=0.8)
+    entered = [entering for _, entering, _ in passes]
+    assert sum(entered) == batch.num_sequences == 15
+    # The first token of a response is drawn in the pass over its prompt.
+    assert sum(rows for rows, _, _ in passes) == batch.num_rows - 15
+    before_the_last = entered[: max(i for i, n in enumerate(entered) if n) + 1]
+    full = [rows + entering for rows, entering, _ in passes[: len(before_the_last)]]
+    assert set(full) == {4} and len(before_the_last) > 3
+    # Longest prompts first: [7] three times, and one of the three with [5].
+    assert entered[0] == 4 and passes[0][2].sum(dim=1).tolist() == [7, 5]
+    [cache] = {id(cache): cache for cache in caches}.values()
+    assert cache.capacity == 4 and cache.columns <= 7 + 40 + kv_cache.ROOM
+    assert cache.rows == 0
 
 
 def test_greedy_takes_the_most_likely_token_every_time():
@@ -290,8 +373,9 @@ def test_draws_follow_the_warped_distribution(warp):
     logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -3.0])
     draws = 40_000
     keys = torch.tensor([noise_key(0, 0, prompt, 0) for prompt in range(draws)])
-    draw = DrawTokens(keys, Sampling(max_new_tokens=1, **warp))
-    drawn = draw(None, logits.expand(draws, -1).clone()).argmax(dim=1)
+    draw = DrawTokens(Sampling(max_new_tokens=1, **warp))
+    start = torch.zeros(draws, dtype=torch.int64)
+    drawn, log_probs = draw(logits.expand(draws, -1).clone(), keys, start)
 
     expected = softmax(logits.double() / warp.get("temperature", 1.0), dim=0)
     kept = expected.clone()  # sorted from the most to the least likely
@@ -303,12 +387,12 @@ def test_draws_follow_the_warped_distribution(warp):
     live = expected > 0
     chi_square = ((counts - draws * expected) ** 2 / (draws * expected))[live].sum()
     assert chi_square < 25  # p < 2e-4 at 5 degrees of freedom; fixed keys, so never by chance
-    torch.testing.assert_close(draw.log_probs[0], log_softmax(logits, dim=0)[drawn])
+    torch.testing.assert_close(log_probs, log_softmax(logits, dim=0)[drawn])
 
 
 def test_noise_is_standard_gumbel_and_independent_between_positions_and_sequences():
     keys = torch.tensor([noise_key(0, 0, prompt, 0) for prompt in range(64)])
-    noise = torch.stack([gumbel_noise(keys, position, 1000) for position in range(8)])
+    noise = torch.stack([gumbel_noise(keys, torch.tensor([p]), 1000) for p in range(8)])
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.02)
@@ -325,8 +409,10 @@ def test_noise_is_standard_gumbel_and_independent_between_positions_and_sequence
 
 def test_noise_of_a_sequence_is_its_own_whatever_the_batch():
     keys = torch.tensor([noise_key(0, 0, prompt, 0) for prompt in range(40)])
-    whole = gumbel_noise(keys, 5, 20_000)  # several blocks
-    assert torch.equal(whole[17:18], gumbel_noise(keys[17:18], 5, 20_000))
+    positions = torch.arange(40) % 7
+    whole = gumbel_noise(keys, positions, 20_000)  # several blocks
+    alone = gumbel_noise(keys[17:18], torch.tensor([3]), 20_000)
+    assert torch.equal(whole[17:18], alone)
 
 
 def test_a_checkpoint_directory_is_loaded(tmp_path):

@@ -134,6 +134,7 @@ def observed(
     from megatron_taopd.models.gpt import Trunk
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.vocab import projection
+    from megatron_taopd.rollout.continuous import ContinuousBatch
     from megatron_taopd.rollout.local import LocalEngine
     from megatron_taopd.teacher.megatron import MegatronTeacher
 
@@ -158,10 +159,10 @@ def observed(
 
         return generated
 
-    def generate_batch(original):
-        def counted(self, prompts, *rest):
-            seen.together.append(len(prompts))
-            return original(self, prompts, *rest)
+    def step_of_rows(original):
+        def counted(self, newcomers, *rest):
+            seen.together.append(len(self.rows) + len(newcomers))
+            return original(self, newcomers, *rest)
 
         return counted
 
@@ -215,7 +216,7 @@ def observed(
     with ExitStack() as stack:
         around(building, "build", build)
         around(LocalEngine, "generate", generate)
-        around(LocalEngine, "_generate_batch", generate_batch)
+        around(ContinuousBatch, "step", step_of_rows)
         around(Trunk, "forward", forward)
         around(TransformerLayer, "forward", count("layers"))
         around(PackedAttention, "forward", count("attentions"))
