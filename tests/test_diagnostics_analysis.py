@@ -42,6 +42,8 @@ RATIOS = [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5]
 NAMES = {
     "full": "Full OPD",
     "random": "Random",
+    "prefix": "Prefix",
+    "prefix_share": "Prefix (share)",
     "entropy": "Entropy",
     "divergence": "Raw KL",
     "compatibility": "C-only",
@@ -246,8 +248,10 @@ def test_every_selector_and_budget_has_its_rows(analyzed):
 def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(name, analyzed):
     bank, gain, tables = analyzed
     q3 = int(in_q3(bank, 16).sum())
+    lengths = bank.columns["length"][bank.columns["position"] == 0]
+    cu_rows = torch.tensor([0, *lengths.astype(int)]).cumsum(0)
     for ratio in RATIOS:
-        mask = select(name, bank.scores(16), ratio, 5).numpy()
+        mask = select(name, bank.scores(16), ratio, 5, cu_rows=cu_rows).numpy()
         n = bank.num_rows if name == "full" else budget(ratio, bank.num_rows)
         label = NAMES[name]
         rows = [r for r in tables["table10_budget_sweep"] if r["selector"] == label]

@@ -61,7 +61,9 @@ def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
     }
     mask = torch.ones(batch.num_rows, dtype=torch.bool)
     if selector != "full":
-        mask = dense.select(dense.selector_scores(selector, *list(columns.values())[:3]), ratio)
+        lengths = batch.response_lengths.tolist()
+        scores = dense.selector_scores(selector, *list(columns.values())[:3], lengths)
+        mask = dense.select(scores, ratio)
     beta, alpha = value(keys["loss.beta"]), value(keys["loss.alpha"])
     if kind == "sampled_token":
         tokens = batch.response_tokens()[mask, None]

@@ -18,11 +18,13 @@ from omegaconf import MISSING
 
 # The keys of step.selection.SELECTORS, and step.loss.LOSSES.
 Selector = Literal[
-    "full", "random", "entropy", "divergence", "compatibility", "tip", "teachability",
-    "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+    "full", "random", "prefix", "prefix_share", "entropy", "divergence", "compatibility", "tip",
+    "teachability", "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl",
+    "q3_high_di",
 ]  # fmt: skip
 # Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
-CONCENTRATES = tuple(n for n in get_args(Selector) if n not in ("full", "random", "q3_low_dl"))
+_WITHOUT_MASS = ("full", "random", "prefix", "prefix_share", "q3_low_dl")
+CONCENTRATES = tuple(name for name in get_args(Selector) if name not in _WITHOUT_MASS)
 Loss = Literal["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl", "sampled_token"]
 
 

@@ -201,8 +201,18 @@ def robust_normalize(
     return torch.tensor(scaled, dtype=torch.float64)
 
 
-def selector_scores(name: str, D: Tensor, C: Tensor, H: Tensor) -> Tensor:
-    """[R] the score of each selector (Eq. 12–16) that ranks rows; −inf never to be kept."""
+def selector_scores(
+    name: str, D: Tensor, C: Tensor, H: Tensor, lengths: list[int] | None = None
+) -> Tensor:
+    """[R] the score of each selector (Eq. 12–16) that ranks rows; −inf never to be kept.
+
+    lengths: of the responses, whose rows are end to end; None: they are one.
+    """
+    places = [(i, n) for n in lengths or [len(D)] for i in range(n)]
+    if name == "prefix":
+        return torch.tensor([-i for i, _ in places], dtype=torch.float64)
+    if name == "prefix_share":
+        return torch.tensor([-(i + 0.5) / n for i, n in places], dtype=torch.float64)
     d, h = robust_normalize(D), robust_normalize(H)
     c = robust_normalize(C, degenerate=1.0)
     learnable, incompatible = d * c, d * (1 - c)

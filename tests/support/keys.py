@@ -138,8 +138,8 @@ KEYS: dict[str, dict[str, str]] = {
     "selection.selector": {
         name: STEP
         for name in (
-            "full", "entropy", "divergence", "compatibility", "tip", "teachability_entropy",
-            "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+            "full", "prefix", "prefix_share", "entropy", "divergence", "compatibility", "tip",
+            "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
         )
     } | {"random": SEED},
     "selection.ratio": {"0.35": STEP},
