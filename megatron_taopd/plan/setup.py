@@ -152,7 +152,8 @@ class Setup:
             if not (served and name == "teacher")
         }
         check_layouts(config, gpus, "--gpus")
-        horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
+        horizon = rollout.horizon["end"] if isinstance(rollout.horizon, dict) else rollout.horizon
+        horizon = horizon if isinstance(horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
             _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),

@@ -234,6 +234,21 @@ def selector_scores(
     }[name]
 
 
+def discrepancy_weights(log_s: Tensor, log_t: Tensor, lengths: list[int], gamma: float) -> Tensor:
+    """[R] IW-OPD's w_t = 1 + γ(1 − Σ_{k<t} d_k / Σ_k d_k), d = |log p_T(y) − log p_S(y)| [R].
+
+    The rows of responses of these lengths are end to end; a token that a model lacks has d = 0.
+    """
+    weights, pairs = [], iter(zip(log_s.tolist(), log_t.tolist(), strict=True))
+    for length in lengths:
+        response = [next(pairs) for _ in range(length)]
+        d = [abs(s - t) if math.isfinite(s) and math.isfinite(t) else 0.0 for s, t in response]
+        for t in range(length):
+            before = sum(d[:t]) / sum(d) if sum(d) else 0.0
+            weights.append(1 + gamma * (1 - before))
+    return torch.tensor(weights, dtype=torch.float64)
+
+
 def budget(ratio: float, num_rows: int) -> int:
     """⌈ρ|I|⌉ with ρ as the decimal a person wrote: .07 × 100 is 7."""
     exact = Decimal(str(ratio)) * num_rows
