@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_taopd.serving.answers import Answer, as_answer
 from megatron_taopd.serving.hidden_states import KEY, pack
 
 
@@ -42,8 +43,8 @@ class ServedTeacher:
             return [self.answer({**request, "input_ids": each}) for each in ids]
         return self.answer(request)
 
-    async def complete(self, request: dict) -> dict:
-        return self.answer(request)
+    async def complete(self, request: dict) -> Answer:
+        return as_answer("http://stand-in", self.answer(request))
 
     @torch.no_grad()
     def answer(self, request: dict) -> dict:
