@@ -186,15 +186,19 @@ class Distiller:
             dist.broadcast(mask, src=first, group=layout.groups.tp)
         return ids[mask.bool().cpu()]
 
+    def weigh(self, scored: ScoredBatch, kept: WantedRows) -> RowWeights | None:
+        """Weigh the kept rows, if that is asked for (`RowWeights.by_discrepancy`)."""
+        if self.loss.weights == "none":
+            return None
+        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma)
+
     def train_on(self, scored: ScoredBatch, kept: WantedRows) -> dict[str, float]:
         """Take the optimizer steps of a batch (`training.train_on`).
 
         Returns:
             With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight.
         """
-        train, loss, weights = self.train, self.loss, None
-        if loss.weights == "discrepancy":
-            weights = RowWeights.by_discrepancy(scored.scores, scored.batch, kept, loss.gamma)
+        train, loss, weights = self.train, self.loss, self.weigh(scored, kept)
         models = self.student, self.heads
         metrics = train_on(scored, kept, *models, train, loss, self.guard, weights)
         return metrics | ({"loss/weight_mean": weights.mean} if weights else {})
