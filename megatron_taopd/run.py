@@ -196,6 +196,7 @@ class Run:
         with self.monitor.span("eval"):
             evaluation = self.evaluate(step)
         self.monitor.keep_answers(step, evaluation.examples)
+        self.monitor.keep_outcome(step, evaluation.per_prompt, evaluation.samples)
         return self.observer.observe_evaluation(step, evaluation)
 
     def _check_teacher(self, step: int) -> None:

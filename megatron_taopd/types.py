@@ -230,6 +230,8 @@ class TokenScores:
         teacher_log_prob: [R] float32, the teacher's log-probability of the sampled token (natural
             log), −inf where only the student knows that token. It is over the common vocabulary; of
             a teacher that reports its top-K, over its own. None where nobody has asked.
+        student_log_prob: [R] float32, the student's log-probability of it over the common
+            vocabulary, −inf likewise. None where nobody has asked.
         student_topk_ids: [R, K] int64, highest logit first, on request.
         teacher_topk_ids: [R, K] int64, on request.
     """
@@ -240,6 +242,7 @@ class TokenScores:
     teacher_entropy: Tensor
     topk_overlap: Tensor | None = None
     teacher_log_prob: Tensor | None = None
+    student_log_prob: Tensor | None = None
     student_topk_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None
 

@@ -207,6 +207,7 @@ def test_attempts_that_a_file_leaves_open_have_to_be_given(user):
     assert load("conf/run.yaml", ["teacher.servers.attempts=3"]).teacher.servers.max_retries == 2
 
 
+GROWTH = "rollout.horizon."
 SERVERS = "rollout.engine=sglang rollout.servers."
 
 
@@ -436,6 +437,21 @@ def test_overrides_that_are_refused(user, override, parts):
         (
             "selection.concentrate=0.95 selection.ratio=0.1",
             ("selection.concentrate: 0.95", "selection.ratio 0.1", "at most 0.9"),
+        ),
+        ("rollout.horizon=soon", ("rollout.horizon: 'soon'", "none, auto, a number of tokens or")),
+        ("rollout.horizon=true", ("rollout.horizon: True", "is needed")),
+        ("rollout.horizon=99999", ("rollout.horizon: 99999", "rollout.max_new_tokens", "at most")),
+        (f"{GROWTH}start=4 {GROWTH}end=8", ("rollout.horizon.steps: None", "whole number")),
+        (f"{GROWTH}start=4 {GROWTH}end=8 {GROWTH}steps=1", ("rollout.horizon.steps: 1", "2 steps")),
+        (f"{GROWTH}start=9 {GROWTH}end=8 {GROWTH}steps=2", ("rollout.horizon.start: 9", "end 8")),
+        (f"{GROWTH}begin=9 {GROWTH}end=8", ("rollout.horizon.begin: unknown key", "start, end")),
+        (
+            f"{GROWTH}start=4 {GROWTH}end=8 {GROWTH}steps=2 {GROWTH}growth=slow",
+            ("rollout.horizon.growth: 'slow'", "linear or geometric"),
+        ),
+        (
+            f"{GROWTH}start=4 {GROWTH}end=99999 {GROWTH}steps=2",
+            ("rollout.horizon: 99999", "more than rollout.max_new_tokens"),
         ),
         ("rollout.ahead=2", ("rollout.ahead: 2", "has to be 0 or 1")),
         ("rollout.ahead=1", ("rollout.ahead: 1", "rollout.engine local", "has to be 0")),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.planted_bank import planted_bank, planted_columns, write_table
 
-from megatron_taopd.diagnostics import shapes
+from megatron_taopd.diagnostics import position, shapes
 from megatron_taopd.diagnostics.analysis import analyze
 from megatron_taopd.diagnostics.bootstrap import (
     draw_counts,
@@ -42,6 +42,8 @@ RATIOS = [0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5]
 NAMES = {
     "full": "Full OPD",
     "random": "Random",
+    "prefix": "Prefix",
+    "prefix_share": "Prefix (share)",
     "entropy": "Entropy",
     "divergence": "Raw KL",
     "compatibility": "C-only",
@@ -246,8 +248,10 @@ def test_every_selector_and_budget_has_its_rows(analyzed):
 def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(name, analyzed):
     bank, gain, tables = analyzed
     q3 = int(in_q3(bank, 16).sum())
+    lengths = bank.columns["length"][bank.columns["position"] == 0]
+    cu_rows = torch.tensor([0, *lengths.astype(int)]).cumsum(0)
     for ratio in RATIOS:
-        mask = select(name, bank.scores(16), ratio, 5).numpy()
+        mask = select(name, bank.scores(16), ratio, 5, cu_rows=cu_rows).numpy()
         n = bank.num_rows if name == "full" else budget(ratio, bank.num_rows)
         label = NAMES[name]
         rows = [r for r in tables["table10_budget_sweep"] if r["selector"] == label]
@@ -261,6 +265,78 @@ def test_every_selector_keeps_exactly_n_rows_the_rows_of_the_training_selector(n
         places = [r for r in places if r["budget"] == ratio]
         assert sum(row["rows"] for row in places) == mask.sum()
         assert sum(row["share"] for row in places) == pytest.approx(1)
+
+
+def early_learnable_bank(effect: float, learnable: float, seed=7):
+    """Gain falls along the response, and so does D^L, whatever it does for the gain."""
+    bank, _ = planted_bank(seed, 60, 60)
+    rng, place = np.random.default_rng(seed), bank.place()
+    d = np.clip(1 - place + 0.3 * rng.random(bank.num_rows), 0, None)
+    c = rng.random(bank.num_rows)
+    bank.columns.update({"D_16": d, "C_16": c})
+    noise = rng.normal(size=bank.num_rows) + rng.normal(size=60)[bank.prompts]
+    return bank, effect * (1 - place) + learnable * shape_variables(bank, 16)["D^L"] + noise
+
+
+def test_what_position_explains_is_not_teachabilitys():
+    """Without an effect of its own D^L seems to have one, until rows that stand alike are compared:
+    of 20 banks, at most 4 intervals exclude the effect that is not there.
+    """
+    excluded = 0
+    for seed in range(20):
+        bank, gain = early_learnable_bank(effect=4.0, learnable=0.0, seed=seed)
+        counts = draw_counts(bank.num_prompts, 100, 0)
+        table = position.position_regression(bank, gain, 16, counts)
+        assert value(table, quantity="β(D^L)")[1] > 0.1
+        estimate, low, high = value(table, quantity="β(D^L) beside position")
+        excluded += not low < 0 < high
+        assert abs(estimate) < 0.08
+    assert excluded <= 4
+    gaps = position.position_gaps(bank, gain, 16, counts)
+    everywhere = value(gaps, variable="D^L", among="all rows")
+    assert everywhere[1] > 0.5
+    for among in ("parts", "parts, D"):
+        assert abs(value(gaps, variable="D^L", among=among)[0]) < 0.2 * everywhere[0]
+
+
+def test_what_teachability_adds_to_position_and_to_d_is_found():
+    bank, gain = early_learnable_bank(effect=1.0, learnable=3.0)
+    counts = draw_counts(bank.num_prompts, 300, 0)
+    table = position.position_regression(bank, gain, 16, counts)
+    gaps = position.position_gaps(bank, gain, 16, counts)
+    for others in ("position", "position and D", "position and D^I"):
+        assert value(table, quantity=f"β(D^L) beside {others}")[1] > 0.1
+    assert value(table, quantity="ΔR² (D^L over position and D), 10⁻³")[0] > 10
+    for among in ("all rows", "parts", "parts, D"):
+        assert value(gaps, variable="D^L", among=among)[1] > 0.2
+
+
+def test_position_beside_teachability_equals_least_squares_and_loops():
+    bank, gain = early_learnable_bank(effect=2.0, learnable=1.0)
+    counts = draw_counts(bank.num_prompts, 20, 3)
+    columns = {"position": bank.place(), "log token": np.log(1 + bank.columns["position"])}
+    columns |= shape_variables(bank, 16)
+    for rows_of, pick in ((counts[0], 0), (counts[1], 1)):
+        rows, y = replicate(bank, gain, rows_of)
+        terms = ("position", "log token", "D^L", "D^I")
+        x = np.stack([standardize(columns[term][rows]) for term in terms], axis=1)
+        beta = np.linalg.lstsq(x, standardize(y), rcond=None)[0]
+        found = position.position_regression(bank, gain, 16, counts[[pick, pick]])
+        for term, wanted in zip(terms, beta, strict=True):
+            beside = "D^L and D^I" if term in terms[:2] else "position and "
+            beside += {"D^L": "D^I", "D^I": "D^L"}.get(term, "")
+            name = f"β({term}) beside {beside}"
+            assert value(found, quantity=name)[0] == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+    total = weight = 0
+    tenth = np.minimum((10 * bank.place()).astype(int), 9)
+    found = position.position_gaps(bank, gain, 16, counts)
+    for i in range(10):
+        inside = tenth == i
+        high = high_half(columns["D^L"][inside])
+        gap = gain[inside][high].mean() - gain[inside][~high].mean()
+        assert value(found, variable="D^L", among=f"part {i + 1}")[0] == pytest.approx(gap)
+        total, weight = total + inside.sum() * gap, weight + inside.sum()
+    assert value(found, variable="D^L", among="parts")[0] == pytest.approx(total / weight)
 
 
 def test_buckets_hold_the_rows_and_their_mean_gain():

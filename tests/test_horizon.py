@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.ranks_of_threads import on_threads
 
+from megatron_taopd.config.schema import RolloutSection
 from megatron_taopd.step.batch_scores import HeldRows
 from megatron_taopd.step.extensions.horizon import PROBE_EVERY, Horizon
 from megatron_taopd.types import RolloutBatch
@@ -37,6 +38,30 @@ def test_none_and_a_number_do_not_look():
         assert horizon.length(1) == length
         assert horizon.observe(batch, falling(batch, 10), length) == {"rollout/horizon": length}
         assert horizon.length(2) == length
+
+
+@pytest.mark.parametrize(
+    ("growth", "lengths"),
+    [
+        ("linear", [10, 30, 50, 70, 90, 90, 90]),
+        ("geometric", [10, 17, 30, 52, 90, 90, 90]),  # 10·9^(i/4)
+    ],
+)
+def test_it_grows_with_the_number_of_the_step(growth, lengths):
+    """From the first step on, whatever was seen before; and has nothing to remember."""
+    mapping = {"start": 10, "end": 90, "steps": 5, "growth": growth}
+    section = RolloutSection(horizon=mapping, max_new_tokens=100)
+    horizon, batch = Horizon.of(section), make_batch([20, 100])
+    assert [horizon.length(step) for step in range(1, 8)] == lengths
+    assert horizon.observe(batch, falling(batch, 10), 30) == {"rollout/horizon": 30}
+    resumed = Horizon.of(section)
+    resumed.load(horizon.state())
+    assert [resumed.length(step) for step in (3, 2, 6)] == [lengths[2], lengths[1], 90]
+
+
+def test_it_grows_linearly_unless_told_otherwise():
+    horizon = Horizon.of(RolloutSection(horizon={"start": 1, "end": 5, "steps": 2}))
+    assert [horizon.length(step) for step in (1, 2, 3)] == [1, 5, 5]
 
 
 def test_auto_stops_where_the_next_token_yields_what_the_average_one_has():

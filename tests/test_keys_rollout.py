@@ -19,7 +19,9 @@ from support.keys import (
     CHAT,
     CONTEXT,
     GRADER,
+    GROWTH,
     HORIZON,
+    KEYS,
     KWARGS,
     PROMPT,
     REPEATS,
@@ -169,6 +171,24 @@ def test_a_horizon_of_tokens_is_for_training_alone(tmp_path):
     seen = observe([f"run.dir={tmp_path}/run", *options, *written(keys)])
     before, training, after = (int(call.batch.response_lengths.max()) for call in seen.generated)
     assert (before, training, after) == (12, value(keys["rollout.horizon"]), 12)
+
+
+def test_a_horizon_grows_and_a_resumed_run_grows_on(tmp_path):
+    """Geometrically from 3 tokens in step 1 to 12 in step 4 and after, with a stop or without."""
+    [text] = [text for text, test in KEYS["rollout.horizon"].items() if test == GROWTH]
+    keys = given(GROWTH, {"rollout.horizon": text})
+    options = ["checkpoint.every=1", FROZEN, *written(keys)]
+    whole = observe([f"run.dir={tmp_path}/whole", "train.steps=5", *options])
+    lengths = [round(3 * 4 ** (i / 3)) for i in range(4)] + [12]
+    assert lengths == [3, 5, 8, 12, 12]
+    assert [record["rollout/horizon"] for record in whole.steps] == lengths
+    longest = [int(call.batch.response_lengths.max()) for call in whole.generated]
+    assert longest == lengths
+    observe([f"run.dir={tmp_path}/stopped", "train.steps=2", *options])
+    rest = observe([f"run.dir={tmp_path}/stopped", "train.steps=5", *options])
+    assert [record["rollout/horizon"] for record in rest.steps] == lengths
+    for ours, theirs in zip(rest.generated, whole.generated[2:], strict=True):
+        assert torch.equal(ours.batch.tokens, theirs.batch.tokens)
 
 
 def test_the_horizon_is_where_a_token_stops_to_pay(tmp_path):

@@ -21,6 +21,7 @@ from support.keys import (
     OFFLOAD,
     RECOMPUTE,
     STEP,
+    WEIGHTS,
     given,
     value,
     written,
@@ -61,7 +62,9 @@ def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
     }
     mask = torch.ones(batch.num_rows, dtype=torch.bool)
     if selector != "full":
-        mask = dense.select(dense.selector_scores(selector, *list(columns.values())[:3]), ratio)
+        lengths = batch.response_lengths.tolist()
+        scores = dense.selector_scores(selector, *list(columns.values())[:3], lengths)
+        mask = dense.select(scores, ratio)
     beta, alpha = value(keys["loss.beta"]), value(keys["loss.alpha"])
     if kind == "sampled_token":
         tokens = batch.response_tokens()[mask, None]
@@ -86,6 +89,27 @@ def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
     # Where both models are sure, all that there is of a gradient is rounding.
     wanted = pytest.approx(norm(loss, student), rel=1e-4, abs=1e-6)
     assert grad_norm == record["grad_norm"] == wanted
+
+
+def test_rows_count_by_the_discrepancy_before_them(tmp_path):
+    """Σ w·loss / Σ w of the kept rows, with the weights of all rows of their responses."""
+    keys = given(WEIGHTS)
+    seen = observe([f"run.dir={tmp_path}", *ROWS, "selection.ratio=0.4", *written(keys)])
+    [record], [(grad_norm, _)] = seen.steps, seen.updates
+    batch = seen.generated[0].batch
+    z_s, z_t, student = row_logits(STUDENT, TEACHER, batch, SIZE)
+    scores = [f(z_s.detach(), z_t, 16) for f in (dense.disagreement, dense.compatibility)]
+    priority = dense.selector_scores("teachability", *scores, dense.entropy(z_s.detach()))
+    mask = dense.select(priority, 0.4)
+    tokens = batch.response_tokens()[:, None]
+    log_s, log_t = (dense.log_probs(z.detach()).gather(1, tokens)[:, 0] for z in (z_s, z_t))
+    lengths, gamma = batch.response_lengths.tolist(), value(keys["loss.gamma"])
+    weights = dense.discrepancy_weights(log_s, log_t, lengths, gamma)[mask]
+    loss = (weights * dense.divergence(z_s[mask], z_t[mask])).sum() / weights.sum()
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert record["loss"] != pytest.approx(dense.divergence(z_s, z_t)[mask].mean().item(), rel=1e-2)
+    assert record["loss/weight_mean"] == pytest.approx(weights.mean().item(), rel=1e-4)
+    assert grad_norm == pytest.approx(norm(loss, student), rel=1e-4)
 
 
 def norm(loss, student) -> float:

@@ -337,14 +337,15 @@ RUNS = {
     ],
     "two passes, sampled_token, hidden states": [
         HIDDEN, "loss.kind=sampled_token", "train.mini_batches=2", "rollout.horizon=6",
+        "selection.selector=prefix_share",
     ],
     "TP2 SP | PP2, replay, forward_kl": [
         "student.parallel={tp: 2, sequence: true}", "teacher={parallel: {pp: 2}, offload: true}",
         "train.schedule=replay", "loss.kind=forward_kl", "teacher.path={words}",
     ],
     "DP2 | TP2, two passes, reverse_kl": [
-        "teacher.parallel={tp: 2, sequence: true}", "selection.ratio=0.5",
-        "train={mini_batches: 2, micro_batch_tokens: 80}",
+        "teacher.parallel={tp: 2, sequence: true}", "selection={selector: prefix, ratio: 0.5}",
+        "train={mini_batches: 2, micro_batch_tokens: 80}", "loss={weights: discrepancy, gamma: 2}",
     ],
     "PP2 | served, two passes, skewed_reverse_kl": [
         "student.parallel={pp: 2}", HIDDEN, "loss.kind=skewed_reverse_kl", "train.recompute=full",
@@ -420,7 +421,8 @@ def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_p
     updates = 3 * max(map(int, re.findall(r"mini_batches\W+(\d)", " ".join(overrides))), default=1)
     given = str(overrides)
     kinds = ("pp: 2" in given, "concentrate" in given, name.startswith("DP2"))
-    check_waits(waits, 3, updates, *kinds, experts="experts" in given)
+    others = {"experts": "experts" in given, "weighted": "weights: discrepancy" in given}
+    check_waits(waits, 3, updates, *kinds, **others)
 
 
 # What a step may wait for, however many layers, micro-batches, rows and parameters there are.
@@ -447,12 +449,14 @@ def check_waits(
     concentrated: bool,
     moved: bool,
     experts: bool,
+    weighted: bool,
 ) -> None:
     """The host waits no more than it may, apart from the ends of spans, whose time is taken.
 
     A pipeline tells each micro-batch's shape, at most twice; after a pass with gradients the
-    schedule looks at the number of rows. Each layer of experts waits once for how many tokens each
-    of them gets: the sizes of matrix products are the host's.
+    schedule looks at the number of rows. Weights of rows come to the host once a step. Each layer
+    of experts waits once for how many tokens each of them gets: the sizes of matrix products are
+    the host's.
     """
     micro_batches = waits[MICRO_BATCHES]
     assert micro_batches > steps
@@ -461,7 +465,7 @@ def check_waits(
     allowed = {"layer": 0, "micro-batches": of_shapes + updates + once}
     allowed |= {phase: steps * most for phase, most in OF_A_STEP.items()}
     allowed["selection"] += concentrated * steps * OF_CONCENTRATING
-    allowed["training"] = updates * (OF_AN_UPDATE + moved * OF_A_MOVE)
+    allowed["training"] = updates * (OF_AN_UPDATE + moved * OF_A_MOVE) + weighted * steps
     for_experts = 0
     for phase, most in allowed.items():
         found = {}

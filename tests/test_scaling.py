@@ -35,6 +35,7 @@ CASES = {
         student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", vocab_size=2048
     ),
     "tp8": dict(student=dict(tp=8, pp=1), teacher=dict(tp=2, pp=2), ranks=[0], k=16),
+    "tp8, weights": dict(student=dict(tp=8, pp=1), ranks=[0], weights="discrepancy"),
     "tp4-pp4": dict(
         student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63], export_bytes=150_000
     ),

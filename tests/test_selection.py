@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from types import SimpleNamespace
 
@@ -170,6 +171,45 @@ def test_self_distillation_still_fills_the_budget():
 
 def test_full_keeps_all_whatever_the_ratio():
     assert select("full", random_scores(33), 0.1, seed=0).all()
+
+
+def positions(lengths):
+    """(offset, length, row) of each row, in canonical order."""
+    rows = iter(range(sum(lengths)))
+    return [(i, n, next(rows)) for n in lengths for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("selector", "first"),
+    [("prefix", lambda i, n: i), ("prefix_share", lambda i, n: Fraction(2 * i + 1, 2 * n))],
+)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8), ratio=ratios)
+def test_a_prefix_is_what_stands_first(selector, first, lengths, ratio):
+    """Whatever the scores; by exact fractions, and equal ones by sequence."""
+    cu_rows = torch.tensor([0, *lengths]).cumsum(0)
+    mask = select(selector, random_scores(sum(lengths)), ratio, 0, cu_rows=cu_rows)
+    in_order = sorted(positions(lengths), key=lambda place: (first(*place[:2]), place[2]))
+    wanted = {row for *_, row in in_order[: dense.budget(ratio, sum(lengths))]}
+    assert {*mask.nonzero()[:, 0].tolist()} == wanted
+
+
+def test_a_prefix_of_three_responses():
+    """Of 4, 1 and 8 tokens; 5 of 13 rows: the first ones and next ones, or about a third each."""
+    cu_rows = torch.tensor([0, 4, 5, 13])
+    kept = [
+        select(selector, random_scores(13), 0.38, 0, cu_rows=cu_rows).nonzero()[:, 0].tolist()
+        for selector in ("prefix", "prefix_share")
+    ]
+    assert kept == [[0, 1, 4, 5, 6], [0, 1, 5, 6, 7]]
+
+
+def test_shares_of_long_responses_do_not_round_together():
+    """12139/14006 is 1/(5000·14006) before 8667/10000; float32 has one number for both."""
+    cu_rows = torch.tensor([0, 5000, 12_003])
+    mask = select("prefix_share", random_scores(12_003), 0.86669, 0, cu_rows=cu_rows)
+    first, second = mask.split([5000, 7003])
+    assert first.nonzero()[-1] == 4332 and second.nonzero()[-1] == 6069
+    assert mask.sum() == 4333 + 6070
 
 
 def test_random_depends_on_the_seed_alone():
@@ -408,7 +448,7 @@ def test_concentrating_gives_up_late_rows():
     assert 190 not in concentrated
 
 
-@pytest.mark.parametrize("selector", ["full", "random", "q3_low_dl"])
+@pytest.mark.parametrize("selector", ["full", "random", "prefix", "q3_low_dl"])
 def test_a_selector_without_mass_cannot_concentrate(selector):
     with pytest.raises(ValueError, match=f"selection.concentrate: 0.5: {selector} has no prior"):
         select(selector, random_scores(10), 0.1, 0, 0.5, torch.tensor([0, 10]))

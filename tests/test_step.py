@@ -275,6 +275,29 @@ def test_other_divergences(pair, kind):
         assert_agrees(result, expected)
 
 
+@pytest.fixture(scope="module")
+def weighted_oracle(pair):
+    return dense_step(*pair, make_batch(SIZE), SIZE, loss=WEIGHTED)
+
+
+WEIGHTED = {"kind": "reverse_kl", "weights": "discrepancy", "gamma": 3.0}
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("name", ["one rank", "TP2 | PP2", "PP2 | TP2", "DP2 | DP2"])
+def test_weights_by_discrepancy_agree_with_dense_float64(pair, weighted_oracle, name, replay):
+    """Of all tokens of a response, sampled ones that are not kept included; Σ w·loss / Σ w."""
+    world_size, student, teacher = LAYOUTS[name]
+    if replay and student[1] > 1:
+        pytest.skip("replay is for one stage")
+    step = partial(step_on_ranks, loss=WEIGHTED, replay=replay)
+    kept = weighted_oracle["weights"][weighted_oracle["mask"]]
+    assert kept.max() > 2 * kept.min()
+    for result in run_ranks(world_size, step, *pair, student, teacher, make_batch(SIZE), SIZE):
+        assert_agrees(result, weighted_oracle)
+        assert result["metrics"]["loss/weight_mean"] == pytest.approx(kept.mean().item(), rel=1e-4)
+
+
 def test_sampled_token_loss_is_a_policy_gradient(pair):
     """Σ over kept rows of −(ratio)·A·∇log p_S(y), A = −(log p_S − log p_T) held fixed."""
     student_dir, teacher_dir = pair

@@ -134,6 +134,7 @@ teacher: {{path: {teacher_dir}, parallel: {teacher}}}
 data: {{prompts: none.jsonl, max_prompt_tokens: {prompt}}}
 rollout: {{prompts: {sequences}, max_new_tokens: {response}}}
 selection: {{ratio: 0.3, k: {k}}}
+loss: {{weights: {weights}}}
 train: {{micro_batch_tokens: {micro_batch_tokens}, precision: {precision}, recompute: {recompute}}}
 """
 SIZES = dict(
@@ -169,6 +170,7 @@ def make_setup(directory: Path, world_size: int, case: dict) -> tuple[Setup, str
         k=case.get("k", 5),
         micro_batch_tokens=case.get("micro_batch_tokens", 32),
         precision=case.get("precision", "fp32"),
+        weights=case.get("weights", "none"),
         recompute=case.get("recompute", "none"),
     )
     (directory / "run.yaml").write_text(text)

@@ -67,6 +67,11 @@ class NamedOutputHeads(OutputHeads):
         with self.phase("scores"):
             return super().scores(*args, **kwargs)
 
+    def student_log_probs(self, *args, **kwargs):
+        """Take the student's log-probabilities in a phase of its own."""
+        with self.phase("weights"):
+            return super().student_log_probs(*args, **kwargs)
+
     def divergence(self, *args, **kwargs):
         """Sum the loss over rows in a phase of its own."""
         with self.phase("loss"):
@@ -112,7 +117,7 @@ class Step:
             self.heads,
             Guard(0, 0),
             SelectionSection(ratio=setup.workload.kept, k=setup.k),
-            LossSection(),
+            LossSection(weights="discrepancy" if setup.weighted else "none"),
             TrainSection(micro_batch_tokens=setup.micro_batch_tokens),
         )
 
@@ -133,7 +138,10 @@ class Step:
             distiller.select(scored, 0)
         with phase("training"):
             tokens = self.setup.micro_batch_tokens
-            backward(scored, self.kept, self.student, self.heads, distiller.loss, tokens)
+            with phase("weights"):
+                weights = distiller.weigh(scored, self.kept)
+            models = self.student, self.heads
+            backward(scored, self.kept, *models, distiller.loss, tokens, weights)
         with phase("optimizer"):
             self.student.step()
         with phase("sync"):

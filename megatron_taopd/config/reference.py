@@ -49,7 +49,8 @@ def _tables(kind: type, prefix: str) -> list[str]:
 def _row(f: Field, hint: Any, prefix: str) -> str:
     doc, bounds = f.metadata["doc"], f.metadata["bounds"]
     meaning = f"{doc} *{str(bounds)[0].upper()}{str(bounds)[1:]}.*" if bounds else doc
-    cells = (f"`{prefix}{f.name}`", _type(hint), _default(f), meaning)
+    kind = f.metadata["kind"] or _type(hint)
+    cells = (f"`{prefix}{f.name}`", kind, _default(f), meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -18,11 +18,13 @@ from omegaconf import MISSING
 
 # The keys of step.selection.SELECTORS, and step.loss.LOSSES.
 Selector = Literal[
-    "full", "random", "entropy", "divergence", "compatibility", "tip", "teachability",
-    "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+    "full", "random", "prefix", "prefix_share", "entropy", "divergence", "compatibility", "tip",
+    "teachability", "teachability_entropy", "q3", "q3_high_c", "q3_high_dl", "q3_low_dl",
+    "q3_high_di",
 ]  # fmt: skip
 # Those whose priorities are ≥ 0, so that their sum says what a set of rows is worth.
-CONCENTRATES = tuple(n for n in get_args(Selector) if n not in ("full", "random", "q3_low_dl"))
+_WITHOUT_MASS = ("full", "random", "prefix", "prefix_share", "q3_low_dl")
+CONCENTRATES = tuple(name for name in get_args(Selector) if name not in _WITHOUT_MASS)
 Loss = Literal["reverse_kl", "forward_kl", "jsd", "skewed_reverse_kl", "sampled_token"]
 
 
@@ -82,15 +84,38 @@ DECAY = Bounds(at_least=0, below=1)
 PORT = Bounds(at_least=1, at_most=65535)
 
 
-def key(default: Any, doc: str, bounds: Bounds | None = None) -> Any:
+def key(default: Any, doc: str, bounds: Bounds | None = None, kind: str | None = None) -> Any:
     """Declare a key of a section.
 
     Args:
         default: MISSING where the user has to give a value.
         doc: what it means; Markdown, one or more sentences.
         bounds: of a number; None allows every value of its type.
+        kind: what its page calls the type, where the annotation does not say it.
     """
-    return field(default=default, metadata={"doc": doc, "bounds": bounds})
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "kind": kind})
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A horizon that grows: what `rollout.horizon` is as a mapping.
+
+    Attributes:
+        start, end: the longest response of the first step, and of step `steps` and all after it.
+        growth: linear adds the same number of tokens each step, geometric multiplies by the same.
+    """
+
+    start: int
+    end: int
+    steps: int
+    growth: str = "linear"
+
+    def at(self, step: int) -> int:
+        """Return the longest response of a step; the first one is 1."""
+        share = min(1.0, (step - 1) / (self.steps - 1))
+        if self.growth == "geometric":
+            return round(self.start * (self.end / self.start) ** share)
+        return round(self.start + (self.end - self.start) * share)
 
 
 @dataclass(frozen=True)
@@ -326,10 +351,14 @@ class RolloutSection:
     prompts: int = key(64, "Prompts per step.", COUNT)
     samples: int = key(1, "Responses per prompt.", COUNT)
     max_new_tokens: int = key(64, "Longest response, its stop token included.", COUNT)
-    horizon: int | str = key(
+    horizon: Any = key(
         "none",
         "Beyond the paper: training responses end after so many tokens; `auto`: where more tokens "
-        "no longer pay, at least `horizon_floor`. Evaluations generate in full.",
+        "no longer pay, at least `horizon_floor`; `{start: 32, end: 512, steps: 100}`: after "
+        "`start` in the first step, `end` from step `steps` on, and between them a number that "
+        "grows linearly, or with `growth: geometric` by the same factor each step. Evaluations "
+        "generate in full.",
+        kind="text, integer or mapping",
     )
     horizon_floor: int = key(32, "With `auto`, the shortest horizon.", COUNT)
     horizon_prompt_weight: float = key(
@@ -378,6 +407,15 @@ class LossSection:
     )
     beta: float = key(0.5, "jsd: the teacher's share in the mixture.", INSIDE)
     alpha: float = key(0.1, "skewed_reverse_kl: the student's share in the mixture.", INSIDE)
+    weights: Literal["none", "discrepancy"] = key(
+        "none",
+        "Beyond the paper: what each kept row counts in the mean. `discrepancy`: 1 + `gamma` at "
+        "the start of a response, falling to 1 with the accumulated |log p_T − log p_S| of its "
+        "tokens.",
+    )
+    gamma: float = key(
+        0.5, "With `weights: discrepancy`, how much more a response's first token counts.", POSITIVE
+    )
 
 
 @dataclass(frozen=True)

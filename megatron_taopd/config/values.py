@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from megatron_taopd.config.schema import (
     CONCENTRATES,
     Config,
     EvalSection,
+    Growth,
     LogSection,
     ParallelSection,
     ServersSection,
@@ -120,16 +123,7 @@ def _check_profile(config: Config) -> None:
 
 def _check_rollout(config: Config) -> None:
     rollout = config.rollout
-    if rollout.horizon not in ("none", "auto"):
-        if not isinstance(rollout.horizon, int) or rollout.horizon < 1:
-            raise ValueError(
-                f"rollout.horizon: {rollout.horizon!r}; none, auto or a number of tokens is needed"
-            )
-        if rollout.horizon > rollout.max_new_tokens:
-            raise ValueError(
-                f"rollout.horizon: {rollout.horizon} is more than rollout.max_new_tokens "
-                f"{rollout.max_new_tokens}; give at most that"
-            )
+    _check_horizon(rollout.horizon, rollout.max_new_tokens)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -138,6 +132,51 @@ def _check_rollout(config: Config) -> None:
                     f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
                     f"is that of unwarped sampling; it has to be {wanted}"
                 )
+
+
+def _check_horizon(horizon: Any, longest: int) -> None:
+    """Refuse a horizon that is none, or more than the longest response."""
+    if horizon in ("none", "auto"):
+        return
+    if isinstance(horizon, dict):
+        _check_growth(horizon)
+        horizon = horizon["end"]
+    elif not _is_count(horizon):
+        raise ValueError(
+            f"rollout.horizon: {horizon!r}; none, auto, a number of tokens or "
+            "{start, end, steps} is needed"
+        )
+    if horizon > longest:
+        raise ValueError(
+            f"rollout.horizon: {horizon} is more than rollout.max_new_tokens {longest}; give at "
+            "most that"
+        )
+
+
+def _check_growth(horizon: dict) -> None:
+    needed = ("start", "end", "steps")
+    names = [field.name for field in fields(Growth)]
+    for name in horizon:
+        if name not in names:
+            raise ValueError(f"rollout.horizon.{name}: unknown key; known here: {', '.join(names)}")
+    for name in needed:
+        if not _is_count(value := horizon.get(name)):
+            raise ValueError(
+                f"rollout.horizon.{name}: {value!r}; a whole number from 1 on is needed"
+            )
+    if horizon["start"] > horizon["end"]:
+        raise ValueError(
+            f"rollout.horizon.start: {horizon['start']} is more than rollout.horizon.end "
+            f"{horizon['end']}; a horizon grows"
+        )
+    if horizon["steps"] < 2:
+        raise ValueError("rollout.horizon.steps: 1; growing takes 2 steps or more")
+    if (growth := horizon.get("growth", "linear")) not in ("linear", "geometric"):
+        raise ValueError(f"rollout.horizon.growth: {growth!r}; it has to be linear or geometric")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_patience(config: Config) -> None:

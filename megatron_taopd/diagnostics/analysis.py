@@ -12,6 +12,7 @@ import torch
 
 from megatron_taopd.diagnostics.bootstrap import draw_counts, interval, t_interval
 from megatron_taopd.diagnostics.gains import Row, ScoredBank, Tables, estimate_row
+from megatron_taopd.diagnostics.position import position_gaps, position_regression
 from megatron_taopd.diagnostics.q3 import PROXIES, in_q3, support_gaps
 from megatron_taopd.diagnostics.regressions import regressions
 from megatron_taopd.diagnostics.selectors import (
@@ -72,6 +73,12 @@ def _tables_of_gain(bank: ScoredBank, gain, k: int, masks: Masks, counts: np.nda
         "table9_regression": decomposition,
         "table10_budget_sweep": budgets,
         "standardized_regression_coefficients": coefficients,
+        "position_regression": [
+            row for each in bank.ks for row in position_regression(bank, gain, each, counts)
+        ],
+        "position_gaps": [
+            row for each in bank.ks for row in position_gaps(bank, gain, each, counts)
+        ],
         "bucket_gains": [row for each in bank.ks for row in buckets(bank, gain, each, counts)],
         "spline_sanity_bins": [
             row for each in bank.ks for row in residual_bins(bank, gain, each, counts)

@@ -70,6 +70,11 @@ class ScoredBank:
         names = (f"D_{k}", f"C_{k}", "student_entropy", "teacher_entropy")
         return TokenScores(*(torch.from_numpy(self.columns[name]).float() for name in names))
 
+    def cu_rows(self) -> torch.Tensor:
+        """Return [N+1] int64: where each sequence's rows start."""
+        starts = np.flatnonzero(np.diff(self.sequence, prepend=-1))
+        return torch.from_numpy(np.append(starts, self.num_rows))
+
     def place(self) -> np.ndarray:
         """Compute [R] float64 in (0, 1), where in its response a row stands."""
         return (self.columns["position"] + 0.5) / self.columns["length"]

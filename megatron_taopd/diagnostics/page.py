@@ -137,6 +137,18 @@ def _sections(tables: Tables) -> list[tuple[str, str, str]]:
             pivot(tables["table9_regression"], "quantity", "K", "K = {}"),
         ),
         (
+            "Teachability beside position",
+            "The gain on where a row stands, disagreement and its two parts together; all "
+            "standardised in each resample.",
+            pivot(tables["position_regression"], "quantity", "K", "K = {}"),
+        ),
+        (
+            "High − low learnable disagreement among rows that stand alike",
+            "Mean gain of the half with more of it minus that of the other, nats: of all rows, "
+            "inside tenths of the responses, and inside tenths where disagreement is alike, too.",
+            pivot(_pick(tables["position_gaps"], variable="D^L"), "among", "K", "K = {}"),
+        ),
+        (
             "High − low support inside Q3, pooled",
             "Table 6. Mean gain of the half with more support minus that of the other, nats.",
             proxies("pooled"),

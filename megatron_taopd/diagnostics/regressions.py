@@ -68,7 +68,11 @@ def correlations(moments: np.ndarray) -> np.ndarray:
     recentre[:, _H, _HD] = -means[:, _D]
     recentre[:, _D, _HD] = -means[:, _H]
     recentre[:, 0, _HD] = means[:, _H] * means[:, _D]
-    moments = recentre.transpose(0, 2, 1) @ moments @ recentre
+    return correlate(recentre.transpose(0, 2, 1) @ moments @ recentre)
+
+
+def correlate(moments: np.ndarray) -> np.ndarray:
+    """Correlate the columns behind the constant, [W, Q−1, Q−1], given their moments [W, Q, Q]."""
     means = moments[:, 0] / moments[:, :1, 0]
     covariances = moments / moments[:, :1, :1] - means[:, :, None] * means[:, None]
     covariances = covariances[:, 1:, 1:]
@@ -76,9 +80,15 @@ def correlations(moments: np.ndarray) -> np.ndarray:
     return ratio(covariances, deviations[:, :, None] * deviations[:, None])
 
 
-def fit(correlations: np.ndarray, terms: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Regress the gain on these terms: standardised coefficients [W, terms] and R² [W]."""
-    chosen = [TERMS.index(term) for term in terms]
+def fit(
+    correlations: np.ndarray, terms: Sequence[str], among: Sequence[str] = TERMS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Regress the gain on these terms: standardised coefficients [W, terms] and R² [W].
+
+    Args:
+        correlations: [W, Q, Q] of the terms `among` and, last, the gain.
+    """
+    chosen = [among.index(term) for term in terms]
     # A term that does not vary in a resample has no correlation there: pinv gives it a 0.
     known = np.nan_to_num(correlations)
     gram, target = known[:, chosen][:, :, chosen], known[:, chosen, -1]

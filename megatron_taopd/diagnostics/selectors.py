@@ -13,6 +13,8 @@ from megatron_taopd.step.selection import SELECTORS, budget, keep_highest
 SELECTOR_NAMES = {
     "full": "Full OPD",
     "random": "Random",
+    "prefix": "Prefix",
+    "prefix_share": "Prefix (share)",
     "entropy": "Entropy",
     "divergence": "Raw KL",
     "compatibility": "C-only",
@@ -34,7 +36,7 @@ Masks = dict[tuple[str, float], np.ndarray]
 
 def kept_rows(bank: ScoredBank, k: int, seed: int) -> Masks:
     """Mark what `selection.select` keeps, [R] bool by (selector, budget)."""
-    scores, masks = BatchScores.whole(bank.scores(k)), {}
+    scores, masks = BatchScores.whole(bank.scores(k), bank.cu_rows()), {}
     for name, priority_of in SELECTORS.items():
         priority = priority_of(scores, seed)
         for share in RATIOS:

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import comb, sqrt
 from pathlib import Path
@@ -56,6 +56,7 @@ class Evaluation:
             state the answer).
         mean_length: tokens per response, the stop token included.
         examples: the first few problems, with the first response to each.
+        per_prompt: right responses to each problem, of `samples`.
     """
 
     accuracy: float
@@ -66,6 +67,8 @@ class Evaluation:
     truncated: int
     mean_length: float
     examples: list[Example]
+    per_prompt: list[int] = field(default_factory=list)
+    samples: int = 1
 
 
 Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and their references
@@ -240,4 +243,6 @@ def evaluate(
         truncated=int(batch.truncated.sum()),
         mean_length=batch.response_lengths.double().mean().item(),
         examples=examples,
+        per_prompt=per_prompt,
+        samples=n,
     )

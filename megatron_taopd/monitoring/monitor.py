@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import defaultdict
@@ -15,7 +16,7 @@ from torch.profiler import record_function
 
 from megatron_taopd.config.schema import LogSection, RunSection
 from megatron_taopd.config.values import check_installed
-from megatron_taopd.formats.files import reason_of
+from megatron_taopd.formats.files import file_written_aside, reason_of
 from megatron_taopd.monitoring.progress import ProgressLine
 from megatron_taopd.monitoring.report import Kept, write_report
 from megatron_taopd.monitoring.samples import Answers, Samples, Snapshot
@@ -178,6 +179,17 @@ class Monitor:
         if self._writes and examples:
             self.samples.keep(self.samples.evaluations, Answers(step, list(examples)))
             self._write_samples()
+
+    def keep_outcome(self, step: int, correct: Sequence[int], samples: int) -> None:
+        """Write evaluation.json: the right responses to each problem, of `samples`, of the newest
+        evaluation. Runs are compared by it problem by problem.
+        """
+        file = self.run_dir / "evaluation.json"
+        if self._writes:
+            with self._survived(str(file), "the run cannot be compared problem by problem"):
+                found = {"step": step, "samples": samples, "correct": list(correct)}
+                with file_written_aside(file) as aside:
+                    aside.write_text(json.dumps(found))
 
     def _write_samples(self) -> None:
         with self._survived(str(self._samples_file), "a resumed run's report lacks them"):

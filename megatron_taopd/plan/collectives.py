@@ -296,6 +296,7 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
         *scored.forward("scoring"),
         *scored.heads("scores", chunk, a_row),
         *probed.heads("probe", chunk, 12),
+        *(scored.heads("weights", chunk, 12) if setup.weighted else []),
         Collective("scoring", "all_reduce", "world", world, world, 1, told),
     ]
 
@@ -325,6 +326,9 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     trained = _Pass.of(setup, setup.student, grid, rank, int(length), kept)
     a_row = 4 * setup.k + 8 if setup.columns_only else 20  # `links.loss_bytes`
     found = trained.forward("training")
+    if setup.weighted:  # every rank learns those of all kept rows
+        told = links.all_reduce_bytes(4 * work.sequences * kept, world)
+        found.append(Collective("weights", "all_reduce", "world", world, world, 1, told))
     if setup.recompute == "full" and not setup.replay:
         found += trained.through_layers("training")
     found += trained.backward("training")

@@ -83,6 +83,7 @@ class Setup:
     Attributes:
         teacher, teacher_grid: the grid is None of a served teacher.
         columns_only: the teacher gives its top-K, so that no head of it is here.
+        weighted: kept rows have weights of their own (`loss.weights`).
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
             device and its rows gather meanwhile. The in-process engine has finished by then.
@@ -107,6 +108,7 @@ class Setup:
     k: int
     offload: bool
     columns_only: bool
+    weighted: bool
     batch_size: int
     rollout: Servers | None
     teacher_servers: Servers | None
@@ -159,7 +161,8 @@ class Setup:
             if not (served and name == "teacher")
         }
         check_layouts(config, gpus, "--gpus")
-        horizon = rollout.horizon if isinstance(rollout.horizon, int) else rollout.max_new_tokens
+        horizon = rollout.horizon["end"] if isinstance(rollout.horizon, dict) else rollout.horizon
+        horizon = horizon if isinstance(horizon, int) else rollout.max_new_tokens
         workload = Workload(
             rollout.prompts * rollout.samples,
             _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),
@@ -190,6 +193,7 @@ class Setup:
             k=config.selection.k,
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
+            weighted=config.loss.weights != "none",
             batch_size=rollout.batch_size,
             rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
             teacher_servers=_servers(teacher.servers) if served else None,

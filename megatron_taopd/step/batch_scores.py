@@ -80,12 +80,38 @@ class HeldRows:
         """Mark, [r] bool, the first `cuts[i]` rows of each sequence held; cuts: [n] int64."""
         inside = torch.empty(int(self.counts.sum()), dtype=torch.bool, device=cuts.device)
         for sequences, rows in self.blocks():
-            counts = self.counts[sequences]
-            numbers = torch.arange(len(counts)).repeat_interleave(counts)
-            offsets = ranges(torch.zeros_like(counts), counts)
-            numbers, offsets = (to_device(each, cuts.device) for each in (numbers, offsets))
+            numbers, offsets = self._places(sequences, cuts.device)
             inside[rows] = offsets < cuts[sequences].index_select(0, numbers)
         return inside
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """[r] float32: how many rows of its response stand before each row that is held."""
+        offsets = torch.empty(int(self.counts.sum()), device=device)
+        for sequences, rows in self.blocks():
+            offsets[rows] = self._places(sequences, device)[1].float()
+        return offsets
+
+    def shares(self, device: torch.device) -> Tensor:
+        """[r] float64 in (0, 1): where in its response each row stands that is held.
+
+        Quotients of the same two numbers are the same everywhere, and so are equal shares of
+        responses of different lengths.
+        """
+        shares = torch.empty(int(self.counts.sum()), dtype=torch.float64, device=device)
+        for sequences, rows in self.blocks():
+            numbers, offsets = self._places(sequences, device)
+            lengths = to_device(self.counts[sequences], device).index_select(0, numbers)
+            shares[rows] = (2 * offsets + 1).double() / (2 * lengths).double()
+        return shares
+
+    def _places(self, sequences: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return, of these sequences' rows, [b] int64 each: the number of its sequence among them,
+        and how many rows of it stand before.
+        """
+        counts = self.counts[sequences]
+        numbers = torch.arange(len(counts)).repeat_interleave(counts)
+        offsets = ranges(torch.zeros_like(counts), counts)
+        return to_device(numbers, device), to_device(offsets, device)
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Cut what is held into (sequences, rows) of about BLOCK rows, whole sequences each."""

@@ -18,6 +18,7 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.step.batch_scores import NAMES
+from megatron_taopd.step.extensions.row_weights import RowWeights
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.scoring import ScoredBatch, score
@@ -154,9 +155,8 @@ class Distiller:
         """Score all rows (`scoring.score`), and keep the layers' outputs for a replay that fits."""
         budget = self.train.replay_memory_mib
         keep = self.train.schedule == "replay" and replay_mib(self.student, assigned) <= budget
-        return score(
-            batch, assigned, teacher_rows, self.student, self.heads, self.selection.k, keep
-        )
+        k, sampled = self.selection.k, self.loss.weights != "none"
+        return score(batch, assigned, teacher_rows, self.student, self.heads, k, keep, sampled)
 
     def select(self, scored: ScoredBatch, seed: int) -> Selection:
         """Pick the rows to train on (`selection.choose`).
@@ -186,9 +186,22 @@ class Distiller:
             dist.broadcast(mask, src=first, group=layout.groups.tp)
         return ids[mask.bool().cpu()]
 
+    def weigh(self, scored: ScoredBatch, kept: WantedRows) -> RowWeights | None:
+        """Weigh the kept rows, if that is asked for (`RowWeights.by_discrepancy`)."""
+        if self.loss.weights == "none":
+            return None
+        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma)
+
     def train_on(self, scored: ScoredBatch, kept: WantedRows) -> dict[str, float]:
-        """Take the optimizer steps of a batch (`training.train_on`)."""
-        return train_on(scored, kept, self.student, self.heads, self.train, self.loss, self.guard)
+        """Take the optimizer steps of a batch (`training.train_on`).
+
+        Returns:
+            With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight.
+        """
+        train, loss, weights = self.train, self.loss, self.weigh(scored, kept)
+        models = self.student, self.heads
+        metrics = train_on(scored, kept, *models, train, loss, self.guard, weights)
+        return metrics | ({"loss/weight_mean": weights.mean} if weights else {})
 
 
 def replay_mib(student: Student, assigned: batching.Assignment) -> float:

@@ -32,6 +32,7 @@ def kept_row_loss(
     teacher_rows: Tensor,
     tokens: Tensor,
     rollout_log_probs: Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the loss over rows, and what the log wants to know of it.
 
@@ -42,13 +43,15 @@ def kept_row_loss(
         teacher_rows: what the teacher says of them, as the heads take it.
         tokens: [R] int64 the sampled tokens, for sampled_token only.
         rollout_log_probs: [R] fp32 their log-probabilities when they were sampled, likewise.
+        weights: [R] fp32, constants by which each row's loss is multiplied; None: 1.
 
     Returns:
         The scalar loss, differentiable in student_hidden (this shard's part: see
         `linear_divergence`) and the student's head; and the detached fp32 scalars of
-        `metric_names`. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y), which is the
-        one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y). A teacher that
-        reports its top-K only has a log p_T that is not renormalised over the common vocabulary.
+        `metric_names`, without weights. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y),
+        which is the one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y). A
+        teacher that reports its top-K only has a log p_T that is not renormalised over the common
+        vocabulary.
 
     Collectives: for every chunk those of the heads' divergence, or for sampled_token one all-gather
     of 12 bytes a row and rank for each model that has a head here.
@@ -58,17 +61,23 @@ def kept_row_loss(
     """
     if loss.kind not in LOSSES:
         raise ValueError(f"loss kind is {loss.kind!r}: must be one of {', '.join(LOSSES)}")
+    if weights is None:
+        weights = torch.ones(len(student_hidden), device=student_hidden.device)
     if loss.kind != "sampled_token":
-        return heads.divergence(student_hidden, teacher_rows, loss), {}
+        return heads.divergence(student_hidden, teacher_rows, loss, weights), {}
     return sampled_token_loss(
         heads.student_log_probs(student_hidden, tokens),
         heads.teacher_log_probs(teacher_rows, tokens),
         rollout_log_probs,
+        weights,
     )
 
 
 def sampled_token_loss(
-    student_log_probs: Tensor, teacher_log_probs: Tensor, rollout_log_probs: Tensor
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    weights: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Reverse KL from the sampled token alone, as a policy gradient.
 
@@ -84,7 +93,7 @@ def sampled_token_loss(
 
     Args:
         student_log_probs: [R], differentiable.
-        teacher_log_probs, rollout_log_probs: [R], constants.
+        teacher_log_probs, rollout_log_probs, weights: [R], constants.
 
     Returns:
         The scalar loss, and the sums described at `kept_row_loss`.
@@ -92,5 +101,5 @@ def sampled_token_loss(
     known = student_log_probs.detach() > -torch.inf
     log_ratio = (student_log_probs - teacher_log_probs).detach().where(known, 0.0)
     importance = (student_log_probs - rollout_log_probs.detach()).exp()
-    loss = (importance * log_ratio).sum()
+    loss = (weights * importance * log_ratio).sum()
     return loss, {"log_ratio": log_ratio.sum(), "importance_ratio": importance.detach().sum()}

@@ -72,8 +72,10 @@ class OutputHeads(_StudentHead):
             self.chunk_rows,
         )
 
-    def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
-        """Sum the divergence over rows (`linear_divergence`)."""
+    def divergence(
+        self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection, weights: Tensor
+    ) -> Tensor:
+        """Sum the divergence over rows, each times its weight [R] (`linear_divergence`)."""
         return linear_divergence(
             student_hidden,
             self.student,
@@ -82,7 +84,7 @@ class OutputHeads(_StudentHead):
             self.shard,
             loss.kind,
             self.chunk_rows,
-            torch.ones(len(student_hidden), device=student_hidden.device),
+            weights,
             beta=loss.beta,
             alpha=loss.alpha,
         )
@@ -129,8 +131,10 @@ class TopkOutputHeads(_StudentHead):
         log_probs = teacher.token_log_probs.masked_fill(~known, -torch.inf)
         return replace(scores, teacher_log_prob=log_probs)
 
-    def divergence(self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection) -> Tensor:
-        """Sum the divergence over rows (`linear_topk_divergence`)."""
+    def divergence(
+        self, student_hidden: Tensor, teacher_rows: Tensor, loss: LossSection, weights: Tensor
+    ) -> Tensor:
+        """Sum the divergence over rows, each times its weight [R] (`linear_topk_divergence`)."""
         teacher = TopkRows.unpack(teacher_rows)
         return linear_topk_divergence(
             student_hidden,
@@ -140,7 +144,7 @@ class TopkOutputHeads(_StudentHead):
             self.shard,
             loss.kind,
             self.chunk_rows,
-            torch.ones(len(student_hidden), device=student_hidden.device),
+            weights,
             beta=loss.beta,
             alpha=loss.alpha,
         )

@@ -23,6 +23,8 @@ from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows, ranges
 
+PROBED_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class ScoredBatch:
@@ -53,9 +55,12 @@ def score(
     heads: OutputHeads | TopkOutputHeads | None,
     k: int,
     keep_outputs: bool = False,
-    probe_rows: int = 1024,
+    sampled: bool = False,
 ) -> ScoredBatch:
     """Score every response row of the batch with the current student (Eq. 3–5).
+
+    On about PROBED_ROWS rows the trainer's log-probability of the sampled token is compared with
+    the engine's.
 
     Args:
         assigned: of all rows, over the student's layout.
@@ -64,19 +69,19 @@ def score(
         heads: None except on the last stage.
         k: size of the top-K sets.
         keep_outputs: keep the layers' outputs for a replay (`models.replay`).
-        probe_rows: on about so many rows the trainer's log-probability of the sampled token is
-            compared with the engine's.
+        sampled: also give the student's log-probability of every sampled token, for which its
+            logits are computed once more.
 
     Raises:
         Fault: hidden states or scores that are not finite, on every rank alike: which of them, the
             rank that scored them and their sequences. (A D of +inf is a score like any other.)
 
     Collectives: the trunk's forward; those of the heads' scores, 24K+28 bytes (12K+12 of top-K
-    rows) per row and rank over TP; an all-reduce of 4 bytes per probed row and 4 more over all
-    ranks. The scores stay where they are.
+    rows) per row and rank over TP, and 12 with `sampled`; an all-reduce of 4 bytes per probed row
+    and 4 more over all ranks. The scores stay where they are.
     """
     layout = student.layout
-    stride = max(1, batch.num_rows // probe_rows)
+    stride = max(1, batch.num_rows // PROBED_ROWS)
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
@@ -101,6 +106,7 @@ def score(
                 scores.teacher_entropy,
                 scores.topk_overlap,
                 scores.teacher_log_prob,
+                *([heads.student_log_probs(rows, micro_batch.targets)] if sampled else []),
                 log_probs,
                 culprits(rows.isfinite().all(1), heads.sound(read), scores),
             ]
@@ -110,7 +116,7 @@ def score(
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     held = HeldRows(batch.cu_rows, _sequences_held(assigned, layout), dist.group.WORLD)
-    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 8)
+    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 8 + sampled)
     ids = held.ids()
     probed = (ids % stride == 0).nonzero()[:, 0]
     told = torch.zeros(1 + -(-batch.num_rows // stride), device=platform.device())

@@ -47,6 +47,8 @@ def _in_q3(scores: BatchScores, priority: Tensor) -> Tensor:
 SELECTORS: dict[str, Callable[[BatchScores, int], Tensor]] = {
     "full": lambda s, seed: torch.ones_like(s.rows.disagreement),
     "random": _random,
+    "prefix": lambda s, seed: -s.held.offsets(s.rows.disagreement.device),
+    "prefix_share": lambda s, seed: -s.held.shares(s.rows.disagreement.device),
     "entropy": lambda s, seed: s.h,
     "divergence": lambda s, seed: s.d,
     "compatibility": lambda s, seed: s.c,

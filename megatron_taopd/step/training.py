@@ -22,6 +22,7 @@ from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.exchange import Routes, RowShard, Traffic, send_rows, tell_ids
 from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.step.extensions.row_weights import RowWeights
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.loss import kept_row_loss, metric_names
 from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
@@ -37,6 +38,7 @@ def train_on(
     train: TrainSection,
     loss: LossSection,
     guard: Guard,
+    weights: RowWeights | None = None,
 ) -> dict[str, float]:
     """Take `train.mini_batches` optimizer steps over the kept rows, whole sequences each.
 
@@ -45,6 +47,8 @@ def train_on(
 
     Args: those of `backward`.
         guard: knows the losses of the steps before.
+        weights: of the kept rows in the mean of their loss, which is Σ w·loss / Σ w in each step;
+            None: they are all alike.
 
     Returns:
         Metrics of `backward`, means weighted by kept rows, counts summed, the largest `head_rows`;
@@ -64,7 +68,8 @@ def train_on(
     for part in batching.split_mini_batches(scored.batch, kept, train.mini_batches):
         if not part.num_rows:
             continue
-        metrics = backward(scored, part, student, heads, loss, train.micro_batch_tokens)
+        own = weights and weights.within(part)
+        metrics = backward(scored, part, student, heads, loss, train.micro_batch_tokens, own)
         guard.check(metrics["loss"])
         grad_norm, lr = student.step()
         guard.taken(metrics["loss"])
@@ -92,6 +97,7 @@ def backward(
     heads: OutputHeads | TopkOutputHeads | None,
     loss: LossSection,
     micro_batch_tokens: int,
+    weights: RowWeights | None = None,
 ) -> dict[str, float]:
     """Form the gradients of the mean loss over the kept rows of the **whole** batch (Eq. 6–7).
 
@@ -105,6 +111,7 @@ def backward(
         heads: None except on the last stage.
         loss: its kind, and the parameters of that.
         micro_batch_tokens: the most tokens in a packed micro-batch.
+        weights: of the kept rows; None: 1.
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
@@ -139,6 +146,7 @@ def backward(
             teacher_rows.at(micro_batch.row_ids),
             micro_batch.targets,
             to_device(batch.log_probs[micro_batch.row_ids], device),
+            None if weights is None else to_device(weights.of(micro_batch.sequences), device),
         )
         count = torch.full((), len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}

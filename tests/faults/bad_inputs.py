@@ -296,6 +296,7 @@ def of_values_together(run_dir: Path) -> Iterator[Case]:
         "train.mini_batches=9999": ("train.mini_batches", "9999"),
         "rollout.horizon=99999": ("rollout.horizon", "99999"),
         "rollout.horizon=soon": ("rollout.horizon", "soon"),
+        "rollout.horizon={start: 4, end: 8}": ("rollout.horizon.steps", "None"),
         "student.parallel.ep=2": ("student.parallel.ep", "2"),
         "student.parallel.tp=4": ("student.parallel", "4"),
         "teacher.parallel.pp=2": ("teacher.parallel", "2"),

@@ -201,8 +201,18 @@ def robust_normalize(
     return torch.tensor(scaled, dtype=torch.float64)
 
 
-def selector_scores(name: str, D: Tensor, C: Tensor, H: Tensor) -> Tensor:
-    """[R] the score of each selector (Eq. 12–16) that ranks rows; −inf never to be kept."""
+def selector_scores(
+    name: str, D: Tensor, C: Tensor, H: Tensor, lengths: list[int] | None = None
+) -> Tensor:
+    """[R] the score of each selector (Eq. 12–16) that ranks rows; −inf never to be kept.
+
+    lengths: of the responses, whose rows are end to end; None: they are one.
+    """
+    places = [(i, n) for n in lengths or [len(D)] for i in range(n)]
+    if name == "prefix":
+        return torch.tensor([-i for i, _ in places], dtype=torch.float64)
+    if name == "prefix_share":
+        return torch.tensor([-(i + 0.5) / n for i, n in places], dtype=torch.float64)
     d, h = robust_normalize(D), robust_normalize(H)
     c = robust_normalize(C, degenerate=1.0)
     learnable, incompatible = d * c, d * (1 - c)
@@ -222,6 +232,21 @@ def selector_scores(name: str, D: Tensor, C: Tensor, H: Tensor) -> Tensor:
         "teachability": learnable,
         "teachability_entropy": h + learnable - h * learnable,
     }[name]
+
+
+def discrepancy_weights(log_s: Tensor, log_t: Tensor, lengths: list[int], gamma: float) -> Tensor:
+    """[R] IW-OPD's w_t = 1 + γ(1 − Σ_{k<t} d_k / Σ_k d_k), d = |log p_T(y) − log p_S(y)| [R].
+
+    The rows of responses of these lengths are end to end; a token that a model lacks has d = 0.
+    """
+    weights, pairs = [], iter(zip(log_s.tolist(), log_t.tolist(), strict=True))
+    for length in lengths:
+        response = [next(pairs) for _ in range(length)]
+        d = [abs(s - t) if math.isfinite(s) and math.isfinite(t) else 0.0 for s, t in response]
+        for t in range(length):
+            before = sum(d[:t]) / sum(d) if sum(d) else 0.0
+            weights.append(1 + gamma * (1 - before))
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def budget(ratio: float, num_rows: int) -> int:

@@ -18,6 +18,7 @@ LOST: str | None = None  # a key that no test gets (tests/faults/lost_keys.py)
 
 STEP = "test_keys_step.py::test_a_step_is_that_of_dense_float64"
 MINI_BATCHES = "test_keys_step.py::test_mini_batches_are_steps_with_their_own_means"
+WEIGHTS = "test_keys_step.py::test_rows_count_by_the_discrepancy_before_them"
 BF16 = "test_keys_step.py::test_everything_is_in_the_precision_of_the_run"
 RECOMPUTE = "test_keys_step.py::test_recomputation_runs_parts_of_the_layers_twice"
 BOUNDS = "test_keys_step.py::test_micro_batches_and_logits_stay_within_their_bounds"
@@ -27,6 +28,7 @@ ROLLOUT = "test_keys_rollout.py::test_prompts_and_responses_are_those_asked_for"
 SEED = "test_keys_rollout.py::test_the_seed_orders_prompts_and_draws_another_mask_each_step"
 HORIZON = "test_keys_rollout.py::test_a_horizon_of_tokens_is_for_training_alone"
 AUTO = "test_keys_rollout.py::test_the_horizon_is_where_a_token_stops_to_pay"
+GROWTH = "test_keys_rollout.py::test_a_horizon_grows_and_a_resumed_run_grows_on"
 CHAT = "test_keys_rollout.py::test_chat_needs_a_template"
 KWARGS = "test_keys_rollout.py::test_variables_reach_the_template_of_each_model"
 REPEATS = "test_keys_rollout.py::test_rows_that_repeat_are_kept_if_that_is_asked_for"
@@ -131,7 +133,11 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.prompts": {"4": ROLLOUT},
     "rollout.samples": {"3": ROLLOUT},
     "rollout.max_new_tokens": {"10": ROLLOUT},
-    "rollout.horizon": {"7": HORIZON, "auto": AUTO},
+    "rollout.horizon": {
+        "7": HORIZON,
+        "auto": AUTO,
+        "{start: 3, end: 12, steps: 4, growth: geometric}": GROWTH,
+    },
     "rollout.horizon_floor": {"5": AUTO},
     "rollout.horizon_prompt_weight": {"0.01": AUTO},
     "rollout.temperature": {"1.6": ROLLOUT},
@@ -145,7 +151,7 @@ KEYS: dict[str, dict[str, str]] = {
         name: STEP
         for name in (
             "full", "entropy", "divergence", "compatibility", "tip", "teachability_entropy",
-            "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di",
+            "q3", "q3_high_c", "q3_high_dl", "q3_low_dl", "q3_high_di", "prefix", "prefix_share",
         )
     } | {"random": SEED},
     "selection.ratio": {"0.35": STEP},
@@ -158,6 +164,8 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "loss.beta": {"0.2": STEP},
     "loss.alpha": {"0.4": STEP},
+    "loss.weights": {"discrepancy": WEIGHTS},
+    "loss.gamma": {"2.0": WEIGHTS},
     "train.steps": {"3": ROLLOUT},
     "train.micro_batch_tokens": {"100": BOUNDS},
     "train.mini_batches": {"3": MINI_BATCHES},

@@ -270,17 +270,27 @@ def dense_step(
     vocab_map = vocabularies.get("vocab_map") or VocabMap(torch.arange(size))
     log_q = torch.full((batch.num_rows, size), -torch.inf, dtype=torch.float64)
     log_q[:, vocab_map.common] = dense.log_probs(z_t)
-    log_q = log_q.gather(1, batch.response_tokens()[:, None])[:, 0]
+    log_p = torch.full_like(log_q, -torch.inf)
+    log_p[:, vocab_map.common] = dense.log_probs(z_s)
+    log_p, log_q = (v.gather(1, batch.response_tokens()[:, None])[:, 0] for v in (log_p, log_q))
     if mask is None:
         mask = dense.select(dense.selector_scores("teachability", d, c, h_s), ratio)
-    kind = (loss or {"kind": "reverse_kl"})["kind"]
-    value, gradients, rounding = dense_gradients(
-        lambda z_s, z_t: dense.divergence(z_s[mask], z_t[mask], kind).mean(), *given, **vocabularies
-    )
+    loss = {"kind": "reverse_kl", "weights": "none", "gamma": 0.5} | (loss or {})
+    weights = torch.ones(batch.num_rows, dtype=torch.float64)
+    if loss["weights"] == "discrepancy":
+        lengths = batch.response_lengths.tolist()
+        weights = dense.discrepancy_weights(log_p, log_q, lengths, loss["gamma"])
+
+    def weighted_mean(z_s, z_t):
+        losses = dense.divergence(z_s[mask], z_t[mask], loss["kind"])
+        return (weights[mask].to(losses.dtype) * losses).sum() / weights[mask].sum()
+
+    value, gradients, rounding = dense_gradients(weighted_mean, *given, **vocabularies)
     return {
         "scores": (d, c, h_s, h_t, log_q),
         "mask": mask,
         "loss": value,
+        "weights": weights,
         "gradients": gradients,
         "rounding": rounding,
         "grad_norm": torch.stack([g.norm() for g in gradients.values()]).norm().item(),

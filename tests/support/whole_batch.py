@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,8 +63,15 @@ def bounded(values: Tensor, name: str = "values") -> Tensor:
     return values.clamp(finite.min(), finite.max()) if len(finite) else torch.zeros_like(values)
 
 
-def priorities(selector: str, scores, seed: int) -> Tensor:
+def priorities(selector: str, scores, seed: int, cu_rows: Tensor | None = None) -> Tensor:
     """[R] the priority of every row."""
+    if selector in ("prefix", "prefix_share"):
+        bounds = [0, len(scores.disagreement)] if cu_rows is None else cu_rows.tolist()
+        lengths = [end - start for start, end in pairwise(bounds)]
+        if selector == "prefix":
+            return torch.tensor([-float(i) for n in lengths for i in range(n)])
+        shares = [-(i + 0.5) / n for n in lengths for i in range(n)]
+        return torch.tensor(shares, dtype=torch.float64)
     if selector == "full":
         return torch.ones_like(scores.disagreement)
     if selector == "random":
@@ -99,7 +107,7 @@ def select(
     cu_rows: Tensor | None = None,
 ) -> Tensor:
     """[R] bool: the rows that are kept."""
-    priority = priorities(selector, scores, seed)
+    priority = priorities(selector, scores, seed, cu_rows)
     keep = len(priority) if selector == "full" else budget(ratio, len(priority))
     if concentrate:
         max_rows = max(keep, len(priority) - budget(concentrate, len(priority)))
@@ -145,7 +153,7 @@ def selection_metrics(
         metrics["selection/trained_share"] = last.sum().double().to(mask.device) / len(mask)
         metrics["selection/relative_position"] = place.to(mask.device)[mask].double().mean()
         if selector not in ("full", "random"):
-            metrics["selection/threshold"] = priorities(selector, scores, seed)[mask].min()
+            metrics["selection/threshold"] = priorities(selector, scores, seed, cu_rows)[mask].min()
     # Stacked, so that the device is waited for once.
     stacked = torch.stack([value.double() for value in metrics.values()])
     return dict(zip(metrics, stacked.tolist(), strict=True))

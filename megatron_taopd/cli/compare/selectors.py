@@ -1,19 +1,26 @@
 """Train one configuration with several selectors and seeds, and compare the held-out accuracy.
 
     taopd compare selectors examples/tiny_pair.yaml --out runs/selectors --seeds 0 1 2
+    taopd compare selectors examples/tiny_pair.yaml --out runs/seconds --equal seconds
+        --selectors full prefix divergence teachability teachability_horizon discrepancy
+        --lrs 5e-4 1e-3 2e-3 --seeds 0 1 2 3 4
 
 Every run is a process of its own on one rank; finished runs in --out are not repeated. Settings of
 each run: `--set train.steps=80 optimizer.lr=3e-4`. comparison.html in --out has their curves over
 one another.
+
+Two arms are more than a selector: `teachability_horizon` also has `rollout.horizon: auto`, and
+`discrepancy` trains on all rows with `loss.weights: discrepancy`. --equal gives each arm the steps
+in which it supervises as many rows, or takes as many processor seconds, as the reference does in
+`train.steps`. With --lrs each arm has the learning rate that is best for it with --tuning-seed,
+which is none of --seeds. What is to be compared, and the margin within which an arm counts as not
+inferior to the reference, is written to protocol.json before the first run, and stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -22,8 +29,10 @@ from statistics import mean, stdev
 from rich.box import SIMPLE
 from rich.table import Table
 
+from megatron_taopd import config as configuration
 from megatron_taopd.cli import common
-from megatron_taopd.cli.compare import curves, page
+from megatron_taopd.cli.compare import arms, curves, page, paired
+from megatron_taopd.formats.files import file_written_aside
 
 SELECTORS = (
     "full",
@@ -34,8 +43,8 @@ SELECTORS = (
     "teachability",
     "teachability_entropy",
 )
-BY = "selection.selector"
-ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
+BY = "run.name"
+GAIN_MARGIN = 0.05  # of the reference's gain
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +54,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the runs")
     parser.add_argument("--selectors", nargs="+", default=SELECTORS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--equal", choices=arms.EQUAL, default="steps")
+    parser.add_argument("--reference", help="arm; default: full where it is compared, or the first")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[], help="learning rates to try")
+    parser.add_argument("--tuning-seed", type=int, default=1000)
+    parser.add_argument("--margin", type=float, default=0.02, help="of accuracy")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     common.add_json(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every run")
@@ -52,50 +66,109 @@ def main(arguments: list[str]) -> int:
 
 
 def work(arguments: argparse.Namespace) -> int:
-    """Train what has not been, and print one line for each selector."""
-
-    def run(selector: str, seed: int) -> dict:
-        directory = arguments.out / f"{selector}-{seed}"
-        overrides = [
-            *ONE_RANK,
-            *arguments.set,
-            f"run.dir={directory}",
-            f"run.seed={seed}",
-            f"selection.selector={selector}",
-        ]
-        return train(arguments.config, directory, overrides)
-
-    jobs = list(product(arguments.selectors, arguments.seeds))
+    """Train what has not been, and print one line for each arm."""
+    names, seeds, out = list(arguments.selectors), arguments.seeds, arguments.out
+    reference = arguments.reference or ("full" if "full" in names else names[0])
+    if reference not in names:
+        raise ValueError(f"--reference: {reference} is none of {', '.join(names)}")
+    if arguments.lrs and arguments.tuning_seed in seeds:
+        raise ValueError(
+            f"--tuning-seed: {arguments.tuning_seed} is one of --seeds; learning rates are chosen "
+            "on another one"
+        )
+    write_protocol(arguments, reference)
+    train = arms.Trainer(arguments.config, arguments.set)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: run(*job), jobs), strict=True))
+        settings = settle(arguments, reference, train, pool)
+
+        def run(job: tuple[str, int]) -> dict:
+            arm, seed = job
+            name = [f"run.seed={seed}", f"run.name={arm}"]
+            options = [*arms.overrides_of(arm), *settings[arm], *name]
+            return read(train(out / f"{arm}-{seed}", options))
+
+        jobs = list(product(names, seeds))
+        results = dict(zip(jobs, pool.map(run, jobs), strict=True))
     rows = [
-        summarize(s, [results[s, seed] for seed in arguments.seeds]) for s in arguments.selectors
+        summarize(arm, [results[arm, seed] for seed in seeds]) | {"settings": settings[arm]}
+        for arm in names
     ]
-    common.show(as_table(rows, len(arguments.seeds)))
+    of_arm = {arm: [out / f"{arm}-{seed}" for seed in seeds] for arm in names}
+    for row in rows:
+        row["against"] = against(of_arm[row["selector"]], of_arm[reference], arguments.margin)
+    common.show(as_table(rows, len(seeds)), as_comparison(rows, reference, arguments.margin))
     common.write_json(arguments.json, rows)
-    paths = [arguments.out / f"{selector}-{seed}" for selector, seed in jobs]
-    runs, missing = curves.read_all(paths, BY)
+    runs, missing = curves.read_all([path for paths in of_arm.values() for path in paths], BY)
     compared = {axis: curves.compare(runs, axis) for axis in curves.AXES}
-    page.write(arguments.out / "comparison.html", runs, BY, compared, missing)
-    line = f"page: {arguments.out / 'comparison.html'}"
+    page.write(out / "comparison.html", runs, BY, compared, missing)
+    line = f"page: {out / 'comparison.html'}"
     common.open_console().print(line, highlight=False, soft_wrap=True)
     return 0
 
 
-def train(config: str, directory: Path, overrides: list[str]) -> dict:
-    """Run the trainer to its end (or find it there) and read what it logged."""
-    directory.mkdir(parents=True, exist_ok=True)
-    if not (directory / "student").is_dir():
-        command = [sys.executable, "-m", "megatron_taopd.train", config, *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(directory / "output.txt", "w") as output:
-            code = subprocess.run(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT
-            ).returncode
-        if code:
-            raise SystemExit(f"{directory}: exit status {code}; see {directory / 'output.txt'}")
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+def write_protocol(arguments: argparse.Namespace, reference: str) -> None:
+    """Write down what will be compared, and by which margin; refuse to change it afterwards.
+
+    More selectors and seeds may come later.
+    """
+    protocol = {
+        "equal": arguments.equal,
+        "reference": reference,
+        "margin": arguments.margin,
+        "gain_margin": GAIN_MARGIN,
+        "lrs": arguments.lrs,
+        "tuning_seed": arguments.tuning_seed,
+        "set": arguments.set,
+    }
+    path = arguments.out / "protocol.json"
+    if not path.is_file():
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with file_written_aside(path) as aside:
+            aside.write_text(json.dumps(protocol, indent=2) + "\n")
+        return
+    before = json.loads(path.read_text())
+    for name, value in protocol.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{path}: {name} was {before.get(name)!r} before the runs and is {value!r} now; "
+                "use another --out"
+            )
+
+
+def settle(
+    arguments: argparse.Namespace,
+    reference: str,
+    train: arms.Trainer,
+    pool: ThreadPoolExecutor,
+) -> dict[str, list[str]]:
+    """Find each arm's steps, and then its learning rate; return the overrides that set them."""
+    names, out = list(arguments.selectors), arguments.out
+    settings: dict[str, list[str]] = {arm: [] for arm in names}
+    if arguments.equal != "steps":
+        steps = configuration.load(arguments.config, ["run.dir=unused", *arguments.set]).train.steps
+        rates = pool.map(lambda arm: arms.probe(train, out / "probes", arm), names)
+        found = dict(zip(names, rates, strict=True))
+        for arm, count in arms.equal_steps(found, arguments.equal, reference, steps).items():
+            settings[arm].append(f"train.steps={count}")
+    if arguments.lrs:
+
+        def tried(job: tuple[str, float]) -> float:
+            arm, lr = job
+            options = [f"optimizer.lr={lr}", f"run.seed={arguments.tuning_seed}"]
+            options = [*arms.overrides_of(arm), *settings[arm], *options]
+            return read(train(out / "tuning" / f"{arm}-{lr:g}", options))["after"]
+
+        jobs = list(product(names, arguments.lrs))
+        accuracy = dict(zip(jobs, pool.map(tried, jobs), strict=True))
+        for arm in names:
+            best = arms.best_rate(lambda lr, arm=arm: accuracy[arm, lr], arguments.lrs)
+            settings[arm].append(f"optimizer.lr={best}")
+    return settings
+
+
+def read(directory: Path) -> dict:
+    """Read what a finished run has logged."""
+    records = arms.records_of(directory)
     steps = [record for record in records if record.get("grad_norm") is not None]
     accuracies = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
     return {
@@ -107,6 +180,30 @@ def train(config: str, directory: Path, overrides: list[str]) -> dict:
         "tokens_trained": sum(r["tokens_trained"] for r in steps)
         / sum(r["tokens_rolled_out"] for r in steps),
     }
+
+
+def against(own: list[Path], reference: list[Path], margin: float) -> dict[str, dict]:
+    """Compare an arm with the reference, problem by problem and seed by seed, as far as is known.
+
+    Returns:
+        accuracy, and gain where every run has a `gain.parquet`: estimate, low, high (95 %),
+        margin and verdict.
+    """
+    found, both = {}, [(paired.outcomes(paths), paired.gains(paths)) for paths in (own, reference)]
+    (right, gained), (right_there, gained_there) = both
+    if right is not None and right_there is not None:
+        found["accuracy"] = _judged(paired.difference(right, right_there), margin)
+    if gained is not None and gained_there is not None:
+        (sums, rows), (sums_there, _) = gained, gained_there
+        most = GAIN_MARGIN * sums_there.sum() / rows.sum()
+        found["gain"] = _judged(paired.difference(sums, sums_there, rows), most)
+    return found
+
+
+def _judged(triple: tuple[float, float, float], margin: float) -> dict:
+    estimate, low, high = triple
+    verdict = paired.verdict(low, high, margin)
+    return dict(estimate=estimate, low=low, high=high, margin=margin, verdict=verdict)
 
 
 def summarize(selector: str, runs: list[dict]) -> dict:
@@ -147,4 +244,26 @@ def as_table(rows: list[dict], seeds: int) -> Table:
             f"{row['kept_rows']:.0f}",
             f"{row['tokens_trained']:.0%}",
         )
+    return table
+
+
+def as_comparison(rows: list[dict], reference: str, margin: float) -> Table:
+    """Lay out each arm's differences from the reference."""
+    table = Table(
+        box=SIMPLE,
+        title=f"minus {reference}: paired over seeds and problems, 95 %",
+        caption=f"not inferior: above −{margin:g} of accuracy, −{GAIN_MARGIN:.0%} of {reference}'s "
+        "gain, as protocol.json has it from before the runs",
+    )
+    for header in ("selector", "settings", "accuracy", "", "gain", ""):
+        table.add_column(header, no_wrap=True)
+    for row in rows:
+        if row["selector"] == reference:
+            continue
+        cells = []
+        for name in ("accuracy", "gain"):
+            of = row["against"].get(name)
+            shown = of and f"{of['estimate']:+.4f} [{of['low']:+.4f}, {of['high']:+.4f}]"
+            cells += [shown or "–", of["verdict"] if of else ""]
+        table.add_row(row["selector"], " ".join(row["settings"]), *cells)
     return table

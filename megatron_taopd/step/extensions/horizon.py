@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_taopd.config.schema import RolloutSection
+from megatron_taopd.config.schema import Growth, RolloutSection
 from megatron_taopd.parallel.order import all_reduce
 from megatron_taopd.step.batch_scores import HeldRows
 from megatron_taopd.types import RolloutBatch
@@ -34,14 +34,17 @@ class Horizon:
     decoded. At the best h the next token's mass is what the average token's has been (the marginal
     value theorem). The first step and every PROBE_EVERY-th are generated in full.
 
+    A horizon that grows is a function of the number of the step: a resumed run, and a batch that is
+    begun ahead, have the length that they would have had.
+
     Args:
-        setting: "none", "auto" or a number of tokens.
+        setting: "none", "auto", a number of tokens, or one that grows.
         longest: rollout.max_new_tokens.
         floor: the least that `auto` chooses.
         prompt_weight: w.
     """
 
-    def __init__(self, setting: str | int, longest: int, floor: int, prompt_weight: float):
+    def __init__(self, setting: str | int | Growth, longest: int, floor: int, prompt_weight: float):
         self.setting, self.longest, self.floor = setting, longest, min(floor, longest)
         self.prompt_weight = prompt_weight
         self.mass = torch.zeros(longest, dtype=torch.float64)  # at each place, per response
@@ -52,8 +55,9 @@ class Horizon:
     @classmethod
     def of(cls, rollout: RolloutSection) -> Horizon:
         """Take the horizon that a section asks for."""
+        setting = rollout.horizon
         return cls(
-            rollout.horizon,
+            Growth(**setting) if isinstance(setting, dict) else setting,
             rollout.max_new_tokens,
             rollout.horizon_floor,
             rollout.horizon_prompt_weight,
@@ -63,6 +67,8 @@ class Horizon:
         """Return how many tokens a response of this step may have."""
         if self.setting == "none":
             return self.longest
+        if isinstance(self.setting, Growth):
+            return self.setting.at(step)
         if self.setting != "auto":
             return min(int(self.setting), self.longest)
         if self.observed == 0 or step % PROBE_EVERY == 1:

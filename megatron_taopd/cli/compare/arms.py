@@ -1,0 +1,110 @@
+"""What is compared: selectors and what is more than one, on equal terms, each at its own rate.
+
+Terms are numbers of steps. What a step of an arm supervises and costs is measured by two short runs
+of each arm, whose difference has neither the start of a process nor an evaluation in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from megatron_taopd.formats.files import file_written_aside
+
+ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
+# Arms that are more than a selector.
+COMPOSED = {
+    "teachability_horizon": ["selection.selector=teachability", "rollout.horizon=auto"],
+    "discrepancy": ["selection.selector=full", "loss.weights=discrepancy"],
+}
+PROBES = (8, 40)  # steps of the two short runs
+EQUAL = ("steps", "supervision", "seconds")
+
+
+def overrides_of(arm: str) -> list[str]:
+    """Return what makes a run one of this arm: of COMPOSED, or a selector by its name."""
+    return COMPOSED.get(arm, [f"selection.selector={arm}"])
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains one configuration with overrides; what is finished is not done again.
+
+    Attributes:
+        config: its file.
+        common: overrides of every run.
+    """
+
+    config: str
+    common: Sequence[str]
+
+    def __call__(self, directory: Path, overrides: Sequence[str]) -> Path:
+        """Run the trainer to its end, and note the processor seconds that it took.
+
+        Raises:
+            SystemExit: it has failed.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "student").is_dir():
+            return directory
+        words = [*ONE_RANK, *self.common, f"run.dir={directory}", *overrides]
+        command = [sys.executable, "-m", "megatron_taopd.train", self.config, *words]
+        with open(directory / "output.txt", "w") as output:
+            child = subprocess.Popen(
+                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(
+                f"{directory}: exit status {child.returncode}; see {directory / 'output.txt'}"
+            )
+        with file_written_aside(directory / "processor.json") as aside:
+            aside.write_text(json.dumps({"seconds": used.ru_utime + used.ru_stime}))
+        return directory
+
+
+def records_of(directory: Path) -> list[dict]:
+    """Read what a run has logged."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def probe(train: Trainer, out: Path, arm: str) -> dict[str, float]:
+    """Measure what a step of an arm supervises (rows) and costs (processor seconds)."""
+    spent = {}
+    for steps in PROBES:
+        directory = train(
+            out / f"{arm}-{steps}",
+            [*overrides_of(arm), f"train.steps={steps}", "eval.prompts=null"],
+        )
+        spent[steps] = json.loads((directory / "processor.json").read_text())["seconds"]
+    fewer, more = PROBES
+    rows = [record["kept_rows"] for record in records_of(directory) if record.get("kept_rows")]
+    return {"supervision": mean(rows), "seconds": (spent[more] - spent[fewer]) / (more - fewer)}
+
+
+def equal_steps(
+    rates: dict[str, dict[str, float]], equal: str, reference: str, steps: int
+) -> dict[str, int]:
+    """Return the steps in which each arm comes to what the reference does in `steps`.
+
+    Args:
+        rates: of `probe`, by arm.
+        equal: what they are to have in common, of EQUAL.
+    """
+    if equal == "steps":
+        return dict.fromkeys(rates, steps)
+    whole = steps * rates[reference][equal]
+    return {arm: max(1, round(whole / rate[equal])) for arm, rate in rates.items()}
+
+
+def best_rate(accuracy_at: Callable[[float], float], grid: Sequence[float]) -> float:
+    """Return the learning rate with the best accuracy; of equally good ones the lowest."""
+    return max(sorted(grid), key=accuracy_at)
