@@ -1,4 +1,4 @@
-"""Tokens a CPU second of the in-process engine, next to transformers' own loops on the same prompts.
+"""Tokens a CPU second of the in-process engine and of transformers' own loops, on the same prompts.
 
     python -m benchmarks.rollout
     python -m benchmarks.rollout --temperature 1.5 --max-new-tokens 96

@@ -129,7 +129,7 @@ def generated_by_transformers(prompt, keys, longest, temperature):
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_samples_are_those_of_transformers_own_loop(monkeypatch, batch_size, room):
     """Whoever else is in the batch, whenever they enter and leave, and however often it moves."""
-    monkeypatch.setattr(kv_cache, "ROOM", room)
+    monkeypatch.setattr(kv_cache, "CACHE_ROOM", room)
     engine = tiny_engine(seed=5, batch_size=batch_size, eos_token_ids=ENDS)
     batch = generate(engine, samples=6, max_new_tokens=40, temperature=0.8)
     split = batch.log_probs.split(batch.response_lengths.tolist())
@@ -167,7 +167,7 @@ def test_rows_that_are_finished_leave_and_others_take_their_places(monkeypatch):
     # Longest prompts first: that of 7 tokens three times, and one of the three of 4 tokens.
     assert entered[0] == 4 and passes[0][2].sum(dim=1).tolist() == [7, 4]
     [cache] = {id(cache): cache for cache in caches}.values()
-    assert cache.capacity == 4 and cache.columns <= 7 + 40 + kv_cache.ROOM
+    assert cache.capacity == 4 and cache.columns <= 7 + 40 + kv_cache.CACHE_ROOM
     assert cache.rows == 0
 
 
