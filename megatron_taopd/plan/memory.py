@@ -24,6 +24,7 @@ from megatron_taopd.plan.shapes import (
     parameter_elements,
     student_buckets,
 )
+from megatron_taopd.rollout.engine import CACHE_ROOM
 
 GIB = 2**30
 
@@ -377,7 +378,7 @@ def _rollout(setup: Setup) -> dict[str, int]:
     student, work, e = setup.student, setup.workload, setup.itemsize
     batch = min(setup.batch_size, -(-work.sequences // setup.gpus))
     longest = work.prompt + setup.longest_response
-    cache = batch * longest * 2 * student.keys * e
+    cache = batch * (longest + CACHE_ROOM) * 2 * student.keys * e
     columns = batch * student.vocab
     alone = Grid()
     return {

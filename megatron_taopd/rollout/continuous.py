@@ -19,12 +19,10 @@ class Row:
     """A response that is being generated.
 
     Attributes:
-        index: of the sequence in its batch.
         key: of its noise.
         tokens, log_probs: what has been drawn so far.
     """
 
-    index: int
     prompt: Sequence[int]
     key: tuple[int, int]
     tokens: list[int] = field(default_factory=list)

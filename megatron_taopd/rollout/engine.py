@@ -11,6 +11,9 @@ from torch import Tensor
 
 from megatron_taopd.types import RolloutBatch
 
+# Columns that the in-process engine's cache has ahead of need: what is read moves once in so many.
+CACHE_ROOM = 64
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -18,18 +18,19 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from megatron_taopd.rollout.engine import CACHE_ROOM
+
 # B rows, P prompts that enter, W their padded width, T = B + P·W tokens of a pass,
 # H heads, G heads of keys, D their width, C columns
 
-ROOM = 64  # columns that are allocated ahead: all that is read is copied once in so many tokens
 ATTENTION = "columns"
 
 
 class ColumnCache:
     """The keys and values of at most `capacity` rows; memory grows with the longest of them.
 
-    It holds 2 · capacity · (longest row + ROOM) · G · D elements per layer, and one layer's twice
-    while it is moved.
+    It holds 2 · capacity · (longest row + CACHE_ROOM) · G · D elements per layer, and those of one
+    layer twice while it is moved.
     """
 
     def __init__(self, capacity: int):
@@ -120,7 +121,7 @@ class ColumnCache:
 
     def _move(self, width: int) -> None:
         """Move what is read to new memory, where it ends before column `width`."""
-        read, columns = self.end - self.start, width + ROOM
+        read, columns = self.end - self.start, width + CACHE_ROOM
         for layer, stores in self._layers.items():
             moved = []
             for store in stores:

@@ -27,13 +27,14 @@ from megatron_taopd.types import RolloutBatch
 
 
 class LocalEngine:
-    """A `RolloutEngine` over transformers' batched `generate` with its KV cache.
+    """A `RolloutEngine` over a model of transformers, with continuous batches.
 
     The (prompt, sample) pairs are dealt over all ranks by prompt length, and the responses
     exchanged, so every rank returns the whole batch.
 
     Args:
-        model: a causal language model, on the device it shall run on; taken over by the engine.
+        model: a causal language model, on the device it shall run on; taken over by the engine,
+            which replaces its attention.
         batch_size: sequences generated at once on a rank.
         seed: of all sampling.
         rank, world_size, group: who shares the work; `group` None is the default process group.
@@ -82,8 +83,8 @@ class LocalEngine:
         """See `RolloutEngine.generate`.
 
         Samples of a prompt are numbered over its repeats within the step, so that a prompt that
-        comes twice gets different ones. Batching moves logits by rounding only; a token can differ
-        between batch sizes where two noisy logits agree to that.
+        comes twice gets different ones. Who else is in the batch moves logits by rounding only; a
+        token can differ where two noisy logits agree to that.
 
         Collective: one all-gather of (8 max_new_tokens + 4) bytes per sequence.
         """
@@ -96,7 +97,7 @@ class LocalEngine:
 
         # Dealt by length, every rank gets an equal share, and what enters together is alike.
         by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        mine = [Row(i, prompts[i], keys[i]) for i in by_length[self.rank :: self.world_size]]
+        mine = [Row(prompts[i], keys[i]) for i in by_length[self.rank :: self.world_size]]
         stop_ids = self.eos_token_ids.union(sampling.stop_token_ids)
         with progress.phase("responses", len(mine)) as shown:
             for finished in self._decode(mine, stop_ids, sampling):
@@ -144,7 +145,9 @@ class LocalEngine:
         return figures
 
     @torch.no_grad()
-    def _decode(self, queue: list[Row], stop_ids: frozenset[int], sampling: Sampling):
+    def _decode(
+        self, queue: list[Row], stop_ids: frozenset[int], sampling: Sampling
+    ) -> Iterator[int]:
         """Fill in the rows' responses, `batch_size` at a time; yield how many a token finished."""
         waiting = deque(queue)
         slots = min(self.batch_size, len(queue))
