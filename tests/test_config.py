@@ -659,8 +659,9 @@ def test_sequence_parallel_padding_counts(user):
         (Qwen3Config, {"attention_bias": True}, ("attention_bias", "not supported")),
         (LlamaConfig, {"mlp_bias": True}, ("mlp_bias", "not supported")),
         (LlamaConfig, {"hidden_act": "gelu"}, ("hidden_act gelu (only silu)",)),
-        (LlamaConfig, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-         ("rope_type yarn (only default, linear, llama3)",)),
+        (LlamaConfig,
+         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+         ("rope_type dynamic (only default, linear, llama3, yarn)",)),
         (Qwen2Config, {"quantization_config": {"quant_method": "awq"}}, ("quantised weights",)),
     ],
 )  # fmt: skip

@@ -1,20 +1,22 @@
-"""What a rank's host does for a batch: plans and routes of all of it, its share of the selection.
+"""What a rank's host does for a batch: the batch itself, plans and routes, its share of the rows.
 
-Plans and routes are the same on every rank, so that ranks need not negotiate: they grow with the
-sequences of the whole batch. The selection is a rank's own rows, but for what one rank alone would
-have to do, which is timed next to it. Measured as one rank of many on a fake group: no layer runs,
-and hidden states are four numbers wide.
+The batch is made of what rank 0 tells of the servers' answers. It, plans and routes are the same on
+every rank, so that ranks need not negotiate: they grow with the whole batch. The selection is a
+rank's own rows, but for what one rank alone would have to do, which is timed next to it. Measured
+as one rank of many on a fake group: no layer runs, and hidden states are four numbers wide.
 """
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -25,12 +27,30 @@ from megatron_taopd.data import batching
 from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
+from megatron_taopd.rollout.engine import make_rollout_batch
+from megatron_taopd.rollout.sglang_batch import Response
 from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.selection import choose, look
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows
 
 PROMPT, RATIO = 32, 0.1
+# CPU seconds by rows when every rank had all scores, sorted them, and made routes row by row. That
+# code is gone: the figures are of the commits before it went, on the machine of docs/scaling.md.
+BEFORE_PARTS = (
+    "plans",
+    "routes and delivery",
+    "selection",
+    "metrics",
+    "bytes a row",
+    "s per million rows",
+)
+BEFORE = {
+    65_536: (0.01, 0.02, 0.02, 0.06, 288, 1.46),
+    524_288: (0.04, 0.04, 0.13, 0.48, 123, 1.32),
+    4_194_304: (0.74, 1.01, 1.49, 5.39, 107, 2.06),
+    16_777_216: (1.78, 1.90, 6.92, 24.85, 104, 2.11),
+}
 
 
 @dataclass
@@ -58,15 +78,10 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
     try:
         layout, teacher = student_layout(tp, 1), forward_layout(tp, 1)
         length, rows = PROMPT + response, sequences * response
-        batch = RolloutBatch(
-            tokens=torch.zeros(sequences * length, dtype=torch.int64),
-            cu_seqlens=torch.arange(sequences + 1) * length,
-            prompt_lengths=torch.full((sequences,), PROMPT),
-            log_probs=torch.zeros(rows),
-            truncated=torch.zeros(sequences, dtype=torch.bool),
-            prompts=torch.arange(sequences),
-            weight_versions=torch.zeros(rows, dtype=torch.int64),
-        )
+        told = responses(sequences, response)
+        with parts.part("batch"):
+            batch = read_batch(told)
+        del told
         scores = TokenScores(*torch.rand(4, rows, generator=torch.Generator().manual_seed(0)))
         few = TokenScores(*(getattr(scores, name)[:4] for name in NAMES))
         select(few, HeldRows.all(torch.arange(5)))  # what a process does once
@@ -103,6 +118,31 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
         "seconds": dict(parts.seconds),
         "bytes": dict(parts.bytes),
     }
+
+
+def responses(sequences: int, response: int) -> bytes:
+    """Write what rank 0 tells of a batch of servers' answers."""
+    zeros = np.zeros(response, np.int32)
+    one = Response(zeros, zeros.astype(np.float32), zeros, False)
+    answers = (
+        replace(one, tokens=zeros.copy(), log_probs=one.log_probs.copy(), versions=zeros.copy())
+        for _ in range(sequences)
+    )
+    return pickle.dumps([*answers])
+
+
+def read_batch(told: bytes) -> RolloutBatch:
+    """Make the batch of it, as every rank does."""
+    answers = pickle.loads(told)
+    sequences = len(answers)
+    return make_rollout_batch(
+        [[0] * PROMPT] * sequences,
+        range(sequences),
+        [torch.from_numpy(answer.tokens) for answer in answers],
+        [torch.from_numpy(answer.log_probs) for answer in answers],
+        [answer.truncated for answer in answers],
+        [torch.from_numpy(answer.versions) for answer in answers],
+    )
 
 
 def select(scores: TokenScores, held: HeldRows):

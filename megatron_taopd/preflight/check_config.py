@@ -16,6 +16,7 @@ from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.data.rows import read_texts
 from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.preflight import rules
 
@@ -59,10 +60,10 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
         prompt_key, prompt = "teacher.max_prompt_tokens", section.max_prompt_tokens
     for response_key, response in responses.items():
         longest = prompt + response
-        if longest > (getattr(hf, "max_position_embeddings", None) or longest):  # or no limit
+        if longest > longest_sequence(hf):
             raise ValueError(
                 f"{response_key}: {response} after {prompt_key} {prompt} make {longest} tokens; "
-                f"{path} takes {hf.max_position_embeddings}"
+                f"{path} takes {longest_sequence(hf)}"
             )
 
 
