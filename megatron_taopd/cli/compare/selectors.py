@@ -257,11 +257,20 @@ def as_table(rows: list[dict], seeds: int) -> Table:
     return table
 
 
+def _spent(row: dict) -> list[str]:
+    """Write the rows that an arm was trained on, and its processor seconds."""
+    seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+    return [f"{row['supervised']:.0f}", seconds]
+
+
 def as_comparison(rows: list[dict], reference: str, margin: float) -> Table:
     """Lay out each arm's differences from the reference."""
+    [own] = [row for row in rows if row["selector"] == reference]
+    number, seconds = _spent(own)
     table = Table(
         box=SIMPLE,
-        title=f"minus {reference}: paired over seeds and problems, 95 %",
+        title=f"minus {reference} ({' '.join([*own['settings'], number])} rows, {seconds} CPU s): "
+        "paired over seeds and problems, 95 %",
         caption=f"not inferior: above −{margin:g} of accuracy, −{GAIN_MARGIN:.0%} of {reference}'s "
         "gain, as protocol.json has it from before the runs; rows trained on and processor "
         "seconds, start and evaluations included, are means over seeds",
@@ -269,11 +278,9 @@ def as_comparison(rows: list[dict], reference: str, margin: float) -> Table:
     for header in ("selector", "settings", "rows", "CPU s", "accuracy", "", "gain", ""):
         table.add_column(header, no_wrap=True)
     for row in rows:
-        spent = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        cells = [f"{row['supervised']:.0f}", spent]
         if row["selector"] == reference:
-            table.add_row(reference, " ".join(row["settings"]), *cells, "reference")
             continue
+        cells = _spent(row)
         for name in ("accuracy", "gain"):
             of = row["against"].get(name)
             shown = of and f"{of['estimate']:+.4f} [{of['low']:+.4f}, {of['high']:+.4f}]"
