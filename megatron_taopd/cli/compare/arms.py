@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -113,6 +113,6 @@ def equal_steps(
     return {arm: max(1, round(whole / rate[equal])) for arm, rate in rates.items()}
 
 
-def best_rate(accuracy_at: Callable[[float], float], grid: Sequence[float]) -> float:
+def best_rate(accuracies: dict[float, float]) -> float:
     """Return the learning rate with the best accuracy; of equally good ones the lowest."""
-    return max(sorted(grid), key=accuracy_at)
+    return max(sorted(accuracies), key=lambda lr: accuracies[lr])

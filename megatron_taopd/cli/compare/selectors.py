@@ -161,7 +161,7 @@ def settle(
         jobs = list(product(names, arguments.lrs))
         accuracy = dict(zip(jobs, pool.map(tried, jobs), strict=True))
         for arm in names:
-            best = arms.best_rate(lambda lr, arm=arm: accuracy[arm, lr], arguments.lrs)
+            best = arms.best_rate({lr: accuracy[arm, lr] for lr in arguments.lrs})
             settings[arm].append(f"optimizer.lr={best}")
     return settings
 
