@@ -153,6 +153,8 @@ def test_arms_have_equal_terms_and_each_its_own_learning_rate(trained, equal, st
     tuned = {path: given for path, given in trained.runs.items() if "/tuning/" in path}
     assert len(tuned) == 9 and {given["run.seed"] for given in tuned.values()} == {"9"}
     assert [row["selector"] for row in rows] == [*BEST]
+    spent = {row["selector"]: (row["supervised"], row["seconds"]) for row in rows}
+    assert spent == {arm: (2 * ROWS[arm], 7 + SECONDS[arm] * steps[arm]) for arm in BEST}
     horizon = trained.runs[str(trained.out / "teachability_horizon-0")]
     assert horizon["rollout.horizon"] == "auto"
     assert horizon["selection.selector"] == "teachability"

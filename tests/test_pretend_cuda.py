@@ -337,11 +337,11 @@ RUNS = {
     ],
     "two passes, sampled_token, hidden states": [
         HIDDEN, "loss.kind=sampled_token", "train.mini_batches=2", "rollout.horizon=6",
-        "selection.selector=prefix_share",
     ],
     "TP2 SP | PP2, replay, forward_kl": [
         "student.parallel={tp: 2, sequence: true}", "teacher={parallel: {pp: 2}, offload: true}",
         "train.schedule=replay", "loss.kind=forward_kl", "teacher.path={words}",
+        "selection.selector=prefix_share",
     ],
     "DP2 | TP2, two passes, reverse_kl": [
         "teacher.parallel={tp: 2, sequence: true}", "selection={selector: prefix, ratio: 0.5}",

@@ -195,7 +195,9 @@ def run_head(models: Models, what: str, rows: int, chunk_rows: int) -> tuple[Ten
         )
     else:
         own = replace(heads, student=weight.requires_grad_(), chunk_rows=chunk_rows)
-        own.divergence(student_hidden.requires_grad_(), teacher_hidden, LossSection()).backward()
+        hidden = student_hidden.requires_grad_()
+        weights = torch.ones(rows, device=hidden.device)
+        own.divergence(hidden, teacher_hidden, LossSection(), weights).backward()
     return student_hidden, weight, teacher_hidden
 
 

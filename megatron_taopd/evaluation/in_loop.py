@@ -56,7 +56,7 @@ class Evaluation:
             state the answer).
         mean_length: tokens per response, the stop token included.
         examples: the first few problems, with the first response to each.
-        per_prompt: right responses to each problem, of `samples`.
+        per_prompt: right responses to each problem, of `samples` each.
     """
 
     accuracy: float

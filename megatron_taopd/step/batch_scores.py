@@ -94,8 +94,8 @@ class HeldRows:
     def shares(self, device: torch.device) -> Tensor:
         """[r] float64 in (0, 1): where in its response each row stands that is held.
 
-        Quotients of the same two numbers are the same everywhere, and so are equal shares of
-        responses of different lengths.
+        Equal shares of responses of different lengths are the same number: a quotient is rounded
+        from its exact value.
         """
         shares = torch.empty(int(self.counts.sum()), dtype=torch.float64, device=device)
         for sequences, rows in self.blocks():

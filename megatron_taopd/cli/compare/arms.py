@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -76,15 +76,23 @@ def records_of(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+def seconds_of(directory: Path) -> float | None:
+    """Return the processor seconds of a run; None if they were not noted."""
+    file = directory / "processor.json"
+    return json.loads(file.read_text())["seconds"] if file.is_file() else None
+
+
 def probe(train: Trainer, out: Path, arm: str) -> dict[str, float]:
     """Measure what a step of an arm supervises (rows) and costs (processor seconds)."""
-    spent = {}
+    spent: dict[int, float] = {}
     for steps in PROBES:
         directory = train(
             out / f"{arm}-{steps}",
             [*overrides_of(arm), f"train.steps={steps}", "eval.prompts=null"],
         )
-        spent[steps] = json.loads((directory / "processor.json").read_text())["seconds"]
+        seconds = seconds_of(directory)
+        assert seconds is not None, directory
+        spent[steps] = seconds
     fewer, more = PROBES
     rows = [record["kept_rows"] for record in records_of(directory) if record.get("kept_rows")]
     return {"supervision": mean(rows), "seconds": (spent[more] - spent[fewer]) / (more - fewer)}
@@ -105,6 +113,6 @@ def equal_steps(
     return {arm: max(1, round(whole / rate[equal])) for arm, rate in rates.items()}
 
 
-def best_rate(accuracy_at: Callable[[float], float], grid: Sequence[float]) -> float:
+def best_rate(accuracies: dict[float, float]) -> float:
     """Return the learning rate with the best accuracy; of equally good ones the lowest."""
-    return max(sorted(grid), key=accuracy_at)
+    return max(sorted(accuracies), key=lambda lr: accuracies[lr])

@@ -161,7 +161,7 @@ def settle(
         jobs = list(product(names, arguments.lrs))
         accuracy = dict(zip(jobs, pool.map(tried, jobs), strict=True))
         for arm in names:
-            best = arms.best_rate(lambda lr, arm=arm: accuracy[arm, lr], arguments.lrs)
+            best = arms.best_rate({lr: accuracy[arm, lr] for lr in arguments.lrs})
             settings[arm].append(f"optimizer.lr={best}")
     return settings
 
@@ -179,6 +179,8 @@ def read(directory: Path) -> dict:
         "kept_rows": mean(r["kept_rows"] for r in steps),
         "tokens_trained": sum(r["tokens_trained"] for r in steps)
         / sum(r["tokens_rolled_out"] for r in steps),
+        "supervised": sum(r["kept_rows"] for r in steps),
+        "seconds": arms.seconds_of(directory),
     }
 
 
@@ -219,7 +221,15 @@ def summarize(selector: str, runs: list[dict]) -> dict:
         "grad_norm": mean(run["grad_norm"] for run in runs),
         "kept_rows": mean(run["kept_rows"] for run in runs),
         "tokens_trained": mean(run["tokens_trained"] for run in runs),
+        "supervised": mean(run["supervised"] for run in runs),
+        "seconds": _mean_known([run["seconds"] for run in runs]),
     }
+
+
+def _mean_known(values: list[float | None]) -> float | None:
+    """Average what is known of all runs; None where one is not."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def as_table(rows: list[dict], seeds: int) -> Table:
@@ -247,20 +257,30 @@ def as_table(rows: list[dict], seeds: int) -> Table:
     return table
 
 
+def _spent(row: dict) -> list[str]:
+    """Write the rows that an arm was trained on, and its processor seconds."""
+    seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+    return [f"{row['supervised']:.0f}", seconds]
+
+
 def as_comparison(rows: list[dict], reference: str, margin: float) -> Table:
     """Lay out each arm's differences from the reference."""
+    [own] = [row for row in rows if row["selector"] == reference]
+    number, seconds = _spent(own)
     table = Table(
         box=SIMPLE,
-        title=f"minus {reference}: paired over seeds and problems, 95 %",
+        title=f"minus {reference} ({' '.join([*own['settings'], number])} rows, {seconds} CPU s): "
+        "paired over seeds and problems, 95 %",
         caption=f"not inferior: above −{margin:g} of accuracy, −{GAIN_MARGIN:.0%} of {reference}'s "
-        "gain, as protocol.json has it from before the runs",
+        "gain, as protocol.json has it from before the runs; rows trained on and processor "
+        "seconds, start and evaluations included, are means over seeds",
     )
-    for header in ("selector", "settings", "accuracy", "", "gain", ""):
+    for header in ("selector", "settings", "rows", "CPU s", "accuracy", "", "gain", ""):
         table.add_column(header, no_wrap=True)
     for row in rows:
         if row["selector"] == reference:
             continue
-        cells = []
+        cells = _spent(row)
         for name in ("accuracy", "gain"):
             of = row["against"].get(name)
             shown = of and f"{of['estimate']:+.4f} [{of['low']:+.4f}, {of['high']:+.4f}]"
