@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
 from megatron_taopd.plan.cluster import Cluster
-from megatron_taopd.plan.collectives import Collective, step_collectives
+from megatron_taopd.plan.collectives import Collective, asking, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.time import step_phases
 
@@ -40,7 +40,7 @@ class Size:
     efficiency: float
     behind: dict[str, float]
     wire: dict[str, float]  # bytes of a rank inside its node, and between nodes
-    serves: float  # bytes of rows on rank 0, were the teacher served
+    serves: float  # bytes of rows on a rank that asks, were the teacher served as rollouts are
 
 
 def sizes(
@@ -102,8 +102,13 @@ def _size(
         efficiency,
         behind,
         by_link(collectives, setup.gpus_per_node),
-        float(work.sequences * work.response * setup.teacher.hidden * setup.itemsize),
+        work.sequences * work.response * setup.teacher.hidden * setup.itemsize / _asking(setup),
     )
+
+
+def _asking(setup: Setup) -> int:
+    """Count the ranks that would ask the servers of a teacher, as many as those of rollouts."""
+    return 1 if setup.rollout is None else len(asking(setup, setup.rollout))
 
 
 def _seconds(
