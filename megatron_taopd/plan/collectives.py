@@ -20,7 +20,7 @@ from megatron_taopd.plan.shapes import (
     exported,
     student_buckets,
 )
-from megatron_taopd.rollout.weight_sync.sources import deal
+from megatron_taopd.serving.sources import deal
 
 SHAPE_BYTES = 3 * 8  # that a pipeline stage sends before each tensor
 PROBED_ROWS = 1024  # of `scoring.score`
