@@ -200,7 +200,7 @@ class _Pass:
 
 def _rollout(setup: Setup) -> list[Collective]:
     work, world = setup.workload, setup.gpus
-    if setup.rollout is not None:  # rank 0 has the responses, and tells all others
+    if setup.rollout is not None:  # who asked for them tells all others
         bytes_ = work.sequences * (12 + 12 * work.response)
         return [Collective("rollout", "broadcast", "world", world, world, 2, bytes_)]
     share = -(-work.sequences // world) * world
