@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
 from megatron_taopd.plan.cluster import Cluster
-from megatron_taopd.plan.collectives import Collective, sources, step_collectives
+from megatron_taopd.plan.collectives import Collective, asking, sources, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.time import step_phases
-from megatron_taopd.serving.sources import deal
 
 # CPU seconds of the selection for a million rows that a rank has scored (`host`). On a device it is
 # not the host that does it.
@@ -43,7 +42,7 @@ class Size:
     efficiency: float
     behind: dict[str, float]
     wire: dict[str, float]  # bytes of a rank inside its node, and between nodes
-    serves: float  # bytes of rows on a rank that asks servers, were the teacher served
+    serves: float  # bytes of rows on a rank that asks, were the teacher served as rollouts are
     asking: int  # ranks that ask the rollout's servers
     servers: int
     most_sent_to: int  # servers that one rank sends the weights to
@@ -95,7 +94,7 @@ def _size(
         lost = {name: s for name, s in lost.items() if s > 1e-3 * step}
         total = sum(lost.values())
         behind = {n: lost[n] / total for n in sorted(lost, key=lost.get, reverse=True)}
-    asking, rows = max(1, len(clients(setup))), float(work.sequences * work.response)
+    asks, rows = max(1, len(clients(setup))), float(work.sequences * work.response)
     return Size(
         setup.gpus,
         work.sequences,
@@ -107,25 +106,16 @@ def _size(
         efficiency,
         behind,
         by_link(collectives, setup.gpus_per_node),
-        rows * setup.teacher.hidden * setup.itemsize / asking,
-        asking,
+        rows * setup.teacher.hidden * setup.itemsize / asks,
+        asks,
         setup.rollout.replicas if setup.rollout else 0,
         max(sources(setup).values(), default=0),
     )
 
 
 def clients(setup: Setup) -> list[int]:
-    """List the ranks that ask the rollout's servers and read their answers (`begin.open_own`).
-
-    Rank 0 asks those that the run starts itself; others are dealt over the ranks.
-    """
-    if setup.rollout is None:
-        return []
-    if setup.rollout.gpus or setup.rollout.replicas < 2:
-        return [0]
-    nodes = [rank // setup.gpus_per_node for rank in range(setup.gpus)]
-    dealt = deal((f"http://servers:{i}" for i in range(setup.rollout.replicas)), nodes)
-    return sorted({*dealt.values()})
+    """List the ranks that ask the rollout's servers and read their answers."""
+    return [] if setup.rollout is None else sorted(asking(setup, setup.rollout))
 
 
 def _seconds(
