@@ -241,7 +241,7 @@ def test_weights_take_as_long_for_128_servers_as_for_8(configured, tmp_path):
 
 def test_host_and_client_are_what_was_measured(configured, monkeypatch):
     """By hand: 2.097 and 33.55 million rows; .06 s each for a million of all rows, .15 for those of
-    a rank of DP32 and DP512, and .5 for those of a rank that asks servers: one of 128, or, as it was, rank 0 alone.
+    a rank of DP32 and DP512, .5 for those of a rank that asks: one of 128, or rank 0 alone.
     """
     for asking, client, efficient in (((0,), 16.78, False), (range(128), 0.131, True)):
         if asking == (0,):
