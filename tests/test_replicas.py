@@ -1,23 +1,27 @@
 """What is said of servers, without any: who differs, who is lost, how they were started."""
 
 import asyncio
+import logging
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
+from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving import identity
 from megatron_taopd.serving import replica as module
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.identity import agreed, probe_tokens, remarks
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import all_of
-from megatron_taopd.serving.replica import Replica
+from megatron_taopd.serving.replica import Replica, State
 from megatron_taopd.serving.server import Server, Workers
 
 MODEL = ServedModel("model", {"vocab_size": 100}, 40)
@@ -182,7 +186,11 @@ def test_a_server_whose_process_is_stopped_or_gone(worker):
     assert server.trouble() == said + "dead"
 
 
-def posted(monkeypatch, sign, own=None):
+async def connected():
+    """What `Replica.connect` does where there is a way to the server."""
+
+
+def posted(monkeypatch, sign, own=None, connect=connected):
     """What a request says that is never answered, while a server gives this sign of life."""
     monkeypatch.setattr(module, "PULSE_S", 0.01)
     replicas = Replicas([], MODEL)
@@ -192,7 +200,7 @@ def posted(monkeypatch, sign, own=None):
 
     replica, replicas.shared.http.post = Replica("http://a", replicas.shared), never
     replica.server = own
-    replica.fetch = sign
+    replica.fetch, replica.connect = sign, connect
     try:
         with pytest.raises(RuntimeError) as caught:
             replicas.run(replicas.post(replica, "/pause", {}, timeout=60 if own else 3))
@@ -224,6 +232,28 @@ def test_a_server_that_misses_one_sign_of_life_is_waited_for(monkeypatch):
     assert len(asked) > 4
 
 
+def test_a_server_whose_packets_are_dropped_is_noticed_within_10_s(monkeypatch):
+    """Its kernel answers no more, as that of a socket with a full queue; nothing is refused."""
+    assert 2 * (module.PULSE_S + module.CONNECT_S) < 10
+    monkeypatch.setattr(module, "CONNECT_S", 0.2)
+
+    async def well(*_):  # on a connection that is there
+        return SimpleNamespace(status_code=200)
+
+    async def connect():
+        await Replica.connect(replica)
+
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        replica = SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for _ in range(8):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        message = posted(monkeypatch, well, connect=connect)
+    assert message.endswith(f"the server is lost: {replica.url}: no connection within 0.2 s")
+
+
 def test_the_table_of_processes_tells_of_our_own(monkeypatch):
     async def well(*_):
         return SimpleNamespace(status_code=200)
@@ -233,3 +263,59 @@ def test_the_table_of_processes_tells_of_our_own(monkeypatch):
     )
     message = posted(monkeypatch, well, own)
     assert message.endswith("the server is lost: its sglang::scheduler (process 7) is dead")
+
+
+# Pushes of weights that a server falls out of
+
+
+class Sync:
+    """Gives weights to the servers but those that are named."""
+
+    def __init__(self):
+        self.without: set[str] = set()
+
+    def push(self, client, targets, named_tensors, version):
+        lost = {r.url: f"{r.url}: no way\nat all" for r in targets if r.url in self.without}
+        if len(lost) == len(targets):
+            raise RuntimeError("; ".join(lost.values()))
+        return lost
+
+
+def test_a_server_that_falls_out_of_every_push_is_given_up_and_the_others_go_on(caplog):
+    replicas, sync = Replicas([], MODEL), Sync()
+    first, second = replicas.all = [Replica(f"http://{n}", replicas.shared) for n in "ab"]
+    first.state = second.state = State.READY
+    engine = SGLangEngine(replicas, MODEL, 100, [1], Updates(sync, lambda: iter(())))
+
+    def push(*without):
+        """What is said of a push; who was left out has been looked at since, and waits again."""
+        caplog.clear()
+        sync.without = {*without}
+        if second.state is State.DOWN:
+            second.state = State.STALE
+        if engine.replicas.stale:
+            engine.resync()
+        else:
+            engine.update_weights(iter(()), 7)
+        return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+    fell = (
+        "WARNING",
+        "http://b fell out of the push of weights 7, the others go on: http://b: no way",
+    )
+    try:
+        with caplog.at_level(logging.INFO, logger="megatron_taopd"):
+            for _ in range(2):
+                assert push("http://b") == [fell]
+                assert second.state is State.DOWN and second.alarm.is_set() and not second.syncing
+                assert (first.state, first.version, engine.failed_syncs) == (State.READY, 7, 0)
+            assert push() == [] and second.state is State.READY and second.version == 7
+            # What it had fallen out of before counts no more.
+            assert [push("http://b") for _ in range(2)] == [[fell]] * 2
+            assert second.state is State.DOWN
+            given_up = ("ERROR", "http://b fell out of 3 pushes in a row; it is given up")
+            assert push("http://b") == [fell, given_up]
+            assert second.state is State.DEAD and second not in replicas.live
+            assert push("http://b") == [] and first.state is State.READY
+    finally:
+        replicas.close()

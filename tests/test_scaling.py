@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 from support.commands import run_python
+from support.published import MODELS
 
+from benchmarks.scaling import saturate
+from benchmarks.scaling.saturate import sizes
+from benchmarks.scaling.share import share_of_rank_0, traffic
+from megatron_taopd import config as configuration
 from megatron_taopd.parallel import exchange
-from megatron_taopd.plan import links
+from megatron_taopd.plan import collectives, links
+from megatron_taopd.plan.cluster import CLUSTERS
+from megatron_taopd.plan.setup import Setup
 
 pytestmark = pytest.mark.slow
 
@@ -21,12 +28,16 @@ SERVED_WIDTH = 128 * 4  # bytes of a teacher's row
 
 CASES = {
     "dp": dict(student=dict(tp=1, pp=1), ranks=[21]),
-    "tp2-sp": dict(student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full"),
+    "tp2-sp": dict(
+        student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", export_bytes=150_000
+    ),
     "tp2-sp, more columns": dict(
         student=dict(tp=2, pp=1, sequence=True), ranks=[21], recompute="full", vocab_size=2048
     ),
     "tp8": dict(student=dict(tp=8, pp=1), teacher=dict(tp=2, pp=2), ranks=[0], k=16),
-    "tp4-pp4": dict(student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63]),
+    "tp4-pp4": dict(
+        student=dict(tp=4, pp=4), teacher=dict(tp=8, pp=1), ranks=[0, 21, 63], export_bytes=150_000
+    ),
     "tp2-pp2-sp": dict(
         student=dict(tp=2, pp=2, sequence=True), teacher=dict(tp=4, pp=2, sequence=True),
         ranks=[0, 63], tied=False, precision="bf16", sequences=128,
@@ -90,6 +101,17 @@ def test_a_chunk_of_scores_is_one_all_gather_of_24_k_plus_28_bytes_a_row(measure
     assert called(measured[case][0], "loss", "all_gather", tp)[0] == micro_batches
 
 
+def test_an_export_moves_buckets(measured):
+    """By hand: the embedding (131,072 bytes) and a norm, then two buckets for each of four layers:
+    QKV (98,304) and the projection (32,768); both of the MLP's (98,304 and 49,152) and small ones.
+    """
+    assert called(measured["tp2-sp"][0], "sync", "all_gather", 2)[0] == 1 + 2 * 4
+    for result in measured["tp4-pp4"]:
+        assert called(result, "sync", "all_gather", 4)[0] == 1 + 2 * 4
+        assert called(result, "sync", "broadcast", 4)[0] == 1 + 2 * 4
+    assert called(measured["tp8"][0], "sync", "all_gather", 8)[0] == 1  # 64 MiB hold all of it
+
+
 def test_the_loss_calls_nothing_in_its_backward_pass(measured):
     for results in measured.values():
         for result in results:
@@ -119,8 +141,6 @@ def test_hidden_states_cross_and_not_logits(measured):
 
 
 def run_tool(tmp_path, *arguments) -> subprocess.CompletedProcess:
-    from test_plan import MODELS
-
     for name in ("Qwen3-4B", "Qwen3-14B"):
         MODELS[name].save_pretrained(tmp_path / name)
     (tmp_path / "run.yaml").write_text(f"""
@@ -144,6 +164,127 @@ def test_what_stops_scaling_is_told(tmp_path):
     assert sum(large["behind"].values()) == pytest.approx(1)
     assert large["step"] == pytest.approx(sum(large["seconds"].values()))
     assert "lost to" in done.stdout
+
+
+def test_the_host_is_timed(tmp_path):
+    """128 responses of 64 tokens over DP32: a rank has four. The figures of before are recorded."""
+    out = tmp_path / "host.json"
+    sizes = ("--sequences", "128", "--response", "64", "--json", out)
+    done = run_python("benchmarks.scaling", "host", *sizes, seconds=120)
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(out.read_text())
+    assert (found["rows"], found["sequences"], found["held"]) == (8192, 128, 256)
+    parts = ["batch", "plans", "routes", "selection, a rank's share", "selection by one rank"]
+    assert [*found["seconds"]] == [*found["bytes"]] == [*parts, "metrics of the batch"]
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    [shown] = [line.split("│")[1:-1] for line in done.stdout.splitlines() if "8,192" in line]
+    of_a_rank = sum(found["seconds"].values()) - found["seconds"]["selection by one rank"]
+    assert float(shown[-1]) == pytest.approx(of_a_rank / 8192 * 1e6, abs=1e-3)
+    [before] = [line.split("│")[1:-1] for line in done.stdout.splitlines() if "16,777,216" in line]
+    assert [float(cell) for cell in before[1:]] == [1.78, 1.9, 6.92, 24.85, 104, 2.11]
+
+
+# ---------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """`configured(gpus, keys…)`: Qwen3-14B → Qwen3-4B, 8 sequences, an eighth of a server a GPU."""
+    for name in ("Qwen3-4B", "Qwen3-14B"):
+        MODELS[name].save_pretrained(tmp_path / name)
+
+    def make(gpus, *keys) -> configuration.Config:
+        urls = ", ".join(f"'http://servers:{i}'" for i in range(gpus // 8))
+        (tmp_path / "run.yaml").write_text(f"""
+            run: {{dir: run}}
+            student: {{path: {tmp_path}/Qwen3-4B, parallel: {{tp: 2, sequence: true}}}}
+            teacher: {{path: {tmp_path}/Qwen3-14B, parallel: {{tp: 4, sequence: true}}}}
+            data: {{prompts: prompts.jsonl, max_prompt_tokens: 1024}}
+            rollout: {{prompts: {8 * gpus}, max_new_tokens: 4096, engine: sglang}}
+            train: {{micro_batch_tokens: 8192, precision: bf16, recompute: full}}
+        """)
+        keys = [f"rollout.servers={{urls: [{urls}], concurrency: 64}}", *keys]
+        return configuration.load(tmp_path / "run.yaml", keys)
+
+    return make
+
+
+@pytest.fixture
+def served(configured):
+    """The setup of it."""
+    return lambda gpus, *keys: Setup.of(configured(gpus, *keys), gpus)
+
+
+def test_weights_take_as_long_for_128_servers_as_for_8(configured, tmp_path):
+    """By hand, h800: a link carries 30 GB/s, NVLink 120. Of 8.04 GB half is gathered over TP2, in
+    15 buckets of which the first is not hidden: 8.04 / 30 + 4.02 / 120 / 15 = .270 s. Of 65.5 GB
+    seven eighths over TP8, in 123: 65.52 / 30 + 57.33 / 120 / 123 = 2.188 s.
+    """
+    MODELS["Qwen3-32B"].save_pretrained(tmp_path / "Qwen3-32B")
+    large = (f"student.path={tmp_path}/Qwen3-32B", "student.parallel.tp=8")
+    for keys, expected, most in (((), 0.270, 0.5), (large, 2.188, 2.5)):
+        gpus = [64, 192, 1024]  # 8, 24 and 128 servers
+        found = sizes(configured(64, *keys), gpus, True, CLUSTERS["h800"], 8, 0.06)
+        assert [size.servers for size in found] == [8, 24, 128]
+        assert [size.most_sent_to for size in found] == [1, 1, 1]
+        for size in found:
+            assert size.seconds["sync"] == pytest.approx(expected, abs=0.001) and expected <= most
+    # Two servers for each GPU that trains: each of them has two.
+    [crowded] = sizes(configured(64), [8], True, CLUSTERS["h800"], 1, 0.06)
+    assert crowded.most_sent_to == 1
+    [crowded] = sizes(
+        configured(128, "rollout.prompts=8"), [8], False, CLUSTERS["h800"], None, 0.06
+    )
+    assert (crowded.servers, crowded.most_sent_to) == (16, 2)
+    assert crowded.seconds["sync"] == pytest.approx(2 * 8.04 / 30, abs=0.003)
+
+
+def test_host_and_client_are_what_was_measured(configured, monkeypatch):
+    """By hand: 2.097 and 33.55 million rows; .06 s each for a million of all rows, .15 for those of
+    a rank of DP32 and DP512, .5 for those of a rank that asks: one of 128, or rank 0 alone.
+    """
+    for asking, client, efficient in (((0,), 16.78, False), (range(128), 0.131, True)):
+        if asking == (0,):
+            monkeypatch.setattr(saturate, "clients", lambda setup: [0])
+        small, large = sizes(configured(64), [64, 1024], True, CLUSTERS["h800"], 8, 0.06)
+        assert large.asking == len(asking)
+        monkeypatch.undo()
+        assert small.seconds["host"] == pytest.approx(2.097 * (0.06 + 0.15 / 32), abs=1e-3)
+        assert large.seconds["host"] == pytest.approx(33.55 * (0.06 + 0.15 / 512), abs=2e-3)
+        assert large.seconds["client"] == pytest.approx(client, abs=0.01)
+        assert (large.efficiency >= 0.85) == efficient
+
+
+@pytest.mark.parametrize("keys", [(), ("student.parallel.pp=2",), ("student.parallel.tp=8",)])
+def test_rank_0_moves_hardly_more_than_the_mean_rank(served, keys):
+    shares = share_of_rank_0(traffic(served(64, *keys)))
+    assert max(shares.values()) <= 1.1, shares
+
+
+def test_what_one_rank_did_for_all_is_seen_in_its_share(served, monkeypatch):
+    """By hand, in GB: a rank sends 7.79 of gradients, 3.90 of weights and .03 of answers between
+    nodes, each source 8.04 to its server. Of rows of the teacher, 15 of 16 move, to both TP ranks:
+    .63 on average; rank 0 has two of 32 sequences, of which it sends one, and rank 7 sends none.
+    """
+    setup = served(64)
+    between = [rank.sent_between / 1e9 for rank in traffic(setup)]
+    assert between[0] == pytest.approx(11.72 + 0.67, abs=0.02)
+    assert between[7] == pytest.approx(11.72 + 8.04, abs=0.02)
+    monkeypatch.setattr(collectives, "deal", lambda urls, nodes: dict.fromkeys(urls, 0))
+    share = share_of_rank_0(traffic(setup))["sent_between"]
+    of_all = 11.72 + 0.63 + 8.04 / 8
+    assert share == pytest.approx((11.72 + 0.67 + 8 * 8.04) / of_all, rel=0.003)
+
+
+def test_what_is_sent_is_received_elsewhere(served):
+    """Servers take what they are sent, and give their answers."""
+    setup = served(64, "student.parallel.pp=2", "teacher.parallel.pp=4")
+    by_rank = traffic(setup)
+    sent, received = (sum(getattr(r, name) for r in by_rank) for name in ("sent", "received"))
+    weights = 8 * 2 * setup.student.elements
+    rows, prompts = 512 * 4096, 512 * 1024
+    told = 512 * (12 + 12 * 4096)  # by 64 ranks, to 63 others each part
+    assert sent - received == pytest.approx(weights + 7 * prompts - 46 * rows + told)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 
 from benchmarks.scaling import results
 from megatron_taopd import config as configuration
@@ -59,7 +59,7 @@ def main() -> int:
     planned.add_argument("--cluster", default="h800", help=f"{', '.join(CLUSTERS)} or a YAML file")
     planned.add_argument("--grow", action="store_true", help="the batch grows with the GPUs")
     planned.add_argument("--gpus-per-server", type=int, help="one SGLang server for so many")
-    planned.add_argument("--host-seconds", type=float, default=0.03, help="per million rows")
+    planned.add_argument("--host-seconds", type=float, default=0.22, help="per million rows")
     command(measure)
     timed = command(host)
     timed.add_argument("--sequences", type=int, nargs="+", default=[32, 256, 2048, 8192])
@@ -100,6 +100,7 @@ def _config(arguments) -> configuration.Config:
 
 def counts(arguments):
     """List every collective of a rank in one step, by formula."""
+    from benchmarks.scaling.share import share_of_rank_0, traffic
     from megatron_taopd.plan.collectives import step_collectives
 
     config = _config(arguments)
@@ -111,7 +112,12 @@ def counts(arguments):
     layouts = f"student {setup.student_grid}, teacher {setup.teacher_grid or 'served'}"
     title = f"Collectives of a step on rank {rank} of {setup.gpus} · {layouts}"
     table = results.counts_table(found, setup.gpus_per_node, title)
-    return table, [vars(collective) for collective in found]
+    shares = share_of_rank_0(traffic(setup))
+    table.caption = results.shares_line(shares)
+    return table, {
+        "collectives": [vars(collective) for collective in found],
+        "share of rank 0": shares,
+    }
 
 
 def saturate(arguments):
@@ -141,13 +147,14 @@ def measure(arguments):
 
 
 def host(arguments):
-    """Time what a rank's host does for a batch, and its memory."""
-    from benchmarks.scaling.host import measure_host
+    """Time what a rank's host does for a batch, and its memory; next to what it once did."""
+    from benchmarks.scaling.host import BEFORE, BEFORE_PARTS, measure_host
 
     found = [
         measure_host(n, arguments.response, 64, arguments.tp) for n in sorted(arguments.sequences)
     ]
-    return results.host_table(found), found
+    tables = results.host_table(found), results.before_table(BEFORE_PARTS, BEFORE)
+    return Group(*tables), found
 
 
 def ranks(arguments):

@@ -27,7 +27,7 @@ from transformers import Qwen3Config
 
 from benchmarks.scaling.step import Step
 from megatron_taopd import config as configuration
-from megatron_taopd.parallel import platform
+from megatron_taopd.parallel import packing, platform
 from megatron_taopd.parallel.vocab import logits_bytes, projection
 from megatron_taopd.plan import links
 from megatron_taopd.plan.collectives import Collective, step_collectives
@@ -282,9 +282,10 @@ LAYOUTS = [
 def record_cases(cases: list[dict], world_size: int = 64) -> list[dict]:
     """One object for each case and rank: the layouts and `compare`'s rows."""
     replace_distributed()
-    results = []
+    results, bucket = [], packing.EXPORT_BYTES
     with tempfile.TemporaryDirectory() as directory:
         for case in cases:
+            packing.EXPORT_BYTES = case.get("export_bytes", bucket)
             setup, *paths = make_setup(Path(directory), world_size, case)
             for rank in case["ranks"]:
                 recorder = record(setup, tuple(paths), rank)

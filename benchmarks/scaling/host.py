@@ -1,9 +1,9 @@
-"""What a rank's host does for a batch: plans and routes of all of it, its share of the selection.
+"""What a rank's host does for a batch: the batch itself, plans and routes, its share of the rows.
 
-Plans and routes are the same on every rank, so that ranks need not negotiate: they grow with the
-sequences of the whole batch. The selection is a rank's own rows, but for what one rank alone would
-have to do, which is timed next to it. Measured as one rank of many on a fake group: no layer runs,
-and hidden states are four numbers wide.
+The batch is made of what those ranks tell that have asked servers. It, plans and routes are the
+same on every rank, so that ranks need not negotiate: they grow with the whole batch. The selection
+is a rank's own rows, but for what one rank alone would have to do, which is timed next to it.
+Measured as one rank of many on a fake group: no layer runs, hidden states are four numbers wide.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scaling.fake import Recorder, replace_distributed
@@ -25,12 +26,29 @@ from megatron_taopd.data import batching
 from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
+from megatron_taopd.rollout.engine import make_rollout_batch
 from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.selection import choose, look
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows
 
 PROMPT, RATIO = 32, 0.1
+# CPU seconds by rows when every rank had all scores, sorted them, and made routes row by row. That
+# code is gone: the figures are of the commits before it went, on the machine of docs/scaling.md.
+BEFORE_PARTS = (
+    "plans",
+    "routes and delivery",
+    "selection",
+    "metrics",
+    "bytes a row",
+    "s per million rows",
+)
+BEFORE = {
+    65_536: (0.01, 0.02, 0.02, 0.06, 288, 1.46),
+    524_288: (0.04, 0.04, 0.13, 0.48, 123, 1.32),
+    4_194_304: (0.74, 1.01, 1.49, 5.39, 107, 2.06),
+    16_777_216: (1.78, 1.90, 6.92, 24.85, 104, 2.11),
+}
 
 
 @dataclass
@@ -58,15 +76,10 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
     try:
         layout, teacher = student_layout(tp, 1), forward_layout(tp, 1)
         length, rows = PROMPT + response, sequences * response
-        batch = RolloutBatch(
-            tokens=torch.zeros(sequences * length, dtype=torch.int64),
-            cu_seqlens=torch.arange(sequences + 1) * length,
-            prompt_lengths=torch.full((sequences,), PROMPT),
-            log_probs=torch.zeros(rows),
-            truncated=torch.zeros(sequences, dtype=torch.bool),
-            prompts=torch.arange(sequences),
-            weight_versions=torch.zeros(rows, dtype=torch.int64),
-        )
+        parcel = torch.zeros(3 * rows, dtype=torch.int32)
+        with parts.part("batch"):
+            batch = read_batch(parcel, sequences)
+        del parcel
         scores = TokenScores(*torch.rand(4, rows, generator=torch.Generator().manual_seed(0)))
         few = TokenScores(*(getattr(scores, name)[:4] for name in NAMES))
         select(few, HeldRows.all(torch.arange(5)))  # what a process does once
@@ -103,6 +116,23 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
         "seconds": dict(parts.seconds),
         "bytes": dict(parts.bytes),
     }
+
+
+def read_batch(parcel: Tensor, sequences: int) -> RolloutBatch:
+    """Make the batch of what the ranks that ask servers tell, as every rank does (`Generating`).
+
+    Args:
+        parcel: [3 n] int32, tokens, log-probabilities and versions of responses of one length.
+    """
+    tokens, log_probs, versions = (part.chunk(sequences) for part in parcel.chunk(3))
+    return make_rollout_batch(
+        [[0] * PROMPT] * sequences,
+        range(sequences),
+        tokens,
+        [values.view(torch.float32) for values in log_probs],
+        [False] * sequences,
+        versions,
+    )
 
 
 def select(scores: TokenScores, held: HeldRows):

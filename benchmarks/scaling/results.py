@@ -28,6 +28,15 @@ def counts_table(collectives: list[Collective], gpus_per_node: int, title: str) 
     return table
 
 
+def shares_line(shares: dict[str, float]) -> str:
+    """Say how rank 0's bytes compare with the mean rank's."""
+    return (
+        f"rank 0 sends {shares['sent']:.3f} and receives {shares['received']:.3f} times what the "
+        f"mean rank does; between nodes {shares['sent_between']:.3f} and "
+        f"{shares['received_between']:.3f}"
+    )
+
+
 def measured_table(results: list[dict]) -> Table:
     table = _table(
         "Collectives of a step on ranks of 64, as called; those that are not as by formula",
@@ -64,6 +73,9 @@ def sizes_table(found: list[Size], title: str) -> Table:
         ("student", [s.student for s in found]),
         ("teacher", [s.teacher for s in found]),
         ("micro-batches a rank", [str(s.micro_batches) for s in found]),
+        ("servers", [f"{s.servers:,}" for s in found]),
+        ("of one source", [str(s.most_sent_to) for s in found]),
+        ("ranks that ask", [str(s.asking) for s in found]),
     ):
         table.add_row(name, *cells)
     table.add_section()
@@ -99,6 +111,15 @@ def host_table(measured: list[dict]) -> Table:
             *(f"{m['seconds'][name]:.3f} · {m['bytes'][name] / 2**20:.0f}" for name in parts),
             f"{sum(of_rank) / m['rows'] * 1e6:.3f}",
         )
+    return table
+
+
+def before_table(parts: tuple[str, ...], recorded: dict[int, tuple[float, ...]]) -> Table:
+    table = _table("The same as it was, recorded: CPU seconds", "rows")
+    for name in parts:
+        table.add_column(name, justify="right")
+    for rows, figures in recorded.items():
+        table.add_row(f"{rows:,}", *(f"{figure:g}" for figure in figures))
     return table
 
 

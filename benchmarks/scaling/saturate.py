@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
 from megatron_taopd.plan.cluster import Cluster
-from megatron_taopd.plan.collectives import Collective, asking, step_collectives
+from megatron_taopd.plan.collectives import Collective, asking, sources, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.time import step_phases
 
 # CPU seconds of the selection for a million rows that a rank has scored (`host`). On a device it is
 # not the host that does it.
 SELECTION_S = 0.15
+# CPU seconds of who asks servers, for a million tokens of their answers (benchmarks/client).
+CLIENT_S = 0.5
 # Microseconds that a message takes beside its bytes, inside a node and between nodes.
 HOP_INSIDE_US, HOP_BETWEEN_US = 2.0, 10.0
 
@@ -41,6 +43,9 @@ class Size:
     behind: dict[str, float]
     wire: dict[str, float]  # bytes of a rank inside its node, and between nodes
     serves: float  # bytes of rows on a rank that asks, were the teacher served as rollouts are
+    asking: int  # ranks that ask the rollout's servers
+    servers: int
+    most_sent_to: int  # servers that one rank sends the weights to
 
 
 def sizes(
@@ -55,7 +60,7 @@ def sizes(
     """A step at each size; the batch is the configuration's, or grows with the GPUs.
 
     Args:
-        gpus: ascending.
+        gpus: ascending; where the batch grows, multiples of the first.
         gpus_per_server: SGLang servers, of their own GPUs, for so many that train; None: what the
             configuration says.
         host_s_per_million: seconds of a rank's host for a million rows of the batch (`host`).
@@ -63,11 +68,9 @@ def sizes(
     """
     found: list[Size] = []
     for count in gpus:
-        setup = Setup.of(config, count, **lengths)
-        if grow:
-            work = setup.workload
-            work = replace(work, sequences=work.sequences * count // gpus[0])
-            setup = replace(setup, workload=work)
+        prompts = config.rollout.prompts * (count // gpus[0] if grow else 1)
+        of_size = replace(config, rollout=replace(config.rollout, prompts=prompts))
+        setup = Setup.of(of_size, count, **lengths)
         if gpus_per_server and setup.rollout is not None:
             served = setup.rollout
             number = max(1, count // gpus_per_server)
@@ -91,6 +94,7 @@ def _size(
         lost = {name: s for name, s in lost.items() if s > 1e-3 * step}
         total = sum(lost.values())
         behind = {n: lost[n] / total for n in sorted(lost, key=lost.get, reverse=True)}
+    asks, rows = max(1, len(clients(setup))), float(work.sequences * work.response)
     return Size(
         setup.gpus,
         work.sequences,
@@ -102,13 +106,16 @@ def _size(
         efficiency,
         behind,
         by_link(collectives, setup.gpus_per_node),
-        work.sequences * work.response * setup.teacher.hidden * setup.itemsize / _asking(setup),
+        rows * setup.teacher.hidden * setup.itemsize / asks,
+        asks,
+        setup.rollout.replicas if setup.rollout else 0,
+        max(sources(setup).values(), default=0),
     )
 
 
-def _asking(setup: Setup) -> int:
-    """Count the ranks that would ask the servers of a teacher, as many as those of rollouts."""
-    return 1 if setup.rollout is None else len(asking(setup, setup.rollout))
+def clients(setup: Setup) -> list[int]:
+    """List the ranks that ask the rollout's servers and read their answers."""
+    return [] if setup.rollout is None else sorted(asking(setup, setup.rollout))
 
 
 def _seconds(
@@ -127,6 +134,8 @@ def _seconds(
     return seconds | {
         "longest response": tail,
         "bubble": bubble,
+        # As if all answers came at once, when the last one is generated.
+        "client": CLIENT_S * rows / 1e6 / max(1, len(clients(setup))) * bool(setup.rollout),
         "selection": sum(c.bytes for c in collectives if c.phase == "selection") / rate,
         "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.dp) / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),

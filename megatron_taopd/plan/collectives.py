@@ -200,7 +200,7 @@ class _Pass:
 
 def _rollout(setup: Setup) -> list[Collective]:
     work, world = setup.workload, setup.gpus
-    if setup.rollout is not None:  # rank 0 has the responses, and tells all others
+    if setup.rollout is not None:  # who asked for them tells all others
         bytes_ = work.sequences * (12 + 12 * work.response)
         return [Collective("rollout", "broadcast", "world", world, world, 2, bytes_)]
     share = -(-work.sequences // world) * world
@@ -226,25 +226,40 @@ def _teacher(setup: Setup, rank: int) -> list[Collective]:
                 )
             )
     world = setup.gpus
-    rows, most = _rows_sent(setup, rank)
-    sent = rows * _teacher_row(setup)
-    calls = exchange.rounds(most)
+    moved = rows_moved(setup)
+    sent = moved.sent[rank] * teacher_row(setup)
+    calls = exchange.rounds(moved.most)
     return [*found, Collective("exchange", "all_to_all", "world", world, world, calls, sent)]
 
 
-def _teacher_row(setup: Setup) -> int:
+def teacher_row(setup: Setup) -> int:
     """Count the bytes of what the teacher says of a row."""
     return (2 * setup.k + 1) * 4 if setup.columns_only else setup.teacher.hidden * setup.itemsize
 
 
-def _rows_sent(setup: Setup, rank: int) -> tuple[int, int]:
-    """Count the rows that a rank sends to others (`teacher.dispatch`), and the most that any moves.
+@dataclass(frozen=True)
+class RowsMoved:
+    """Rows of the teacher on their way to the ranks that score them, by rank.
+
+    Attributes:
+        sent, received: to and from others.
+        most: that any rank moves, those to itself included.
+    """
+
+    sent: Counter[int]
+    received: Counter[int]
+    most: int
+
+
+def rows_moved(setup: Setup) -> RowsMoved:
+    """Count the rows that each rank sends and receives (`teacher.dispatch`).
 
     Sequences of one length are dealt round, and every rank of the scoring TP group takes its copy
     from itself or from a holder.
     """
-    grid, own, sent = setup.student_grid, setup.teacher_grid, 0
-    moved = {"from": Counter(), "to": Counter()}
+    grid, own = setup.student_grid, setup.teacher_grid
+    sources, destinations = Counter(), Counter()
+    sent, received = Counter(), Counter()
     for sequence in range(setup.workload.sequences):
         holders = [0]
         if own is not None:
@@ -252,11 +267,12 @@ def _rows_sent(setup: Setup, rank: int) -> tuple[int, int]:
         for t in range(grid.tp):
             destination = _last_stage_rank(grid, sequence, t)
             source = destination if destination in holders else holders[t % len(holders)]
-            sent += source == rank != destination
-            moved["from"][source] += 1
-            moved["to"][destination] += 1
-    most = max(max(counts.values()) for counts in moved.values())
-    return sent * setup.workload.response, most * setup.workload.response
+            sources[source] += setup.workload.response
+            destinations[destination] += setup.workload.response
+            if source != destination:
+                sent[source] += setup.workload.response
+                received[destination] += setup.workload.response
+    return RowsMoved(sent, received, max([*sources.values(), *destinations.values()]))
 
 
 def _last_stage_rank(grid: Grid, sequence: int, tp_rank: int) -> int:
@@ -314,7 +330,7 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     found += trained.backward("training")
     found += trained.heads("loss", _chunk_rows(setup), a_row)
     if moved and trained.last:
-        sent = moved * trained.rows * _teacher_row(setup)
+        sent = moved * trained.rows * teacher_row(setup)
         found.append(Collective("training", "all_to_all", "world", world, world, 1, sent))
     return found
 

@@ -9,6 +9,7 @@ deterministic mode): two runs of one seed differ in their samples.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,7 @@ from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.places import Places
 from megatron_taopd.rollout.sglang_batch import Generating
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
-from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.client import PUSHES, Replicas
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.replica import Replica
 from megatron_taopd.types import RolloutBatch
@@ -36,6 +37,7 @@ MOST_BANNED = 8192  # ids that each request can name
 BANNED = -1e9  # bias of a token that must not be drawn; JSON has no infinity
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,13 @@ class SGLangEngine:
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         version: int,
     ) -> None:
-        """Sync and probe. Collective: broadcasts of some bytes before and after."""
+        """Sync and probe. A server that is not given the weights is left out if another serves.
+
+        Collective: broadcasts of some bytes before and after.
+
+        Raises:
+            RuntimeError: no server is left to go on with, see `_settle`.
+        """
         if self.leads:
             targets = self.replicas.run(self.replicas.begin_update(targets))
         urls = self.on_rank_0(lambda: [replica.url for replica in targets])
@@ -184,18 +192,30 @@ class SGLangEngine:
                 self.updates.probe.check(self.replicas, going)
         except RuntimeError as error:
             trouble = str(error)
-        fell_out, what = targets, f"weights of version {version}"
-        if trouble is None:
-            if self.leads:
-                fell_out = [r for r in targets if r.url in lost]
-                going = [r for r in targets if r.url not in lost]
-                self.replicas.run(self.replicas.commit_update(going, version))
-            trouble = "; ".join(lost.values()) or None
-            self.failed_syncs = 0  # there are servers to go on with
+        if self.leads and trouble is None:
+            going = [r for r in targets if r.url not in lost]
+            self.replicas.run(self.replicas.commit_update(going, version))
+            targets = [r for r in targets if r.url in lost]
         try:
-            self._settle(trouble, fell_out, what)
+            if self.on_rank_0(lambda: bool(self.replicas.ready)):  # there are some to go on with
+                self.failed_syncs = 0
+                if self.leads:
+                    self._leave_out({r: lost.get(r.url, trouble) for r in targets}, version)
+            else:
+                trouble = trouble or "; ".join(lost.values()) or None
+                self._settle(trouble, targets, f"weights of version {version}")
         finally:
             self._follow()
+
+    def _leave_out(self, troubles: dict[Replica, str], version: int) -> None:
+        """Go on without the servers that were not given the weights, a line for each."""
+        given_up = self.replicas.run(self.replicas.leave_out(troubles))
+        for replica, trouble in troubles.items():
+            first, *_ = trouble.splitlines()
+            where = f"{replica.url} fell out of the push of weights {version}"
+            logger.warning(f"{where}, the others go on: {first}")
+        for replica in given_up:
+            logger.error(f"{replica.url} fell out of {PUSHES} pushes in a row; it is given up")
 
     def _hold(self, urls: Sequence[str]) -> None:
         """Have the ranks that ask these servers leave them alone while they get weights."""

@@ -31,6 +31,8 @@ from megatron_taopd.serving.protocol import (
 from megatron_taopd.serving.replica import Limits, Replica, Shared, State
 from megatron_taopd.serving.server import Server
 
+PUSHES = 3  # of weights, in a row, that a server may fall out of
+
 
 class Elsewhere(Exception):
     """Another rank's servers should be asked: none of these can be, or none other than has failed.
@@ -312,7 +314,7 @@ class Replicas:
         """Let these serve: they have the current weights, with str(version) as weight_version."""
         async with self.shared.changed:
             for replica in targets:
-                replica.syncing = False
+                replica.syncing, replica.fell_out = False, 0
                 if replica.alive:
                     replica.version, replica.state = version, State.READY
             self.shared.changed.notify_all()
@@ -340,3 +342,21 @@ class Replicas:
             replica.state = State.STALE if well else State.DOWN
             replica.alarm.set()
         return not all(healthy)
+
+    async def leave_out(self, troubles: Mapping[Replica, str]) -> list[Replica]:
+        """Go on without these, which were not given the weights; they are looked at meanwhile.
+
+        One that is well waits for weights. One that this happens to PUSHES times in a row is given
+        up, and no longer looked at.
+
+        Returns:
+            Those that are given up.
+        """
+        async with self.shared.changed:
+            for replica, trouble in troubles.items():
+                replica.syncing, replica.version = False, None
+                replica.fell_out, replica.trouble = replica.fell_out + 1, trouble
+                replica.state = State.DOWN if replica.fell_out < PUSHES else State.DEAD
+                replica.alarm.set()
+            self.shared.changed.notify_all()
+        return [replica for replica in troubles if replica.state is State.DEAD]

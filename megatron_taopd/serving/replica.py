@@ -24,7 +24,9 @@ from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import CONTROL_TIMEOUT_S, Failed, body_of, message_of
 from megatron_taopd.serving.server import Server, Workers
 
-PULSE_S = 2.0  # how often a server that has not answered yet is looked at
+# How often a server that has not answered yet is looked at, and how long a connection may take: its
+# kernel makes that, however busy the server is. A packet that gets lost is sent again after 1 s.
+PULSE_S, CONNECT_S = 2.0, 2.0
 
 
 class State(Enum):
@@ -96,6 +98,7 @@ class Replica:
         remarks: what a user should know of how it was started.
         generation: counts its losses, to tell what was sent before one from what was sent after.
         syncing: it is being given weights, and may not answer for a while.
+        fell_out: how many times in a row it was to be given weights and was not.
         trouble: what happened last.
         tasks: requests under way, which its loss cancels.
         errands: that nobody waits for; an event loop itself holds only a weak reference.
@@ -117,6 +120,7 @@ class Replica:
         self.remarks: list[str] = []
         self.generation = 0
         self.syncing = False
+        self.fell_out = 0
         self.trouble = "has not started"
         self.tasks: set[asyncio.Task] = set()
         self.errands: set[asyncio.Task] = set()
@@ -165,6 +169,22 @@ class Replica:
         except httpx.TransportError as error:
             raise RuntimeError(f"{url}: {error!r}") from error
 
+    async def connect(self) -> None:
+        """Make a new connection and close it: packets to a host that is gone, or from it, get lost.
+
+        Raises:
+            RuntimeError: there is none within CONNECT_S.
+        """
+        url = httpx.URL(self.url)
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(url.host, port), CONNECT_S)
+            writer.close()
+        except TimeoutError:
+            raise RuntimeError(f"{self.url}: no connection within {CONNECT_S:g} s") from None
+        except OSError as error:
+            raise RuntimeError(f"{self.url}: {error!r}") from error
+
     async def get(self, path: str) -> dict:
         """Return the JSON that it answers a GET with.
 
@@ -207,6 +227,7 @@ class Replica:
             await asyncio.sleep(PULSE_S)
             trouble = None
             try:
+                await self.connect()
                 await self.fetch("/model_info")
             except RuntimeError as error:
                 trouble = str(error)
