@@ -212,6 +212,8 @@ def test_a_rank_that_falls_silent_is_named_by_all_others(tmp_path, misfortune, w
         line = line_of(output, f"rank {rank} ends: ")
         assert f"rank {whose} (" in line and "in training, step 3 for" in line
         assert "has been silent for" in line
+        # Rank 0 may not have been heard before; where its store is, is known.
+        assert ("or the store of the job on 127.0.0.1 has" in line) == (whose == 0)
         assert "Traceback" not in output, output
 
 

@@ -262,7 +262,7 @@ class Watchdog:
         silence = self._silence(0)
         if silence <= (3 * self.period if self.lost else self.heartbeat_timeout_s):
             return None
-        store = "the store of the job"
+        store = f"the store of the job on {os.environ.get('MASTER_ADDR', 'the host of rank 0')}"
         whose = f"{_named(0, self.first)} or {store}" if self.first and self.rank else store
         return {"line": f"{whose} has been silent for {silence:.0f} s", "hang": False}
 

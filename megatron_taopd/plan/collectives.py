@@ -209,7 +209,7 @@ def _rollout(setup: Setup) -> list[Collective]:
 
 
 def _teacher(setup: Setup, rank: int) -> list[Collective]:
-    found, grid, work = [], setup.teacher_grid, setup.workload
+    found, grid, work = [], setup.teacher_grid, setup.workload.as_read
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
         found = read.forward("teacher", "teacher")

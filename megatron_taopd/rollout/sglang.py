@@ -197,7 +197,7 @@ class SGLangEngine:
             self.replicas.run(self.replicas.commit_update(going, version))
             targets = [r for r in targets if r.url in lost]
         try:
-            if self.on_rank_0(lambda: bool(self.replicas.ready)):  # there are some to go on with
+            if self.on_rank_0(lambda: bool(self.replicas.ready)):  # there are servers to go on with
                 self.failed_syncs = 0
                 if self.leads:
                     self._leave_out({r: lost.get(r.url, trouble) for r in targets}, version)

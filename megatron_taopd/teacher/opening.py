@@ -26,7 +26,7 @@ def begin_teacher_servers(config: Config) -> Future | None:
     return begin_servers(
         config.teacher.servers,
         config.teacher.path,
-        config.rollout.max_new_tokens + config.data.max_prompt_tokens,
+        config.rollout.max_new_tokens + config.teacher_prompt_tokens,
         DTYPES[config.train.precision],
         Path(config.run.dir) / "servers" / "teacher",
         fixed_weights=True,

@@ -1,6 +1,6 @@
 """Lets ranks tell in which phase they are, whatever starts them: the newest, in a file each.
 
-    TAOPD_TRACE=DIR PYTHONPATH=tests/faults/traced … examples/launch/node.sh …
+    TAOPD_TRACE=DIR PYTHONPATH=tests/support/traced … examples/launch/node.sh …
 
 Python imports a module of this name at its start. The line of a file is a count, the phase and the
 step. It begins when the rank's watchdog does; before that there is no file.
@@ -15,7 +15,7 @@ WIDTH = 64  # bytes of the line in a rank's file
 
 
 def trace() -> None:
-    """Wait until the watchdog is there, and let it write where the rank is whenever that changes."""
+    """Wait until the watchdog is there; let it write where the rank is whenever that changes."""
     while not hasattr(watchdog := sys.modules.get("megatron_taopd.parallel.watchdog"), "Watchdog"):
         time.sleep(0.05)
     path = os.path.join(os.environ["TAOPD_TRACE"], f"rank_{os.environ['RANK']}")
