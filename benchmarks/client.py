@@ -2,6 +2,7 @@
 
     python -m benchmarks.client
     python -m benchmarks.client --tokens 512 8192 --requests 400 --servers 4
+    torchrun --nproc-per-node 4 -m benchmarks.client --servers 2 --requests 400
 
 Servers in a process of their own answer with recorded answers, as SGLang 0.5.20 writes them: ids,
 log-probabilities and the text, which nobody reads. Each way is the one before and one thing more:
@@ -10,6 +11,9 @@ log-probabilities and the text, which nobody reads. Each way is the one before a
     connections  a connection for each request under way
     typed        msgspec, and only the fields that are used
     after        the garbage collector as a run sets it
+
+On several ranks it compares what each of them spends on a batch: where rank 0 asks all servers, and
+where each rank that is the source of servers asks its own (`serving.sources`).
 
 CPU seconds are those of this process, all threads together; ways take turns. As in a run, Megatron
 and transformers are imported. docs/sglang.md has the results.
@@ -22,24 +26,31 @@ import asyncio
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
 import httpx
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megatron_taopd.config.schema import ServersSection
+from megatron_taopd.parallel.objects import broadcast_object, gather
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.sglang import SGLangEngine
 from megatron_taopd.serving import answers, client, protocol, replica
+from megatron_taopd.serving.begin import open_own
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.replica import Limits
@@ -66,6 +77,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return compare_ranks(options)
     figures = {tokens: measure(tokens, options) for tokens in options.tokens}
     title = f"CPU s a million tokens, {options.requests} requests, {options.servers} server(s)"
     table = Table("tokens of a response", *WAYS, title=title, box=SIMPLE)
@@ -80,13 +93,7 @@ def main(arguments: list[str]) -> int:
 def measure(tokens: int, options: argparse.Namespace) -> dict[str, float]:
     """Measure each way: the median of CPU seconds a million tokens."""
     model = ServedModel.of(STUDENT, PROMPT + tokens)
-    processes = multiprocessing.get_context("spawn")
-    receive, send = processes.Pipe(duplex=False)
-    server = processes.Process(
-        target=serve, args=(send, options.servers, tokens, model.vocab_size), daemon=True
-    )
-    server.start()
-    urls = [f"http://127.0.0.1:{port}" for port in receive.recv()]
+    server, urls = start_servers(options.servers, tokens, model.vocab_size)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     try:
         for _ in range(options.repeats):
@@ -105,6 +112,73 @@ def measure(tokens: int, options: argparse.Namespace) -> dict[str, float]:
         server.terminate()
         server.join()
     return {way: statistics.median(found) for way, found in seconds.items()}
+
+
+def compare_ranks(options: argparse.Namespace) -> int:
+    """Print what each rank spends on a batch, both ways; every rank of torchrun calls this."""
+    dist.init_process_group("gloo")
+    leads, figures = dist.get_rank() == 0, {}
+    title = f"CPU s of a rank, {options.requests} requests, {options.servers} server(s)"
+    columns = ("tokens of a response", "who asks", "rank 0", "mean", "most", "rank 0 / mean")
+    table = Table(*columns, title=title, box=SIMPLE)
+    for tokens in options.tokens:
+        found: dict[str, list[list[float]]] = {"rank 0": [], "sources": []}
+        model, server, urls = ServedModel.of(STUDENT, PROMPT + tokens), None, None
+        if leads:
+            server, urls = start_servers(options.servers, tokens, model.vocab_size)
+        urls = broadcast_object(urls)
+        try:
+            for _ in range(options.repeats):
+                for way, seconds in found.items():
+                    seconds.append(gather(of_this_rank(urls, model, way, tokens, options)))
+        finally:
+            if server is not None:
+                server.terminate()
+        figures[tokens] = {way: np.median(seconds, axis=0) for way, seconds in found.items()}
+        for way, by_rank in figures[tokens].items():
+            first, mean = by_rank[0], by_rank.mean()
+            row = (f"{first:.3f}", f"{mean:.3f}", f"{by_rank.max():.3f}", f"{first / mean:.2f}")
+            table.add_row(f"{tokens:,}", way, *row)
+    if leads:
+        Console().print(table)
+    if leads and options.json:
+        listed = {n: {way: s.tolist() for way, s in ways.items()} for n, ways in figures.items()}
+        options.json.write_text(json.dumps(listed, indent=2) + "\n")
+    dist.destroy_process_group()
+    return 0
+
+
+def of_this_rank(
+    urls: list[str], model: ServedModel, way: str, tokens: int, options: argparse.Namespace
+) -> float:
+    """Return the CPU seconds that this rank spends on a batch."""
+    section = replace(ServersSection(), urls=tuple(urls), concurrency=options.concurrency)
+    limits, versions = Limits(concurrency=options.concurrency), dict.fromkeys(urls, 0)
+    with frozen_heap():
+        replicas = Replicas(urls, model, limits) if dist.get_rank() == 0 else None
+        own = open_own(section, "--servers", model) if way == "sources" else None
+        for each in filter(None, (replicas, own)):
+            each.run(each.follow_update(versions))
+        engine = SGLangEngine(replicas, model, model.vocab_size, [], own=own)
+        prompts, indices = [[2] * PROMPT] * options.requests, range(options.requests)
+        try:
+            engine.generate(prompts[:8], indices[:8], 1, Sampling(tokens))
+            gc.collect()
+            dist.barrier()
+            started = time.process_time()
+            engine.generate(prompts, indices, 1, Sampling(tokens))
+            return time.process_time() - started
+        finally:
+            engine.close()
+
+
+def start_servers(number: int, tokens: int, vocab_size: int) -> tuple[BaseProcess, list[str]]:
+    """Start a process with servers that answer with so many tokens; return it and their urls."""
+    processes = multiprocessing.get_context("spawn")
+    receive, send = processes.Pipe(duplex=False)
+    server = processes.Process(target=serve, args=(send, number, tokens, vocab_size), daemon=True)
+    server.start()
+    return server, [f"http://127.0.0.1:{port}" for port in receive.recv()]
 
 
 def one_batch(replicas: Replicas, tokens: int, requests: int) -> float:

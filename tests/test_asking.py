@@ -8,11 +8,16 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
+from unittest import mock
 
+import httpx
 import pytest
 import torch
 import torch.distributed as dist
 from support.fake_sglang import serving
+from support.observed import FROZEN, SMALL, observed
+from support.observed import STUDENT as STUDENT_PATH
+from support.observed import TEACHER as TEACHER_PATH
 from support.ranks import run_ranks
 
 from megatron_taopd.config.schema import ServersSection
@@ -267,3 +272,41 @@ def test_a_rank_that_does_not_reach_its_server_is_named(backends):
     answers = run_ranks(3, no_way, [backends[0].url, dead])
     assert answers == [answers[0]] * 3
     assert answers[0].startswith(f"rollout.servers: rank 1: {dead}/model_info: ConnectError")
+
+
+# A run
+
+
+def run_on_rank(overrides):
+    """A run, and by url how many requests this rank has made for responses and rows."""
+    asked, post = Counter(), httpx.AsyncClient.post
+
+    async def count(client, url, **options):
+        if "rid" in options["json"] and str(url).endswith("/generate"):
+            asked[str(url).removesuffix("/generate")] += 1
+        return await post(client, url, **options)
+
+    with mock.patch.object(httpx.AsyncClient, "post", count):
+        seen = observed(overrides)
+    return seen.status, seen.printed, seen.records, asked
+
+
+def test_a_run_asks_from_several_ranks(backends, tmp_path):
+    """Two ranks, two servers of each model: each rank asks one of both."""
+    with ExitStack() as stack:
+        students = [stack.enter_context(serving(STUDENT_PATH)) for _ in range(2)]
+        teachers = [stack.enter_context(serving(TEACHER_PATH)) for _ in range(2)]
+        options = [*SMALL, FROZEN, f"run.dir={tmp_path / 'run'}", "rollout.engine=sglang"]
+        options += ["teacher.engine=sglang", "rollout.sync.transport=disk", "rollout.ahead=1"]
+        for model, servers in (("rollout", students), ("teacher", teachers)):
+            urls = ",".join(server.url for server in servers)
+            options.append(f"{model}.servers.urls=[{urls}]")
+        answers = run_ranks(2, run_on_rank, [*options, "train.steps=2"])
+    for status, printed, *_ in answers:
+        assert status == 0, printed
+    for servers in (students, teachers):
+        for rank, (*_, asked) in enumerate(answers):
+            assert [asked[server.url] > 0 for server in servers] == [rank == 1, rank == 0]
+        made = sum(asked.total() for *_, asked in answers)
+        assert made == sum(len(server.completions) for server in (*students, *teachers))
+    assert len(answers[0][2]) == 3  # the first tells of the student before any step

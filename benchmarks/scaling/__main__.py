@@ -59,7 +59,7 @@ def main() -> int:
     planned.add_argument("--cluster", default="h800", help=f"{', '.join(CLUSTERS)} or a YAML file")
     planned.add_argument("--grow", action="store_true", help="the batch grows with the GPUs")
     planned.add_argument("--gpus-per-server", type=int, help="one SGLang server for so many")
-    planned.add_argument("--host-seconds", type=float, default=0.06, help="per million rows")
+    planned.add_argument("--host-seconds", type=float, default=0.22, help="per million rows")
     command(measure)
     timed = command(host)
     timed.add_argument("--sequences", type=int, nargs="+", default=[32, 256, 2048, 8192])

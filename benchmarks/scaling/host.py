@@ -1,25 +1,24 @@
 """What a rank's host does for a batch: the batch itself, plans and routes, its share of the rows.
 
-The batch is made of what rank 0 tells of the servers' answers. It, plans and routes are the same on
-every rank, so that ranks need not negotiate: they grow with the whole batch. The selection is a
-rank's own rows, but for what one rank alone would have to do, which is timed next to it. Measured
-as one rank of many on a fake group: no layer runs, and hidden states are four numbers wide.
+The batch is made of what those ranks tell that have asked servers. It, plans and routes are the
+same on every rank, so that ranks need not negotiate: they grow with the whole batch. The selection
+is a rank's own rows, but for what one rank alone would have to do, which is timed next to it.
+Measured as one rank of many on a fake group: no layer runs, hidden states are four numbers wide.
 """
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scaling.fake import Recorder, replace_distributed
@@ -28,7 +27,6 @@ from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.rollout.sglang_batch import Response
 from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
 from megatron_taopd.step.selection import choose, look
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
@@ -78,10 +76,10 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
     try:
         layout, teacher = student_layout(tp, 1), forward_layout(tp, 1)
         length, rows = PROMPT + response, sequences * response
-        told = responses(sequences, response)
+        parcel = torch.zeros(3 * rows, dtype=torch.int32)
         with parts.part("batch"):
-            batch = read_batch(told)
-        del told
+            batch = read_batch(parcel, sequences)
+        del parcel
         scores = TokenScores(*torch.rand(4, rows, generator=torch.Generator().manual_seed(0)))
         few = TokenScores(*(getattr(scores, name)[:4] for name in NAMES))
         select(few, HeldRows.all(torch.arange(5)))  # what a process does once
@@ -120,28 +118,20 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
     }
 
 
-def responses(sequences: int, response: int) -> bytes:
-    """Write what rank 0 tells of a batch of servers' answers."""
-    zeros = np.zeros(response, np.int32)
-    one = Response(zeros, zeros.astype(np.float32), zeros, False)
-    answers = (
-        replace(one, tokens=zeros.copy(), log_probs=one.log_probs.copy(), versions=zeros.copy())
-        for _ in range(sequences)
-    )
-    return pickle.dumps([*answers])
+def read_batch(parcel: Tensor, sequences: int) -> RolloutBatch:
+    """Make the batch of what the ranks that ask servers tell, as every rank does (`Generating`).
 
-
-def read_batch(told: bytes) -> RolloutBatch:
-    """Make the batch of it, as every rank does."""
-    answers = pickle.loads(told)
-    sequences = len(answers)
+    Args:
+        parcel: [3 n] int32, tokens, log-probabilities and versions of responses of one length.
+    """
+    tokens, log_probs, versions = (part.chunk(sequences) for part in parcel.chunk(3))
     return make_rollout_batch(
         [[0] * PROMPT] * sequences,
         range(sequences),
-        [torch.from_numpy(answer.tokens) for answer in answers],
-        [torch.from_numpy(answer.log_probs) for answer in answers],
-        [answer.truncated for answer in answers],
-        [torch.from_numpy(answer.versions) for answer in answers],
+        tokens,
+        [values.view(torch.float32) for values in log_probs],
+        [False] * sequences,
+        versions,
     )
 
 

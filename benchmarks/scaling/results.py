@@ -75,6 +75,7 @@ def sizes_table(found: list[Size], title: str) -> Table:
         ("micro-batches a rank", [str(s.micro_batches) for s in found]),
         ("servers", [f"{s.servers:,}" for s in found]),
         ("of one source", [str(s.most_sent_to) for s in found]),
+        ("ranks that ask", [str(s.asking) for s in found]),
     ):
         table.add_row(name, *cells)
     table.add_section()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from megatron_taopd.config import Config
 from megatron_taopd.plan.cluster import Cluster
-from megatron_taopd.plan.collectives import Collective, sources, step_collectives
+from megatron_taopd.plan.collectives import Collective, asking, sources, step_collectives
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.time import step_phases
 
@@ -42,7 +42,8 @@ class Size:
     efficiency: float
     behind: dict[str, float]
     wire: dict[str, float]  # bytes of a rank inside its node, and between nodes
-    serves: float  # bytes of rows on rank 0, were the teacher served
+    serves: float  # bytes of rows on a rank that asks, were the teacher served as rollouts are
+    asking: int  # ranks that ask the rollout's servers
     servers: int
     most_sent_to: int  # servers that one rank sends the weights to
 
@@ -93,6 +94,7 @@ def _size(
         lost = {name: s for name, s in lost.items() if s > 1e-3 * step}
         total = sum(lost.values())
         behind = {n: lost[n] / total for n in sorted(lost, key=lost.get, reverse=True)}
+    asks, rows = max(1, len(clients(setup))), float(work.sequences * work.response)
     return Size(
         setup.gpus,
         work.sequences,
@@ -104,7 +106,8 @@ def _size(
         efficiency,
         behind,
         by_link(collectives, setup.gpus_per_node),
-        float(work.sequences * work.response * setup.teacher.hidden * setup.itemsize),
+        rows * setup.teacher.hidden * setup.itemsize / asks,
+        asks,
         setup.rollout.replicas if setup.rollout else 0,
         max(sources(setup).values(), default=0),
     )
@@ -112,7 +115,7 @@ def _size(
 
 def clients(setup: Setup) -> list[int]:
     """List the ranks that ask the rollout's servers and read their answers."""
-    return [] if setup.rollout is None else [0]
+    return [] if setup.rollout is None else sorted(asking(setup, setup.rollout))
 
 
 def _seconds(

@@ -36,7 +36,8 @@ def traffic(setup: Setup) -> list[Traffic]:
         received = {"node": 0.0, "network": 0.0}
         for c in own:
             link = "node" if c.span <= setup.gpus_per_node else "network"
-            received[link] += _received(c, rank, setup, rows.received[rank])
+            own_share = (rank in asking) / max(1, len(asking))
+            received[link] += _received(c, setup, rows.received[rank], own_share)
         for phase, grid in (("teacher", setup.teacher_grid), ("scoring", setup.student_grid)):
             if grid is not None and grid.stage(rank) > 0:
                 before = found[rank - grid.tp * grid.dp]
@@ -55,13 +56,20 @@ def traffic(setup: Setup) -> list[Traffic]:
     return by_rank
 
 
-def _received(c: Collective, rank: int, setup: Setup, rows: int) -> float:
-    """Count what comes of a collective: what is sent, but for those that are not symmetrical."""
+def _received(c: Collective, setup: Setup, rows: int, own_share: float) -> float:
+    """Count what comes of a collective: what is sent, but for those that are not symmetrical.
+
+    Args:
+        rows: of the teacher that the rank receives.
+        own_share: of the responses, which the rank has asked for itself.
+    """
     if c.op == "all_to_all" and c.phase == "exchange":
         return rows * teacher_row(setup)
-    if c.group == "a server" or (c.phase == "rollout" and c.op == "broadcast" and rank == 0):
-        return 0.0  # it is the source
-    if c.op == "send" and c.phase != "training":  # there as much comes back as goes on
+    if c.op == "broadcast" and c.phase == "rollout":
+        return c.bytes * (1 - own_share)
+    # A server takes what its source sends. Of a pass forward the next stage receives; in training
+    # as much comes back.
+    if c.group == "a server" or (c.op == "send" and c.phase != "training"):
         return 0.0
     return c.bytes
 

@@ -26,7 +26,7 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list:
 
     Collectives: an all-gather of the sizes, one of the pickled values.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     values: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_taopd.parallel import exchange, packing
 from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
-from megatron_taopd.plan.setup import Setup
+from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
@@ -200,7 +200,7 @@ class _Pass:
 
 def _rollout(setup: Setup) -> list[Collective]:
     work, world = setup.workload, setup.gpus
-    if setup.rollout is not None:  # rank 0 has the responses, and tells all others
+    if setup.rollout is not None:  # who asked for them tells all others
         bytes_ = work.sequences * (12 + 12 * work.response)
         return [Collective("rollout", "broadcast", "world", world, world, 2, bytes_)]
     share = -(-work.sequences // world) * world
@@ -401,8 +401,18 @@ def sources(setup: Setup) -> Counter[int]:
     """Count the servers that each rank sends the weights to."""
     if setup.rollout is None or setup.sync_way != "distributed":
         return Counter()
-    host = "127.0.0.1" if setup.rollout.gpus else "servers"
-    urls = [f"http://{host}:{i}" for i in range(setup.rollout.replicas)]
+    return _dealt(setup, setup.rollout)
+
+
+def asking(setup: Setup, servers: Servers) -> Counter[int]:
+    """Count the servers that each rank asks (`serving.begin.open_own`)."""
+    dealt = _dealt(setup, servers)
+    return Counter({0: servers.replicas}) if servers.gpus or len(dealt) < 2 else dealt
+
+
+def _dealt(setup: Setup, servers: Servers) -> Counter[int]:
+    host = "127.0.0.1" if servers.gpus else "servers"
+    urls = [f"http://{host}:{i}" for i in range(servers.replicas)]
     nodes = [rank // setup.gpus_per_node for rank in range(setup.gpus)]
     return Counter(deal(urls, nodes).values())
 

@@ -8,12 +8,14 @@ Letters: T tokens of a micro-batch, R rows, e bytes of an element.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_taopd.parallel.exchange import rounds
 from megatron_taopd.parallel.packing import EXPORT_BYTES
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
+from megatron_taopd.plan.collectives import asking
 from megatron_taopd.plan.setup import Servers, Setup
 from megatron_taopd.plan.shapes import (
     Architecture,
@@ -66,21 +68,22 @@ class Place:
     stage: int  # of the student
     teacher_stage: int | None
     servers: tuple[str, ...]  # that share the device
-    asks: bool  # a served teacher, and so has all its rows
+    asks: float  # share of a served teacher's servers that it asks, and so of all rows that it has
 
 
 def places(setup: Setup) -> list[Place]:
     """List all kinds of ranks of a run, in the order of their first rank."""
     found: dict[tuple, list[int]] = {}
+    teacher, served = setup.teacher_grid, setup.teacher_servers
+    asked = Counter() if served is None else asking(setup, served)
     for rank in range(setup.gpus):
-        teacher = setup.teacher_grid
         local = rank if rank < setup.gpus_per_node else None
         servers = tuple(
             name
-            for name, served in (("rollout", setup.rollout), ("teacher", setup.teacher_servers))
-            if served is not None and local in served.gpus
+            for name, each in (("rollout", setup.rollout), ("teacher", served))
+            if each is not None and local in each.gpus
         )
-        asks = teacher is None and rank == 0
+        asks = asked[rank] / max(asked.total(), 1)
         key = (setup.student_grid.stage(rank), teacher and teacher.stage(rank), servers, asks)
         found.setdefault(key, []).append(rank)
     return [Place(ranks[0], len(ranks), *key) for key, ranks in found.items()]
@@ -132,7 +135,7 @@ def phases(
     row = (2 * setup.k + 1) * 4 if setup.columns_only else teacher.hidden * e
     reads, sends = 0, 0
     if place.asks:
-        reads, sends = work.sequences * work.response * row, grid.tp
+        reads, sends = round(place.asks * work.sequences * work.response) * row, grid.tp
     elif own is not None and place.teacher_stage == own.pp - 1:
         reads, sends = work.rows_of(own.dp) * row, -(-grid.tp // own.tp)
     read = {"teacher trunk": trunk, "rows read": reads}
