@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from support.patience import patience
 
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving import client, identity
@@ -267,6 +269,28 @@ def test_the_table_of_processes_tells_of_our_own(monkeypatch):
     )
     message = posted(monkeypatch, well, own)
     assert message.endswith("the server is lost: its sglang::scheduler (process 7) is dead")
+
+
+# The end
+
+
+def test_a_task_that_has_lost_its_cancellation_holds_up_no_end():
+    """As one whose `asyncio.wait_for` was done in the moment in which it was cancelled."""
+    replicas, lost = Replicas([], MODEL), []
+
+    async def loses_one():
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            lost.append(1)
+        await asyncio.sleep(1000)
+
+    task = replicas.spawn(loses_one())
+    replicas.run(asyncio.sleep(0))
+    closing = threading.Thread(target=replicas.close, daemon=True)
+    closing.start()
+    closing.join(patience(20))
+    assert not closing.is_alive() and lost == [1] and task.cancelled()
 
 
 # Pushes of weights that a server falls out of
