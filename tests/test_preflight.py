@@ -321,6 +321,32 @@ def test_a_directory_that_not_every_host_sees(tmp_path):
     assert tree(tmp_path) == []
 
 
+def start_on_nodes(overrides, ranks_of_a_node, blind_rank):
+    from contextlib import redirect_stderr
+    from io import StringIO
+    from unittest import mock
+
+    from megatron_taopd.monitoring import logs
+
+    blind = torch.distributed.get_rank() == blind_rank
+    sees = mock.patch.object(storage, "_appears", lambda path: not blind and path.exists())
+    node = mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks_of_a_node))
+    with sees, node, redirect_stderr(StringIO()) as said:
+        logs.set_up()
+        return examine.before_run(load(TINY, overrides)), said.getvalue()
+
+
+def test_a_run_on_nodes_that_do_not_share_its_directory_does_not_start(tmp_path):
+    overrides = [f"run.dir={tmp_path}/run"]
+    (can, said), (other, nothing) = run_ranks(2, start_on_nodes, overrides, 1, 1)
+    assert (can, other, nothing) == (False, False, "")
+    assert said.startswith(f"error: run.dir: {tmp_path}/run of rank 0 is not seen on ")
+    assert said.count("\n") == 1 and "shared file system" in said
+    assert run_ranks(2, start_on_nodes, overrides, 1, None) == [(True, "")] * 2
+    assert run_ranks(2, start_on_nodes, overrides, 2, 1) == [(True, "")] * 2  # one node: not asked
+    assert tree(tmp_path) == []
+
+
 def test_space(tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     free = 0

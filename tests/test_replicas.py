@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -13,14 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from support.patience import patience
 
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
-from megatron_taopd.serving import identity
+from megatron_taopd.serving import client, identity
 from megatron_taopd.serving import replica as module
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.identity import agreed, probe_tokens, remarks
 from megatron_taopd.serving.model import ServedModel
-from megatron_taopd.serving.protocol import all_of
+from megatron_taopd.serving.protocol import Unreachable, all_of
 from megatron_taopd.serving.replica import Replica, State
 from megatron_taopd.serving.server import Server, Workers
 
@@ -149,6 +151,10 @@ def test_all_are_waited_for_and_every_failure_is_told():
     for first, second in ((ValueError, RuntimeError), (RuntimeError, ValueError)):
         with pytest.raises(first, match=r"^x; y$"):
             asyncio.run(all_of([one("e", 0.01, first("x")), one("f", 0, second("y"))]))
+    for other, kind in ((Unreachable, Unreachable), (RuntimeError, RuntimeError)):
+        with pytest.raises(RuntimeError, match=r"^x; y$") as raised:
+            asyncio.run(all_of([one("g", 0, Unreachable("x")), one("h", 0, other("y"))]))
+        assert raised.type is kind
 
 
 # Signs of life
@@ -265,6 +271,28 @@ def test_the_table_of_processes_tells_of_our_own(monkeypatch):
     assert message.endswith("the server is lost: its sglang::scheduler (process 7) is dead")
 
 
+# The end
+
+
+def test_a_task_that_has_lost_its_cancellation_holds_up_no_end():
+    """As one whose `asyncio.wait_for` was done in the moment in which it was cancelled."""
+    replicas, lost = Replicas([], MODEL), []
+
+    async def loses_one():
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            lost.append(1)
+        await asyncio.sleep(1000)
+
+    task = replicas.spawn(loses_one())
+    replicas.run(asyncio.sleep(0))
+    closing = threading.Thread(target=replicas.close, daemon=True)
+    closing.start()
+    closing.join(patience(20))
+    assert not closing.is_alive() and lost == [1] and task.cancelled()
+
+
 # Pushes of weights that a server falls out of
 
 
@@ -273,12 +301,45 @@ class Sync:
 
     def __init__(self):
         self.without: set[str] = set()
+        self.kind = RuntimeError
 
     def push(self, client, targets, named_tensors, version):
         lost = {r.url: f"{r.url}: no way\nat all" for r in targets if r.url in self.without}
         if len(lost) == len(targets):
-            raise RuntimeError("; ".join(lost.values()))
+            raise self.kind("; ".join(lost.values()))
         return lost
+
+
+def test_a_push_to_servers_that_were_out_of_reach_for_a_moment_is_made_again(monkeypatch):
+    """They are well when they are looked at; a server that is well and refuses ends the run."""
+    replicas, sync = Replicas([], MODEL), Sync()
+    (only,) = replicas.all = [Replica("http://a", replicas.shared)]
+    only.state = State.READY
+
+    async def well(replica):
+        return True
+
+    monkeypatch.setattr(client, "is_healthy", well)
+    engine = SGLangEngine(replicas, MODEL, 100, [1], Updates(sync, lambda: iter(())))
+    try:
+        sync.without, sync.kind = {only.url}, Unreachable
+        engine.update_weights(iter(()), 7)
+        assert (only.state, only.version, engine.failed_syncs) == (State.STALE, None, 1)
+        sync.without = set()
+        engine.resync()
+        assert (only.state, only.version, engine.failed_syncs) == (State.READY, 7, 0)
+
+        sync.without = {only.url}
+        for _ in range(2):
+            engine.resync() if replicas.stale else engine.update_weights(iter(()), 8)
+        with pytest.raises(RuntimeError, match="weights of version 8: http://a: no way"):
+            engine.resync()  # three in a row
+
+        only.state, engine.failed_syncs, sync.kind = State.READY, 0, RuntimeError
+        with pytest.raises(RuntimeError, match="weights of version 9: http://a: no way"):
+            engine.update_weights(iter(()), 9)
+    finally:
+        replicas.close()
 
 
 def test_a_server_that_falls_out_of_every_push_is_given_up_and_the_others_go_on(caplog):

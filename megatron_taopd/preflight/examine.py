@@ -11,11 +11,12 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_taopd import config as configuration
 from megatron_taopd.checkpoints import end
@@ -119,11 +120,16 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
 
 
 def before_run(config: Config) -> bool:
-    """Make the cheap checks, on rank 0, when a run starts: a line is logged for each warning, up to
-    the first error.
+    """Make the cheap checks when a run starts: a line is logged for each warning, up to the first
+    error.
+
+    They are rank 0's alone but for one: whether all nodes see the same run.dir, where there are
+    several. Without it every save would fail, and the run go on.
 
     Returns:
-        Whether the run can start; the same on every rank. Collective: a broadcast of some bytes.
+        Whether the run can start; the same on every rank.
+
+    Collectives: a broadcast of some bytes; on several nodes those of `check_shared`, and another.
     """
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     checks = [
@@ -138,8 +144,8 @@ def before_run(config: Config) -> bool:
         (_check_start_of_texts, config),
     ]
 
-    def work() -> list[Finding]:
-        for finding in (f for each in checks for f in examined(*each)):
+    def told(findings: Iterable[Finding]) -> list[Finding]:
+        for finding in findings:
             if finding.level != "ok":
                 say = logger.error if finding.level == "error" else logger.warning
                 say("%s; %s", finding.what, finding.remedy, extra=OF_THE_RUN)
@@ -147,7 +153,12 @@ def before_run(config: Config) -> bool:
                 return [finding]
         return []
 
-    return not _failed(on_rank_0(work))
+    if _failed(on_rank_0(lambda: told(f for each in checks for f in examined(*each)))):
+        return False
+    if not dist.is_initialized() or dist.get_world_size() == platform.local_world_size():
+        return True
+    shared = storage.check_shared(Path(config.run.dir), socket.gethostname())
+    return not _failed(on_rank_0(lambda: told(shared)))
 
 
 def _failed(findings: Sequence[Finding]) -> bool:

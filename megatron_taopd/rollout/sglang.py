@@ -29,6 +29,7 @@ from megatron_taopd.rollout.sglang_batch import Generating
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
 from megatron_taopd.serving.client import PUSHES, Replicas
 from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.protocol import Unreachable
 from megatron_taopd.serving.replica import Replica
 from megatron_taopd.types import RolloutBatch
 
@@ -184,7 +185,7 @@ class SGLangEngine:
         self._hold(urls)
         if self.updates.release_memory:
             self._make_room()
-        lost, trouble = {}, None
+        lost, trouble, silent = {}, None, False
         try:
             lost = self.updates.sync.push(self.replicas, targets, weights(), version)
             if self.updates.probe is not None:
@@ -192,6 +193,8 @@ class SGLangEngine:
                 self.updates.probe.check(self.replicas, going)
         except RuntimeError as error:
             trouble = str(error)
+            # On rank 0, who judges, the cause is what was raised there.
+            silent = any(isinstance(e, Unreachable) for e in (error, error.__cause__))
         if self.leads and trouble is None:
             going = [r for r in targets if r.url not in lost]
             self.replicas.run(self.replicas.commit_update(going, version))
@@ -203,7 +206,7 @@ class SGLangEngine:
                     self._leave_out({r: lost.get(r.url, trouble) for r in targets}, version)
             else:
                 trouble = trouble or "; ".join(lost.values()) or None
-                self._settle(trouble, targets, f"weights of version {version}")
+                self._settle(trouble, targets, f"weights of version {version}", silent)
         finally:
             self._follow()
 
@@ -243,11 +246,14 @@ class SGLangEngine:
         if self.group is not None:
             dist.barrier(self.group)
 
-    def _settle(self, trouble: str | None, targets: Sequence[Replica] | None, what: str) -> None:
-        """Go on after a trouble with these servers if one of them is in trouble itself.
+    def _settle(
+        self, trouble: str | None, targets: Sequence[Replica] | None, what: str, silent: bool
+    ) -> None:
+        """Go on after a trouble with these servers if one of them is in trouble itself, or was.
 
         Args:
             trouble: what rank 0 says went wrong is what counts; None: nothing.
+            silent: none of them refused anything, they were out of reach, perhaps for seconds.
 
         Collective: a broadcast of some bytes and what is wrong.
 
@@ -259,7 +265,7 @@ class SGLangEngine:
             if trouble is None:
                 return False
             excused = self.replicas.run(self.replicas.abort_update(targets))
-            if not excused or self.failed_syncs + 1 >= FAILED_SYNCS:
+            if not (excused or silent) or self.failed_syncs + 1 >= FAILED_SYNCS:
                 raise RuntimeError(f"{what}: {trouble}")
             return True
 

@@ -31,6 +31,7 @@ from megatron_taopd.serving.protocol import (
 from megatron_taopd.serving.replica import Limits, Replica, Shared, State
 from megatron_taopd.serving.server import Server
 
+CANCEL_S = 0.2  # between cancellations of a task that does not end
 PUSHES = 3  # of weights, in a row, that a server may fall out of
 
 
@@ -128,10 +129,13 @@ class Replicas:
         self._loop.close()
 
     async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # More than once: `asyncio.wait_for` loses a cancellation that comes in the moment in which
+        # what it waits for is done (Python 3.11), and a watch would then go on for ever.
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            done, _ = await asyncio.wait(tasks, timeout=CANCEL_S)
+            await asyncio.gather(*done, return_exceptions=True)
         own = [replica for replica in self.all if replica.server is not None]
         await asyncio.gather(*(asyncio.to_thread(replica.stop) for replica in own))
         await self.shared.http.aclose()

@@ -20,6 +20,10 @@ class Failed(Exception):
     """An attempt failed in a way that says nothing about the request."""
 
 
+class Unreachable(RuntimeError):
+    """A server did not answer, or its connection broke: it has refused nothing, and may be well."""
+
+
 def new_client(api_key: str | None) -> httpx.AsyncClient:
     """Make a client that waits for answers as long as it is let."""
     return httpx.AsyncClient(
@@ -142,7 +146,7 @@ async def all_of(awaitables: Iterable[Awaitable]) -> list:
     """Wait for all of them; return their results, or raise one error with what each failure says.
 
     Raises:
-        ValueError, RuntimeError: the kind of the first failure.
+        ValueError, RuntimeError: the kind of the first failure; Unreachable if all are.
     """
     results = await asyncio.gather(*awaitables, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
@@ -150,5 +154,7 @@ async def all_of(awaitables: Iterable[Awaitable]) -> list:
         return results
     if len(errors) == 1 or not all(isinstance(e, ValueError | RuntimeError) for e in errors):
         raise errors[0]
-    kind = ValueError if isinstance(errors[0], ValueError) else RuntimeError
+    kind: type[Exception] = ValueError if isinstance(errors[0], ValueError) else RuntimeError
+    if all(isinstance(error, Unreachable) for error in errors):
+        kind = Unreachable
     raise kind("; ".join(dict.fromkeys(map(str, errors)))) from errors[0]

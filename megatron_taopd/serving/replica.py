@@ -21,7 +21,13 @@ from megatron_taopd.parallel import visible
 from megatron_taopd.serving import identity
 from megatron_taopd.serving.answers import Answer, answer_of
 from megatron_taopd.serving.model import ServedModel
-from megatron_taopd.serving.protocol import CONTROL_TIMEOUT_S, Failed, body_of, message_of
+from megatron_taopd.serving.protocol import (
+    CONTROL_TIMEOUT_S,
+    Failed,
+    Unreachable,
+    body_of,
+    message_of,
+)
 from megatron_taopd.serving.server import Server, Workers
 
 # How often a server that has not answered yet is looked at, and how long a connection may take: its
@@ -200,7 +206,8 @@ class Replica:
         waited for.
 
         Raises:
-            RuntimeError: with the address and the server's message.
+            Unreachable: there is no answer.
+            RuntimeError: it refuses; with the address and the server's message.
         """
         url = self.url + path
         request = asyncio.ensure_future(self.shared.http.post(url, json=payload))
@@ -210,9 +217,9 @@ class Replica:
             if request.done():
                 return body_of(url, request.result())
             why = loss.result() if loss.done() else f"no answer within {timeout:g} s"
-            raise RuntimeError(f"{url}: {why}")
+            raise Unreachable(f"{url}: {why}")
         except httpx.TransportError as error:
-            raise RuntimeError(f"{url}: {error!r}") from error
+            raise Unreachable(f"{url}: {error!r}") from error
         finally:
             request.cancel()
             loss.cancel()

@@ -174,7 +174,9 @@ class Trial:
 
     def _disturb_joining(self, run: Run, fault: Fault) -> Outcome:
         outcome = Outcome(fault, "joining")
-        run.ask_to_end()
+        if any(node.running for node in run.nodes):
+            run.wait(lambda: run.step > 0, ON_S)
+            run.ask_to_end()
         newest = run.newest
         run.begin()
         began, deadline = time.monotonic(), self.generator.uniform(0, 40)

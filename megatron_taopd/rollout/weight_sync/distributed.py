@@ -28,6 +28,7 @@ from megatron_taopd.parallel.objects import (
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
 from megatron_taopd.serving.model import ServedModel
+from megatron_taopd.serving.protocol import Unreachable
 from megatron_taopd.serving.remote import Remote
 from megatron_taopd.serving.server import Workers
 from megatron_taopd.serving.sources import deal, is_loopback
@@ -166,7 +167,9 @@ class DistributedSync(BucketSync):
                 address = self.address or local_address(replica.url)
                 store = self._store(address)
             except OSError as error:
-                self._lost[replica.url] = f"{replica.url}: no way there from this host: {error}"
+                self._note(
+                    replica, Unreachable(f"{replica.url}: no way there from this host: {error}")
+                )
                 continue
             name, world_size = f"weights-{uuid.uuid4().hex}", 1 + replica.tp
             request = {
@@ -267,7 +270,7 @@ class DistributedSync(BucketSync):
             raise error
         answer.cancel()
         reason = reason or f"no end within {timeout_s:g} s"
-        raise RuntimeError(f"{replica.url}: the weight transfer failed: {reason}")
+        raise Unreachable(f"{replica.url}: the weight transfer failed: {reason}")
 
     def _succeeded(self, version: int) -> None:
         for replica in self._own:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_taopd.formats.hf import load_config, tensor_shapes
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, buckets, checked
-from megatron_taopd.serving.protocol import all_of
+from megatron_taopd.serving.protocol import Unreachable, all_of
 
 TIMEOUT_S = 600.0  # at most: a whole checkpoint to be read
 CONTROL_TIMEOUT_S = 60.0  # of a request that moves no weights
@@ -85,6 +85,10 @@ class WeightSync(Protocol):
         Collectives: those of named_tensors; broadcasts and gathers of some 100 bytes.
         """
         ...
+
+
+class Silence(str):
+    """What went wrong with a server that was `Unreachable`; ranks tell it each other."""
 
 
 class BucketSync:
@@ -177,17 +181,21 @@ class BucketSync:
         """List those that have not fallen out.
 
         Raises:
+            Unreachable: none is left, and none of them has refused anything.
             RuntimeError: none is left.
         """
         going = [replica for replica in targets if replica.url not in self._lost]
         if targets and not going:
-            raise RuntimeError("; ".join(dict.fromkeys(self._lost[r.url] for r in targets)))
+            troubles = dict.fromkeys(self._lost[replica.url] for replica in targets)
+            silent = all(isinstance(trouble, Silence) for trouble in troubles)
+            raise (Unreachable if silent else RuntimeError)("; ".join(troubles))
         return going
 
     def _note(self, replica: Replica, outcome: Any, where: str = "") -> None:
         """Let a server fall out if this is what went wrong with it; an answer changes nothing."""
         if isinstance(outcome, RuntimeError):
-            self._lost[replica.url] = f"{outcome}{where}"
+            kind = Silence if isinstance(outcome, Unreachable) else str
+            self._lost[replica.url] = kind(f"{outcome}{where}")
         elif isinstance(outcome, BaseException):
             raise outcome
 
