@@ -9,6 +9,7 @@ import pytest
 from megatron_taopd.config import Config, load
 from megatron_taopd.config.reference import reference
 from megatron_taopd.config.schema import check_bounds, leaf_keys
+from megatron_taopd.config.values import check_sections
 
 ROOT = Path(__file__).parent.parent
 REQUIRED = ["run.dir=d", "student.path=s", "teacher.path=t", "data.prompts=p"]
@@ -144,7 +145,7 @@ def refused(tmp_path, override: str) -> str:
     """The one line that this override is refused with."""
     (tmp_path / "run.yaml").write_text("{}")
     with pytest.raises(ValueError) as caught:
-        check_bounds(load(tmp_path / "run.yaml", [*REQUIRED, override]))
+        check_sections(load(tmp_path / "run.yaml", [*REQUIRED, override]))
     message = str(caught.value)
     assert "\n" not in message
     return message

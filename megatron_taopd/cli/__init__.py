@@ -51,8 +51,8 @@ def choose(
     name, *rest = arguments or [""]
     if name in commands:
         with long_imports():
-            command = importlib.import_module(commands[name][0])
-        return command.main(rest)
+            module = importlib.import_module(commands[name][0])
+        return module.main(rest)
     if name in ("-h", "--help", ""):
         print(f"{about.strip()}\n\nusage: {program} COMMAND …\n")
         for command, (_, does) in commands.items():
