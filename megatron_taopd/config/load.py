@@ -225,8 +225,10 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
                 inside = ", ".join(f"{key}.{f.name}" for f in fields(types[name]))
                 raise ValueError(f"{key}: {value!r} is not a section; its keys are {inside}")
             _check_keys(value, types[name], f"{key}.")
-        elif types[name] is Any:
-            continue  # `_absolute` looks at it
+        elif types[name] is Any:  # which others look at, `_absolute` and `values.py`
+            kind = section.__dataclass_fields__[name].metadata["kind"]  # type: ignore[attr-defined]
+            if kind and isinstance(value, list):
+                raise ValueError(f"{key}: {value!r}; {kind} is expected")
         elif _takes_mapping(types[name]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(
