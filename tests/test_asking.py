@@ -18,6 +18,7 @@ from support.fake_sglang import serving
 from support.observed import FROZEN, SMALL, observed
 from support.observed import STUDENT as STUDENT_PATH
 from support.observed import TEACHER as TEACHER_PATH
+from support.patience import patience
 from support.ranks import run_ranks
 
 from megatron_taopd.config.schema import ServersSection
@@ -52,6 +53,7 @@ SAMPLING = Sampling(max_new_tokens=6, temperature=0, samples=3)
         ([5, 1, 1, 1, 1, 1], [1, 1], [0, 1, 1, 1, 1, 1]),
         ([1, 1, 1, 1, 1, 5], [1, 1], [0, 0, 0, 0, 0, 1]),
         ([7], [0, 0, 3], [2]),
+        ([2, 4, 2], [1, 1], [0, 1, 1]),
         ([1 << 40] * 3, [1000, 1000, 1000], [0, 1, 2]),
     ],
 )
@@ -80,7 +82,7 @@ def take_all(store, slots, count, fails=()):
         ]
         await asyncio.gather(*workers)
 
-    asyncio.run(all_of_them())
+    asyncio.run(asyncio.wait_for(all_of_them(), patience(10)))
     return dealt, taken
 
 
