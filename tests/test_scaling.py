@@ -277,6 +277,19 @@ def test_what_one_rank_did_for_all_is_seen_in_its_share(served, monkeypatch):
     assert share == pytest.approx((11.72 + 0.67 + 8 * 8.04) / of_all, rel=0.003)
 
 
+def test_a_served_teachers_rows_come_from_all_that_ask(served):
+    """By hand: eight ranks ask, each 64 of 512 sequences, and send a row to both TP ranks."""
+    urls = ", ".join(f"'http://teachers:{i}'" for i in range(8))
+    setup = served(64, "teacher.engine=sglang", f"teacher.servers={{urls: [{urls}]}}")
+    moved = collectives.rows_moved(setup)
+    assert sorted(moved.sent) == [7, 15, 23, 31, 39, 47, 55, 63]
+    for rank, sent in moved.sent.items():
+        own = 64 // 32  # of its sequences it scores two itself
+        assert sent == 4096 * (2 * 64 - own), rank
+    shares = share_of_rank_0(traffic(setup))
+    assert max(shares.values()) <= 1.1, shares
+
+
 def test_what_is_sent_is_received_elsewhere(served):
     """Servers take what they are sent, and give their answers."""
     setup = served(64, "student.parallel.pp=2", "teacher.parallel.pp=4")

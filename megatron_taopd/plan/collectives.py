@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from megatron_taopd.parallel import exchange, packing
 from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
@@ -20,7 +22,7 @@ from megatron_taopd.plan.shapes import (
     exported,
     student_buckets,
 )
-from megatron_taopd.serving.sources import deal
+from megatron_taopd.serving.sources import deal, share_out
 
 SHAPE_BYTES = 3 * 8  # that a pipeline stage sends before each tensor
 PROBED_ROWS = 1024  # of `scoring.score`
@@ -254,15 +256,23 @@ class RowsMoved:
 def rows_moved(setup: Setup) -> RowsMoved:
     """Count the rows that each rank sends and receives (`teacher.dispatch`).
 
-    Sequences of one length are dealt round, and every rank of the scoring TP group takes its copy
+    Sequences of one length are dealt round; of a served teacher, which has no layout, runs of them
+    to the ranks that ask. Every rank of the scoring TP group takes its copy
     from itself or from a holder.
     """
     grid, own = setup.student_grid, setup.teacher_grid
+    asked_by: list[int] = []
+    if own is None:
+        asks = asking(setup, setup.teacher_servers)
+        servers = [asks[rank] for rank in range(setup.gpus)]
+        lengths = torch.ones(setup.workload.sequences, dtype=torch.int64)
+        asked_by = share_out(lengths, servers).tolist()
     sources, destinations = Counter(), Counter()
     sent, received = Counter(), Counter()
     for sequence in range(setup.workload.sequences):
-        holders = [0]
-        if own is not None:
+        if own is None:
+            holders = [asked_by[sequence]]
+        else:
             holders = [_last_stage_rank(own, sequence, t) for t in range(own.tp)]
         for t in range(grid.tp):
             destination = _last_stage_rank(grid, sequence, t)

@@ -16,7 +16,6 @@ SGLang calls much a success.
 
     sequence      what the ways share, requests in their order; release and resume of device memory
     buckets       tensors checked and laid end to end
-    sources       which rank sends to which server
     distributed, tensor, disk
     probe
 """
