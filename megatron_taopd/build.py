@@ -78,12 +78,8 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     )
     place = f"{config.train.precision}, {platform.device().type}"
     logger.info(f"student {student.layout}, teacher {teacher.layout}, {place}")
-    if texts.prompts.duplicates:
-        logger.info(
-            f"{texts.prompts.duplicates} prompts dropped: they repeat another with its answer"
-        )
-    if texts.prompts.dropped:
-        logger.info(f"{texts.prompts.dropped} prompts dropped: over data.max_prompt_tokens")
+    for remark in texts.remarks(config):
+        logger.info(remark)
     if before.step:
         logger.info(f"resuming after step {before.step}")
     costs = ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))

@@ -643,8 +643,9 @@ def test_sequence_parallel_padding_counts(user):
         (Qwen3Config, {"attention_bias": True}, ("attention_bias", "not supported")),
         (LlamaConfig, {"mlp_bias": True}, ("mlp_bias", "not supported")),
         (LlamaConfig, {"hidden_act": "gelu"}, ("hidden_act gelu (only silu)",)),
-        (LlamaConfig, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-         ("rope_type yarn (only default, linear, llama3)",)),
+        (LlamaConfig,
+         {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+         ("rope_type dynamic (only default, linear, llama3, yarn)",)),
         (Qwen2Config, {"quantization_config": {"quant_method": "awq"}}, ("quantised weights",)),
     ],
 )  # fmt: skip
@@ -709,6 +710,36 @@ def test_the_students_prompt_is_for_a_teacher_with_the_same_ids(user):
     user.ask("w1 w2 w3 w4 w5")
     user.model("teacher", words=[WORDS[0], *WORDS[:0:-1]])
     refused(lambda: user.check("teacher.prompt=student"), "teacher.prompt: student", "to be own")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["teacher.prompt=student", "teacher.system=Hi"], ["teacher.system: 'Hi'", "take out one"]),
+        (["teacher.prompt=student", "teacher.context_column=a"], ["teacher.context_column: 'a'"]),
+        (["teacher.prompt=student", "teacher.max_prompt_tokens=9"], ["max_prompt_tokens: 9"]),
+        (["teacher.context_overflow=cut"], ["overflow: 'cut'", "name teacher.context_column"]),
+        (["teacher.context_template=x"], ["template: 'x'", "name teacher.context_column"]),
+        (
+            ["teacher.context_column=a", "teacher.context_template=x"],
+            ["teacher.context_template: 'x' leaves out {{ context }}"],
+        ),
+        (
+            ["train.micro_batch_tokens=64", "rollout.max_new_tokens=32",
+             "data.max_prompt_tokens=16", "teacher.max_prompt_tokens=33"],
+            ["micro_batch_tokens: 64", "teacher.max_prompt_tokens 33", "give at least 65"],
+        ),
+        (
+            ["teacher.max_prompt_tokens=200", "train.micro_batch_tokens=4096"],
+            ["rollout.max_new_tokens", "after teacher.max_prompt_tokens 200", "teacher takes"],
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_teacher_reads_besides_goes_together(user, overrides, parts):
+    user.ask("w1 w2 w3 w4 w5")
+    user.check("teacher.context_column=hint", "teacher.system=Hi", "teacher.context_overflow=cut")
+    refused(lambda: user.check(*overrides), *parts)
 
 
 def test_a_chat_template_is_needed_of_those_who_render(user):

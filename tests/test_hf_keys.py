@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from math import log
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_taopd.formats.convert import read_config
 from megatron_taopd.formats.hf import tensor_shapes
+from megatron_taopd.formats.hf_map import longest_sequence
+from megatron_taopd.models import gpt
 
 # What transformers 5.12 reads of a config where it computes logits with these families.
 COMPUTED_WITH = {  # by the trunk, too
@@ -204,10 +207,29 @@ LLAMA3 = {
 }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 12,  # the longest of LENGTHS is far behind it
+}
+
+
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        (ROPE | {"rope_type": "yarn", "factor": 4.0}, "rope_type yarn"),
+        (ROPE | {"rope_type": "proportional"}, "rope_type proportional"),
+        (YARN | {"factor": None}, "factor null of rope_parameters"),
+        (
+            YARN | {"beta_fast": 1.0},
+            r"beta_fast 1.0 of .* \(only above beta_slow null",
+        ),
+        (YARN | {"attention_factor": -1.0}, "attention_factor -1.0"),
+        (YARN | {"truncate": "no"}, "truncate no of rope_parameters"),
+        (
+            YARN | {"low_freq_factor": 1.0},
+            "low_freq_factor 1.0 .* of rope_type yarn",
+        ),
         (ROPE | {"rope_type": "dynamic", "factor": 4.0}, "rope_type dynamic"),
         (ROPE | {"mrope_section": [2, 2, 4]}, "mrope_section"),
         (ROPE | {"factor": 4.0}, "factor 4.0 in rope_parameters of rope_type default"),
@@ -283,6 +305,10 @@ CHANGES = [  # away from the tiny models of tests/support/families.py, family by
         for family in ALL
     ),
     *((family, {"rope_parameters": LLAMA3}) for family in ALL),
+    *((family, {"rope_parameters": YARN}) for family in ALL),
+    ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.9}}),
+    ("qwen3", {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5, "truncate": False}}),
+    ("llama", {"rope_parameters": YARN | {"mscale": 3.0, "mscale_all_dim": 0.5}}),
     ("llama", {"tie_word_embeddings": True}),
     ("qwen3", {"tie_word_embeddings": False}),
     ("qwen3_moe", {"tie_word_embeddings": True}),
@@ -328,12 +354,41 @@ def test_keys_that_the_trunk_computes_with_give_transformers_logits(tmp_path, fa
     [
         ("llama", {"rms_norm_eps": 0.3, "head_dim": 6, "vocab_size": 131}),
         ("qwen2", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}),
+        ("qwen3", {"rope_parameters": YARN}),
         ("qwen3_moe", {"num_experts_per_tok": 3, "tie_word_embeddings": True}),
     ],
-    ids=["llama", "qwen2", "qwen3_moe"],
+    ids=["llama", "qwen2", "qwen3", "qwen3_moe"],
 )
 def test_so_they_do_over_two_ranks(tmp_path, family, changes):
     assert_logits_agree(changed_model(family, tmp_path / "hf", changes), tp=2)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1e4},  # transformers 4
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1e4},  # and before
+        {"rope_parameters": YARN},
+    ],
+    ids=["rope_scaling", "type", "rope_parameters"],
+)
+def test_yarn_is_read_as_it_is_spelled(tmp_path, spelled):
+    """What was trained with, 12 positions, is `max_position_embeddings` where nothing else says so;
+    the model is stretched to 48, of which LENGTHS has 30."""
+    hf_dir = directory_of("qwen3", tmp_path / "hf", max_position_embeddings=12)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del written["rope_parameters"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(written | spelled))
+    assert longest_sequence(read_config(hf_dir)) == 48
+    assert_logits_agree(hf_dir, tp=1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_yarns_factor_is_that_of_its_paper(scale):
+    """arXiv 2309.00071: queries and keys are multiplied by .1 ln(s) + 1."""
+    changes = {"rope_parameters": YARN | {"factor": scale}}
+    config = type(CONFIGS["qwen3"])(**CONFIGS["qwen3"].to_dict() | changes)
+    assert gpt.rope(config)[1] == pytest.approx(0.1 * log(scale) + 1, rel=1e-12)
 
 
 def test_every_key_that_the_trunk_computes_with_is_tried():

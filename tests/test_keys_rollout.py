@@ -17,6 +17,7 @@ from support import dense
 from support.keys import (
     AUTO,
     CHAT,
+    CONTEXT,
     GRADER,
     HORIZON,
     KWARGS,
@@ -219,6 +220,41 @@ def test_a_teacher_reads_the_students_prompt(tmp_path):
     models = chat_models(tmp_path, teacher="then")
     seen = observe([f"run.dir={tmp_path}/run", *models, *written(keys)])
     assert seen.read == [seen.generated[0].batch.tokens.tolist()]
+
+
+def test_a_context_is_read_by_the_teacher_alone(tmp_path):
+    """Its sequences are its own prompts, each with the student's response; neither the engine nor
+    the evaluation gets any of it. Of the last context there is as much as fits."""
+    keys = given(CONTEXT)
+    shows = [f"{n} = {n + 1} ." for n in range(21, 27)] + [None, "27 = 28 = 29 = 30 = 31 ."]
+    pairs = [*zip(ASKS, shows, strict=True)]
+    rows = [{"task": {"shows": show}, "prompt": ask, "answer": 1} for ask, show in pairs]
+    options = ["data.shuffle=false", "eval.at_start=true"]
+    for name in ("data", "eval"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options.append(f"{name}.prompts={file}")
+    seen = observe([f"run.dir={tmp_path}/run", *options, *written(keys)])
+    assert seen.status == 0, seen.printed
+    assert "7 of 8 prompts have a 'task.shows' for the teacher; 1 of these are cut" in seen.printed
+
+    tokenizer, own = AutoTokenizer.from_pretrained(STUDENT), section(keys, "teacher")
+    assert len(seen.generated) == 3  # held-out prompts before and after
+    ours = [tokenizer(ask)["input_ids"] for ask in ASKS]
+    assert all(call.prompts == ours for call in seen.generated)
+
+    def theirs(ask, show):
+        text = ask if show is None else f"{ask} so {show}"
+        return tokenizer(f"{own['system']}\n\n{text}")["input_ids"]
+
+    beginnings = [theirs(ASKS[-1], shows[-1][:n]) for n in range(len(shows[-1]) + 1)]
+    fitting = [ids for ids in beginnings if len(ids) <= own["max_prompt_tokens"]]
+    assert 1 < len(fitting) < len(beginnings)
+    prompts = [*(theirs(*pair) for pair in pairs[:-1]), fitting[-1]]
+    batch = seen.generated[1].batch
+    answers = batch.response_tokens().split(batch.response_lengths.tolist())
+    expected = [prompt + answer.tolist() for prompt, answer in zip(prompts, answers, strict=True)]
+    assert seen.read == [[*chain(*expected)]]
 
 
 def test_variables_reach_the_template_of_each_model(tmp_path):

@@ -427,6 +427,20 @@ def test_all_rows_are_kept_of_a_full_selection(setup_of):
     assert setup_of("selection.ratio=0.3", "selection.selector=full").workload.kept == 1.0
 
 
+def test_a_teacher_that_reads_a_context_has_more_to_read(setup_of):
+    """Nobody else has: each of the 512 prompts is 2,048 tokens longer for the teacher."""
+    micro = "train.micro_batch_tokens=10240"
+    plain, told = setup_of(micro), setup_of(micro, "teacher.max_prompt_tokens=3072")
+    assert told.longest == plain.longest + 2048
+    read, without = (time.step_phases(setup, CLUSTERS["h800"]) for setup in (told, plain))
+    # One sequence of 10,240 tokens instead of 8,192 in a micro-batch; attention grows faster.
+    assert 1.25 < read["teacher"].seconds / without["teacher"].seconds < 1.3
+    names = [name for name in without if name != "teacher"]
+    assert [read[name] for name in names] == [without[name] for name in names]
+    passes = [items(setup, "teacher")["forward pass"] for setup in (told, plain)]
+    assert passes[0] / passes[1] == pytest.approx(10240 / 8192, rel=0.02)
+
+
 def test_replay_falls_back_where_the_outputs_do_not_fit(setup_of):
     replay = ("train.schedule=replay", "rollout.prompts=64")
     assert "kept layer outputs" in items(setup_of(*replay), "training")

@@ -21,8 +21,9 @@ from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
-from megatron_taopd.config.schema import DataSection
+from megatron_taopd.config.schema import DataSection, TeacherSection
 from megatron_taopd.data.prompts import Prompts, load_prompts
+from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.parallel import nccl
 from megatron_taopd.plan.setup import Setup
@@ -485,6 +486,27 @@ def test_prompts(tiny, tmp_path):
 
     findings = list(texts.check_held_out(prompts, prompts))
     assert [f.what for f in findings] == ["eval.prompts: 3 of 4 are in data.prompts, too"]
+
+
+@pytest.mark.parametrize(("overflow", "what"), [("cut", "they are cut"), ("drop", "are dropped")])
+def test_contexts(tiny, tmp_path, overflow, what):
+    rows = [("Sam has 8 eggs . ?", "= 8"), ("Zoe has 9 cards . ?", "= 9 . " * 9), ("a ?", None)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p, "hint": h}) + "\n" for p, h in rows))
+    section = TeacherSection("teacher", context_column="hint", context_overflow=overflow)
+    reader = teacher_reader(section, tiny)
+    section_of_data = DataSection(max_prompt_tokens=10**6)
+    prompts = load_prompts(file, tiny.tokenizer, section_of_data, None, reader)
+    findings = list(texts.check_contexts(section, prompts, tiny, 20))
+    assert levels(findings) == {"ok": 2, "warning": 1}
+    found("warning", findings, "1 make the prompt longer than 20 tokens", what)
+    seen = "\n".join(finding.what for finding in findings)
+    assert "2 of 3 have a 'hint'" in seen
+    assert "the teacher reads the first one as '<bos> Sam has 8 eggs . ? = 8'" in seen
+
+    limits = texts.check_prompts("data.prompts", prompts, tiny, tiny, 1000, 20)
+    found("warning", limits, "33.3% are over teacher.max_prompt_tokens 20 (0 for the student, 1")
+    assert not list(texts.check_contexts(TeacherSection("teacher"), prompts, tiny, 20))
 
 
 def test_a_bos_that_comes_twice(tiny):

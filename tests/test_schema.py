@@ -22,6 +22,7 @@ DECAY = ("-0.1", "1", "in [0, 1)")
 NUMBERS = {
     "run.seed": NOT_NEGATIVE,
     "data.max_prompt_tokens": COUNT,
+    "teacher.max_prompt_tokens": COUNT,
     "data.limit": COUNT,
     "rollout.gap_warning": POSITIVE,
     "rollout.prompts": COUNT,
@@ -105,6 +106,7 @@ SWITCHES = {
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),
+    "teacher.context_overflow": ("squeeze", "['drop', 'cut']"),
     "data.template": ("jinja", "['auto', 'chat', 'plain']"),
     "rollout.engine": ("vllm", "['local', 'sglang']"),
     "rollout.sync.transport": ("ftp", "['distributed', 'tensor', 'disk']"),
@@ -131,7 +133,8 @@ TEXTS = {
     "rollout.horizon",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",
-    "teacher.servers.api_key_env",
+    "teacher.servers.api_key_env", "teacher.system", "teacher.context_column",
+    "teacher.context_template",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support import dense
 from support.families import SIZES, save_random
 from support.ranks import run_ranks
+from support.served_teacher import ServedTeacher
 from support.sglang_server import serve
 from support.shards import SIZE, columns, make_logits, shard_of
 from support.step import (
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.vocab import score_topk
-from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.client import Elsewhere, Replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, KEY, pack, unpack
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.teacher import sglang as module
@@ -291,6 +292,80 @@ def test_the_fingerprint_sees_another_model():
         stub(Servers(RuntimeError("gone"))).fingerprint()
 
 
+class Busy(ServedTeacher):
+    """Servers of one rank of several, which are lost when they are asked for some sequences.
+
+    `asked` has the tokens that they were asked for, and the attempts before.
+    """
+
+    def __init__(self, servers, loses_them=()):
+        super().__init__(TEACHER)
+        self.loses_them, self.asked, self.ready = loses_them, [], self.all * servers
+
+    async def complete(self, request, made, alone):
+        assert not alone
+        self.asked.append((request["input_ids"], made))
+        if any(request["input_ids"][:4] == tokens[:4] for tokens in self.loses_them):
+            self.ready = []
+            raise Elsewhere(made + 1)
+        return await super().complete(request, made, alone)
+
+
+def form_of(form, replicas, own=None):
+    if form == "topk":
+        return SGLangTopkTeacher(replicas, MODEL, REPORTED, own=own)
+    return SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32, own)
+
+
+def read_by_several(form, servers, loses_them):
+    """Two reads: what this rank holds and who holds what; what it was asked for; metrics."""
+    rank = dist.get_rank()
+    own = Busy(servers[rank], loses_them if rank == 1 else ()) if servers[rank] else None
+    teacher = form_of(form, ServedTeacher(TEACHER) if rank == 0 else None, own)
+    parts = [teacher.read(BATCH) for _ in range(2)]
+    held = [(part.held.ids, part.held.rows, part.holders[:, 0]) for part in parts]
+    return held, own.asked if own else [], teacher.metrics()
+
+
+@pytest.mark.parametrize("form", ["hidden_states", "topk"])
+def test_several_ranks_ask_for_a_share_and_hold_it(form):
+    """Rank 1 has two servers of three, which it loses on two of its sequences; rank 2 has none."""
+    sequences = [BATCH.sequence(i).tolist() for i in range(12)]
+    lost = [7, 10]
+    answers = run_ranks(3, read_by_several, form, [1, 2, 0], [sequences[i] for i in lost])
+    alone = form_of(form, ServedTeacher(TEACHER))
+    rows = alone.read(BATCH).held.rows
+    ends = BATCH.cu_seqlens[1:] - BATCH.lengths / 2
+    dealt = (ends > BATCH.cu_seqlens[-1] / 3).long()
+    assert set(dealt[lost].tolist()) == {1} and 0 < dealt.sum() < 12
+    dealt[lost] = 0  # taken over
+    for read, expected in enumerate((dealt, torch.zeros(12).long())):
+        for rank, (held, _, _) in enumerate(answers):
+            ids, got, holders = held[read]
+            assert torch.equal(holders, expected)
+            assert torch.equal(ids, BATCH.rows_of((expected == rank).nonzero()[:, 0]))
+            assert torch.equal(got, rows[ids])
+    (_, first, metrics), (_, second, _), _ = answers
+    made = [made for _, made in first]
+    assert made == [0] * (12 - int(dealt.sum()) - 2) + [1] * 2 + [0] * 12
+    assert len(second) == int(dealt.sum()) + 2 and {made for _, made in second} == {0}
+    if form == "topk":
+        assert metrics["teacher/topk_mass"] == pytest.approx(alone.metrics()["teacher/topk_mass"])
+
+
+def given_up(trouble):
+    own = Busy(0)
+    own.troubles = f"url{dist.get_rank()} {trouble}" if dist.get_rank() else ""
+    teacher = form_of("topk", ServedTeacher(TEACHER) if dist.get_rank() == 0 else None, own)
+    with pytest.raises(RuntimeError) as error:
+        teacher.read(BATCH)
+    return str(error.value)
+
+
+def test_no_rank_has_a_server_left():
+    assert run_ranks(2, given_up, "is gone") == ["no server is left: url1 is gone"] * 2
+
+
 class Servers:
     """Stands in for `Replicas` of servers with canned answers."""
 
@@ -304,7 +379,7 @@ class Servers:
             raise replica.says
         return replica.says
 
-    async def complete(self, request):
+    async def complete(self, request, made, alone):
         return self.all[0].says
 
     def spawn(self, coroutine):
@@ -495,10 +570,11 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
         else:
             leads = dist.get_rank() == 0
             replicas = Replicas([url], MODEL, fixed_weights=True) if leads else None
+            own = Replicas([url], MODEL, fixed_weights=True) if form == "hidden_states" else None
             teacher = (
                 SGLangTopkTeacher(replicas, MODEL, REPORTED)
                 if form == "topk"
-                else SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32)
+                else SGLangTeacher(replicas, MODEL, HIDDEN, torch.float32, own)
             )
         vocab_map, directory = VocabMap(torch.arange(VOCABULARY)), str(TEACHER)
         heads = open_heads(student, None if form == "topk" else directory, vocab_map, 7)
@@ -517,7 +593,7 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
         metrics = backward(scored, kept, student, heads, distiller.loss, 60)
         return whole_scores(scored), mask, metrics, gather_gradients(student), teacher.fingerprint()
     finally:
-        if getattr(teacher, "leads", False):
+        if form != "megatron" and teacher is not None:
             teacher.close()
         parallel_state.destroy_model_parallel()
 

@@ -45,7 +45,7 @@ from megatron_taopd.rollout.weight_sync import (
 from megatron_taopd.rollout.weight_sync.buckets import Bucket, Entry, buckets, checked
 from megatron_taopd.rollout.weight_sync.distributed import _Group, local_address
 from megatron_taopd.rollout.weight_sync.sequence import TIMEOUT_S
-from megatron_taopd.rollout.weight_sync.sources import deal
+from megatron_taopd.serving.sources import deal
 
 STUDENT = "examples/tiny_pair/student"
 VOCABULARY = 1152

@@ -39,6 +39,11 @@ FIXED = {
     "data.max_prompt_tokens": _PROMPTS,
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
+    "teacher.system": _PROMPTS,
+    "teacher.context_column": _PROMPTS,
+    "teacher.context_template": _PROMPTS,
+    "teacher.context_overflow": _PROMPTS,
+    "teacher.max_prompt_tokens": _PROMPTS,
 }
 # Keys whose files have to stay as they were, wherever they lie, and why.
 FIXED_FILES = {

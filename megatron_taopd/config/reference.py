@@ -72,7 +72,9 @@ def _default(f: Field) -> str:
         return "*required*"
     if f.default is None or isinstance(f.default, bool):
         return f"`{str(f.default).lower().replace('none', 'null')}`"
-    return f"`{list(f.default)}`" if isinstance(f.default, tuple) else f"`{f.default}`"
+    if isinstance(f.default, tuple):
+        return f"`{list(f.default)}`"
+    return "`{}`".format(str(f.default).replace("\n", "\\n"))
 
 
 if __name__ == "__main__":

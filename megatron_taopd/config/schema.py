@@ -207,6 +207,30 @@ class TeacherSection:
     template_kwargs: dict[str, Any] | None = key(
         None, "Variables of the teacher's chat template; null: as in `data.template_kwargs`."
     )
+    system: str | None = key(
+        None, "System message that the teacher reads instead of the student's; null: the same."
+    )
+    context_column: str | None = key(
+        None,
+        "Column of `data.prompts` with text that only the teacher reads: a worked solution, a "
+        "hint, a document. Dots reach into nested columns. A row whose value is null or blank has "
+        "none, and the teacher reads of it what the student does.",
+    )
+    context_template: str = key(
+        "{{ prompt }}\n\n{{ context }}",
+        "What the last message of a prompt with a context says to the teacher: Jinja, with "
+        "`prompt` (what it says to the student) and `context`.",
+    )
+    context_overflow: Literal["drop", "cut"] = key(
+        "drop",
+        "What becomes of a prompt that its context makes too long: it is dropped, or the context "
+        "loses its end.",
+    )
+    max_prompt_tokens: int | None = key(
+        None,
+        "Prompts that are longer for the teacher are dropped; null: as `data.max_prompt_tokens`.",
+        COUNT,
+    )
     parallel: ParallelSection = field(default_factory=ParallelSection)
     offload: bool = key(
         False,
@@ -543,6 +567,11 @@ class Config:
     guard: GuardSection = field(default_factory=GuardSection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     log: LogSection = field(default_factory=LogSection)
+
+    @property
+    def teacher_prompt_tokens(self) -> int:
+        """The longest prompt that the teacher reads, its context included."""
+        return self.teacher.max_prompt_tokens or self.data.max_prompt_tokens
 
 
 types_of = functools.cache(get_type_hints)  # evaluating annotations takes a millisecond a section

@@ -20,6 +20,7 @@ from megatron_taopd.config.schema import (
     LogSection,
     ParallelSection,
     ServersSection,
+    TeacherSection,
     check_bounds,
 )
 from megatron_taopd.data.sources import sources_of
@@ -53,6 +54,7 @@ def check_sections(config: Config) -> None:
             f"student.parallel.ep: {experts}; it has to be 1: a mixture of experts can be a "
             "teacher only"
         )
+    _check_context(config.teacher)
     _check_selection(config)
     _check_replay(config)
     _check_profile(config)
@@ -253,17 +255,44 @@ def _port(url: str) -> int:
     return int(port[1]) if port else 80
 
 
-def _check_micro_batch(config: Config, parallel: ParallelSection) -> None:
-    """Refuse micro-batches that cannot hold the longest sequence."""
+def _check_micro_batch(config: Config, model: str) -> None:
+    """Refuse micro-batches that cannot hold a model's longest sequence."""
+    parallel: ParallelSection = getattr(config, model).parallel
     multiple = parallel.tp if parallel.sequence else 1
     capacity = config.train.micro_batch_tokens // multiple * multiple
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    key, prompt = "data.max_prompt_tokens", config.data.max_prompt_tokens
+    if model == "teacher" and config.teacher.max_prompt_tokens is not None:
+        key, prompt = "teacher.max_prompt_tokens", config.teacher.max_prompt_tokens
+    longest = prompt + config.rollout.max_new_tokens
     if longest > capacity:
         raise ValueError(
             f"train.micro_batch_tokens: {config.train.micro_batch_tokens} does not hold "
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_new_tokens "
-            f"{config.rollout.max_new_tokens}; give at least {-(-longest // multiple) * multiple}"
+            f"{key} {prompt} + rollout.max_new_tokens {config.rollout.max_new_tokens}; give at "
+            f"least {-(-longest // multiple) * multiple}"
         )
+
+
+def _check_context(teacher: TeacherSection) -> None:
+    """Refuse keys of a teacher's own reading that would have no effect."""
+    own = {
+        "system": teacher.system,
+        "context_column": teacher.context_column,
+        "max_prompt_tokens": teacher.max_prompt_tokens,
+    }
+    for name, value in own.items():
+        if value is not None and teacher.prompt == "student":
+            raise ValueError(
+                f"teacher.{name}: {value!r}, but the teacher reads the student's rendering "
+                "(teacher.prompt: student); take out one of them"
+            )
+    if teacher.context_column is None:
+        for name in ("context_template", "context_overflow"):
+            value = getattr(teacher, name)
+            if value != TeacherSection.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"teacher.{name}: {value!r}, but there is no context; name "
+                    "teacher.context_column"
+                )
 
 
 # ------------------------------------------------------------------------------ ranks, environment
@@ -286,7 +315,7 @@ def check_layouts(config: Config, ranks: int | None, whose: str = "the number of
             )
     for model in ("student", "teacher"):
         parallel = getattr(config, model).parallel
-        _check_micro_batch(config, parallel)
+        _check_micro_batch(config, model)
         size = parallel.tp * parallel.pp
         if ranks is not None and ranks % size:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from math import lcm
 from pathlib import Path
@@ -18,6 +18,7 @@ import transformers
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache
+from megatron_taopd.data.context import TeacherContext, longest_that_fits
 from megatron_taopd.data.records import content_of
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.data.rows import Row, Rows
@@ -40,6 +41,8 @@ class Prompts:
             ids.
         messages: what each prompt says, its system message included; what `render` takes.
         duplicates: how many rows were left out since they repeat another one.
+        contexts: how many of the prompts have a context for the teacher.
+        cut: how many of these contexts have lost their end.
         parts: of files with weights, in their order: (how many of the prompts are its own, weight).
     """
 
@@ -50,6 +53,8 @@ class Prompts:
     teacher_token_ids: Sequence[list[int]] | None = None
     messages: Sequence[list[Message]] = field(default_factory=list)
     duplicates: int = 0
+    contexts: int = 0
+    cut: int = 0
     parts: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
@@ -61,10 +66,14 @@ class TeacherReader(NamedTuple):
 
     Attributes:
         template_kwargs: of its chat template; None: `data.template_kwargs`.
+        context: that it reads besides, and its system message.
+        max_prompt_tokens: longer prompts are dropped; None: `data.max_prompt_tokens`.
     """
 
     tokenizer: Any
     template_kwargs: Mapping[str, Any] | None = None
+    context: TeacherContext = TeacherContext()
+    max_prompt_tokens: int | None = None
 
 
 def load_prompts(
@@ -108,14 +117,20 @@ def tokenised(
 ) -> Path:
     """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
     renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
+    context, limits = TeacherContext(), [data.max_prompt_tokens]
     if teacher is not None:
+        context = teacher.context
+        context.check()
+        limits.append(teacher.max_prompt_tokens or data.max_prompt_tokens)
         kwargs = teacher.template_kwargs
         kwargs = data.template_kwargs if kwargs is None else kwargs
         key = "teacher.template_kwargs"
         renderers.append(Renderer(teacher.tokenizer, data.template, kwargs, key))
     fingerprints = [renderer.fingerprint() for renderer in renderers]
-    if fingerprints[1:] == fingerprints[:1]:  # the teacher reads what the student does
-        del renderers[1:]
+    alike = fingerprints[1:] == fingerprints[:1]
+    if alike and context.column is None and context.system is None:
+        del renderers[1:]  # the teacher reads what the student does
+        limits = [min(limits)]
     sources = sources_of(prompts)
     files = [source.files() for source in sources]
     stats = _stats(files)
@@ -126,9 +141,10 @@ def tokenised(
             "weights": [str(source.weight) for source in sources],
             "renderers": fingerprints[: len(renderers)],
             "columns": [data.prompt_column, data.answer_column, answer_column],
+            "context": astuple(context),
             "deduplicate": data.deduplicate,
             "system": data.system,
-            "max_prompt_tokens": data.max_prompt_tokens,
+            "max_prompt_tokens": limits,
             "limit": data.limit,
             "versions": [m.__version__ for m in (transformers, tokenizers, jinja2)],
         }
@@ -136,7 +152,7 @@ def tokenised(
     entry = cache.place(data.cache_dir) / key
     if cache.about(entry) is None:
         with cache.written(entry) as (aside, about):
-            writer = _Writer(aside, renderers, data, answer_column)
+            writer = _Writer(aside, renderers, limits, data, answer_column, context)
             for source, own in zip(sources, files, strict=True):
                 writer.add(source, own)
             about |= writer.close([source.weight for source in sources])
@@ -155,18 +171,22 @@ class _Writer:
 
     Args:
         renderers: of the student, and of the teacher if it reads something else.
+        limits: tokens of the longest prompt for each of them.
     """
 
     def __init__(
         self,
         directory: Path,
         renderers: Sequence[Renderer],
+        limits: Sequence[int],
         data: DataSection,
         answer_column: str | None,
+        context: TeacherContext,
     ):
-        self.renderers, self.data, self.answer_column = renderers, data, answer_column
+        self.renderers, self.limits, self.context = renderers, limits, context
+        self.data, self.answer_column = data, answer_column
         self.sizes = list[int]()
-        self.counts = {"rows": 0, "duplicates": 0, "dropped": 0}
+        self.counts = {"rows": 0, "duplicates": 0, "dropped": 0, "contexts": 0, "cut": 0}
         self.differ = False  # the ids of the two models
         names = ["ids", "teacher_ids"][: len(renderers)]
         self.ids = [cache.Column(directory, name, "<i4") for name in names]
@@ -177,13 +197,19 @@ class _Writer:
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
-        rows, name = Rows(files, self.data, self.answer_column), ", ".join(source.paths)
+        rows = Rows(files, self.data, self.answer_column, self.context.column)
+        name, contexts = ", ".join(source.paths), 0
         each, found, dropped = iter(rows), 0, 0
         with progress.phase(f"tokenising {name}", unit="rows") as shown:
             while batch := [*islice(each, self._room(found))]:
-                ids = [_rendered(renderer, batch) for renderer in self.renderers]
+                told = [[row.messages for row in batch], self._to_the_teacher(batch)]
+                ids = [
+                    _rendered(renderer, batch, messages)
+                    for renderer, messages in zip(self.renderers, told, strict=False)
+                ]
                 for row, *renderings in zip(batch, *ids, strict=True):
-                    if max(map(len, renderings)) > self.data.max_prompt_tokens:
+                    contexts += row.context is not None
+                    if not self._fit(row, renderings):
                         dropped += 1
                         continue
                     found += 1
@@ -192,14 +218,49 @@ class _Writer:
         if not rows.read:
             raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
         if not found:
+            most = " or, for the teacher, ".join(map(str, dict.fromkeys(self.limits)))
             raise ValueError(
-                f"{name}: no prompt is left: {dropped} have more than "
-                f"max_prompt_tokens = {self.data.max_prompt_tokens} tokens"
+                f"{name}: no prompt is left: {dropped} have more than max_prompt_tokens = {most} "
+                "tokens"
+            )
+        if self.context.column is not None and not contexts:
+            raise ValueError(
+                f"{name}: column {self.context.column!r} (teacher.context_column) is null or blank "
+                "in every row; name another one, or none"
             )
         self.sizes.append(found)
         self.counts["rows"] += rows.read
         self.counts["duplicates"] += rows.duplicates
         self.counts["dropped"] += dropped
+
+    def _to_the_teacher(self, batch: Sequence[Row]) -> list[list[Message]]:
+        """Return what the teacher reads of rows; an error names the first that is refused."""
+        told = []
+        for row in batch:
+            with _told(row.where):
+                told.append(self.context.messages(row.messages, row.context))
+        return told
+
+    def _fit(self, row: Row, renderings: list[list[int]]) -> bool:
+        """Tell whether a prompt is short enough, once its context is cut, if that is to be."""
+        if len(renderings[0]) > self.limits[0]:
+            return False
+        if len(renderings[-1]) > self.limits[-1]:
+            if row.context is None or not self.context.cut:
+                return False
+
+            def teachers(context: str) -> list[int]:
+                return self.renderers[-1](self.context.messages(row.messages, context))
+
+            kept = longest_that_fits(
+                row.context, lambda beginning: len(teachers(beginning)) <= self.limits[-1]
+            )
+            if not kept:
+                return False
+            renderings[-1] = teachers(kept)
+            self.counts["cut"] += 1
+        self.counts["contexts"] += row.context is not None
+        return True
 
     def _room(self, found: int) -> int:
         """How many rows to take at a time: nothing is read behind the limit."""
@@ -229,14 +290,16 @@ class _Writer:
         }
 
 
-def _rendered(renderer: Renderer, batch: Sequence[Row]) -> list[list[int]]:
-    """Return the token ids of prompts; an error names the first that is refused."""
+def _rendered(
+    renderer: Renderer, batch: Sequence[Row], messages: Sequence[Sequence[Message]]
+) -> list[list[int]]:
+    """Return the token ids of what rows say; an error names the first that is refused."""
     try:
-        return renderer.batch([row.messages for row in batch])
+        return renderer.batch(messages)
     except ValueError:
-        for row in batch:
+        for row, said in zip(batch, messages, strict=True):
             with _told(row.where):
-                renderer(row.messages)
+                renderer(said)
         raise
 
 
@@ -264,6 +327,8 @@ def open_prompts(entry: Path) -> Prompts:
         teacher_token_ids=teacher,
         messages=messages,
         duplicates=about["duplicates"],
+        contexts=about["contexts"],
+        cut=about["cut"],
         parts=tuple((size, weight) for size, weight in about["parts"]),
     )
 

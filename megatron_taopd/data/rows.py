@@ -25,18 +25,21 @@ class Row(NamedTuple):
     Attributes:
         where: it stands, for errors.
         answer: None if none was asked for.
+        context: of the teacher alone; None: the row has none, or none was asked for.
     """
 
     where: str
     messages: list[Message]
     answer: str | None
+    context: str | None = None
 
 
 class Rows:
     """The prompts of files, one at a time.
 
-    With `data.deduplicate`, a row is left out whose prompt and answer, if the file has answers, are
-    those of a row before it. What of it would be refused was refused there.
+    With `data.deduplicate`, a row is left out whose prompt, answer, if the file has answers, and
+    context, if one is asked for, are those of a row before it. What of it would be refused was
+    refused there.
 
     Attributes:
         read: rows so far.
@@ -47,8 +50,15 @@ class Rows:
             an answer is asked for and is neither text nor a number. As `read_records`.
     """
 
-    def __init__(self, files: Sequence[Path], data: DataSection, answer_column: str | None):
-        self.files, self.data, self.answer_column = files, data, answer_column
+    def __init__(
+        self,
+        files: Sequence[Path],
+        data: DataSection,
+        answer_column: str | None,
+        context_column: str | None = None,
+    ):
+        self.files, self.data = files, data
+        self.answer_column, self.context_column = answer_column, context_column
         self.read = self.duplicates = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -59,7 +69,10 @@ class Rows:
                 prompt = _column(record, data.prompt_column, where)
                 if data.deduplicate:
                     answer = _value(record, data.answer_column)
-                    said = blake2b(_canonical([prompt, answer]).encode(), digest_size=16).digest()
+                    row = [prompt, answer]
+                    if self.context_column is not None:
+                        row.append(_value(record, self.context_column))
+                    said = blake2b(_canonical(row).encode(), digest_size=16).digest()
                     if said in seen:
                         self.duplicates += 1
                         continue
@@ -71,11 +84,26 @@ class Rows:
         messages = _as_messages(prompt, column, where)
         if (answers := self.answer_column) is not None:
             answer = as_answer(_column(record, answers, where), answers, where)
+        context = self._context(record, where)
         where = f"{where}: column {column!r}"
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
             where += " (after data.system)"
-        return Row(where, messages, answer)
+        return Row(where, messages, answer, context)
+
+    def _context(self, record: dict[str, Any], where: str) -> str | None:
+        if (column := self.context_column) is None:
+            return None
+        context = _column(record, column, where)
+        if context is None or (isinstance(context, str) and not context.strip()):
+            return None
+        if not isinstance(context, str):
+            raise ValueError(
+                f"{where}: column {column!r} is {json.dumps(context, default=str)[:40]}; a "
+                "context is text, or null where there is none"
+            )
+        _check_unicode(context, column, where)
+        return context
 
 
 def read_texts(prompts: Any, prompt_column: str, answer_column: str, limit: int) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_taopd.config.schema import Config, TeacherSection
+from megatron_taopd.data.context import TeacherContext
 from megatron_taopd.data.prompts import Prompts, TeacherReader, open_prompts, tokenised
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.parallel.objects import gather, once_per_node
@@ -26,6 +28,24 @@ class Texts:
     vocab_map: VocabMap
     prompts: Prompts
     held_out: Prompts | None
+
+    def remarks(self, config: Config) -> Iterator[str]:
+        """Tell what became of the training prompts' rows."""
+        prompts, teacher = self.prompts, config.teacher
+        if prompts.duplicates:
+            rest = "answer" if teacher.context_column is None else "answer and context"
+            yield f"{prompts.duplicates} prompts dropped: they repeat another with its {rest}"
+        if prompts.dropped:
+            limits = "data.max_prompt_tokens"
+            if teacher.max_prompt_tokens is not None:
+                limits += " or teacher.max_prompt_tokens"
+            yield f"{prompts.dropped} prompts dropped: over {limits}"
+        if teacher.context_column is not None:
+            cut = f"; {prompts.cut} of these are cut" if prompts.cut else ""
+            yield (
+                f"{prompts.contexts} of {len(prompts)} prompts have a {teacher.context_column!r} "
+                f"for the teacher{cut}"
+            )
 
 
 def open_texts(config: Config) -> Texts:
@@ -88,7 +108,15 @@ def teacher_reader(section: TeacherSection, teacher: Vocabulary) -> TeacherReade
     """Return how a teacher reads prompts; None if it reads what the student does."""
     if section.prompt != "own":
         return None
-    return TeacherReader(teacher.tokenizer, section.template_kwargs)
+    context = TeacherContext(
+        section.context_column,
+        section.context_template,
+        section.system,
+        cut=section.context_overflow == "cut",
+    )
+    return TeacherReader(
+        teacher.tokenizer, section.template_kwargs, context, section.max_prompt_tokens
+    )
 
 
 def _held_out(config: Config, student: Vocabulary) -> Path:

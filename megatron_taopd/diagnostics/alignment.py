@@ -26,6 +26,7 @@ from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.diagnostics.bank import Bank
 from megatron_taopd.formats.files import file_written_aside
 from megatron_taopd.formats.hf import load_config, load_model
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.parallel.vocab import VocabShard, divergence
 from megatron_taopd.types import Sequences
 
@@ -155,7 +156,7 @@ def align(
     own = teacher_prompt == "own"
     prompts = contexts.prompts_for(teacher_vocabulary.tokenizer) if own else None
     models = [load_float64(directory) for directory in (checkpoint, teacher)]
-    teacher_inputs, _ = vocab_map.read(batch, prompts, models[1].config.max_position_embeddings)
+    teacher_inputs, _ = vocab_map.read(batch, prompts, longest_sequence(models[1].config))
     with torch.no_grad():
         teacher_logits = row_logits(models[1], teacher_inputs)
         teacher_logits = teacher_logits[:, vocab_map.teacher_ids[vocab_map.common]]

@@ -28,6 +28,7 @@ from megatron_taopd.data.prompts import load_prompts, render
 from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.formats.files import file_written_aside, reason_of
 from megatron_taopd.formats.hf import HFCheckpoint, load_config
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.parallel import progress
 from megatron_taopd.parallel.objects import gather
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling, make_rollout_batch
@@ -242,10 +243,10 @@ def add_rollouts(
         if value < 1:
             raise ValueError(f"{name}: {value}; at least 1")
     longest = max(map(len, asked)) + sampling.max_new_tokens
-    if longest > hf.max_position_embeddings:
+    if longest > longest_sequence(hf):
         raise ValueError(
             f"max_new_tokens: {sampling.max_new_tokens} after the longest prompt makes {longest} "
-            f"tokens; {student} has {hf.max_position_embeddings} positions"
+            f"tokens; {student} has {longest_sequence(hf)} positions"
         )
     record = {
         "model": {"path": str(student), "fingerprint": weights_fingerprint(student)},

@@ -1,6 +1,6 @@
 """Keys of a config.json that the trunk does not compute with, and the values that turn them off.
 
-`gpt.Trunk` computes with a model's sizes, its norms' epsilon, RoPE of three types, tied embeddings
+`gpt.Trunk` computes with a model's sizes, its norms' epsilon, RoPE of four types, tied embeddings
 and top-K experts. Each other key that means something, to transformers' code of a family or to an
 engine that loads the same directory, is refused unless it is off. tests/test_hf_keys.py derives
 what transformers reads from its source, so that a new version shows its new keys there.
@@ -22,7 +22,9 @@ ROPE_TYPES = {  # and the numbers that each is made of, besides rope_theta
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # if they like
 
 _SIZES = (
     "vocab_size",
@@ -155,10 +157,18 @@ def _rope(rope: dict) -> Iterator[str]:
         yield f"rope_type {kind} with type {other} contradict each other, which is not supported"
     if (share := rope.get("partial_rotary_factor", 1)) not in (1, None):
         yield f"partial_rotary_factor {share} (only 1) is not supported"
-    numbers = ("rope_theta", *ROPE_TYPES[kind])
-    for key in numbers:
+    numbers = ["rope_theta", *ROPE_TYPES[kind]]
+    given: tuple[str, ...] = ()
+    if kind == "yarn":
+        given = tuple(key for key in _YARN if rope.get(key) is not None)
+        if not isinstance(rope.get("truncate", True), bool):
+            yield (
+                f"truncate {_written(rope['truncate'])} of rope_parameters (only true or false) is "
+                "not supported"
+            )
+    for key in (*numbers, *given):
         value = rope.get(key)
-        if not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             written = f"{key} {_written(value)} of rope_parameters"
             yield f"{written} (only numbers above 0) is not supported"
             return
@@ -167,7 +177,13 @@ def _rope(rope: dict) -> Iterator[str]:
             f"high_freq_factor {rope['high_freq_factor']} of rope_parameters (only above "
             f"low_freq_factor {rope['low_freq_factor']}) is not supported"
         )
-    known = {*numbers, "rope_type", "type", "partial_rotary_factor"}
+    if kind == "yarn" and not (rope.get("beta_fast") or 32) > (rope.get("beta_slow") or 1):
+        yield (
+            f"beta_fast {_written(rope.get('beta_fast'))} of rope_parameters (only above "
+            f"beta_slow {_written(rope.get('beta_slow'))}) is not supported"
+        )
+    known = {*numbers, *given, "rope_type", "type", "partial_rotary_factor"}
+    known |= {"truncate"} if kind == "yarn" else set()
     for key, value in rope.items():
         if key not in known and value is not None:
             written = f"{key} {_written(value)} in rope_parameters of rope_type {kind}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -372,6 +373,19 @@ def num_experts(config: PretrainedConfig) -> int:
 def head_dim(config: PretrainedConfig) -> int:
     """Return the width of one attention head, which some configs leave to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def longest_sequence(config: PretrainedConfig) -> int:
+    """Return how many positions a model of any family has; one without a limit, sys.maxsize.
+
+    With YaRN they are those that it is stretched to: Qwen3's configs keep the trained length in
+    `max_position_embeddings` then.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if rope.get("rope_type") != "yarn":
+        return most
+    return max(most, int(rope["factor"] * rope["original_max_position_embeddings"]))
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = 64) -> int:

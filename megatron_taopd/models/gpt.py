@@ -8,6 +8,7 @@ head, its output projection, is a plain weight: everything vocabulary-wide happe
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,7 @@ def transformer_config(
         num_attention_heads=hf.num_attention_heads,
         num_query_groups=hf.num_key_value_heads,
         kv_channels=hf_map.head_dim(hf),
+        softmax_scale=_softmax_scale(hf),
         layernorm_epsilon=hf.rms_norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -178,7 +180,7 @@ class Trunk(HiddenStatesModel):
             config,
             _block_spec(config, layout),
             vocab_size=hf_map.padded_vocab_size(hf.vocab_size),
-            max_sequence_length=hf.max_position_embeddings,
+            max_sequence_length=hf_map.longest_sequence(hf),
             pre_process=layout.is_first_stage,
             post_process=layout.is_last_stage,
             share_embeddings_and_output_weights=head and hf.tie_word_embeddings,
@@ -188,7 +190,7 @@ class Trunk(HiddenStatesModel):
         )
         self.hf = hf
         self.layout = layout
-        self.frequencies = rope_frequencies(hf).to(platform.device())
+        self.frequencies = rope(hf)[0].to(platform.device())
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.inv_freq = self.frequencies
         if self.pre_process:
@@ -301,17 +303,29 @@ def _block_spec(config: TransformerConfig, layout: Layout) -> TransformerBlockSu
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def rope_frequencies(hf: PretrainedConfig) -> Tensor:
-    """Return [head_dim / 2] float32: inverse frequencies, by transformers' rules for the type.
+def rope(hf: PretrainedConfig) -> tuple[Tensor, float]:
+    """Return RoPE by transformers' rules for the type: frequencies and attention's factor.
 
     Args:
-        hf: with a type of `hf_keys.ROPE_TYPES`; none of these scales attention or changes with the
-            length of the input.
+        hf: with a type of `hf_keys.ROPE_TYPES`, none of which changes with the input's length.
+
+    Returns:
+        ([head_dim / 2] float32 inverse frequencies; what queries and keys are multiplied by, which
+        is 1 but for YaRN, arXiv 2309.00071.)
     """
-    rope = hf.rope_parameters
-    kind = rope.get("rope_type", "default")
+    parameters = hf.rope_parameters
+    kind = parameters.get("rope_type", "default")
     if kind == "default":
         width = hf_map.head_dim(hf)
-        return rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    frequencies, _attention_scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
-    return frequencies
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+        return parameters["rope_theta"] ** -exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+
+
+def _softmax_scale(hf: PretrainedConfig) -> float | None:
+    """Return what attention multiplies its logits by; None: one over the root of the width.
+
+    A factor on queries and keys is its square on their products, whoever rotates them.
+    """
+    factor = rope(hf)[1]
+    return None if factor == 1 else factor**2 / math.sqrt(hf_map.head_dim(hf))

@@ -21,15 +21,15 @@ SIGN_OF_LIFE_S = 30.0  # the longest that the ranks hear nothing from one that w
 T = TypeVar("T")
 
 
-def gather(value: Any) -> list:
-    """Return what every rank says, by rank, on every rank.
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Return what every rank of the group says, by rank, on every rank of it.
 
     Collectives: an all-gather of the sizes, one of the pickled values.
     """
     if not dist.is_initialized():
         return [value]
-    values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -120,15 +120,31 @@ def once_per_node(work: Callable[[], T]) -> T:
     Meanwhile the ranks hear of it every SIGN_OF_LIFE_S, as in `on_rank_0`.
 
     Raises:
-        ValueError, RuntimeError: what the work raised on the first rank that failed, on every rank:
-            a ValueError as one, anything else as a RuntimeError.
+        ValueError, RuntimeError: see `of_all_ranks`.
 
-    Collectives: those of `gather`, once and for every sign of life; without a process group none.
+    Collectives: those of `of_all_ranks`; without a process group none.
     """
     if not dist.is_initialized():
         return work()
     first = first_rank_of_node()
     pending = in_background(work) if first == dist.get_rank() else None
+    return of_all_ranks(pending)[first]
+
+
+def of_all_ranks(pending: Future | None, group: dist.ProcessGroup | None = None) -> list:
+    """Wait for what some ranks do in the background, and return it by rank, on every rank.
+
+    Meanwhile the ranks hear of it every SIGN_OF_LIFE_S, as in `on_rank_0`.
+
+    Args:
+        pending: this rank's work; None: it has none, which gives None.
+
+    Raises:
+        ValueError, RuntimeError: what the work raised on the first rank that failed, on every rank:
+            a ValueError as one, anything else as a RuntimeError. Others' work goes on.
+
+    Collectives: those of `gather`, once and for every sign of life; without a process group none.
+    """
     while True:
         word: tuple[str, Any] = "done", None
         if pending is not None:
@@ -139,13 +155,13 @@ def once_per_node(work: Callable[[], T]) -> T:
             else:
                 kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
                 word = kind, str(error) or repr(error)
-        words = gather(word)
+        words = gather(word, group)
         for state, value in words:
             if state not in ("done", "wait"):
                 cause = pending.exception() if pending is not None and pending.done() else None
                 raise (ValueError if state == "ValueError" else RuntimeError)(value) from cause
         if all(state == "done" for state, _ in words):
-            return words[first][1]
+            return [value for _, value in words]
         watchdog.heartbeat()
 
 

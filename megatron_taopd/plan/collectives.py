@@ -20,7 +20,7 @@ from megatron_taopd.plan.shapes import (
     exported,
     student_buckets,
 )
-from megatron_taopd.rollout.weight_sync.sources import deal
+from megatron_taopd.serving.sources import deal
 
 SHAPE_BYTES = 3 * 8  # that a pipeline stage sends before each tensor
 PROBED_ROWS = 1024  # of `scoring.score`
@@ -209,7 +209,7 @@ def _rollout(setup: Setup) -> list[Collective]:
 
 
 def _teacher(setup: Setup, rank: int) -> list[Collective]:
-    found, grid, work = [], setup.teacher_grid, setup.workload
+    found, grid, work = [], setup.teacher_grid, setup.workload.as_read
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
         found = read.forward("teacher", "teacher")

@@ -141,7 +141,7 @@ def phases(
         found["rollout"] |= _rollout(setup)
     if own is not None:
         # Servers give memory back once every answer is read (`engine.offload`), streamed or not.
-        tokens_read = work.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
+        tokens_read = work.as_read.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
         forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
         found["teacher"] = resident | servers | read | forward
     most = max(sends * reads, *scored.values(), row) // row

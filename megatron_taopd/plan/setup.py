@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_taopd.config import Config, ParallelSection
 from megatron_taopd.config.values import check_layouts
@@ -38,6 +38,7 @@ class Workload:
         prompt, response: tokens of each.
         kept: share of response rows that is trained on.
         trained: share of tokens that training runs, after the cuts.
+        context: tokens that the teacher reads besides the prompt (`teacher.context_column`).
     """
 
     sequences: int
@@ -45,10 +46,16 @@ class Workload:
     response: int
     kept: float
     trained: float = 1.0
+    context: int = 0
 
     @property
     def length(self) -> int:
         return self.prompt + self.response
+
+    @property
+    def as_read(self) -> Workload:
+        """The same step as the teacher's trunk reads it."""
+        return replace(self, prompt=self.prompt + self.context, context=0)
 
     def sequences_of(self, dp: int) -> int:
         """Count the sequences of the data-parallel rank that has most."""
@@ -159,8 +166,10 @@ class Setup:
             _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
+            max(0, config.teacher_prompt_tokens - config.data.max_prompt_tokens),
         )
-        longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+        prompt = max(config.data.max_prompt_tokens, config.teacher_prompt_tokens)
+        longest = prompt + rollout.max_new_tokens
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,

@@ -6,7 +6,7 @@ what a rate attains of its peak is a field of `Cluster`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,7 +66,7 @@ def _work(setup: Setup) -> Work:
     lengths = torch.full((work.sequences,), work.length)
     return Work(
         scored=lengths - 1,
-        read=lengths - 1,
+        read=torch.full((work.sequences,), work.as_read.length - 1),
         trained=(lengths.double() * work.trained).ceil().long(),
         num_rows=work.sequences * work.response,
         kept_rows=max(1, round(work.kept * work.sequences * work.response)),
@@ -180,6 +180,7 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
     Args:
         operations: of the trunk, over all ranks.
     """
+    setup = replace(setup, workload=setup.workload.as_read)
     model, grid, work = setup.teacher, setup.teacher_grid, setup.workload
     if grid is None:
         served = setup.teacher_servers

@@ -14,7 +14,9 @@ from transformers import AutoConfig
 from megatron_taopd.config.schema import Config
 from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.data.rows import read_texts
+from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import MIN_SHARED, VocabMap, Vocabulary
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.preflight import rules
 
@@ -53,13 +55,15 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
     if model == "student" and config.eval.max_new_tokens is not None:
         responses["eval.max_new_tokens"] = config.eval.max_new_tokens
+    prompt_key, prompt = "data.max_prompt_tokens", config.data.max_prompt_tokens
+    if model == "teacher" and section.max_prompt_tokens is not None:
+        prompt_key, prompt = "teacher.max_prompt_tokens", section.max_prompt_tokens
     for response_key, response in responses.items():
-        longest = config.data.max_prompt_tokens + response
-        if longest > (getattr(hf, "max_position_embeddings", None) or longest):  # or no limit
+        longest = prompt + response
+        if longest > longest_sequence(hf):
             raise ValueError(
-                f"{response_key}: {response} after data.max_prompt_tokens "
-                f"{config.data.max_prompt_tokens} make {longest} tokens; {path} takes "
-                f"{hf.max_position_embeddings}"
+                f"{response_key}: {response} after {prompt_key} {prompt} make {longest} tokens; "
+                f"{path} takes {longest_sequence(hf)}"
             )
 
 
@@ -107,7 +111,8 @@ def _check_vocabulary(config: Config) -> None:
         )
     data, own = config.data, config.teacher.template_kwargs
     rendering = {config.student.path: (student, data.template_kwargs, "data")}
-    if config.teacher.prompt == "own":
+    if (reader := teacher_reader(config.teacher, teacher)) is not None:
+        reader.context.check()
         kwargs = data.template_kwargs if own is None else own
         rendering[config.teacher.path] = (teacher, kwargs, "teacher")
     elif own is not None:

@@ -291,10 +291,18 @@ def _check_start_of_texts(config: Config) -> Iterator[Finding]:
 def _check_texts(config: Config) -> Iterator[Finding]:
     student, teacher = vocabularies(config)
     yield from texts.check_vocabularies(student, teacher)
-    most = config.data.max_prompt_tokens
-    whole = replace(config, data=replace(config.data, max_prompt_tokens=sys.maxsize))
-    prompts = training_prompts(whole, student, teacher)
-    yield from texts.check_prompts("data.prompts", prompts, student, teacher, most)
+    whole = replace(
+        config,
+        data=replace(config.data, max_prompt_tokens=sys.maxsize),
+        teacher=replace(config.teacher, max_prompt_tokens=None),
+    )
+    prompts, most = training_prompts(whole, student, teacher), config.data.max_prompt_tokens
+    of_teacher = config.teacher_prompt_tokens
+    cut = config.teacher.context_overflow == "cut"  # `check_contexts` tells of these
+    yield from texts.check_prompts(
+        "data.prompts", prompts, student, teacher, most, sys.maxsize if cut else of_teacher
+    )
+    yield from texts.check_contexts(config.teacher, prompts, teacher, of_teacher)
     if config.eval.prompts is not None:
         held_out = held_out_prompts(whole, student)
         yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from megatron_taopd.config.schema import TeacherSection
 from megatron_taopd.data.prompts import Prompts
 from megatron_taopd.data.rendering import special_tokens
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
@@ -112,6 +113,7 @@ def check_prompts(
     student: Vocabulary,
     teacher: Vocabulary,
     max_tokens: int,
+    teacher_max_tokens: int | None = None,
 ) -> Iterator[Finding]:
     """Check lengths, doubles, special tokens, and the first one as the student reads it.
 
@@ -119,23 +121,29 @@ def check_prompts(
         key: of the file.
         prompts: all of them, whatever their length.
         max_tokens: above which the run drops one.
+        teacher_max_tokens: for the teacher; None: the same.
     """
+    limits = {"student": max_tokens, "teacher": teacher_max_tokens or max_tokens}
     lengths = {"student": list(map(len, prompts.token_ids))}
     if prompts.teacher_token_ids is not None:
         lengths["teacher"] = list(map(len, prompts.teacher_token_ids))
-    dropped = sum(max(each) > max_tokens for each in zip(*lengths.values(), strict=True))
+    over = [[n > limits[model] for n in counts] for model, counts in lengths.items()]
+    dropped = sum(map(any, zip(*over, strict=True)))
     longest = ", ".join(f"{max(each)} for the {model}" for model, each in lengths.items())
     yield ok(f"{key}: {len(prompts)} prompts; the longest has {longest} tokens")
     if dropped:
         each = ", ".join(
-            f"{sum(n > max_tokens for n in counts)} for the {model}"
-            for model, counts in lengths.items()
+            f"{sum(counts)} for the {model}" for model, counts in zip(lengths, over, strict=True)
         )
-        seen = f"{key}: {dropped / len(prompts):.1%} are over data.max_prompt_tokens {max_tokens}"
+        limit = "data.max_prompt_tokens"
+        if teacher_max_tokens and sum(over[-1]) > sum(over[0]):
+            limit = "teacher.max_prompt_tokens"
+        most = teacher_max_tokens if limit.startswith("teacher") else max_tokens
+        seen = f"{key}: {dropped / len(prompts):.1%} are over {limit} {most}"
         if dropped == len(prompts):
-            yield error(f"{seen} ({each})", "a larger data.max_prompt_tokens: none is left")
+            yield error(f"{seen} ({each})", f"a larger {limit}: none is left")
         elif dropped > MANY_DROPPED * len(prompts):
-            yield warning(f"{seen} ({each}) and dropped", "a larger data.max_prompt_tokens")
+            yield warning(f"{seen} ({each}) and dropped", f"a larger {limit}")
         else:
             yield ok(f"{seen} ({each}) and dropped")
     if prompts.duplicates:
@@ -162,10 +170,36 @@ def check_prompts(
             f"{key}: prompts begin with {_names(student, [bos])} twice",
             "take it out of the chat template, or of the tokenizer (add_bos_token)",
         )
-    text = student.tokenizer.decode(first, skip_special_tokens=False)
+    yield ok(f"{key}: the first one reads {_shown(student, first)}")
+
+
+def _shown(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
+    text = vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
-    yield ok(f"{key}: the first one reads {text!r}")
+    return repr(text)
+
+
+def check_contexts(
+    section: TeacherSection, prompts: Prompts, teacher: Vocabulary, max_tokens: int
+) -> Iterator[Finding]:
+    """Tell how many prompts have a context, how many of them are too long, and what one reads.
+
+    Args:
+        prompts: all of them, whatever their length.
+        max_tokens: of a prompt for the teacher.
+    """
+    if (column := section.context_column) is None or prompts.teacher_token_ids is None:
+        return
+    yield ok(f"teacher.context_column: {prompts.contexts} of {len(prompts)} have a {column!r}")
+    if over := sum(len(ids) > max_tokens for ids in prompts.teacher_token_ids):
+        what = "cut" if section.context_overflow == "cut" else "dropped"
+        seen = f"teacher.context_column: {over} make the prompt longer than {max_tokens} tokens"
+        tell = warning if over > MANY_DROPPED * len(prompts) else ok
+        remedy = ("a larger teacher.max_prompt_tokens",) if tell is warning else ()
+        yield tell(f"{seen}; they are {what}", *remedy)
+    first = _shown(teacher, prompts.teacher_token_ids[0])
+    yield ok(f"teacher.context_column: the teacher reads the first one as {first}")
 
 
 def check_held_out(prompts: Prompts, held_out: Prompts) -> Iterator[Finding]:

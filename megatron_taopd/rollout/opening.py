@@ -20,7 +20,7 @@ from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
-from megatron_taopd.serving.begin import begin_servers, wait_for_servers
+from megatron_taopd.serving.begin import begin_servers, open_own, wait_for_servers
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import sequence_log_probs
 
@@ -76,6 +76,7 @@ def open_engine(
     model, replicas = wait_for_servers(
         servers, "rollout.servers", config.rollout.servers.start_timeout_s
     )
+    own = open_own(config.rollout.servers, "rollout.servers", model)
     sync = config.rollout.sync
     log_probs = partial(
         sequence_log_probs,
@@ -90,7 +91,8 @@ def open_engine(
         probe=weight_sync.Probe(log_probs, sync.max_gap, texts.prompts.token_ids),
         release_memory=sync.release_memory,
     )
-    return SGLangEngine(replicas, model, texts.vocab_map.size, texts.student.eos_token_ids, updates)
+    tokens, ends = texts.vocab_map.size, texts.student.eos_token_ids
+    return SGLangEngine(replicas, model, tokens, ends, updates, own)
 
 
 def transport_of(config: Config) -> weight_sync.WeightSync:

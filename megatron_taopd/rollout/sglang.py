@@ -1,6 +1,8 @@
 """The engine on SGLang servers.
 
-Rank 0 talks to them and broadcasts what they answer. Which responses come from which server is left
+Rank 0 looks after them and gives them weights. Where they are dealt over several ranks
+(`serving.sources`), each of these asks its own, reads what they answer and gives it to all ranks;
+else rank 0 asks all. Which responses come from which server is left
 to their load, and SGLang's sampling is not reproducible (`sampling_seed` does nothing without its
 deterministic mode): two runs of one seed differ in their samples.
 """
@@ -8,6 +10,7 @@ deterministic mode): two runs of one seed differ in their samples.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.parallel import platform
-from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.parallel.arrays import from_sources
+from megatron_taopd.parallel.compat.torch_internals import default_store
+from megatron_taopd.parallel.objects import broadcast_object, gather, on_rank_0
 from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.places import Places
 from megatron_taopd.rollout.sglang_batch import Generating
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
 from megatron_taopd.serving.client import PUSHES, Replicas
@@ -64,6 +70,8 @@ class SGLangEngine:
         vocab_size: tokens with this id or above are never drawn and take no probability.
         eos_token_ids: end a response.
         updates: how weights get to the servers; None: the replicas have `fixed_weights`.
+        own: those of the servers that this rank asks; None on every rank: rank 0 asks all. The
+            engine closes it.
 
     Collective: makes a gloo group.
     """
@@ -77,6 +85,7 @@ class SGLangEngine:
         vocab_size: int,
         eos_token_ids: Iterable[int],
         updates: Updates | None = None,
+        own: Replicas | None = None,
     ):
         banned = range(vocab_size, model.vocab_size)
         if len(banned) > MOST_BANNED:
@@ -96,6 +105,14 @@ class SGLangEngine:
         shared = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if shared else None
         assert self.leads == (not shared or dist.get_rank() == 0)
+        owners = gather(own is not None, self.group) if shared else [False]
+        self.alone = not any(owners)  # rank 0 asks all
+        self.sources = [0] if self.alone else [r for r, owns in enumerate(owners) if owns]
+        self.asks = replicas if self.alone else own
+        # What ranks tell each other of places; without others, this process itself.
+        self.store = dist.HashStore() if self.alone else default_store()
+        self.name = "" if self.alone else broadcast_object(uuid.uuid4().hex, group=self.group)
+        self.batches = 0
 
     def submit(
         self,
@@ -106,7 +123,8 @@ class SGLangEngine:
     ) -> Generating:
         """See `RolloutEngine.submit`; `step` does not matter here.
 
-        Collective: a broadcast of some bytes, and where a server came back, its weights.
+        Collective: a broadcast of some bytes, with several sources a gather of some bytes a rank,
+        and where a server came back, its weights.
 
         Raises:
             ValueError: a prompt that does not fit, on every rank.
@@ -154,15 +172,17 @@ class SGLangEngine:
     ) -> None:
         """Sync and probe. A server that is not given the weights is left out if another serves.
 
-        Collective: a broadcast before and after.
+        Collective: broadcasts of some bytes before and after.
 
         Raises:
             RuntimeError: no server is left to go on with, see `_settle`.
         """
         if self.leads:
             targets = self.replicas.run(self.replicas.begin_update(targets))
-        if not self.on_rank_0(lambda: bool(targets)):
+        urls = self.on_rank_0(lambda: [replica.url for replica in targets])
+        if not urls:
             return
+        self._hold(urls)
         if self.updates.release_memory:
             self._make_room()
         lost, trouble, silent = {}, None, False
@@ -179,13 +199,16 @@ class SGLangEngine:
             going = [r for r in targets if r.url not in lost]
             self.replicas.run(self.replicas.commit_update(going, version))
             targets = [r for r in targets if r.url in lost]
-        if self.on_rank_0(lambda: bool(self.replicas.ready)):  # there are servers to go on with
-            self.failed_syncs = 0
-            if self.leads:
-                self._leave_out({r: lost.get(r.url, trouble) for r in targets}, version)
-        else:
-            trouble = trouble or "; ".join(lost.values()) or None
-            self._settle(trouble, targets, f"weights of version {version}", silent)
+        try:
+            if self.on_rank_0(lambda: bool(self.replicas.ready)):  # there are servers to go on with
+                self.failed_syncs = 0
+                if self.leads:
+                    self._leave_out({r: lost.get(r.url, trouble) for r in targets}, version)
+            else:
+                trouble = trouble or "; ".join(lost.values()) or None
+                self._settle(trouble, targets, f"weights of version {version}", silent)
+        finally:
+            self._follow()
 
     def _leave_out(self, troubles: dict[Replica, str], version: int) -> None:
         """Go on without the servers that were not given the weights, a line for each."""
@@ -196,6 +219,23 @@ class SGLangEngine:
             logger.warning(f"{where}, the others go on: {first}")
         for replica in given_up:
             logger.error(f"{replica.url} fell out of {PUSHES} pushes in a row; it is given up")
+
+    def _hold(self, urls: Sequence[str]) -> None:
+        """Have the ranks that ask these servers leave them alone while they get weights."""
+        if not self.alone and self.asks is not None:
+            targets = [replica for replica in self.asks.all if replica.url in urls]
+            self.asks.run(self.asks.begin_update(targets))
+
+    def _follow(self) -> None:
+        """Tell the ranks that ask servers which weights each of them has.
+
+        Collective: with several sources, a broadcast of the servers' urls.
+        """
+        if self.alone:
+            return
+        versions = self.on_rank_0(lambda: {r.url: r.version for r in self.replicas.all})
+        if self.asks is not None:
+            self.asks.run(self.asks.follow_update(versions))
 
     def _make_room(self) -> None:
         """Give back what torch has cached, on every rank, before servers take their memory again.
@@ -236,7 +276,7 @@ class SGLangEngine:
             raise
 
     def on_rank_0(self, work: Callable[[], T]) -> T:
-        """Do the work on rank 0, which alone talks to servers, and return its result on every rank.
+        """Do the work on rank 0, which looks after the servers; return its result on every rank.
 
         Raises:
             RuntimeError: of the work, on every rank.
@@ -244,6 +284,22 @@ class SGLangEngine:
         Collective: `parallel.objects.on_rank_0`, of a small object; none in a world of one.
         """
         return work() if self.group is None else on_rank_0(work, self.group)
+
+    def places(self, count: int) -> Places:
+        """Deal the places of a batch over the ranks that ask servers.
+
+        Collective: with several of them, a gather of some bytes a rank.
+        """
+        self.batches += 1
+        name = f"{self.name}/{self.batches}"
+        if self.alone:
+            return Places(self.store, name, count, [count], 0 if self.leads else 1)
+        free = 0 if self.asks is None else self.asks.slots_of(self.asks.ready)
+        return Places(self.store, name, count, gather(free, self.group), dist.get_rank())
+
+    def from_sources(self, own: Tensor) -> list[Tensor]:
+        """Call `parallel.arrays.from_sources`. Collective."""
+        return from_sources(own, self.sources, self.group)
 
     def request(self, prompt: Sequence[int], sampling: Sampling) -> dict:
         """Make the /generate request of one response; nothing is left to a server's defaults."""
@@ -277,15 +333,15 @@ class SGLangEngine:
         if not self.leads:
             return {}
         counts, self.counts = self.counts, Counter()
-        served = self.replicas.take_counts()
+        counts.update(self.replicas.take_counts())
         return {
-            "rollout/retries": served["retries"],
-            "rollout/timeouts": served["timeouts"],
-            "rollout/restarts": served["restarts"],
+            "rollout/retries": counts["retries"],
+            "rollout/timeouts": counts["timeouts"],
+            "rollout/restarts": counts["restarts"],
             "rollout/resyncs": counts["resyncs"],
             "rollout/retractions": counts["retractions"],
             "rollout/cached_share": counts["cached"] / max(counts["prompt"], 1),
-            "rollout/tokens_per_second": counts["tokens"] / max(counts["seconds"], 1e-9),
+            "rollout/tokens_per_second": 1000 * counts["tokens"] / max(counts["milliseconds"], 1),
         }
 
     def offload(self) -> None:
@@ -303,5 +359,6 @@ class SGLangEngine:
         self._settle(trouble, targets, "release of memory")
 
     def close(self) -> None:
-        if self.leads:
-            self.replicas.close()
+        for replicas in (self.asks, self.replicas):
+            if replicas is not None:
+                replicas.close()

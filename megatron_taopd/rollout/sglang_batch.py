@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
+import threading
 import time
-from asyncio import create_task, gather
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +19,17 @@ from torch import Tensor
 from megatron_taopd.parallel import progress, watchdog
 from megatron_taopd.parallel.objects import SIGN_OF_LIFE_S
 from megatron_taopd.rollout.engine import Sampling, make_rollout_batch
+from megatron_taopd.rollout.places import Places
 from megatron_taopd.serving.answers import Answer, Meta, VersionSpan
+from megatron_taopd.serving.client import Elsewhere
 from megatron_taopd.types import RolloutBatch
 
-POLL_S = 0.1  # how often rank 0 looks for replicas without weights while it waits for responses
+POLL_S = 0.1  # how often rank 0 looks for what other ranks have, and replicas without weights
+COUNTS = (
+    *("tokens", "prompt", "cached", "retractions", "milliseconds"),
+    *("retries", "timeouts", "restarts"),
+)
+FAILED = -1  # instead of a number of responses
 
 
 @dataclass(frozen=True)
@@ -40,24 +49,24 @@ class Response:
     truncated: bool
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The part of a batch that rank 0 has seen.
+class News(Enum):
+    """What rank 0 has heard."""
 
-    Attributes:
-        responses: those that have come, by their place in the batch.
-        resync: servers have come back without weights.
-    """
-
-    responses: dict[int, Response] = field(default_factory=dict)
-    resync: bool = False
+    NONE = "nothing, for SIGN_OF_LIFE_S"
+    RESPONSES = "responses have come, or failed, on some rank"
+    STALE = "servers have come back without weights"
 
 
 class Engine(Protocol):
-    """What a batch asks of its `SGLangEngine`; `leads` on rank 0, which alone has the replicas."""
+    """What a batch asks of its `SGLangEngine`.
 
-    leads: bool
+    `replicas` are all servers, on rank 0; `asks` those that this rank asks, None if none.
+    """
+
     replicas: Any
+    asks: Any
+    alone: bool
+    sources: Sequence[int]
     vocab_size: int
     pending: int
     counts: Counter[str]
@@ -68,11 +77,18 @@ class Engine(Protocol):
 
     def on_rank_0(self, work: Callable[[], Any]) -> Any: ...
 
+    def places(self, count: int) -> Places: ...
+
+    def from_sources(self, own: Tensor) -> list[Tensor]: ...
+
     def resync(self) -> None: ...
 
 
 class Generating:
-    """A `Pending` batch of an `SGLangEngine`. Rank 0 asks the servers; the others hear of it."""
+    """A `Pending` batch of an `SGLangEngine`. Some ranks ask the servers; all hear of it.
+
+    Collective: that of `SGLangEngine.places`.
+    """
 
     def __init__(
         self,
@@ -87,18 +103,27 @@ class Generating:
         self.responses: list[Response | None] = [None] * len(self.prompts)
         self.missing = len(self.prompts)
         self.unread: list[int] = []  # places that `parts` has not handed out
-        if engine.leads:
-            self.finished: queue.SimpleQueue = queue.SimpleQueue()
-            self.future = engine.replicas.spawn(self._generate())
+        self.seconds = 0.0  # from the first request to the last answer, on rank 0
+        self.heard = 0  # how many times a rank had rung when rank 0 last looked
+        self.places = engine.places(len(self.prompts))
+        self.finished: queue.SimpleQueue = queue.SimpleQueue()  # of this rank
+        self.started = time.monotonic()
+        self.stirred = threading.Event()  # this rank has rung
+        self.tasks = []
+        if engine.asks is not None:
+            self.tasks.append(engine.asks.spawn(self._generate()))
+        if engine.replicas is not None:
+            self.tasks.append(engine.replicas.spawn(self._show()))
 
     def parts(self) -> Iterator[tuple[Tensor, RolloutBatch]]:
         """See `Pending.parts`.
 
-        Collective: for each part, and every SIGN_OF_LIFE_S without any, a broadcast: 200 to 500
-        bytes a response, and 12 + 8 k a response token with k recorded tokens.
+        Collective: for each part, and every SIGN_OF_LIFE_S without any, a broadcast of some bytes;
+        for each part an all-reduce of 8 bytes a source, and of each source that has responses a
+        broadcast of 36 bytes, and 12 for each response and each of its tokens.
 
         Raises:
-            RuntimeError: of rank 0, on every rank.
+            RuntimeError: of a rank that asks, on every rank.
         """
         while self.missing or self.unread:
             if not self.unread:
@@ -114,46 +139,31 @@ class Generating:
         return self._batch(range(len(self.prompts)))
 
     def _advance(self) -> None:
-        """Wait for what rank 0 sees next, and act on it. Collective."""
+        """Wait for what rank 0 hears next, and act on it. Collective."""
         try:
-            seen = self.engine.on_rank_0(self._next)
+            news = self.engine.on_rank_0(self._next)
+            if news is News.RESPONSES:
+                for parcel in self.engine.from_sources(self._pack()):
+                    self._unpack(parcel)
         except RuntimeError:
             self.engine.pending -= 1
+            self._stop()
             raise
-        if seen.resync:
+        if news is News.STALE:
             self.engine.resync()
-        if seen.responses:
-            self._take(seen.responses)
 
-    def _next(self) -> Progress:
-        """Return what happens next, on rank 0; nothing, if that is more than SIGN_OF_LIFE_S away.
-
-        Raises:
-            RuntimeError: a response failed.
-        """
+    def _next(self) -> News:
+        """Return what rank 0 hears next; nothing, if that is more than SIGN_OF_LIFE_S away."""
         deadline = time.monotonic() + SIGN_OF_LIFE_S
         while time.monotonic() < deadline:
             if self.engine.replicas.stale:
-                return Progress(resync=True)
-            try:
-                finished = [self.finished.get(timeout=POLL_S)]
-            except queue.Empty:
-                continue
-            while not self.finished.empty():
-                finished.append(self.finished.get())
-            for item in finished:
-                if isinstance(item, Exception):
-                    raise RuntimeError(str(item)) from item
-            return Progress(dict(finished))
-        return Progress()
-
-    def _take(self, responses: dict[int, Response]) -> None:
-        for place, response in responses.items():
-            assert self.responses[place] is None, f"response {place} came twice"
-            self.responses[place] = response
-        self.missing -= len(responses)
-        self.engine.pending -= not self.missing
-        self.unread = sorted([*self.unread, *responses])
+                return News.STALE
+            self.stirred.clear()
+            if (rung := self.places.rung()) > self.heard:
+                self.heard = rung
+                return News.RESPONSES
+            self.stirred.wait(POLL_S)
+        return News.NONE
 
     def _batch(self, places: Iterable[int]) -> RolloutBatch:
         places = list(places)
@@ -167,49 +177,154 @@ class Generating:
             [torch.from_numpy(r.versions) for r in responses],
         )
 
-    # On rank 0's event loop
+    def _stop(self) -> None:
+        """End what this rank still does for the batch: it waits for places, or has failed."""
+        for task in self.tasks:
+            task.cancel()
+
+    # What a rank has, as one array
+
+    def _pack(self) -> Tensor:
+        """Return [n] int32: what this rank has seen since it was last asked; nothing, if nothing.
+
+        How many responses, COUNTS, of each response place, length and whether it is cut off, and
+        of all of them tokens, log-probabilities and versions. Or FAILED and why, by letters.
+        """
+        finished = []
+        while not self.finished.empty():
+            finished.append(self.finished.get())
+            if isinstance(finished[-1], Exception):
+                why = str(finished[-1]) or repr(finished[-1])
+                letters = np.frombuffer(why.encode("utf-32-le"), np.int32)
+                return torch.from_numpy(np.concatenate([[FAILED], letters]).astype(np.int32))
+        if not finished:
+            return torch.empty(0, dtype=torch.int32)
+        places, responses, counted = zip(*finished, strict=True)
+        counts = sum(counted, self.engine.asks.take_counts())
+        counts["milliseconds"] = max(each["milliseconds"] for each in counted)
+        numbers = [
+            *(len(places), *(counts[name] for name in COUNTS), *places),
+            *(len(r.tokens) for r in responses),
+            *(r.truncated for r in responses),
+        ]
+        arrays = [
+            np.array(numbers, np.int32),
+            *(r.tokens for r in responses),
+            *(r.log_probs.view(np.int32) for r in responses),
+            *(r.versions for r in responses),
+        ]
+        return torch.from_numpy(np.concatenate(arrays))
+
+    def _unpack(self, parcel: Tensor) -> None:
+        """Take what a rank has packed.
+
+        Raises:
+            RuntimeError: a response failed there.
+        """
+        values = parcel.numpy()
+        count, values = int(values[0]), values[1:]
+        if count == FAILED:
+            raise RuntimeError(values.tobytes().decode("utf-32-le"))
+        counts, values = np.split(values, [len(COUNTS)])
+        if self.engine.replicas is not None:
+            counts = dict(zip(COUNTS, counts.tolist(), strict=True))
+            self.seconds = max(self.seconds, counts.pop("milliseconds") / 1000)
+            self.engine.counts.update(counts)
+        head, values = np.split(values, [3 * count])
+        places, lengths, truncated = head.reshape(3, count)
+        ends = lengths.cumsum()[:-1]
+        arrays = [np.split(part, ends) for part in np.split(values, 3)]
+        for place, cut, tokens, log_probs, versions in zip(
+            places.tolist(), truncated.tolist(), *arrays, strict=True
+        ):
+            assert self.responses[place] is None, f"response {place} came twice"
+            response = Response(tokens, log_probs.view(np.float32), versions, bool(cut))
+            self.responses[place] = response
+        self.missing -= count
+        self.unread = sorted([*self.unread, *places.tolist()])
+        if not self.missing:
+            self.engine.pending -= 1
+            self.engine.counts["milliseconds"] += round(1000 * self.seconds)
+            self._stop()
+
+    # On the event loop of a rank that asks
 
     async def _generate(self) -> None:
-        engine = self.engine
-        started = time.monotonic()
-        tasks = [create_task(self._respond(place)) for place in range(len(self.prompts))]
+        engine, first = self.engine, self.places.first
+        # As many workers as its servers take requests, if all of them are there.
+        number = len(first) if engine.alone else engine.asks.slots_of(engine.asks.all)
+        first = [*first, *[None] * (number - len(first))]
+        tasks = [asyncio.create_task(self._work(place)) for place in first]
         try:
             if self.sampling.temperature not in (0, 1):
-                for replica in engine.replicas.all:
+                for replica in engine.asks.all:
                     if not replica.raw_logprobs:
                         raise ValueError(
                             f"rollout.temperature {self.sampling.temperature}: {replica.url} "
                             "reports log-probabilities at that temperature, not at 1; start it "
                             "with SGLANG_RETURN_ORIGINAL_LOGPROB=1 in its environment"
                         )
-            with progress.phase("responses", len(tasks)) as shown:
-                for task in tasks:
-                    task.add_done_callback(lambda _: shown.advance())
-                await gather(*tasks)
+            await asyncio.gather(*tasks)
+            # They end where this rank's servers are given up.
+            if not engine.alone and self.places.give_up() == len(engine.sources):
+                raise RuntimeError(f"no server is left: {engine.asks.troubles}")
         except Exception as error:
-            self.finished.put(error)
+            self._put(error)
         finally:
             for task in tasks:
                 task.cancel()
-            engine.counts["seconds"] += time.monotonic() - started
 
-    async def _respond(self, place: int) -> None:
-        """Ask for one response.
+    async def _work(self, place: int | None) -> None:
+        """Have a response made, and then, with other ranks, one after the other of what is left."""
+        engine, made = self.engine, 0
+        while True:
+            if place is not None:
+                try:
+                    self._put((place, *await self._respond(place, made)))
+                except Elsewhere as error:
+                    self.places.hand_on(place, error.made)
+            if engine.alone or not await engine.asks.any_ready():
+                return
+            taken = await self.places.take(lambda: engine.asks.troubles is None)
+            if taken is None:
+                return
+            place, made = taken
+
+    async def _respond(self, place: int, made: int) -> tuple[Response, Counter[str]]:
+        """Ask for one response; return it and COUNTS of it.
 
         Each is a request of its own, so that it is finished and repeated alone. The prompt that
         samples share comes from SGLang's prefix cache.
         """
         engine = self.engine
         request = engine.request(self.prompts[place], self.sampling)
-        answer = await engine.replicas.complete(request)
+        answer = await engine.asks.complete(request, made, engine.alone)
         watchdog.heartbeat()
         meta = answer.meta_info
         response = read(answer, self.sampling, engine.vocab_size, engine.stop_ids(self.sampling))
-        engine.counts["tokens"] += len(response.tokens)
-        engine.counts["prompt"] += meta.prompt_tokens
-        engine.counts["cached"] += meta.cached_tokens
-        engine.counts["retractions"] += meta.num_retractions
-        self.finished.put((place, response))
+        counts = Counter(
+            tokens=len(response.tokens),
+            prompt=meta.prompt_tokens,
+            cached=meta.cached_tokens,
+            retractions=meta.num_retractions,
+            milliseconds=round(1000 * (time.monotonic() - self.started)),
+        )
+        return response, counts
+
+    def _put(self, item: Any) -> None:
+        self.finished.put(item)
+        self.places.ring()
+        self.stirred.set()
+
+    async def _show(self) -> None:
+        """Show on rank 0 how many responses have come."""
+        seen = 0
+        with progress.phase("responses", len(self.prompts)) as shown:
+            while seen < len(self.prompts):
+                rung = self.places.rung()
+                shown.advance(rung - seen)
+                seen = rung
+                await asyncio.sleep(POLL_S)
 
 
 def read(answer: Answer, sampling: Sampling, vocab_size: int, stop_ids: frozenset[int]) -> Response:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,17 @@ import torch.distributed as dist
 
 from megatron_taopd.config.schema import ServersSection
 from megatron_taopd.parallel import progress
-from megatron_taopd.parallel.objects import in_background, on_rank_0
+from megatron_taopd.parallel.objects import (
+    first_rank_of_node,
+    gather,
+    in_background,
+    on_rank_0,
+)
 from megatron_taopd.serving.client import Replicas
 from megatron_taopd.serving.model import CONTEXT_MARGIN, ServedModel
 from megatron_taopd.serving.replica import Limits
 from megatron_taopd.serving.server import Server
+from megatron_taopd.serving.sources import deal
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ def open_replicas(
     Raises:
         RuntimeError, ValueError: see `Replicas`.
     """
-    key = None if section.api_key_env is None else os.environ[section.api_key_env]
+    key = _api_key(section)
     gpus = [None] * section.replicas
     if section.gpus is not None:
         gpus = [
@@ -66,20 +73,27 @@ def open_replicas(
         start_timeout=section.start_timeout_s,
     )
     own = [partial(start, log=logs / f"{i}.log", gpus=gpus[i]) for i in range(section.replicas)]
-    limits = Limits(
+    return Replicas(
+        section.urls or own,
+        model,
+        _limits(section),
+        api_key=key,
+        fixed_weights=fixed_weights,
+        dtype=_DTYPES[dtype],
+    )
+
+
+def _limits(section: ServersSection) -> Limits:
+    return Limits(
         concurrency=section.concurrency,
         timeout_s=section.timeout_s,
         attempts=section.max_retries + 1,
         start_timeout_s=section.start_timeout_s,
     )
-    return Replicas(
-        section.urls or own,
-        model,
-        limits,
-        api_key=key,
-        fixed_weights=fixed_weights,
-        dtype=_DTYPES[dtype],
-    )
+
+
+def _api_key(section: ServersSection) -> str | None:
+    return None if section.api_key_env is None else os.environ[section.api_key_env]
 
 
 def begin_servers(
@@ -131,3 +145,43 @@ def wait_for_servers(
     for remark in replicas.remarks if replicas else ():
         logger.info(f"{key}: {remark}")
     return model, replicas
+
+
+def open_own(
+    section: ServersSection, key: str, model: ServedModel, fixed_weights: bool = False
+) -> Replicas | None:
+    """Find the servers that this rank is the source of; every rank calls this.
+
+    Those that `section.urls` names are dealt over the ranks (`sources.deal`), once rank 0 has found
+    them. Rank 0 looks after all of them, and asks those alone that it has started itself.
+
+    Args:
+        key: of the section in the configuration, for what goes wrong.
+        model: that they serve.
+        fixed_weights: see `Replicas`.
+
+    Returns:
+        This rank's; None if it has none; None on every rank if rank 0 asks them all.
+
+    Raises:
+        ValueError: a rank cannot use its servers, on every rank.
+
+    Collectives: two of `gather`, of some bytes.
+    """
+    if dist.get_world_size() == 1 or len(section.urls) < 2:
+        return None
+    dealt = deal(section.urls, gather(first_rank_of_node()))
+    mine = [url for url, rank in dealt.items() if rank == dist.get_rank()]
+    own, trouble = None, None
+    if mine and len(set(dealt.values())) > 1:
+        limits = replace(_limits(section), start_timeout_s=0)  # they are up
+        api_key = _api_key(section)
+        try:
+            own = Replicas(mine, model, limits, api_key=api_key, fixed_weights=fixed_weights)
+        except (RuntimeError, ValueError) as error:
+            trouble = f"rank {dist.get_rank()}: {error}"
+    if troubles := [*filter(None, gather(trouble))]:
+        if own is not None:
+            own.close()
+        raise ValueError(f"{key}: {'; '.join(troubles)}")
+    return own

@@ -35,6 +35,18 @@ CANCEL_S = 0.2  # between cancellations of a task that does not end
 PUSHES = 3  # of weights, in a row, that a server may fall out of
 
 
+class Elsewhere(Exception):
+    """Another rank's servers should be asked: none of these can be, or none other than has failed.
+
+    Attributes:
+        made: attempts at the request so far.
+    """
+
+    def __init__(self, made: int):
+        super().__init__(made)
+        self.made = made
+
+
 class Replicas:
     """Starts or finds the servers of one model, and returns when all of them can be used.
 
@@ -146,8 +158,15 @@ class Replicas:
 
     @property
     def ready(self) -> list[Replica]:
-        """List those that serve."""
+        """List those that can be asked."""
         return [replica for replica in self.all if replica.state is State.READY]
+
+    @property
+    def troubles(self) -> str | None:
+        """What became of all of them; None while one can come back."""
+        if any(replica.state is not State.DEAD for replica in self.all):
+            return None
+        return "; ".join(f"{replica.url} {replica.trouble}" for replica in self.all)
 
     @property
     def remarks(self) -> list[str]:
@@ -166,25 +185,44 @@ class Replicas:
 
     # Requests
 
-    async def complete(self, request: dict) -> Answer:
+    def slots_of(self, replicas: Sequence[Replica]) -> int:
+        """Count the requests that these take at a time."""
+        return len(replicas) * self.limits.concurrency
+
+    async def any_ready(self) -> bool:
+        """Wait until a replica can be asked; False: all of them are given up."""
+        async with self.shared.changed:
+            await self.shared.changed.wait_for(lambda: self.ready or self.troubles is not None)
+        return bool(self.ready)
+
+    async def complete(self, request: dict, made: int = 0, alone: bool = True) -> Answer:
         """Answer a /generate request with one prompt as `input_ids`.
 
         The replica with the fewest outstanding tokens does it. A request that fails for no fault of
         its own, or that the server aborts, begins anew, on another replica if there is one.
 
+        Args:
+            made: attempts so far, on replicas of other ranks.
+            alone: no other rank has replicas of the model.
+
         Raises:
             ValueError: the request is one that kills a server or that it would not do as asked.
             RuntimeError: it was refused (4xx), failed `attempts` times, or no replica is left.
+            Elsewhere: unless alone, no replica is ready, but the one that has failed.
         """
         ids, sampling = request["input_ids"], request.get("sampling_params", {})
         new, attempts = sampling.get("max_new_tokens", 128), self.limits.attempts
         self.model.check("the prompt", ids, new, request.get("top_logprobs_num", 0))
         failure = last = None
-        for attempt in range(attempts):
+        for attempt in range(made, attempts):
+            if not alone and all(replica is last for replica in self.ready):
+                raise Elsewhere(attempt)
             if attempt:
                 self.counts["retries"] += 1
                 await asyncio.sleep(delay_before(attempt))
-            last = await self._reserve(len(ids) + new, avoid=last)
+            last = await self._reserve(len(ids) + new, avoid=last, alone=alone)
+            if last is None:
+                raise Elsewhere(attempt)
             try:
                 answer = await last.generate(request)
             except Failed as error:
@@ -197,19 +235,20 @@ class Replicas:
             failure = Failed(f"{last.url}/generate: aborted")
         raise RuntimeError(f"a request failed {attempts} times, the last time: {failure}")
 
-    async def _reserve(self, tokens: int, avoid: Replica | None) -> Replica:
-        def free() -> list[Replica]:
-            if all(replica.state is State.DEAD for replica in self.all):
-                troubles = "; ".join(f"{replica.url} {replica.trouble}" for replica in self.all)
+    async def _reserve(self, tokens: int, avoid: Replica | None, alone: bool) -> Replica | None:
+        """Wait for a replica that is free; None, unless alone, if none is ready."""
+
+        def free() -> list[Replica | None]:
+            if not alone and not self.ready:
+                return [None]
+            if (troubles := self.troubles) is not None:
                 raise RuntimeError(f"no server is left: {troubles}")
-            return [
-                replica
-                for replica in self.all
-                if replica.state is State.READY and replica.requests < self.limits.concurrency
-            ]
+            return [r for r in self.ready if r.requests < self.limits.concurrency]
 
         async with self.shared.changed:
             candidates = await self.shared.changed.wait_for(free)
+            if candidates == [None]:
+                return None
             replica = min(candidates, key=lambda r: (r is avoid, r.tokens))
             replica.tokens += tokens
             replica.requests += 1
@@ -282,6 +321,16 @@ class Replicas:
                 replica.syncing, replica.fell_out = False, 0
                 if replica.alive:
                     replica.version, replica.state = version, State.READY
+            self.shared.changed.notify_all()
+
+    async def follow_update(self, versions: Mapping[str, int | None]) -> None:
+        """Take over, by url, which weights another rank has given each of these; None: none."""
+        async with self.shared.changed:
+            for replica in self.all:
+                replica.syncing, replica.version = False, versions[replica.url]
+                if replica.alive:
+                    replica.state = State.STALE if replica.version is None else State.READY
+                replica.alarm.set()  # it may have lost them meanwhile
             self.shared.changed.notify_all()
 
     async def abort_update(self, targets: Sequence[Replica]) -> bool:

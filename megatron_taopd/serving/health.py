@@ -71,14 +71,16 @@ async def watch(replica: Replica) -> None:
 
 
 async def _examine(replica: Replica) -> None:
+    version = replica.version
     healthy = await is_healthy(replica)
-    if replica.syncing:
+    if replica.syncing or replica.version != version:  # what it has reported is out of date
         return
     if not healthy:
         await (_wait_for_return if replica.start is None else _restart)(replica)
     elif replica.state is State.READY and not replica.has_weights:
         await _lose(replica, State.STALE)  # somebody has restarted it
-    elif replica.state is State.DOWN:
+    elif replica.state is State.DOWN or (replica.state is State.STALE and replica.has_weights):
+        # A rank that gives it no weights itself may see that it has them when it is asked.
         await _revive(replica, replica.has_weights)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_taopd.data import batching
 from megatron_taopd.formats.hf import load_config
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.models import gpt, weights
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform, watchdog
@@ -64,7 +65,7 @@ class MegatronTeacher:
         """The longest sequence, in tokens, that a micro-batch and the model's positions take."""
         multiple = self.layout.tp if self.layout.sequence else 1
         capacity = self.micro_batch_tokens // multiple * multiple
-        return min(capacity, self.trunk.hf.max_position_embeddings)
+        return min(capacity, longest_sequence(self.trunk.hf))
 
     @torch.no_grad()
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:

@@ -11,7 +11,7 @@ from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.formats.output_head import find_head
 from megatron_taopd.parallel.layout import forward_layout
-from megatron_taopd.serving.begin import begin_servers, wait_for_servers
+from megatron_taopd.serving.begin import begin_servers, open_own, wait_for_servers
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
@@ -26,7 +26,7 @@ def begin_teacher_servers(config: Config) -> Future | None:
     return begin_servers(
         config.teacher.servers,
         config.teacher.path,
-        config.rollout.max_new_tokens + config.data.max_prompt_tokens,
+        config.rollout.max_new_tokens + config.teacher_prompt_tokens,
         DTYPES[config.train.precision],
         Path(config.run.dir) / "servers" / "teacher",
         fixed_weights=True,
@@ -47,8 +47,9 @@ def open_teacher(
         layout, tokens = forward_layout(**vars(section.parallel)), config.train.micro_batch_tokens
         return MegatronTeacher(section.path, layout, dtype, tokens, section.offload)
     model, replicas = wait_for_servers(servers, "teacher.servers", section.servers.start_timeout_s)
+    own = open_own(section.servers, "teacher.servers", model, fixed_weights=True)
     if section.form == "hidden_states":
-        return SGLangTeacher(replicas, model, find_head(model.path).shape[1], dtype)
+        return SGLangTeacher(replicas, model, find_head(model.path).shape[1], dtype, own)
     logger.info(
         f"teacher.form: topk; D, C and the teacher's entropy are lower bounds from its "
         f"{section.topk} likeliest tokens (Eq. 17)"
@@ -56,7 +57,7 @@ def open_teacher(
     student_ids = None
     if not vocab_map.is_identity:
         student_ids = student_ids_of(vocab_map.teacher_ids, model.vocab_size)
-    return SGLangTopkTeacher(replicas, model, section.topk, student_ids)
+    return SGLangTopkTeacher(replicas, model, section.topk, student_ids, own)
 
 
 def head_directory(section: TeacherSection) -> str | None:

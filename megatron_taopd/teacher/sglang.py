@@ -5,7 +5,9 @@ does the rest, as for a `MegatronTeacher`. `SGLangTopkTeacher` gets log-probabil
 teacher's top-K and of the sampled tokens, all that a server without our hook and without hidden
 states can say; scores are then bounds (`parallel.vocab.score_topk`).
 
-Rank 0 talks to the servers. A server's trouble is a RuntimeError on every rank.
+Rank 0 looks after the servers. Where they are dealt over several ranks (`serving.sources`), each of
+these asks its own and holds what they answer; else rank 0 asks all. A server's trouble is a
+RuntimeError on every rank.
 
 Measured on one CPU server, per number of a hidden state: with the hook of `serving.hidden_states`
 5.33 bytes in fp32 and 2.67 in bf16; as the lists of `return_hidden_states` 19.6 and 10.9. Of two
@@ -38,13 +40,14 @@ from megatron_taopd.models import weights
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.exchange import RowShard, no_rows
 from megatron_taopd.parallel.layout import Layout
-from megatron_taopd.parallel.objects import on_rank_0
+from megatron_taopd.parallel.objects import broadcast_object, gather, of_all_ranks, on_rank_0
 from megatron_taopd.serving.answers import Answer, as_answer
-from megatron_taopd.serving.client import Replicas
+from megatron_taopd.serving.client import Elsewhere, Replicas
 from megatron_taopd.serving.hidden_states import HOOK_ARGS, SERVER_ARGS, unpack
 from megatron_taopd.serving.identity import agreed, probe_log_probs, probe_tokens, same_model
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.replica import Replica
+from megatron_taopd.serving.sources import share_out
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import Sequences
@@ -59,7 +62,12 @@ class _Teacher(ABC):
     """
 
     def __init__(
-        self, replicas: Replicas | None, model: ServedModel, width: int, dtype: torch.dtype
+        self,
+        replicas: Replicas | None,
+        model: ServedModel,
+        width: int,
+        dtype: torch.dtype,
+        own: Replicas | None = None,
     ):
         self.replicas, self.model, self.width, self.dtype = replicas, model, width, dtype
         self.counts: Counter[str] = Counter()
@@ -68,6 +76,8 @@ class _Teacher(ABC):
         shared = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if shared else None
         assert self.leads == (not shared or dist.get_rank() == 0)
+        self.alone = not any(gather(own is not None, self.group))  # rank 0 asks all
+        self.asks = replicas if self.alone else own
         self._ask(self._check_all)
 
     @property
@@ -85,27 +95,71 @@ class _Teacher(ABC):
         return dispatch(parts, batch, student, owner)
 
     def read(self, sequences: Sequences) -> ReadRows:
-        """Ask the servers, each sequence once, all at the same time; rank 0 holds the rows.
+        """Ask the servers, each sequence once, all at the same time.
+
+        Each rank that asks servers takes a run of neighbours, in proportion to its servers and in
+        tokens, and holds their rows. What its servers cannot take goes to those of other ranks.
 
         Args:
             sequences: in the teacher's ids; the same on every rank.
 
-        Collectives: a broadcast of some bytes, every minute and at the end.
+        Collectives: two gathers of some bytes a rank, and one every SIGN_OF_LIFE_S.
 
         Raises:
             ValueError: a sequence that no server takes, on every rank.
-            RuntimeError: of rank 0, on every rank.
+            RuntimeError: of a rank that asks, on every rank.
         """
         started = time.monotonic()
-        rows = self._ask(lambda: self._ask_all(sequences), tell=False)
-        self.counts["tokens"] += len(sequences.tokens)
-        self.counts["seconds"] += time.monotonic() - started
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        holders = torch.zeros(sequences.num_sequences, dtype=torch.int64)
+        found: dict[int, Tensor] = {}  # rows of this rank's sequences
+        left = dict.fromkeys(range(sequences.num_sequences), 0)  # and attempts at each
+        while left:
+            places = torch.tensor([*left])
+            owner = share_out(sequences.lengths[places], self._able())
+            holders[places] = owner
+            mine = {i: left[i] for i in places[owner == rank].tolist()}
+            asked = None
+            if mine:
+                asked = self.asks.spawn(self._ask_all(sequences, mine, found))
+            try:
+                answers = [answer for answer in of_all_ranks(asked, self.group) if answer]
+            except BaseException:
+                if asked is not None:
+                    asked.cancel()
+                raise
+            left = {place: made for others, _ in answers for place, made in others.items()}
+            if self.leads:
+                for _, counts in answers:
+                    self.counts.update(counts)
         if self.leads:
-            ids = torch.arange(sequences.num_rows)
+            self.counts["tokens"] += len(sequences.tokens)
+            self.counts["seconds"] += time.monotonic() - started
+        held = no_rows(self.width, self.dtype)
+        if found:
+            mine = sorted(found)
+            rows = torch.cat([found.pop(i) for i in mine])
+            ids = sequences.rows_of(torch.tensor(mine))
             held = RowShard(ids, rows.to(platform.device()))
-        else:
-            held = no_rows(self.width, self.dtype)
-        return ReadRows(held, torch.zeros(sequences.num_sequences, 1, dtype=torch.int64))
+        return ReadRows(held, holders[:, None])
+
+    def _able(self) -> list[int]:
+        """Return how many servers each rank can ask, once any can. Collective.
+
+        Raises:
+            RuntimeError: all servers of all ranks are given up.
+        """
+        while not self.alone:
+            own = self.asks
+            words = gather((len(own.ready), own.troubles) if own else (0, ""), self.group)
+            able = [count for count, _ in words]
+            if any(able):
+                return able
+            troubles = [trouble for _, trouble in words]
+            if None not in troubles:
+                raise RuntimeError(f"no server is left: {'; '.join(filter(None, troubles))}")
+            time.sleep(1)
+        return [1]  # rank 0
 
     def fingerprint(self) -> int:
         """Return a number that changes with the model that is served.
@@ -131,8 +185,9 @@ class _Teacher(ABC):
         return {"teacher/tokens_per_second": counts["tokens"] / max(counts["seconds"], 1e-9)}
 
     def close(self) -> None:
-        if self.leads:
-            self.replicas.close()
+        for replicas in (self.asks, self.replicas):
+            if replicas is not None:
+                replicas.close()
 
     # What the forms differ in
 
@@ -157,12 +212,12 @@ class _Teacher(ABC):
     async def check(self, replica: Replica) -> None:
         """Raise ValueError or RuntimeError where a server does not serve this form."""
 
-    # Rank 0
+    # Rank 0, which looks after the servers
 
-    def _ask(self, coroutine: Callable[[], Coroutine], tell: bool = True) -> Any:
-        """Return what the servers answer rank 0, which alone asks. Collective: see `on_rank_0`."""
+    def _ask(self, coroutine: Callable[[], Coroutine]) -> Any:
+        """Return what the servers answer rank 0. Collective: see `on_rank_0`."""
         replicas = self.replicas
-        return on_rank_0(lambda: replicas.spawn(coroutine()), self.group, tell)
+        return on_rank_0(lambda: replicas.spawn(coroutine()), self.group)
 
     async def _post(self, replica: Replica, request: dict) -> Answer:
         """Ask this server, once."""
@@ -172,36 +227,6 @@ class _Teacher(ABC):
     async def _check_all(self) -> None:
         for replica in self.replicas.live:
             await self.check(replica)
-
-    async def _ask_all(self, sequences: Sequences) -> Tensor:
-        for i in range(sequences.num_sequences):
-            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0)
-        tasks = [
-            asyncio.ensure_future(self._ask_one(sequences, i))
-            for i in range(sequences.num_sequences)
-        ]
-        try:
-            rows = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            raise
-        return torch.cat([torch.empty(0, self.width, dtype=self.dtype), *rows])
-
-    async def _ask_one(self, sequences: Sequences, index: int) -> Tensor:
-        first, last = sequences.cu_rows[index : index + 2].tolist()
-        positions = sequences.positions_of(torch.arange(first, last))
-        if not len(positions):
-            return torch.empty(0, self.width, dtype=self.dtype)
-        seen = int(positions[-1]) + 1 + self.tokens_after
-        tokens = sequences.sequence(index)[:seen].tolist()
-        answer = await self.replicas.complete(self.request(tokens, int(positions[0])))
-        watchdog.heartbeat()
-        return self.rows(answer, tokens, positions)
-
-    @property
-    def _urls(self) -> str:
-        return ", ".join(replica.url for replica in self.replicas.all)
 
     async def _fingerprint(self) -> int:
         replicas = self.replicas.live
@@ -223,6 +248,58 @@ class _Teacher(ABC):
         same = np.abs(log_probs - self.reference).mean() <= same_model(replicas)
         return zlib.crc32((self.reference if same else log_probs).round(3).tobytes())
 
+    # A rank that asks
+
+    async def _ask_all(
+        self, sequences: Sequences, places: dict[int, int], found: dict[int, Tensor]
+    ) -> tuple[dict[int, int], Counter[str]]:
+        """Ask for the rows of some sequences, and put them where they are to be found.
+
+        Args:
+            places: of the sequences in the batch, and the attempts at each so far.
+
+        Returns:
+            The places that other ranks have to ask for, likewise; this rank's counts, on rank 0
+            none, which has them.
+        """
+        for i in places:
+            self.model.check(f"sequence {i} of the teacher", sequences.sequence(i).tolist(), 0)
+        left: dict[int, int] = {}
+
+        async def ask(place: int, made: int) -> None:
+            try:
+                found[place] = await self._ask_one(sequences, place, made)
+            except Elsewhere as error:
+                left[place] = error.made
+
+        tasks = [asyncio.ensure_future(ask(*item)) for item in places.items()]
+        try:
+            await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        counts: Counter[str] = Counter()
+        if not self.leads:
+            counts, self.counts = self.counts, counts
+        return left, counts
+
+    async def _ask_one(self, sequences: Sequences, index: int, made: int) -> Tensor:
+        first, last = sequences.cu_rows[index : index + 2].tolist()
+        positions = sequences.positions_of(torch.arange(first, last))
+        if not len(positions):
+            return torch.empty(0, self.width, dtype=self.dtype)
+        seen = int(positions[-1]) + 1 + self.tokens_after
+        tokens = sequences.sequence(index)[:seen].tolist()
+        request = self.request(tokens, int(positions[0]))
+        answer = await self.asks.complete(request, made, self.alone)
+        watchdog.heartbeat()
+        return self.rows(answer, tokens, positions)
+
+    @property
+    def _urls(self) -> str:
+        return ", ".join(replica.url for replica in (self.replicas or self.asks).all)
+
 
 class SGLangTeacher(_Teacher):
     """Hidden states of the response rows from SGLang servers, which run the trunk unmodified.
@@ -239,6 +316,8 @@ class SGLangTeacher(_Teacher):
         model: that they serve; its `longest` is the longest sequence.
         hidden_size: D.
         dtype: of the rows: the run's precision.
+        own: those of the servers that this rank asks; None on every rank: rank 0 asks all. The
+            teacher closes it.
 
     Raises:
         ValueError: a server returns no hidden states, on every rank.
@@ -252,9 +331,11 @@ class SGLangTeacher(_Teacher):
         model: ServedModel,
         hidden_size: int,
         dtype: torch.dtype,
+        own: Replicas | None = None,
     ):
         self.packs = True
-        super().__init__(replicas, model, hidden_size, dtype)
+        super().__init__(replicas, model, hidden_size, dtype, own)
+        self.packs = broadcast_object(self.packs, group=self.group)  # what rank 0 has seen
         self.layout = f"SGLang({len(replicas.all)})" if self.leads else "SGLang"
 
     def request(self, tokens: list[int], first: int) -> dict:
@@ -388,7 +469,7 @@ class SGLangTopkTeacher(_Teacher):
     rounding of that.
 
     Args:
-        replicas, model: as for `SGLangTeacher`.
+        replicas, model, own: as for `SGLangTeacher`.
         k: tokens reported for each row; at least `selection.k`, and better several times that.
         student_ids: [teacher's vocabulary] int64, the student's id of each of the teacher's, −1
             where there is none (`student_ids_of`); None where they are the same.
@@ -402,13 +483,14 @@ class SGLangTopkTeacher(_Teacher):
         model: ServedModel,
         k: int,
         student_ids: Tensor | None = None,
+        own: Replicas | None = None,
     ):
         if not 1 <= k <= model.vocab_size:
             raise ValueError(
                 f"teacher.topk: {k} must be within 1 … {model.vocab_size}, the teacher's vocabulary"
             )
         self.k, self.student_ids = k, student_ids
-        super().__init__(replicas, model, 2 * k + 1, torch.int32)
+        super().__init__(replicas, model, 2 * k + 1, torch.int32, own)
         self.layout = f"SGLang({len(replicas.all)}), top {k}" if self.leads else "SGLang"
 
     def request(self, tokens: list[int], first: int) -> dict:

@@ -30,6 +30,7 @@ AUTO = "test_keys_rollout.py::test_the_horizon_is_where_a_token_stops_to_pay"
 CHAT = "test_keys_rollout.py::test_chat_needs_a_template"
 KWARGS = "test_keys_rollout.py::test_variables_reach_the_template_of_each_model"
 REPEATS = "test_keys_rollout.py::test_rows_that_repeat_are_kept_if_that_is_asked_for"
+CONTEXT = "test_keys_rollout.py::test_a_context_is_read_by_the_teacher_alone"
 PROMPT = "test_keys_rollout.py::test_a_teacher_reads_the_students_prompt"
 GRADER = "test_keys_rollout.py::test_the_grader_that_was_asked_for"
 STREAM = "test_keys_rollout.py::test_without_streaming_the_teacher_reads_once"
@@ -84,6 +85,11 @@ KEYS: dict[str, dict[str, str]] = {
     "teacher.topk": {"20": OWN},
     "teacher.prompt": {"student": PROMPT},
     "teacher.template_kwargs": {"{ends: then}": KWARGS},
+    "teacher.system": {"Max has cards .": CONTEXT},
+    "teacher.context_column": {"task.shows": CONTEXT},
+    "teacher.context_template": {"'{{ prompt }} so {{ context }}'": CONTEXT},
+    "teacher.context_overflow": {"cut": CONTEXT},
+    "teacher.max_prompt_tokens": {"26": CONTEXT},
     "teacher.parallel.tp": {"2": LAYOUT},
     "teacher.parallel.pp": {"2": LAYOUT},
     "teacher.parallel.sequence": {"true": LAYOUT},

@@ -23,9 +23,13 @@ from megatron_taopd.serving.hidden_states import KEY, pack
 class ServedTeacher:
     """As much of `serving.client.Replicas` as a teacher asks for; its tensors are on the host."""
 
+    troubles = None
+
     def __init__(self, hf_dir: str | Path):
         self.model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
-        self.live = self.all = [SimpleNamespace(url="http://stand-in", tp=1, dtype="float32")]
+        self.live = self.ready = self.all = [
+            SimpleNamespace(url="http://stand-in", tp=1, dtype="float32")
+        ]
         self.remarks: list[str] = []
 
     def run(self, coroutine):
@@ -43,8 +47,8 @@ class ServedTeacher:
             return [self.answer({**request, "input_ids": each}) for each in ids]
         return self.answer(request)
 
-    async def complete(self, request: dict) -> Answer:
-        return as_answer("http://stand-in", self.answer(request))
+    async def complete(self, request: dict, _made: int, _alone: bool) -> Answer:
+        return as_answer("http://stand-in/generate", self.answer(request))
 
     @torch.no_grad()
     def answer(self, request: dict) -> dict:

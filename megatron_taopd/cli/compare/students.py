@@ -22,6 +22,7 @@ from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.prompts import TeacherReader, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
 from megatron_taopd.formats.hf import load_model
+from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.parallel.vocab import VocabShard, linear_divergence
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
@@ -60,7 +61,7 @@ def work(arguments: argparse.Namespace) -> int:
     vocab_map = VocabMap.between(*vocabularies)
     teacher = load(arguments.teacher)
     batch, teacher_prompts = contexts(arguments, vocabularies, vocab_map.size)
-    longest = teacher.config.max_position_embeddings
+    longest = longest_sequence(teacher.config)
     teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, longest)
     rows = []
     first: dict[str, Tensor] = {}

@@ -27,11 +27,11 @@ from megatron_taopd.parallel.objects import (
 )
 from megatron_taopd.rollout.weight_sync.buckets import Bucket
 from megatron_taopd.rollout.weight_sync.sequence import BucketSync, Client, Replica
-from megatron_taopd.rollout.weight_sync.sources import deal, is_loopback
 from megatron_taopd.serving.model import ServedModel
 from megatron_taopd.serving.protocol import Unreachable
 from megatron_taopd.serving.remote import Remote
 from megatron_taopd.serving.server import Workers
+from megatron_taopd.serving.sources import deal, is_loopback
 
 GRACE_S = 5.0  # for the server's own word on a transfer that has broken off
 POLL_S = 0.001

@@ -1,4 +1,4 @@
-"""Which rank sends the weights to which server."""
+"""Which rank has to do with which server: sends it the weights, asks it and reads its answers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+import torch
+from torch import Tensor
+
 
 def deal(
     urls: Iterable[str], nodes: Sequence[int], known: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Return the rank that sends to each server.
+    """Return the rank that is the source of each server.
 
     Each server gets the rank that has the fewest so far: one a node as long as there are nodes
     without, the last rank of each node first, and rank 0 after all others, which has more to do
@@ -31,6 +34,21 @@ def deal(
         dealt[url] = min(ranks, key=lambda rank: (load[rank], position[rank]))
         load[dealt[url]] += 1
     return dealt
+
+
+def share_out(sizes: Tensor, servers: Sequence[int]) -> Tensor:
+    """Return [n] int64, the rank that has each piece of work done.
+
+    Each rank gets a run of neighbours, in proportion to its servers.
+
+    Args:
+        sizes: [n] int64, how large each piece is; none is 0.
+        servers: [ranks], how many servers each rank can ask; at least one can.
+    """
+    ends = torch.tensor(servers, dtype=torch.int64).cumsum(0)
+    middle = 2 * sizes.cumsum(0) - sizes
+    # In integers, so that every rank finds the same.
+    return torch.searchsorted(2 * sizes.sum() * ends, middle * ends[-1], right=True)
 
 
 def in_order(nodes: Sequence[int]) -> list[int]:
