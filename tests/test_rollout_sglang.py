@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from support.patience import known_patience, patience, wait_for
 from support.ranks import run_ranks
+from transformers import AutoModelForCausalLM
 
 from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
@@ -154,7 +155,9 @@ def test_samples_at_temperature(engine):
     assert len({tuple(sequence.tolist()) for sequence in sequences}) > 12
     assert batch.tokens.max() < VOCABULARY
 
-    logits = [local().model(sequence[None]).logits[0] for sequence in sequences]
+    model = AutoModelForCausalLM.from_pretrained(STUDENT)
+    with torch.no_grad():
+        logits = [model(sequence[None]).logits[0] for sequence in sequences]
     logits = torch.cat(
         [x[p - 1 : -1] for x, p in zip(logits, batch.prompt_lengths.tolist(), strict=True)]
     )

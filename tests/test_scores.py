@@ -60,8 +60,9 @@ def test_scores_match_the_oracle_on_every_layout(bounds, k):
     by_rank = run_ranks(len(bounds) - 1, scores_on_rank, bounds, logits, k)
     for kind, (student, teacher), scores, *others in zip(kinds, logits, *by_rank, strict=True):
         for other in others:  # bit for bit, or the ranks would select different rows
-            assert scores.teacher_log_prob is None  # nobody has asked
-            for field in vars(scores).keys() - {"teacher_log_prob"}:
+            unasked = {name for name, value in vars(scores).items() if value is None}
+            assert unasked == {"teacher_log_prob", "student_log_prob"}
+            for field in vars(scores).keys() - unasked:
                 assert torch.equal(getattr(scores, field), getattr(other, field)), (kind, field)
 
         assert scores.student_topk_ids.tolist() == dense.topk_ids(student, k, SIZE), kind

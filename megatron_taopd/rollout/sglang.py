@@ -111,7 +111,7 @@ class SGLangEngine:
         self.asks = replicas if self.alone else own
         # What ranks tell each other of places; without others, this process itself.
         self.store = dist.HashStore() if self.alone else default_store()
-        self.name = "" if self.alone else broadcast_object(uuid.uuid4().hex, group=self.group)
+        self.prefix = "" if self.alone else broadcast_object(uuid.uuid4().hex, group=self.group)
         self.batches = 0
 
     def submit(
@@ -291,7 +291,7 @@ class SGLangEngine:
         Collective: with several of them, a gather of some bytes a rank.
         """
         self.batches += 1
-        name = f"{self.name}/{self.batches}"
+        name = f"{self.prefix}/{self.batches}"
         if self.alone:
             return Places(self.store, name, count, [count], 0 if self.leads else 1)
         free = 0 if self.asks is None else self.asks.slots_of(self.asks.ready)
@@ -356,7 +356,7 @@ class SGLangEngine:
             self.updates.sync.release(self.replicas, targets)
         except RuntimeError as error:
             trouble = str(error)
-        self._settle(trouble, targets, "release of memory")
+        self._settle(trouble, targets, "release of memory", silent=False)
 
     def close(self) -> None:
         for replicas in (self.asks, self.replicas):

@@ -21,11 +21,15 @@ def engine_that_pushes(push: Callable[[], object], releases: bool) -> SGLangEngi
         return {}  # none has failed
 
     sync = SimpleNamespace(push=take)
+    server = SimpleNamespace(url="http://a", version=1)
     replicas = SimpleNamespace(
-        live=["a server"],
+        live=[server],
+        all=[server],
+        ready=[server],
         run=lambda found: found,
         begin_update=lambda targets: targets,
         commit_update=lambda targets, version: None,
+        leave_out=lambda troubles: [],
     )
     model = SimpleNamespace(vocab_size=8)
     return SGLangEngine(replicas, model, 8, [1], Updates(sync, list, release_memory=releases))
