@@ -10,8 +10,9 @@ export OMP_NUM_THREADS ?= 1
 # Hundreds of processes would each compile the package and its tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Twice as many as cores: half of the time a test waits for a process to start or to end.
-WORKERS ?= 4
+# More than cores: tests wait for processes to start or to end. A fourth on two cores takes longer
+# than it saves, as each worker imports everything and has ranks of its own.
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install quickstart quickstart-sglang test test-fast users lint docs requirements clean

@@ -54,6 +54,8 @@ class DiskSync:
             self.pushes.append((targets, version))
             if self.fault is not None:
                 self.fault(targets)
+            # A scheduler dies of an update while it runs anything, were it what it has answered.
+            replicas.run(replicas.post_all("/flush_cache?timeout=60", {}, targets))
             payload = {"model_path": str(self.path), "weight_version": str(version)}
             replicas.run(replicas.post_all("/update_weights_from_disk", payload, targets))
         return {}
