@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import prod
 from typing import Any
@@ -17,6 +19,42 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def answering(
+    answer: Callable[[str, dict, Mapping[str, str]], Any],
+) -> type[BaseHTTPRequestHandler]:
+    """Make a handler that answers every request with JSON, and keeps no log.
+
+    Args:
+        answer: of a path, what was posted, and the headers; ConnectionAbortedError: the connection
+            ends without a word.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            length = int(self.headers.get("Content-Length", 0))
+            payload = json.loads(self.rfile.read(length) or b"{}")
+            try:
+                text = json.dumps(answer(self.path, payload, self.headers)).encode()
+            except ConnectionAbortedError:
+                self.close_connection = True
+                return
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has given up
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
 
 
 class Receiver:
@@ -38,32 +76,8 @@ class Receiver:
         self.buckets = 0
         self.dies_at: int | None = None
         self._groups: dict[str, dist.Backend] = {}
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                length = int(self.headers.get("Content-Length", 0))
-                payload = json.loads(self.rfile.read(length) or b"{}")
-                try:
-                    answer = receiver.answer(self.path.partition("?")[0], payload)
-                except ConnectionAbortedError:
-                    self.close_connection = True
-                    return
-                text = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            do_GET = do_POST
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer((host, port), Handler)
+        handler = answering(lambda path, body, _: self.answer(path.partition("?")[0], body))
+        self._server = ThreadingHTTPServer((host, port), handler)
         self._server.daemon_threads = True
         self.url = f"http://{host}:{self._server.server_port}"
 

@@ -19,7 +19,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.receiver import answering
 from megatron_taopd.serving.hidden_states import KEY, pack
 
 BACKENDS = "TAOPD_FAKE_SGLANG"  # of the environment: {model path: url of its backend}
@@ -210,27 +211,10 @@ def serving(path: str, **options) -> Iterator[Backend]:
     """A `Backend` that listens."""
     backend = Backend(path, **options)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(path, payload, headers):
+        return backend.handle(path, payload, headers["X-Server"], headers["Authorization"])
 
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            payload = json.loads(body) if body else {}
-            key = self.headers["Authorization"]
-            answer = backend.handle(self.path, payload, self.headers["X-Server"], key)
-            text = json.dumps(answer).encode()
-            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has given up
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-        do_GET = do_POST
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), answering(answer)) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         backend.url = f"http://127.0.0.1:{server.server_port}"
