@@ -606,10 +606,16 @@ class Config:
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     log: LogSection = field(default_factory=LogSection)
 
+    def prompt_limit(self, model: str) -> tuple[str, int]:
+        """Return the key that bounds what a model reads before a response, and its tokens."""
+        if model == "teacher" and self.teacher.max_prompt_tokens is not None:
+            return "teacher.max_prompt_tokens", self.teacher.max_prompt_tokens
+        return "data.max_prompt_tokens", self.data.max_prompt_tokens
+
     @property
     def teacher_prompt_tokens(self) -> int:
-        """The longest prompt that the teacher reads, its context included."""
-        return self.teacher.max_prompt_tokens or self.data.max_prompt_tokens
+        """Return the longest prompt that the teacher reads, its context included."""
+        return self.prompt_limit("teacher")[1]
 
 
 types_of = functools.cache(get_type_hints)  # evaluating annotations takes a millisecond a section

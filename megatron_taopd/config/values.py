@@ -299,9 +299,7 @@ def _check_micro_batch(config: Config, model: str) -> None:
     parallel: ParallelSection = getattr(config, model).parallel
     multiple = parallel.tp if parallel.sequence else 1
     capacity = config.train.micro_batch_tokens // multiple * multiple
-    key, prompt = "data.max_prompt_tokens", config.data.max_prompt_tokens
-    if model == "teacher" and config.teacher.max_prompt_tokens is not None:
-        key, prompt = "teacher.max_prompt_tokens", config.teacher.max_prompt_tokens
+    key, prompt = config.prompt_limit(model)
     longest = prompt + config.rollout.max_new_tokens
     if longest > capacity:
         raise ValueError(

@@ -45,7 +45,7 @@ class TeacherContext:
             return
         try:
             named = meta.find_undeclared_variables(_environment().parse(self.template))
-            _environment().from_string(self.template)
+            _compiled(self.template)
         except TemplateError as error:
             raise ValueError(f"{KEY}: {' '.join(str(error).split())}") from None
         if unknown := sorted(named - {"prompt", "context"}):

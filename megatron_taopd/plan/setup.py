@@ -54,7 +54,7 @@ class Workload:
 
     @property
     def as_read(self) -> Workload:
-        """The same step as the teacher's trunk reads it."""
+        """Return the same step as the teacher's trunk reads it."""
         return replace(self, prompt=self.prompt + self.context, context=0)
 
     def sequences_of(self, dp: int) -> int:

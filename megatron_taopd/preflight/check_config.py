@@ -55,9 +55,7 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     responses = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
     if model == "student" and config.eval.max_new_tokens is not None:
         responses["eval.max_new_tokens"] = config.eval.max_new_tokens
-    prompt_key, prompt = "data.max_prompt_tokens", config.data.max_prompt_tokens
-    if model == "teacher" and section.max_prompt_tokens is not None:
-        prompt_key, prompt = "teacher.max_prompt_tokens", section.max_prompt_tokens
+    prompt_key, prompt = config.prompt_limit(model)
     for response_key, response in responses.items():
         longest = prompt + response
         if longest > longest_sequence(hf):

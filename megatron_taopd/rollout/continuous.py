@@ -30,7 +30,7 @@ class Row:
 
     @property
     def cached(self) -> int:
-        """Tokens that the cache has of it: all but the last one."""
+        """Count its tokens that the cache has: all but the last one."""
         return len(self.prompt) + len(self.tokens) - 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.rollout.local import LocalEngine
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
-from megatron_taopd.serving.begin import begin_servers, open_own, wait_for_servers
+from megatron_taopd.serving.begin import api_key_of, begin_servers, open_own, wait_for_servers
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import sequence_log_probs
 
@@ -100,8 +99,7 @@ def transport_of(config: Config) -> weight_sync.WeightSync:
     sync, path = config.rollout.sync, config.student.path
     bucket_bytes = sync.bucket_mib << 20
     if sync.transport == "distributed":
-        key = config.rollout.servers.api_key_env
-        api_key = None if key is None else os.environ[key]
+        api_key = api_key_of(config.rollout.servers)
         return weight_sync.DistributedSync(path, bucket_bytes, api_key=api_key)
     if sync.transport == "tensor":
         return weight_sync.TensorSync(path, bucket_bytes)

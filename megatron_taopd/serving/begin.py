@@ -52,7 +52,7 @@ def open_replicas(
     Raises:
         RuntimeError, ValueError: see `Replicas`.
     """
-    key = _api_key(section)
+    key = api_key_of(section)
     gpus = [None] * section.replicas
     if section.gpus is not None:
         gpus = [
@@ -92,7 +92,8 @@ def _limits(section: ServersSection) -> Limits:
     )
 
 
-def _api_key(section: ServersSection) -> str | None:
+def api_key_of(section: ServersSection) -> str | None:
+    """Return the key that a section's servers ask for, from the environment; None: none."""
     return None if section.api_key_env is None else os.environ[section.api_key_env]
 
 
@@ -175,7 +176,7 @@ def open_own(
     own, trouble = None, None
     if mine and len(set(dealt.values())) > 1:
         limits = replace(_limits(section), start_timeout_s=0)  # they are up
-        api_key = _api_key(section)
+        api_key = api_key_of(section)
         try:
             own = Replicas(mine, model, limits, api_key=api_key, fixed_weights=fixed_weights)
         except (RuntimeError, ValueError) as error:

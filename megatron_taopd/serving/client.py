@@ -163,7 +163,7 @@ class Replicas:
 
     @property
     def troubles(self) -> str | None:
-        """What became of all of them; None while one can come back."""
+        """Say what became of all of them; None while one can come back."""
         if any(replica.state is not State.DEAD for replica in self.all):
             return None
         return "; ".join(f"{replica.url} {replica.trouble}" for replica in self.all)

@@ -80,7 +80,7 @@ class HeldRows:
         """Mark, [r] bool, the first `cuts[i]` rows of each sequence held; cuts: [n] int64."""
         inside = torch.empty(int(self.counts.sum()), dtype=torch.bool, device=cuts.device)
         for sequences, rows in self.blocks():
-            numbers, offsets = self._places(sequences, cuts.device)
+            numbers, offsets = self.places(sequences, cuts.device)
             inside[rows] = offsets < cuts[sequences].index_select(0, numbers)
         return inside
 
@@ -88,7 +88,7 @@ class HeldRows:
         """[r] float32: how many rows of its response stand before each row that is held."""
         offsets = torch.empty(int(self.counts.sum()), device=device)
         for sequences, rows in self.blocks():
-            offsets[rows] = self._places(sequences, device)[1].float()
+            offsets[rows] = self.places(sequences, device)[1].float()
         return offsets
 
     def shares(self, device: torch.device) -> Tensor:
@@ -99,12 +99,12 @@ class HeldRows:
         """
         shares = torch.empty(int(self.counts.sum()), dtype=torch.float64, device=device)
         for sequences, rows in self.blocks():
-            numbers, offsets = self._places(sequences, device)
+            numbers, offsets = self.places(sequences, device)
             lengths = to_device(self.counts[sequences], device).index_select(0, numbers)
             shares[rows] = (2 * offsets + 1).double() / (2 * lengths).double()
         return shares
 
-    def _places(self, sequences: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    def places(self, sequences: slice, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return, of these sequences' rows, [b] int64 each: the number of its sequence among them,
         and how many rows of it stand before.
         """

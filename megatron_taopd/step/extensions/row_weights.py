@@ -61,7 +61,7 @@ class RowWeights:
 
     @property
     def mean(self) -> float:
-        """The mean over the kept rows; 1 where there is none."""
+        """Return the mean over the kept rows; 1 where there is none."""
         return self.values.double().mean().item() if len(self.values) else 1.0
 
     def within(self, part: WantedRows) -> RowWeights:
@@ -94,7 +94,7 @@ def discrepancy_weights(scores: BatchScores, gamma: float) -> Tensor:
         counts = held.counts[sequences]
         ends = to_device(counts.cumsum(0), up_to.device)
         starts = ends - to_device(counts, up_to.device)
-        number = to_device(torch.arange(len(counts)).repeat_interleave(counts), up_to.device)
+        number, _ = held.places(sequences, up_to.device)
         before = up_to[:-1] - up_to[starts].index_select(0, number)
         whole = (up_to[ends] - up_to[starts]).index_select(0, number)
         share = (before / whole).where(whole > 0, 0)
