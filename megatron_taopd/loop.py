@@ -9,7 +9,7 @@ from megatron_taopd.parallel import watchdog
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.rollout.engine import Pending
 from megatron_taopd.run import Interrupted, Run
-from megatron_taopd.step.distiller import Parts
+from megatron_taopd.teacher.teachers import Parts
 
 
 def distill(run: Run) -> int:
@@ -42,7 +42,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
     """Take one step of the method; return its metrics, and what picks samples for the report."""
     student, distiller = run.distiller.student, run.distiller
 
-    # The student answers the next prompts, and the teacher reads each answer once it is there …
+    # The student answers the next prompts, and its teacher reads each answer once it is there …
     with run.phase("rollout"):
         begun = run.rollouts.take(step)
     parts = read_parts(run, begun.pending)
@@ -51,7 +51,7 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
         run.engine.offload()
         run.rollouts.run_ahead(step)
     with run.monitor.span("teacher"):
-        read = run.read(batch)
+        read = distiller.teachers.inputs(batch)
 
     # … and the student learns from that, unless the numbers mean nothing.
     lesson, fault = None, None
@@ -70,19 +70,17 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
 
 
 def read_parts(run: Run, pending: Pending) -> Parts:
-    """Have the teacher read the responses, as they finish or all at the end."""
+    """Have the teachers read the responses, as they finish or all at the end."""
     finished = pending.parts()
     if not run.config.rollout.stream:
         with run.phase("rollout"):
             batch = pending.result()
         finished = iter([(torch.arange(batch.num_sequences), batch)])
-    parts: Parts = []
-    with run.distiller.teacher.resident():
+    with run.distiller.teachers.reading() as reading:
         while True:
             with run.phase("rollout"):
                 places, part = next(finished, (None, None))
-            if part is None:
-                return parts
             with run.monitor.span("teacher"):
-                teacher_inputs, _ = run.read(part)
-                parts.append((places, run.distiller.teacher.read(teacher_inputs)))
+                if part is None:
+                    return reading.finish()
+                reading.take(places, part)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_taopd.checkpoints import saving
 from megatron_taopd.checkpoints.end import mark_finished
 from megatron_taopd.checkpoints.saving import Checkpoints
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, teacher_name
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import Student
 from megatron_taopd.models.weights import save_hf
@@ -24,7 +24,7 @@ from megatron_taopd.rollout.engine import RolloutEngine
 from megatron_taopd.rollout.schedule import Begun, RolloutSchedule
 from megatron_taopd.step.distiller import Distiller, Lesson
 from megatron_taopd.step.guard import Broken, Guard
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.teacher.teachers import Inputs, inputs_metrics
 
 
 class Interrupted(Exception):
@@ -36,7 +36,6 @@ class Run:
     """What a run is made of; `build.build` puts it together.
 
     Attributes:
-        read: turns a batch into what the teacher reads, and metrics of that.
         evaluate: accuracy of the student after a step; None without `eval.prompts`.
         first_step: steps that were done before this start.
         interrupted: whether any rank was signalled, the same on every rank; collective.
@@ -46,7 +45,6 @@ class Run:
 
     config: Config
     distiller: Distiller
-    read: Callable[[RolloutBatch], tuple[Sequences, dict[str, float]]]
     engine: RolloutEngine
     rollouts: RolloutSchedule
     observer: Observer
@@ -82,8 +80,8 @@ class Run:
         return self.monitor.span(name)
 
     def begin(self) -> None:
-        """Take the teacher's fingerprint, and evaluate a student that has learned nothing yet."""
-        self._fingerprint = self.distiller.teacher.fingerprint()
+        """Take the teachers' fingerprints, and evaluate a student that has learned nothing yet."""
+        self._fingerprints = self.distiller.teachers.fingerprints()
         if self.first_step == 0 and self.config.eval.at_start:
             self.monitor.log(0, self._evaluate(0))
 
@@ -91,24 +89,24 @@ class Run:
         self,
         step: int,
         begun: Begun,
-        read: tuple[Sequences, dict[str, float]],
+        read: list[Inputs],
         lesson: Lesson | None,
         fault: Fault | None,
     ) -> tuple[dict[str, float], Samples]:
         """Say all there is to say of a step: its metrics, warnings, samples for the report.
 
         Args:
-            read: what `Run.read` returned.
+            read: what the teachers have read of the batch.
             lesson, fault: what the student was taught, or why it was not.
         """
         batch, metrics = begun.pending.result(), {}
         samples: Samples = None
-        teacher_inputs, teacher_metrics = read
+        teachers = self.distiller.teachers
         if lesson is not None:
-            metrics, samples = self.observer.observe(step, begun.length, lesson, teacher_inputs)
+            metrics, samples = self.observer.observe(step, begun.length, lesson, read)
             if not metrics["kept_rows"]:
                 fault = Fault(f"no row of step {step} is kept", key="selection.selector")
-        metrics |= self.distiller.teacher.metrics() | teacher_metrics | self.engine.metrics()
+        metrics |= teachers.metrics() | inputs_metrics(read) | self.engine.metrics()
         metrics |= self.guard.observe(fault)
         if fault and (line := self.guard.line(fault, batch.prompts)):
             self.monitor.note(fault.key or f"step {step}", line)
@@ -186,7 +184,7 @@ class Run:
     def close(self) -> None:
         """Stop what outlives a run: servers, writers, threads."""
         self.engine.close()
-        self.distiller.teacher.close()
+        self.distiller.teachers.close()
         self.monitor.close()
         self.checkpoints.close()
 
@@ -200,10 +198,12 @@ class Run:
         return self.observer.observe_evaluation(step, evaluation)
 
     def _check_teacher(self, step: int) -> None:
-        if self.distiller.teacher.fingerprint() != self._fingerprint:
-            self.checkpoints.finish()
-            path = self.config.teacher.path
-            raise Broken(f"step {step}: {path}: the teacher's weights have changed")
+        now = self.distiller.teachers.fingerprints()
+        for key, section in self.config.each_teacher.items():
+            name = teacher_name(key)
+            if now[name] != self._fingerprints[name]:
+                self.checkpoints.finish()
+                raise Broken(f"step {step}: {section.path}: the teacher's weights have changed")
 
     def _card(self, step: int, metrics: Mapping[str, float] | None = None) -> str:
         """Write the student's model card, with the metrics of this step where it is not logged."""

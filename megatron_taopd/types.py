@@ -37,8 +37,12 @@ class Sequences:
         cu_rows: [N+1] int64, where each sequence's rows start in a canonical [R] vector.
         row_positions: [R] int64, the position of each row inside its sequence, ascending there and
             never the last one.
+
+    Attributes:
+        teachers: [N] int64, the number of each sequence's teacher; None: all have the same.
     """
 
+    teachers: Tensor | None = None
     tokens: Tensor
     cu_seqlens: Tensor
     if TYPE_CHECKING:  # an attribute or a property, as the subclass likes
@@ -104,6 +108,7 @@ class RolloutBatch(Sequences):
         truncated: [N] bool, the response hit the length limit before a stop token.
         prompts: [N] int64, which prompt of the data each sequence answers.
         weight_versions: [R] int64, the optimizer step whose weights generated each response token.
+        teachers: [N] int64, the number of each sequence's teacher; None: all have the same.
     """
 
     tokens: Tensor
@@ -113,6 +118,7 @@ class RolloutBatch(Sequences):
     truncated: Tensor
     prompts: Tensor
     weight_versions: Tensor
+    teachers: Tensor | None = None
 
     @property
     def response_lengths(self) -> Tensor:
@@ -138,6 +144,20 @@ class RolloutBatch(Sequences):
         """[R] int64, the token that each row predicts."""
         first = self.cu_seqlens[:-1] + self.prompt_lengths
         return self.tokens[ranges(first, self.response_lengths)]
+
+    def only(self, sequences: Tensor) -> RolloutBatch:
+        """Return a batch of these sequences [n], in the order given."""
+        lengths, rows = self.lengths[sequences], self.rows_of(sequences)
+        return RolloutBatch(
+            tokens=self.tokens[ranges(self.cu_seqlens[sequences], lengths)],
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            prompt_lengths=self.prompt_lengths[sequences],
+            log_probs=self.log_probs[rows],
+            truncated=self.truncated[sequences],
+            prompts=self.prompts[sequences],
+            weight_versions=self.weight_versions[rows],
+            teachers=None if self.teachers is None else self.teachers[sequences],
+        )
 
 
 @dataclass(frozen=True)

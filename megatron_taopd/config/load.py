@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -20,7 +23,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from megatron_taopd.config.schema import Config, leaf_keys, types_of
+from megatron_taopd.config.schema import Config, TeacherSection, leaf_keys, types_of
 from megatron_taopd.data.sources import with_paths
 from megatron_taopd.formats.hub import is_model
 
@@ -35,8 +38,7 @@ RENAMED = {
     "watchdog.silent_s": "watchdog.heartbeat_timeout_s",
     "watchdog.stuck_s": "watchdog.stall_timeout_s",
 }
-_MODELS = ("student.path", "teacher.path")
-_INPUT_PATHS = (*_MODELS, "data.prompts", "eval.prompts")
+_INPUT_PATHS = ("student.path", "teacher.path", "data.prompts", "eval.prompts")
 _OUTPUT_PATHS = ("run.dir", "data.cache_dir")
 
 
@@ -68,16 +70,19 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         ) from None
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
+    _share_keys_of_teachers(tree)
     try:
         values: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), tree), resolve=True, throw_on_missing=True
         )
-        for key in (*_OUTPUT_PATHS, *_INPUT_PATHS):
-            section, name = key.split(".")
-            in_file = key in _INPUT_PATHS and OmegaConf.select(given, key) is None
-            if value := values[section][name]:
+        inputs = [*_INPUT_PATHS, *(f"teachers.{name}.path" for name in values["teachers"] or ())]
+        for key in (*_OUTPUT_PATHS, *inputs):
+            *sections, name = key.split(".")
+            section = reduce(getitem, sections, values)
+            in_file = key in inputs and OmegaConf.select(given, key) is None
+            if value := section[name]:
                 base = Path(path).parent if in_file else Path()
-                values[section][name] = _absolute(key, value, base)
+                section[name] = _absolute(key, value, base)
         config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -104,7 +109,7 @@ def _schema() -> Any:
 
 def _absolute(key: str, value: Any, base: Path) -> Any:
     """Make a path absolute, or those of a list of prompts; a model's name on the hub stays."""
-    if key in _MODELS and is_model(value) and not (base / value).exists():
+    if key.endswith(".path") and is_model(value) and not (base / value).exists():
         return value
     try:
         return with_paths(value, lambda path: os.path.abspath(base / Path(path).expanduser()))
@@ -214,6 +219,27 @@ def _pop_context_parallel(tree: dict) -> str | None:
     return found[0] if found else None
 
 
+def _share_keys_of_teachers(tree: dict) -> None:
+    """Give each of several teachers the keys of `teacher` that it lacks, which then has no path.
+
+    Raises:
+        ValueError: `teacher.path` and `teachers` are both given.
+    """
+    if not (teachers := tree.get("teachers")):
+        return
+    shared = tree.setdefault("teacher", {})
+    if path := shared.get("path"):
+        names = ", ".join(teachers)
+        raise ValueError(
+            f"teacher.path: {path}, and teachers: {names} are given; a run has either one teacher "
+            "or those of `teachers`"
+        )
+    shared["path"] = ""
+    for name, section in teachers.items():
+        own: Any = OmegaConf.to_container(OmegaConf.merge(shared, section))
+        teachers[name] = own if own["path"] else {**own, "path": MISSING}
+
+
 def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
     types = types_of(section)
     for name, value in tree.items():
@@ -229,6 +255,8 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
             kind = section.__dataclass_fields__[name].metadata["kind"]  # type: ignore[attr-defined]
             if kind and isinstance(value, list):
                 raise ValueError(f"{key}: {value!r}; {kind} is expected")
+        elif name == "teachers":
+            _check_teachers(key, value)
         elif _takes_mapping(types[name]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(
@@ -243,6 +271,22 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
             _check_items(key, value, types[name])
         elif value == MISSING:  # which a merge takes for "as it was"
             raise ValueError(f"{key}: ??? is left open; set it on the command line")
+
+
+def _check_teachers(key: str, value: Any) -> None:
+    """Refuse what is no mapping of names to sections of a teacher."""
+    if value is None:
+        return
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{key}: {value!r}; a mapping of names, such as {{math: {{path: …}}}}")
+    for name, section in value.items():
+        if not re.fullmatch(r"[A-Za-z][\w-]*", str(name)):
+            raise ValueError(
+                f"{key}: {name!r} is no name of a teacher; letters, digits, - and _ make one"
+            )
+        if not isinstance(section, dict):
+            raise ValueError(f"{key}.{name}: {section!r} is not a section; give at least its path")
+        _check_keys(section, TeacherSection, f"{key}.{name}.")
 
 
 def _check_items(key: str, items: list, hint: Any) -> None:

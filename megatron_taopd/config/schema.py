@@ -297,6 +297,12 @@ class DataSection:
     max_prompt_tokens: int = key(
         1024, "Prompts that are longer for either model are dropped.", COUNT
     )
+    teacher_column: str | None = key(
+        None,
+        "Column with the name of the teacher (`teachers`) that each prompt is for. Where it is null "
+        "or blank, and without it, the prompt is for the `teacher` of its file: "
+        "`[{path: a.jsonl, weight: 1, teacher: math}, {path: b.jsonl, weight: 1, teacher: code}]`.",
+    )
     shuffle: bool = key(True, "Shuffle the prompts, in each epoch anew.")
     limit: int | None = key(
         None, "Use the first prompts only; of each of the files that have weights.", COUNT
@@ -389,6 +395,11 @@ class SelectionSection:
     selector: Selector = key("teachability", "One of the names in `megatron_taopd.SELECTORS`.")
     ratio: float = key(0.10, "ρ, the share of the response rows that is trained on.", SHARE)
     k: int = key(16, "Top-K of both models, for D and C.", COUNT)
+    scope: Literal["batch", "teacher"] = key(
+        "batch",
+        "Of what the budget is a share, and over what scores are normalised: the rows of the whole "
+        "batch, or of `teachers`, those of each.",
+    )
     concentrate: float = key(
         0.0,
         "Beyond the paper: at least this share of the response tokens is left out of training. The "
@@ -594,6 +605,12 @@ class Config:
     run: RunSection = field(default_factory=RunSection)
     student: StudentSection = field(default_factory=StudentSection)
     teacher: TeacherSection = field(default_factory=TeacherSection)
+    teachers: dict[str, TeacherSection] | None = key(
+        None,
+        "Several teachers by name, `{math: {path: …}, code: {path: …}}`: each is a section like "
+        "`teacher`, which has no `path` then, and whose keys count for all that do not give them. "
+        "See docs/teachers.md.",
+    )
     data: DataSection = field(default_factory=DataSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     selection: SelectionSection = field(default_factory=SelectionSection)
@@ -606,16 +623,37 @@ class Config:
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     log: LogSection = field(default_factory=LogSection)
 
+    @property
+    def each_teacher(self) -> dict[str, TeacherSection]:
+        """Return the section of every teacher by its key: `teacher`, or `teachers.NAME` each."""
+        named = self.teachers or {}
+        return {f"teachers.{name}": named[name] for name in named} or {"teacher": self.teacher}
+
+    @property
+    def models(self) -> dict[str, StudentSection | TeacherSection]:
+        """Return the section of every model by its key."""
+        return {"student": self.student, **self.each_teacher}
+
     def prompt_limit(self, model: str) -> tuple[str, int]:
-        """Return the key that bounds what a model reads before a response, and its tokens."""
-        if model == "teacher" and self.teacher.max_prompt_tokens is not None:
-            return "teacher.max_prompt_tokens", self.teacher.max_prompt_tokens
+        """Return the key that bounds what a model reads before a response, and its tokens.
+
+        Args:
+            model: a key of `models`.
+        """
+        own = getattr(self.models[model], "max_prompt_tokens", None)
+        if own is not None:
+            return f"{model}.max_prompt_tokens", own
         return "data.max_prompt_tokens", self.data.max_prompt_tokens
 
     @property
     def teacher_prompt_tokens(self) -> int:
-        """Return the longest prompt that the teacher reads, its context included."""
-        return self.prompt_limit("teacher")[1]
+        """Return the longest prompt that a teacher reads, its context included."""
+        return max(self.prompt_limit(key)[1] for key in self.each_teacher)
+
+
+def teacher_name(key: str) -> str:
+    """Return the name of a teacher by the key of its section (`Config.each_teacher`)."""
+    return key.rpartition(".")[2]
 
 
 types_of = functools.cache(get_type_hints)  # evaluating annotations takes a millisecond a section
@@ -632,10 +670,13 @@ def leaf_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, type
 
 def check_bounds(config: Config) -> None:
     """Raise ValueError for the first number outside of its key's bounds: key, value, bounds."""
-    for dotted, kind, name in leaf_keys():
+    keys = [*leaf_keys()]
+    if config.teachers:
+        keys += [each for key in config.each_teacher for each in leaf_keys(TeacherSection, f"{key}.")]
+    for dotted, kind, name in keys:
         bounds = kind.__dataclass_fields__[name].metadata["bounds"]  # type: ignore[attr-defined]
         value: Any = config
         for part in dotted.split("."):
-            value = getattr(value, part)
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
         if bounds is not None and value is not None and not bounds.hold(value):
             raise ValueError(f"{dotted}: {value}; it has to be {bounds}")

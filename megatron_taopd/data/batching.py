@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +98,11 @@ def pack(
 
 
 def plan(
-    lengths: Tensor | Sequence[int], world_size: int, micro_batch_tokens: int, multiple: int = 1
+    lengths: Tensor | Sequence[int],
+    world_size: int,
+    micro_batch_tokens: int,
+    multiple: int = 1,
+    teachers: Tensor | None = None,
 ) -> list[list[tuple[int, ...]]]:
     """Plan which sequences every data-parallel rank runs, in which micro-batches.
 
@@ -109,12 +113,15 @@ def plan(
            gradient reductions need equal counts;
         4. the ranks' token totals differ by at most the longest sequence;
         5. a micro-batch is empty only on a rank that has fewer sequences than micro-batches;
-        6. the same arguments give the same plan, everywhere.
+        6. the same arguments give the same plan, everywhere;
+        7. the sequences of a micro-batch have one teacher, and on every rank those of one teacher
+           come before those of the next.
 
     Args:
         lengths: [N] tokens to run of each sequence (`WantedRows`).
         world_size: data-parallel size.
         multiple: what the token count of a micro-batch is padded to.
+        teachers: [N] int64, the teacher of each sequence; None: all have the same.
 
     Returns:
         For each rank, its micro-batches: tuples of ascending sequence indices.
@@ -124,10 +131,17 @@ def plan(
     """
     lengths = torch.as_tensor(lengths).tolist()
     wanted = [index for index, length in enumerate(lengths) if length > 0]
-    ranks = [
-        pack(lengths, [wanted[i] for i in part], micro_batch_tokens, multiple)
-        for part in balance([lengths[i] for i in wanted], world_size)
-    ]
+    of_teacher = [0] * len(lengths) if teachers is None else teachers.tolist()
+    ranks = []
+    for part in balance([lengths[i] for i in wanted], world_size):
+        own = sorted((wanted[i] for i in part), key=of_teacher.__getitem__)
+        ranks.append(
+            [
+                micro_batch
+                for _, group in groupby(own, key=of_teacher.__getitem__)
+                for micro_batch in pack(lengths, [*group], micro_batch_tokens, multiple)
+            ]
+        )
     count = max(1, *map(len, ranks))
     return [_split(micro_batches, lengths, count) for micro_batches in ranks]
 
@@ -164,6 +178,7 @@ class MicroBatch:
         row_ids: [r] int64, always on the host: where these rows stand in the batch-wide [R]
             vectors.
         targets: [r] int64, the token after each row: the response token that it predicts.
+        teacher: the number of its sequences' teacher; of padding alone any that the batch has.
     """
 
     tokens: Tensor
@@ -174,6 +189,7 @@ class MicroBatch:
     rows: Tensor
     row_ids: Tensor
     targets: Tensor
+    teacher: int = 0
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return it with what a model reads on the device, without waiting for it."""
@@ -188,13 +204,15 @@ def build_micro_batch(
     """Pack the first `wanted.lengths[i]` tokens of each sequence i, with its wanted rows.
 
     Args:
-        sequences: ascending sequence indices, possibly none: then it is all padding, without rows.
+        sequences: ascending sequence indices of one teacher, possibly none: then it is all padding,
+            without rows.
         wanted: all rows for scoring, the kept ones for training; of sequences whose rows are not
             known here there are tokens, but no rows.
         multiple: the token count is padded to it (the tensor-parallel size under sequence
             parallelism).
     """
     assert all(a < b for a, b in pairwise(sequences)), "not ascending"
+    first = sequences[0] if sequences else 0
     chosen = torch.tensor(sequences, dtype=torch.int64)
     lengths = wanted.lengths[chosen]
     num_tokens = int(lengths.sum())
@@ -217,6 +235,7 @@ def build_micro_batch(
         rows=cu_seqlens[segment] + positions,
         row_ids=row_ids,
         targets=batch.tokens[batch.cu_seqlens[chosen[segment]] + positions + 1],
+        teacher=0 if batch.teachers is None else int(batch.teachers[first]),
     )
 
 
@@ -261,7 +280,8 @@ def deal(
     Raises:
         ValueError: a sequence is longer than a micro-batch.
     """
-    ranks = plan(wanted.lengths, layout.dp, micro_batch_tokens, _multiple(layout))
+    multiple = _multiple(layout)
+    ranks = plan(wanted.lengths, layout.dp, micro_batch_tokens, multiple, batch.teachers)
     if rows_held is not None:
         rows = batch.cu_rows.diff().tolist()
         sizes = [sum(rows[i] for packed in share for i in packed) for share in ranks]

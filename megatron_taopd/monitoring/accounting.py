@@ -7,6 +7,7 @@ The share of positions that is supervised is not the share of this that is spent
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -118,3 +119,11 @@ def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[
         "flops/full_opd": float(full),
         "flops/of_full_opd": (reading + scoring + training) / full,
     }
+
+
+def added(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Add up the `step_operations` of sequences that different teachers read."""
+    each = list(parts)
+    total = {name: sum(part[name] for part in each) for name in each[0]}
+    done = sum(total[f"flops/{phase}"] for phase in ("teacher", "scoring", "training"))
+    return total | {"flops/of_full_opd": done / total["flops/full_opd"]}

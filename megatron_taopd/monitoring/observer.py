@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_taopd.config.schema import Config
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import FrozenStudent
-from megatron_taopd.monitoring.accounting import ModelCost, Work, step_operations
+from megatron_taopd.monitoring.accounting import ModelCost, Work, added, step_operations
 from megatron_taopd.monitoring.metrics import rollout_metrics
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.samples import Snapshot, take
@@ -21,7 +21,8 @@ from megatron_taopd.step.distiller import Lesson, replay_mib
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.selection import budget
-from megatron_taopd.types import Sequences, WantedRows
+from megatron_taopd.teacher.teachers import Inputs
+from megatron_taopd.types import WantedRows
 
 ENDLESS = 0.95  # the share of responses without an end above which a run says so
 
@@ -33,7 +34,7 @@ class Observer:
 
     Args:
         horizon: learns from each batch how long the next may be.
-        costs: of student and teacher.
+        costs: of the student, and of each teacher by its number.
         devices: of the run.
     """
 
@@ -41,7 +42,7 @@ class Observer:
         self,
         config: Config,
         student: FrozenStudent,
-        costs: tuple[ModelCost, ModelCost],
+        costs: tuple[ModelCost, list[ModelCost]],
         horizon: Horizon,
         tokenizer: PreTrainedTokenizerBase,
         monitor: Monitor,
@@ -54,13 +55,13 @@ class Observer:
             self.peak_tflops = device_peak(name, config.train.precision)
 
     def observe(
-        self, step: int, length: int, lesson: Lesson, teacher_inputs: Sequences
+        self, step: int, length: int, lesson: Lesson, read: Sequence[Inputs]
     ) -> tuple[dict[str, float], Samples]:
         """Return a step's metrics and what looks at its tokens; warn of what looks wrong.
 
         Args:
             length: the longest response that was allowed.
-            teacher_inputs: the batch as the teacher read it.
+            read: what the teachers have read of the batch.
         """
         scored, selection, config = lesson.scored, lesson.selection, self.config
         batch, scores = scored.batch, scored.scores
@@ -71,9 +72,13 @@ class Observer:
         metrics |= rollout_metrics(batch, scored.gap, step)
         metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
         metrics |= self._head_memory(scored, head_rows)
-        work = _work(lesson, teacher_inputs, config.train.recompute)
-        metrics |= step_operations(*self.costs, work)
-        metrics |= {"tokens_read": int(work.read.sum()), "tokens_scored": int(work.scored.sum())}
+        work = {each.teacher: _work(lesson, each, config.train.recompute) for each in read}
+        student, teachers = self.costs
+        metrics |= added(step_operations(student, teachers[t], done) for t, done in work.items())
+        metrics |= {
+            "tokens_read": sum(int(done.read.sum()) for done in work.values()),
+            "tokens_scored": int(scored.assigned.lengths.sum()),
+        }
         self._warn_of_replay(scored)
         self._warn_of_small_q3(batch.num_rows, selection.kept.num_rows, step)
         self._warn_of_gap(scored.gap, step)
@@ -156,15 +161,15 @@ class Observer:
             )
 
 
-def _work(lesson: Lesson, teacher_inputs: Sequences, recompute: str) -> Work:
-    """Return what was run in a step."""
-    batch, kept = lesson.scored.batch, lesson.selection.kept
+def _work(lesson: Lesson, inputs: Inputs, recompute: str) -> Work:
+    """Return what was run in a step of a teacher's sequences."""
+    scored, kept, own = lesson.scored, lesson.selection.kept, inputs.places
     return Work(
-        scored=lesson.scored.assigned.lengths,
-        read=teacher_inputs.reach(),
-        trained=kept.lengths,
-        num_rows=batch.num_rows,
-        kept_rows=kept.num_rows,
-        replayed=lesson.scored.kept_outputs is not None,
+        scored=scored.assigned.lengths[own],
+        read=inputs.sequences.reach(),
+        trained=kept.lengths[own],
+        num_rows=inputs.sequences.num_rows,
+        kept_rows=int(kept.counts[own].sum()),
+        replayed=scored.kept_outputs is not None,
         recompute=recompute,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,32 +19,14 @@ from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.step.batch_scores import NAMES
 from megatron_taopd.step.extensions.row_weights import RowWeights
 from megatron_taopd.step.guard import Guard
-from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.output_heads import Heads
 from megatron_taopd.step.scoring import ScoredBatch, score
 from megatron_taopd.step.selection import Choice, choose, look
 from megatron_taopd.step.training import train_on
-from megatron_taopd.teacher.dispatch import ReadRows, dispatch
-from megatron_taopd.types import RolloutBatch, Sequences, WantedRows
+from megatron_taopd.teacher.teachers import Parts, Teachers
+from megatron_taopd.types import RolloutBatch, WantedRows
 
-Parts = list[tuple[Tensor, ReadRows]]  # of a batch: places in it, and what the teacher made of them
 Span = Callable[[str], AbstractContextManager]
-
-
-class Teacher(Protocol):
-    """A model that reads: `teacher.megatron` and `teacher.sglang`."""
-
-    @property
-    def longest_sequence(self) -> int: ...
-
-    def resident(self) -> AbstractContextManager: ...
-
-    def read(self, sequences: Sequences) -> ReadRows: ...
-
-    def fingerprint(self) -> int: ...
-
-    def metrics(self) -> dict[str, float]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,16 +60,16 @@ class Lesson:
 
 @dataclass
 class Distiller:
-    """A student, a teacher, and how the one learns from the other.
+    """A student, its teachers, and how the one learns from the others.
 
     Attributes:
-        heads: of both; None except on the student's last stage.
+        heads: of all; None except on the student's last stage.
         guard: knows the losses of the steps before.
     """
 
     student: Student
-    teacher: Teacher
-    heads: OutputHeads | TopkOutputHeads | None
+    teachers: Teachers
+    heads: Heads | None
     guard: Guard
     selection: SelectionSection
     loss: LossSection
@@ -97,11 +78,11 @@ class Distiller:
     def learn(
         self, batch: RolloutBatch, parts: Parts, seed: int, span: Span = lambda _: nullcontext()
     ) -> Lesson:
-        """Teach the student one batch that the teacher has read.
+        """Teach the student one batch that its teachers have read.
 
         Args:
             batch: the same on every rank.
-            parts: what the teacher has read, every sequence once; emptied.
+            parts: what the teachers have read, every sequence once; emptied.
             seed: of the `random` selector; give each step its own.
             span: names the parts of the work.
 
@@ -111,6 +92,7 @@ class Distiller:
 
         Collectives: those of `dispatch`, `score`, `select` and `train_on`.
         """
+        batch = self.teachers.routed(batch)
         with span("teacher"):
             assigned = self.assign(batch)
             teacher_rows = self.dispatch(parts, batch, assigned)
@@ -130,11 +112,11 @@ class Distiller:
             trained = self.train_on(scored, selection.kept)
         return Lesson(scored, selection, trained)
 
-    def read(self, teacher_inputs: Sequences) -> Parts:
-        """Let the teacher read a batch as a whole. Collectives: the teacher's."""
-        with torch.no_grad(), self.teacher.resident():
-            places = torch.arange(teacher_inputs.num_sequences)
-            return [(places, self.teacher.read(teacher_inputs))]
+    def read(self, batch: RolloutBatch) -> Parts:
+        """Let the teachers read a batch as a whole. Collectives: the teachers'."""
+        with self.teachers.reading() as reading:
+            reading.take(torch.arange(batch.num_sequences), batch)
+            return reading.finish()
 
     def assign(self, batch: RolloutBatch) -> batching.Assignment:
         """Deal all rows of a batch to the student's ranks."""
@@ -145,12 +127,12 @@ class Distiller:
 
     def dispatch(
         self, parts: Parts, batch: RolloutBatch, assigned: batching.Assignment
-    ) -> RowShard:
-        """Send the teacher's rows to the ranks that score them (`teacher.dispatch`)."""
-        return dispatch(parts, batch, self.student.layout, assigned.owner)
+    ) -> dict[int, RowShard]:
+        """Send the teachers' rows to the ranks that score them (`Teachers.dispatch`)."""
+        return self.teachers.dispatch(parts, batch, self.student.layout, assigned.owner)
 
     def score(
-        self, batch: RolloutBatch, assigned: batching.Assignment, teacher_rows: RowShard
+        self, batch: RolloutBatch, assigned: batching.Assignment, teacher_rows: dict[int, RowShard]
     ) -> ScoredBatch:
         """Score all rows (`scoring.score`), and keep the layers' outputs for a replay that fits."""
         budget = self.train.replay_memory_mib

@@ -1,8 +1,13 @@
-"""Both output projections over rows of hidden states: all that scoring and loss ask of them."""
+"""Both output projections over rows of hidden states: all that scoring and loss ask of them.
+
+Of several teachers one head is on the device at a time (`HeadsInTurn`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -11,6 +16,8 @@ from megatron_taopd.config.schema import LossSection
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.models import weights
 from megatron_taopd.models.student import FrozenStudent
+from megatron_taopd.parallel import platform
+from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.vocab import (
     VocabShard,
     linear_divergence,
@@ -30,6 +37,10 @@ class _StudentHead:
     student: Tensor
     shard: VocabShard
     chunk_rows: int
+
+    def of(self, _teacher: int) -> Self:
+        """Return itself: there is one teacher."""
+        return self
 
     def student_log_probs(self, student_hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return the student's log-probability of one token a row, [R] (`token_log_probs`)."""
@@ -154,6 +165,54 @@ class TopkOutputHeads(_StudentHead):
         return TopkRows.unpack(teacher_rows).token_log_probs
 
 
+class Heads(Protocol):
+    """The heads that a student learns by."""
+
+    def of(self, teacher: int, /) -> OutputHeads | TopkOutputHeads:
+        """Return the student's with that of the teacher of this number, which then is here."""
+        ...
+
+
+class HeadsInTurn:
+    """The heads of several teachers, of which one is on the device at a time.
+
+    The others wait in (pinned) memory of the host. All take their turn in the same memory of the
+    device, which is that of the largest.
+
+    Args:
+        each: of every teacher by its number, read one at a time.
+    """
+
+    def __init__(self, each: Iterable[OutputHeads | TopkOutputHeads]):
+        self.each: list[OutputHeads | TopkOutputHeads] = []
+        self.waiting: dict[int, Tensor] = {}
+        self.here: int | None = None
+        for number, heads in enumerate(each):
+            if isinstance(heads, OutputHeads):
+                [self.waiting[number]], wait = HostCopies().take([heads.teacher])
+                wait()
+                heads = replace(heads, teacher=self.waiting[number])
+            self.each.append(heads)
+        largest = max((head.numel() for head in self.waiting.values()), default=0)
+        dtype = self.each[0].student.dtype
+        self.memory = torch.empty(largest, dtype=dtype, device=platform.device())
+        for number, head in self.waiting.items():
+            place = self.memory[: head.numel()].view(head.shape)
+            self.each[number] = replace(self.each[number], teacher=place)
+
+    def of(self, teacher: int) -> OutputHeads | TopkOutputHeads:
+        """Return the student's with that of the teacher of this number, which then is here.
+
+        What was computed with another one before is done by then: the copy is in the stream's
+        order, and neither scores nor gradients need a teacher's head later.
+        """
+        heads = self.each[teacher]
+        if isinstance(heads, OutputHeads) and teacher != self.here:
+            heads.teacher.copy_(self.waiting[teacher], non_blocking=True)
+            self.here = teacher
+        return heads
+
+
 def open_heads(
     student: FrozenStudent, teacher_dir: str | None, vocab_map: VocabMap, chunk_rows: int
 ) -> OutputHeads | TopkOutputHeads | None:
@@ -165,7 +224,27 @@ def open_heads(
     """
     if not student.layout.is_last_stage:
         return None
-    shard = student.shard
+    return _open(student, teacher_dir, vocab_map, chunk_rows)
+
+
+def open_all_heads(
+    student: FrozenStudent, teachers: Sequence[tuple[str | None, VocabMap]], chunk_rows: int
+) -> Heads | None:
+    """Read the heads of all teachers as `open_heads` does; of several, one at a time.
+
+    Args:
+        teachers: (teacher_dir, vocab_map) of each by its number.
+    """
+    if not student.layout.is_last_stage:
+        return None
+    opened = (_open(student, *teacher, chunk_rows) for teacher in teachers)
+    return next(opened) if len(teachers) == 1 else HeadsInTurn(opened)
+
+
+def _open(
+    student: FrozenStudent, teacher_dir: str | None, vocab_map: VocabMap, chunk_rows: int
+) -> OutputHeads | TopkOutputHeads:
+    shard = student.trunk.vocab_shard(vocab_map.size, vocab_map.absent)
     if teacher_dir is None:
         return TopkOutputHeads(student.head_weight, shard, chunk_rows)
     columns = vocab_map.columns(shard.start, shard.stop)

@@ -20,7 +20,7 @@ from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import token_log_probs
 from megatron_taopd.step.batch_scores import NAMES, BatchScores, HeldRows
-from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.output_heads import Heads
 from megatron_taopd.types import RolloutBatch, TokenScores, WantedRows, ranges
 
 PROBED_ROWS = 1024
@@ -32,7 +32,8 @@ class ScoredBatch:
 
     Attributes:
         assigned: who scored each sequence, and so has its teacher rows.
-        teacher_rows: on the student's last stage, what the teacher says of this rank's sequences.
+        teacher_rows: on the student's last stage, what the teachers say of this rank's sequences,
+            by the number of each.
         scores: each row's on one rank, the first of the TP group that scored it, on its device.
         gap: |log p_trainer − log p_engine| of some sampled tokens, on the CPU, the same on every
             rank.
@@ -41,7 +42,7 @@ class ScoredBatch:
 
     batch: RolloutBatch
     assigned: batching.Assignment
-    teacher_rows: RowShard
+    teacher_rows: dict[int, RowShard]
     scores: BatchScores
     gap: Tensor
     kept_outputs: list[list[Tensor]] | None
@@ -50,9 +51,9 @@ class ScoredBatch:
 def score(
     batch: RolloutBatch,
     assigned: batching.Assignment,
-    teacher_rows: RowShard,
+    teacher_rows: dict[int, RowShard],
     student: FrozenStudent,
-    heads: OutputHeads | TopkOutputHeads | None,
+    heads: Heads | None,
     k: int,
     keep_outputs: bool = False,
     sampled: bool = False,
@@ -64,8 +65,8 @@ def score(
 
     Args:
         assigned: of all rows, over the student's layout.
-        teacher_rows: on the last stage, what the teacher says of this rank's sequences: hidden
-            states, or what `TopkOutputHeads` take.
+        teacher_rows: on the last stage, what each teacher says of its sequences of this rank:
+            hidden states, or what `TopkOutputHeads` take.
         heads: None except on the last stage.
         k: size of the top-K sets.
         keep_outputs: keep the layers' outputs for a replay (`models.replay`).
@@ -85,18 +86,19 @@ def score(
 
     def score_micro_batch(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
+        own = heads.of(micro_batch.teacher)
         # The engine draws from all of the student's tokens, those that the teacher lacks included.
-        whole = replace(heads.shard, absent=None)
+        whole = replace(own.shard, absent=None)
         rows = pick_rows(hidden_states, micro_batch.rows, layout)
-        read = teacher_rows.at(micro_batch.row_ids)
-        scores = heads.scores(rows, read, micro_batch.targets, k)
+        read = teacher_rows[micro_batch.teacher].at(micro_batch.row_ids)
+        scores = own.scores(rows, read, micro_batch.targets, k)
         # Heads of either kind have both.
         assert scores.topk_overlap is not None and scores.teacher_log_prob is not None
         probed = (micro_batch.row_ids % stride == 0).nonzero()[:, 0]
         probed = to_device(probed, rows.device)
         log_probs = torch.zeros_like(scores.disagreement)
         log_probs[probed] = token_log_probs(
-            rows[probed], heads.student, micro_batch.targets[probed], whole, heads.chunk_rows
+            rows[probed], own.student, micro_batch.targets[probed], whole, own.chunk_rows
         )
         return torch.stack(
             [
@@ -106,9 +108,9 @@ def score(
                 scores.teacher_entropy,
                 scores.topk_overlap,
                 scores.teacher_log_prob,
-                *([heads.student_log_probs(rows, micro_batch.targets)] if sampled else []),
+                *([own.student_log_probs(rows, micro_batch.targets)] if sampled else []),
                 log_probs,
-                culprits(rows.isfinite().all(1), heads.sound(read), scores),
+                culprits(rows.isfinite().all(1), own.sound(read), scores),
             ]
         )
 

@@ -25,7 +25,7 @@ from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.step.extensions.row_weights import RowWeights
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.loss import kept_row_loss, metric_names
-from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
+from megatron_taopd.step.output_heads import Heads
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.types import RolloutBatch, WantedRows
 
@@ -34,7 +34,7 @@ def train_on(
     scored: ScoredBatch,
     kept: WantedRows,
     student: Student,
-    heads: OutputHeads | TopkOutputHeads | None,
+    heads: Heads | None,
     train: TrainSection,
     loss: LossSection,
     guard: Guard,
@@ -94,7 +94,7 @@ def backward(
     scored: ScoredBatch,
     kept: WantedRows,
     student: Student,
-    heads: OutputHeads | TopkOutputHeads | None,
+    heads: Heads | None,
     loss: LossSection,
     micro_batch_tokens: int,
     weights: RowWeights | None = None,
@@ -141,9 +141,9 @@ def backward(
         assert heads is not None  # on the last stage, which alone comes here
         total, metrics = kept_row_loss(
             loss,
-            heads,
+            heads.of(micro_batch.teacher),
             pick_rows(hidden_states, micro_batch.rows, layout),
-            teacher_rows.at(micro_batch.row_ids),
+            teacher_rows[micro_batch.teacher].at(micro_batch.row_ids),
             micro_batch.targets,
             to_device(batch.log_probs[micro_batch.row_ids], device),
             None if weights is None else to_device(weights.of(micro_batch.sequences), device),
@@ -183,35 +183,39 @@ def _fault(
 
 
 def _follow(
-    held: RowShard,
+    held: dict[int, RowShard],
     batch: RolloutBatch,
     kept: WantedRows,
     owner: Tensor,
     trainer: Tensor,
     layout: Layout,
-) -> tuple[WantedRows, RowShard]:
-    """Send the kept teacher rows to the data-parallel rank that trains their sequence.
+) -> tuple[WantedRows, dict[int, RowShard]]:
+    """Send the kept rows of each teacher to the data-parallel rank that trains their sequence.
 
     Returns:
-        The kept rows, of which those are known here that this rank trains, and what the teacher
-        says of them. Where no sequence has moved that is what was given.
+        The kept rows, of which those are known here that this rank trains, and what the teachers
+        say of them. Where no sequence has moved that is what was given.
     """
     trained = kept.counts > 0
     if torch.equal(owner[trained], trainer[trained]):
         return kept, held
-    sequences, tp_ranks = trained.nonzero()[:, 0], range(layout.tp)
-    routes = Routes(
-        sequences.repeat(layout.tp),
-        torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
-        torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
-        kept.counts[sequences].repeat(layout.tp),
-    )
-    leaving, counts = routes.outgoing()
-    outgoing = Traffic(kept.of(batch, leaving), counts)
-    incoming = tell_ids(outgoing, routes.incoming()[1])
-    # Later mini-batches need what is here.
-    rows = send_rows([held], outgoing, incoming, routes.rounds)
-    return replace(kept, ids=incoming.ids.sort().values), rows
+    ids, rows, tp_ranks = [], {}, range(layout.tp)
+    for teacher, shard in held.items():
+        own = trained if batch.teachers is None else trained & (batch.teachers == teacher)
+        sequences = own.nonzero()[:, 0]
+        routes = Routes(
+            sequences.repeat(layout.tp),
+            torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
+            torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
+            kept.counts[sequences].repeat(layout.tp),
+        )
+        leaving, counts = routes.outgoing()
+        outgoing = Traffic(kept.of(batch, leaving), counts)
+        incoming = tell_ids(outgoing, routes.incoming()[1])
+        # Later mini-batches need what is here.
+        rows[teacher] = send_rows([shard], outgoing, incoming, routes.rounds)
+        ids.append(incoming.ids)
+    return replace(kept, ids=torch.cat(ids).sort().values), rows
 
 
 def _global_sums(

@@ -28,11 +28,11 @@ class ReadRows:
 def dispatch(
     parts: list[tuple[Tensor, ReadRows]], batch: Sequences, student: Layout, owner: Tensor
 ) -> RowShard:
-    """Send the teacher's hidden states at all response rows to the ranks that will score them.
+    """Send a teacher's hidden states at its response rows to the ranks that will score them.
 
     Args:
-        parts: (places in the batch, what was read); every sequence of the batch once. The list is
-            emptied, so that rows are freed when all are sent.
+        parts: (places in the batch, what was read); every sequence of this teacher once. The list
+            is emptied, so that rows are freed when all are sent.
         batch: the whole batch; the same on every rank.
         student: layout of the model whose last stage scores.
         owner: [N] int64, the student's data-parallel rank that scores each sequence.
@@ -43,11 +43,12 @@ def dispatch(
     Collectives: all-to-alls (`exchange.rounds`) of R · D · tp elements together over all ranks, tp
     being the student's.
     """
+    sequences = torch.cat([places for places, _ in parts]).sort().values
     held, holders = _in_batch(parts, batch)
-    routes = _routes(batch, student, owner, holders)
+    routes = _routes(batch.cu_rows.diff(), sequences, student, owner, holders)
     outgoing, incoming = (
-        Traffic(batch.rows_of(sequences), counts)
-        for sequences, counts in (routes.outgoing(), routes.incoming())
+        Traffic(batch.rows_of(those), counts)
+        for those, counts in (routes.outgoing(), routes.incoming())
     )
     return send_rows(held, outgoing, incoming, routes.rounds)
 
@@ -72,22 +73,24 @@ def _in_batch(
     return held, holders
 
 
-def _routes(batch: Sequences, student: Layout, owner: Tensor, holders: Tensor) -> Routes:
-    """Say which rank sends each sequence's rows to which.
+def _routes(
+    rows: Tensor, sequences: Tensor, student: Layout, owner: Tensor, holders: Tensor
+) -> Routes:
+    """Say which rank sends the rows of each of these sequences to which; rows: [N] int64.
 
     Each rank of the student's last-stage TP group needs them; the copies are taken in turn from
     the ranks that have them, and from the destination itself if it does.
     """
     sources, destinations = [], []
     for tp_rank in range(student.tp):
-        destination = student.last_stage_rank(owner, tp_rank)
-        source = holders[:, tp_rank % holders.shape[1]]
-        has_it = (holders == destination[:, None]).any(1)
+        destination = student.last_stage_rank(owner[sequences], tp_rank)
+        source = holders[sequences, tp_rank % holders.shape[1]]
+        has_it = (holders[sequences] == destination[:, None]).any(1)
         sources.append(torch.where(has_it, destination, source))
         destinations.append(destination)
     return Routes(
-        torch.arange(batch.num_sequences).repeat(student.tp),
+        sequences.repeat(student.tp),
         torch.cat(sources),
         torch.cat(destinations),
-        batch.cu_rows.diff().repeat(student.tp),
+        rows[sequences].repeat(student.tp),
     )

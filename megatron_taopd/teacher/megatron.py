@@ -67,6 +67,11 @@ class MegatronTeacher:
         capacity = self.micro_batch_tokens // multiple * multiple
         return min(capacity, longest_sequence(self.trunk.hf))
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """The bytes of this rank's weights that wait in host memory; 0: they stay on the device."""
+        return 0 if self.host is None else sum(copy.nbytes for copy in self.host)
+
     @torch.no_grad()
     def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
         """Run `read` and `dispatch` for a batch that is whole."""

@@ -85,6 +85,11 @@ class _Teacher(ABC):
         """Return the most tokens that the servers take of a sequence."""
         return self.model.longest
 
+    @property
+    def offloaded_bytes(self) -> int:
+        """Return 0: no weights are here."""
+        return 0
+
     def resident(self) -> AbstractContextManager:
         """Do nothing: the weights are the servers' affair."""
         return nullcontext()
