@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +32,8 @@ from megatron_taopd.run import Run
 from megatron_taopd.step.distiller import Distiller
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.guard import Guard
-from megatron_taopd.step.output_heads import open_heads
-from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teacher
+from megatron_taopd.step.output_heads import open_all_heads
+from megatron_taopd.teacher.opening import begin_teacher_servers, head_directories, open_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +57,18 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     texts = open_texts(config)
     before.check_prompts(len(texts.prompts), config)
     student = open_student(config, before, texts)
-    teacher = open_teacher(config, teacher_servers, texts.vocab_map)
+    teachers = open_teachers(
+        config,
+        teacher_servers,
+        texts.vocab_maps,
+        texts.prompts.teacher_token_ids,
+        texts.teachers,
+    )
     chunk_rows = student.rows_within(config.train.head_memory_mib)
-    heads = open_heads(student, head_directory(config.teacher), texts.vocab_map, chunk_rows)
+    maps = texts.vocab_maps.values()
+    heads = open_all_heads(
+        student, [*zip(head_directories(config), maps, strict=True)], chunk_rows
+    )
     engine = open_engine(config, rollout_servers, student, texts)
     horizon, guard = Horizon.of(config.rollout), Guard.of(config.guard, config.loss)
     state = go_on(before, config, student, horizon, guard, start)
@@ -77,21 +85,21 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
         synchronize=platform.synchronize,
     )
     place = f"{config.train.precision}, {platform.device().type}"
-    logger.info(f"student {student.layout}, teacher {teacher.layout}, {place}")
+    layouts = ", ".join(f"{name} {engine.layout}" for name, engine in teachers.engines.items())
+    logger.info(f"student {student.layout}, {layouts}, {place}")
     for remark in texts.remarks(config):
         logger.info(remark)
     if before.step:
         logger.info(f"resuming after step {before.step}")
-    costs = ModelCost.of(student.trunk.hf), ModelCost.of(load_config(config.teacher.path))
+    costs = (
+        ModelCost.of(student.trunk.hf),
+        [ModelCost.of(load_config(section.path)) for section in config.each_teacher.values()],
+    )
     devices = Devices.of(config, dist.get_world_size(), platform.local_world_size())
-    own_prompts = texts.prompts.teacher_token_ids
     return Run(
         config=config,
         distiller=Distiller(
-            student, teacher, heads, guard, config.selection, config.loss, config.train
-        ),
-        read=partial(
-            texts.vocab_map.read, prompts=own_prompts, max_tokens=teacher.longest_sequence
+            student, teachers, heads, guard, config.selection, config.loss, config.train
         ),
         engine=engine,
         rollouts=open_rollouts(config, engine, texts, horizon, state["prompts_consumed"]),
@@ -126,6 +134,5 @@ def open_student(config: Config, before: Before, texts: Texts) -> Student:
         config.train.recompute,
         config.optimizer,
         before.last_update(config.train),
-        common_vocabulary=texts.vocab_map.size,
-        absent=texts.vocab_map.absent,
+        common_vocabulary=texts.common_vocabulary,
     )

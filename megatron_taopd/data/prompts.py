@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
@@ -21,7 +22,7 @@ from megatron_taopd.data import cache
 from megatron_taopd.data.context import TeacherContext, longest_that_fits
 from megatron_taopd.data.records import content_of
 from megatron_taopd.data.rendering import Message, Renderer
-from megatron_taopd.data.rows import Row, Rows
+from megatron_taopd.data.rows import Router, Row, Rows
 from megatron_taopd.data.sources import Source, sources_of
 from megatron_taopd.parallel import progress
 
@@ -44,6 +45,8 @@ class Prompts:
         contexts: how many of the prompts have a context for the teacher.
         cut: how many of these contexts have lost their end.
         parts: of files with weights, in their order: (how many of the prompts are its own, weight).
+        teachers: the number of each prompt's teacher, −1 where none is known (of held-out prompts
+            only); None: there is one teacher.
     """
 
     token_ids: Sequence[list[int]]
@@ -56,6 +59,7 @@ class Prompts:
     contexts: int = 0
     cut: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    teachers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -81,7 +85,7 @@ def load_prompts(
     tokenizer,
     data: DataSection,
     answer_column: str | None = None,
-    teacher: TeacherReader | None = None,
+    teachers: TeacherReader | Mapping[str, TeacherReader | None] | None = None,
 ) -> Prompts:
     """Return prompts in token ids, from the cache if they are there.
 
@@ -97,15 +101,17 @@ def load_prompts(
             `max_prompt_tokens` are dropped; with a teacher, those that are for either. Reading ends
             after `limit` prompts that fit, of each of the files that have weights.
         answer_column: of the reference answers, text or numbers; None reads none.
-        teacher: None if it reads what the student does.
+        teachers: how the teacher reads, None if it reads what the student does; of several, by
+            name, that of each. Then `data.teacher_column` and the prompts' own `teacher` say which
+            one a prompt is for.
 
     Raises:
         ValueError: in one line, with file, line and column: the file is missing, unreadable or of
             an unknown type; a column is missing; a prompt is neither text nor messages, or one
-            that `Renderer` refuses; an answer is missing or blank; no prompt is left. Or the cache
-            cannot be written.
+            that `Renderer` refuses; an answer is missing or blank; no prompt is left; as
+            `Router.check`. Or the cache cannot be written.
     """
-    return open_prompts(tokenised(prompts, tokenizer, data, answer_column, teacher))
+    return open_prompts(tokenised(prompts, tokenizer, data, answer_column, teachers))
 
 
 def tokenised(
@@ -113,38 +119,38 @@ def tokenised(
     tokenizer,
     data: DataSection,
     answer_column: str | None = None,
-    teacher: TeacherReader | None = None,
+    teachers: TeacherReader | Mapping[str, TeacherReader | None] | None = None,
+    routed: bool = True,
 ) -> Path:
-    """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
-    renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
-    context, limits = TeacherContext(), [data.max_prompt_tokens]
-    if teacher is not None:
-        context = teacher.context
-        context.check()
-        limits.append(teacher.max_prompt_tokens or data.max_prompt_tokens)
-        kwargs = teacher.template_kwargs
-        kwargs = data.template_kwargs if kwargs is None else kwargs
-        key = "teacher.template_kwargs"
-        renderers.append(Renderer(teacher.tokenizer, data.template, kwargs, key))
-    fingerprints = [renderer.fingerprint() for renderer in renderers]
-    alike = fingerprints[1:] == fingerprints[:1]
-    if alike and context.column is None and context.system is None:
-        del renderers[1:]  # the teacher reads what the student does
-        limits = [min(limits)]
+    """Return the cache entry of prompts, which is made if need be; see `load_prompts`.
+
+    Args:
+        routed: every prompt has to be for one of several teachers.
+    """
+    student = Renderer(tokenizer, data.template, data.template_kwargs)
+    named = isinstance(teachers, Mapping)
+    readers = teachers if isinstance(teachers, Mapping) else {"": teachers}
+    readings = [
+        _reading(f"teachers.{name}" if named else "teacher", reader, data, student)
+        for name, reader in readers.items()
+    ]
     sources = sources_of(prompts)
     files = [source.files() for source in sources]
     stats = _stats(files)
+    routing = [*readers, [source.teacher for source in sources], data.teacher_column, routed]
     key = cache.digest(
         {
             "files": [content_of(each) for each in files],
             "types": [[path.suffix for path in each] for each in files],
             "weights": [str(source.weight) for source in sources],
-            "renderers": fingerprints[: len(renderers)],
+            "renderers": [student.fingerprint()]
+            + [reading.renderer and reading.renderer.fingerprint() for reading in readings],
             "columns": [data.prompt_column, data.answer_column, answer_column],
-            "context": astuple(context),
+            "context": [astuple(reading.context) for reading in readings],
+            "teachers": routing if named else None,
             "deduplicate": data.deduplicate,
             "system": data.system,
-            "max_prompt_tokens": limits,
+            "max_prompt_tokens": [data.max_prompt_tokens, *(each.limit for each in readings)],
             "limit": data.limit,
             "versions": [m.__version__ for m in (transformers, tokenizers, jinja2)],
         }
@@ -152,13 +158,44 @@ def tokenised(
     entry = cache.place(data.cache_dir) / key
     if cache.about(entry) is None:
         with cache.written(entry) as (aside, about):
-            writer = _Writer(aside, renderers, limits, data, answer_column, context)
+            router = Router([*readers], data.teacher_column, routed) if named else None
+            writer = _Writer(aside, student, readings, data, answer_column, router)
             for source, own in zip(sources, files, strict=True):
                 writer.add(source, own)
             about |= writer.close([source.weight for source in sources])
             if _stats(files) != stats:
                 raise ValueError(f"{prompts}: changed while it was read; try again")
     return entry
+
+
+class _Reading(NamedTuple):
+    """How a teacher reads prompts.
+
+    Attributes:
+        key: of its section.
+        renderer: None: it reads what the student does.
+        limit: tokens of its longest prompt.
+    """
+
+    key: str
+    renderer: Renderer | None
+    context: TeacherContext
+    limit: int
+
+
+def _reading(
+    key: str, reader: TeacherReader | None, data: DataSection, student: Renderer
+) -> _Reading:
+    """Say how a teacher reads, whose renderer is left out if the student's gives the same."""
+    if reader is None:
+        return _Reading(key, None, TeacherContext(), data.max_prompt_tokens)
+    reader.context.check()
+    kwargs = data.template_kwargs if reader.template_kwargs is None else reader.template_kwargs
+    renderer = Renderer(reader.tokenizer, data.template, kwargs, f"{key}.template_kwargs")
+    limit = reader.max_prompt_tokens or data.max_prompt_tokens
+    told_alike = reader.context.column is None and reader.context.system is None
+    alike = told_alike and renderer.fingerprint() == student.fingerprint()
+    return _Reading(key, None if alike else renderer, reader.context, limit)
 
 
 def _stats(files: Sequence[Sequence[Path]]) -> list[tuple[int, int]]:
@@ -170,45 +207,51 @@ class _Writer:
     """Writes the columns of an entry.
 
     Args:
-        renderers: of the student, and of the teacher if it reads something else.
-        limits: tokens of the longest prompt for each of them.
+        student: how the student reads.
+        readings: how each teacher does, by its number.
+        router: says which teacher a prompt is for; None: there is one.
     """
 
     def __init__(
         self,
         directory: Path,
-        renderers: Sequence[Renderer],
-        limits: Sequence[int],
+        student: Renderer,
+        readings: Sequence[_Reading],
         data: DataSection,
         answer_column: str | None,
-        context: TeacherContext,
+        router: Router | None,
     ):
-        self.renderers, self.limits, self.context = renderers, limits, context
+        self.student, self.readings, self.router = student, readings, router
         self.data, self.answer_column = data, answer_column
         self.sizes = list[int]()
         self.counts = {"rows": 0, "duplicates": 0, "dropped": 0, "contexts": 0, "cut": 0}
         self.differ = False  # the ids of the two models
-        names = ["ids", "teacher_ids"][: len(renderers)]
+        self.of_teacher = Counter[int]()  # prompts
+        names = ["ids"]
+        if any(reading.renderer for reading in readings):
+            names.append("teacher_ids")
         self.ids = [cache.Column(directory, name, "<i4") for name in names]
         self.messages = cache.Column(directory, "messages", "u1")
-        self.answers = None
+        self.answers = self.teachers = None
         if answer_column is not None:
             self.answers = cache.Column(directory, "answers", "u1")
+        if router is not None:
+            self.teachers = cache.Column(directory, "teachers", "<i4")
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
-        rows = Rows(files, self.data, self.answer_column, self.context.column)
-        name, contexts = ", ".join(source.paths), 0
+        if self.router is not None:
+            self.router.default = source.teacher
+        columns = [reading.context.column for reading in self.readings]
+        rows = Rows(files, self.data, self.answer_column, self.router, columns)
+        name, contexts = ", ".join(source.paths), dict[int, int]()
         each, found, dropped = iter(rows), 0, 0
         with progress.phase(f"tokenising {name}", unit="rows") as shown:
             while batch := [*islice(each, self._room(found))]:
-                told = [[row.messages for row in batch], self._to_the_teacher(batch)]
-                ids = [
-                    _rendered(renderer, batch, messages)
-                    for renderer, messages in zip(self.renderers, told, strict=False)
-                ]
-                for row, *renderings in zip(batch, *ids, strict=True):
-                    contexts += row.context is not None
+                ours = _rendered(self.student, batch, [row.messages for row in batch])
+                for row, *renderings in zip(batch, ours, self._theirs(batch, ours), strict=True):
+                    contexts.setdefault(row.teacher, 0)
+                    contexts[row.teacher] += row.context is not None
                     if not self._fit(row, renderings):
                         dropped += 1
                         continue
@@ -218,46 +261,60 @@ class _Writer:
         if not rows.read:
             raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
         if not found:
-            most = " or, for the teacher, ".join(map(str, dict.fromkeys(self.limits)))
+            if self.router is not None:
+                self.router.check(self.of_teacher)
+            limits = [self.data.max_prompt_tokens, *(reading.limit for reading in self.readings)]
+            most = " or, for the teacher, ".join(map(str, dict.fromkeys(limits)))
             raise ValueError(
                 f"{name}: no prompt is left: {dropped} have more than max_prompt_tokens = {most} "
                 "tokens"
             )
-        if self.context.column is not None and not contexts:
-            raise ValueError(
-                f"{name}: column {self.context.column!r} (teacher.context_column) is null or blank "
-                "in every row; name another one, or none"
-            )
+        for number, count in contexts.items():
+            reading = self.readings[number]
+            if reading.context.column is not None and not count:
+                raise ValueError(
+                    f"{name}: column {reading.context.column!r} ({reading.key}.context_column) is "
+                    "null or blank in every row; name another one, or none"
+                )
         self.sizes.append(found)
         self.counts["rows"] += rows.read
         self.counts["duplicates"] += rows.duplicates
         self.counts["dropped"] += dropped
 
-    def _to_the_teacher(self, batch: Sequence[Row]) -> list[list[Message]]:
-        """Return what the teacher reads of rows; an error names the first that is refused."""
-        told = []
-        for row in batch:
-            with _told(row.where):
-                told.append(self.context.messages(row.messages, row.context))
-        return told
+    def _theirs(self, batch: Sequence[Row], ours: Sequence[list[int]]) -> list[list[int]]:
+        """Return each row's ids as its teacher reads it; an error names the first refused row."""
+        theirs = [*ours]
+        for number, reading in enumerate(self.readings):
+            places = [place for place, row in enumerate(batch) if row.teacher == number]
+            if reading.renderer is None or not places:
+                continue
+            rows, told = [batch[place] for place in places], []
+            for row in rows:
+                with _told(row.where):
+                    told.append(reading.context.messages(row.messages, row.context))
+            for place, ids in zip(places, _rendered(reading.renderer, rows, told), strict=True):
+                theirs[place] = ids
+        return theirs
 
     def _fit(self, row: Row, renderings: list[list[int]]) -> bool:
         """Tell whether a prompt is short enough, once its context is cut, if that is to be."""
-        if len(renderings[0]) > self.limits[0]:
+        reading = self.readings[row.teacher]
+        context, limit, renderer = reading.context, reading.limit, reading.renderer
+        if len(renderings[0]) > self.data.max_prompt_tokens:
             return False
-        if len(renderings[-1]) > self.limits[-1]:
-            if row.context is None or not self.context.cut:
+        if len(renderings[1]) > limit:
+            if row.context is None or renderer is None or not context.cut:
                 return False
 
-            def teachers(context: str) -> list[int]:
-                return self.renderers[-1](self.context.messages(row.messages, context))
+            def teachers(beginning: str) -> list[int]:
+                return renderer(context.messages(row.messages, beginning))
 
             kept = longest_that_fits(
-                row.context, lambda beginning: len(teachers(beginning)) <= self.limits[-1]
+                row.context, lambda beginning: len(teachers(beginning)) <= limit
             )
             if not kept:
                 return False
-            renderings[-1] = teachers(kept)
+            renderings[1] = teachers(kept)
             self.counts["cut"] += 1
         self.counts["contexts"] += row.context is not None
         return True
@@ -267,17 +324,23 @@ class _Writer:
         return BATCH if self.data.limit is None else min(BATCH, self.data.limit - found)
 
     def _write(self, row: Row, renderings: Sequence[list[int]]) -> None:
-        for column, ids in zip(self.ids, renderings, strict=True):
+        for column, ids in zip(self.ids, renderings, strict=False):
             column.append(ids)
-        self.differ |= renderings[-1] != renderings[0]
+        self.differ |= renderings[1] != renderings[0]
+        self.of_teacher[row.teacher] += 1
+        if self.teachers is not None:
+            self.teachers.append([row.teacher])
         self.messages.append(json.dumps(row.messages, ensure_ascii=False, default=str).encode())
         if self.answers is not None and row.answer is not None:
             self.answers.append(row.answer.encode())
 
     def close(self, weights: Sequence[Any]) -> dict[str, Any]:
-        """Return what is to be known of the entry."""
-        for column in (*self.ids, self.messages, *([self.answers] if self.answers else [])):
-            column.close()
+        """Return what is to be known of the entry. Raises ValueError as `Router.check`."""
+        if self.router is not None:
+            self.router.check(self.of_teacher)
+        for column in (*self.ids, self.messages, self.answers, self.teachers):
+            if column is not None:
+                column.close()
         parts = []
         if len(weights) > 1:
             whole = lcm(*(weight.denominator for weight in weights))
@@ -287,6 +350,7 @@ class _Writer:
             "parts": parts,
             "teacher": self.differ,
             "answers": self.answers is not None,
+            "routed": self.teachers is not None,
         }
 
 
@@ -316,9 +380,11 @@ def open_prompts(entry: Path) -> Prompts:
     answers: Sequence[str | None] = [None] * len(ids)
     if about["answers"]:
         answers = cache.column(entry, "answers", "u1", _text)
-    teacher = None
+    teacher = teachers = None
     if about["teacher"]:
         teacher = cache.column(entry, "teacher_ids", "<i4", np.ndarray.tolist)
+    if about["routed"]:
+        teachers = cache.column(entry, "teachers", "<i4", np.ndarray.item)
     return Prompts(
         token_ids=ids,
         texts=cache.Ragged(messages.values, messages.offsets, _last_text),
@@ -330,6 +396,7 @@ def open_prompts(entry: Path) -> Prompts:
         contexts=about["contexts"],
         cut=about["cut"],
         parts=tuple((size, weight) for size, weight in about["parts"]),
+        teachers=teachers,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from hashlib import blake2b
@@ -26,20 +27,26 @@ class Row(NamedTuple):
         where: it stands, for errors.
         answer: None if none was asked for.
         context: of the teacher alone; None: the row has none, or none was asked for.
+        teacher: the number of its teacher.
     """
 
     where: str
     messages: list[Message]
     answer: str | None
     context: str | None = None
+    teacher: int = 0
 
 
 class Rows:
     """The prompts of files, one at a time.
 
-    With `data.deduplicate`, a row is left out whose prompt, answer, if the file has answers, and
-    context, if one is asked for, are those of a row before it. What of it would be refused was
-    refused there.
+    With `data.deduplicate`, a row is left out whose prompt, answer, if the file has answers,
+    context, if one is asked for, and teacher are those of a row before it. What of it would be
+    refused was refused there. So is a row whose teacher is not known (`Router`).
+
+    Args:
+        router: says which teacher a row is for; None: the only one.
+        context_columns: of each teacher by its number; None where it has no context.
 
     Attributes:
         read: rows so far.
@@ -55,10 +62,11 @@ class Rows:
         files: Sequence[Path],
         data: DataSection,
         answer_column: str | None,
-        context_column: str | None = None,
+        router: Router | None = None,
+        context_columns: Sequence[str | None] = (None,),
     ):
-        self.files, self.data = files, data
-        self.answer_column, self.context_column = answer_column, context_column
+        self.files, self.data, self.router = files, data, router
+        self.answer_column, self.context_columns = answer_column, context_columns
         self.read = self.duplicates = 0
 
     def __iter__(self) -> Iterator[Row]:
@@ -67,43 +75,111 @@ class Rows:
             for where, record in read_records(path):
                 self.read += 1
                 prompt = _column(record, data.prompt_column, where)
+                teacher = 0
+                if self.router is not None:
+                    teacher = self.router.of(record)
+                    if teacher < 0 and self.router.required:
+                        continue  # `Router.check` tells of it
+                column = self.context_columns[teacher]
                 if data.deduplicate:
                     answer = _value(record, data.answer_column)
-                    row = [prompt, answer]
-                    if self.context_column is not None:
-                        row.append(_value(record, self.context_column))
+                    row = [prompt, answer, teacher]
+                    if column is not None:
+                        row.append(_value(record, column))
                     said = blake2b(_canonical(row).encode(), digest_size=16).digest()
                     if said in seen:
                         self.duplicates += 1
                         continue
                     seen.add(said)
-                yield self._row(where, prompt, record)
+                yield self._row(where, prompt, record)._replace(
+                    context=_context(record, column, where), teacher=teacher
+                )
 
     def _row(self, where: str, prompt: Any, record: dict[str, Any]) -> Row:
         column, system, answer = self.data.prompt_column, self.data.system, None
         messages = _as_messages(prompt, column, where)
         if (answers := self.answer_column) is not None:
             answer = as_answer(_column(record, answers, where), answers, where)
-        context = self._context(record, where)
         where = f"{where}: column {column!r}"
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
             where += " (after data.system)"
-        return Row(where, messages, answer, context)
+        return Row(where, messages, answer)
 
-    def _context(self, record: dict[str, Any], where: str) -> str | None:
-        if (column := self.context_column) is None:
-            return None
-        context = _column(record, column, where)
-        if context is None or (isinstance(context, str) and not context.strip()):
-            return None
-        if not isinstance(context, str):
-            raise ValueError(
-                f"{where}: column {column!r} is {json.dumps(context, default=str)[:40]}; a "
-                "context is text, or null where there is none"
+
+class Router:
+    """Says which teacher each row is for, and counts those of which it cannot.
+
+    Args:
+        names: of the teachers, by number.
+        column: with the name of a row's teacher; None: there is none.
+        required: every row has to be for one of them, and each of them has to have rows.
+
+    Attributes:
+        default: the teacher of rows that do not name one; None: they have none.
+        unknown: rows that name a teacher that there is not, by that name.
+        without: rows without a teacher.
+    """
+
+    def __init__(self, names: Sequence[str], column: str | None, required: bool):
+        self.names, self.column, self.required = names, column, required
+        self.default: str | None = None
+        self.unknown, self.without = Counter[str](), 0
+
+    def of(self, record: dict[str, Any]) -> int:
+        """Return the number of a row's teacher; −1 where it is not known."""
+        name = None if self.column is None else _value(record, self.column)
+        if name is None or (isinstance(name, str) and not name.strip()):
+            name = self.default
+        if name in self.names:
+            return self.names.index(name)
+        if name is None:
+            self.without += 1
+        else:
+            self.unknown[str(name)] += 1
+        return -1
+
+    def check(self, prompts: Mapping[int, int]) -> None:
+        """Refuse rows whose teacher is not known, and teachers without prompts.
+
+        Args:
+            prompts: how many each teacher has, by its number.
+
+        Raises:
+            ValueError: one line with the numbers of such rows.
+        """
+        if not self.required:
+            return
+        wrong = []
+        if self.without:
+            wrong.append(
+                f"{self.without} rows have no teacher: name data.teacher_column, or a teacher for "
+                "each file"
             )
-        _check_unicode(context, column, where)
-        return context
+        if self.unknown:
+            counted = self.unknown.most_common(4)
+            each = ", ".join(f"{count} rows name {name!r}" for name, count in counted)
+            wrong.append(f"{each}, and teachers has {', '.join(self.names)}")
+        for number, name in enumerate(self.names):
+            if not prompts.get(number):
+                wrong.append(f"0 prompts that fit are for teachers.{name}: take it out")
+        if wrong:
+            raise ValueError(f"data.prompts: {'; '.join(wrong)}")
+
+
+def _context(record: dict[str, Any], column: str | None, where: str) -> str | None:
+    if column is None:
+        return None
+    context = _column(record, column, where)
+    if context is None or (isinstance(context, str) and not context.strip()):
+        return None
+    if not isinstance(context, str):
+        raise ValueError(
+            f"{where}: column {column!r} is {json.dumps(context, default=str)[:40]}; a "
+            "context is text, or null where there is none"
+        )
+    _check_unicode(context, column, where)
+    return context
 
 
 def read_texts(prompts: Any, prompt_column: str, answer_column: str, limit: int) -> Iterator[str]:

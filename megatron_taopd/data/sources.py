@@ -25,10 +25,12 @@ class Source:
     Attributes:
         paths: as the configuration has them.
         weight: its part of the prompts that are drawn; 1 if it is the only one.
+        teacher: the name of the teacher that its prompts are for, unless they say so themselves.
     """
 
     paths: tuple[str, ...]
     weight: Fraction = Fraction(1)
+    teacher: str | None = None
 
     def files(self) -> list[Path]:
         """Return the files to read, in their order. Raises as `files_of`."""
@@ -39,7 +41,7 @@ def sources_of(prompts: Any) -> list[Source]:
     """Return what the value of a key names.
 
     Args:
-        prompts: a path, or a list of paths, or a list of {path, weight}.
+        prompts: a path, or a list of paths, or a list of {path, weight}, with or without teacher.
 
     Raises:
         ValueError: it is something else; a weight is not above 0; some have one and others not.
@@ -49,13 +51,20 @@ def sources_of(prompts: Any) -> list[Source]:
     items = list(prompts) if isinstance(prompts, list | tuple) else []
     if items and all(isinstance(item, str | Path) for item in items):
         return [Source(tuple(map(str, items)))]
-    named = [item for item in items if isinstance(item, dict) and {*item} == {"path", "weight"}]
+    named = [
+        item
+        for item in items
+        if isinstance(item, dict) and {*item} - {"teacher"} == {"path", "weight"}
+    ]
     if not named or len(named) < len(items):
         hint = " (a weight for each, or for none)" if named else ""
         raise ValueError(
-            f"{prompts}; it is a path, a list of paths, or a list of {{path, weight}}{hint}"
+            f"{prompts}; it is a path, a list of paths, or a list of {{path, weight}} or "
+            f"{{path, weight, teacher}}{hint}"
         )
-    return [Source((str(item["path"]),), _weight(item["weight"])) for item in named]
+    return [
+        Source((str(item["path"]),), _weight(item["weight"]), item.get("teacher")) for item in named
+    ]
 
 
 def _weight(weight: Any) -> Fraction:

@@ -69,7 +69,7 @@ def open_engine(
                 seed=config.run.seed,
                 rank=dist.get_rank(),
                 world_size=dist.get_world_size(),
-                vocab_size=texts.vocab_map.size,
+                vocab_size=texts.common_vocabulary,
                 eos_token_ids=texts.student.eos_token_ids,
             )
     model, replicas = wait_for_servers(
@@ -90,7 +90,7 @@ def open_engine(
         probe=weight_sync.Probe(log_probs, sync.max_gap, texts.prompts.token_ids),
         release_memory=sync.release_memory,
     )
-    tokens, ends = texts.vocab_map.size, texts.student.eos_token_ids
+    tokens, ends = texts.common_vocabulary, texts.student.eos_token_ids
     return SGLangEngine(replicas, model, tokens, ends, updates, own)
 
 

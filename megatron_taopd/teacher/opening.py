@@ -1,12 +1,15 @@
-"""The teacher that a configuration asks for: in this job, or on servers."""
+"""The teachers that a configuration asks for: in this job, or on servers."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from megatron_taopd.config.schema import Config, TeacherSection
+from torch import Tensor
+
+from megatron_taopd.config.schema import Config, teacher_name
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.formats.output_head import find_head
@@ -15,43 +18,66 @@ from megatron_taopd.serving.begin import begin_servers, open_own, wait_for_serve
 from megatron_taopd.serving.hidden_states import HOOK_ARGS
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.sglang import SGLangTeacher, SGLangTopkTeacher, student_ids_of
+from megatron_taopd.teacher.teachers import Teachers
 
 logger = logging.getLogger(__name__)
 
 
-def begin_teacher_servers(config: Config) -> Future | None:
-    """Start or find the teacher's servers in the background; None for one in this job."""
-    if config.teacher.engine != "sglang":
-        return None
-    return begin_servers(
-        config.teacher.servers,
-        config.teacher.path,
-        config.rollout.max_new_tokens + config.teacher_prompt_tokens,
-        DTYPES[config.train.precision],
-        Path(config.run.dir) / "servers" / "teacher",
-        fixed_weights=True,
-        args=HOOK_ARGS if config.teacher.form == "hidden_states" else (),
-    )
+def begin_teacher_servers(config: Config) -> dict[str, Future]:
+    """Start or find the servers of teachers that are not in this job, in the background: by key."""
+    return {
+        key: begin_servers(
+            section.servers,
+            section.path,
+            config.rollout.max_new_tokens + config.prompt_limit(key)[1],
+            DTYPES[config.train.precision],
+            Path(config.run.dir) / "servers" / teacher_name(key),
+            fixed_weights=True,
+            args=HOOK_ARGS if section.form == "hidden_states" else (),
+        )
+        for key, section in config.each_teacher.items()
+        if section.engine == "sglang"
+    }
 
 
-def open_teacher(
-    config: Config, servers: Future | None, vocab_map: VocabMap
-) -> MegatronTeacher | SGLangTeacher | SGLangTopkTeacher:
-    """Build the teacher, or wait for the servers that were begun.
+def open_teachers(
+    config: Config,
+    servers: Mapping[str, Future],
+    vocab_maps: Mapping[str, VocabMap],
+    prompts: Sequence[Sequence[int]] | None,
+    of_prompt: Tensor | None,
+) -> Teachers:
+    """Build the teachers, or wait for the servers that were begun.
+
+    Args:
+        servers: of `begin_teacher_servers`.
+        vocab_maps: by name.
+        prompts, of_prompt: see `Teachers`.
 
     Raises:
         ValueError: they do not serve, on every rank.
     """
-    section, dtype = config.teacher, DTYPES[config.train.precision]
+    engines = {
+        teacher_name(key): _open(config, key, servers.get(key), vocab_maps[teacher_name(key)])
+        for key in config.each_teacher
+    }
+    return Teachers(engines, vocab_maps, prompts, of_prompt)
+
+
+def _open(
+    config: Config, key: str, servers: Future | None, vocab_map: VocabMap
+) -> MegatronTeacher | SGLangTeacher | SGLangTopkTeacher:
+    section, dtype = config.each_teacher[key], DTYPES[config.train.precision]
     if servers is None:
         layout, tokens = forward_layout(**vars(section.parallel)), config.train.micro_batch_tokens
         return MegatronTeacher(section.path, layout, dtype, tokens, section.offload)
-    model, replicas = wait_for_servers(servers, "teacher.servers", section.servers.start_timeout_s)
-    own = open_own(section.servers, "teacher.servers", model, fixed_weights=True)
+    where = f"{key}.servers"
+    model, replicas = wait_for_servers(servers, where, section.servers.start_timeout_s)
+    own = open_own(section.servers, where, model, fixed_weights=True)
     if section.form == "hidden_states":
         return SGLangTeacher(replicas, model, find_head(model.path).shape[1], dtype, own)
     logger.info(
-        f"teacher.form: topk; D, C and the teacher's entropy are lower bounds from its "
+        f"{key}.form: topk; D, C and the teacher's entropy are lower bounds from its "
         f"{section.topk} likeliest tokens (Eq. 17)"
     )
     student_ids = None
@@ -60,7 +86,9 @@ def open_teacher(
     return SGLangTopkTeacher(replicas, model, section.topk, student_ids, own)
 
 
-def head_directory(section: TeacherSection) -> str | None:
-    """Say where the teacher's head is read from; None for one that reports its top-K only."""
-    topk = section.engine == "sglang" and section.form == "topk"
-    return None if topk else section.path
+def head_directories(config: Config) -> list[str | None]:
+    """Say where each teacher's head is read from; None for one that reports its top-K only."""
+    return [
+        None if section.engine == "sglang" and section.form == "topk" else section.path
+        for section in config.each_teacher.values()
+    ]

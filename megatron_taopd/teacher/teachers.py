@@ -25,6 +25,8 @@ Parts = dict[int, list[tuple[Tensor, ReadRows]]]
 class Teacher(Protocol):
     """A model that reads: `teacher.megatron` and `teacher.sglang`."""
 
+    layout: object  # which a person reads
+
     @property
     def longest_sequence(self) -> int: ...
 

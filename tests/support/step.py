@@ -123,7 +123,8 @@ def step_on_ranks(
         if mask is not None:
             given = WantedRows.known(batch, mask.nonzero()[:, 0])
             distiller.select = lambda scored, seed: Selection(None, given, {})
-        student, teacher = distiller.student, distiller.teacher
+        distiller.teachers.prompts = teacher_prompts
+        student, teacher = distiller.student, distiller.teachers[0]
         before_update, gradients = student.step, []
 
         def step():
@@ -132,8 +133,7 @@ def step_on_ranks(
 
         student.step = step
         fingerprint = teacher.fingerprint()
-        teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, teacher.longest_sequence)
-        lessons = [distiller.learn(batch, distiller.read(teacher_inputs), 0) for _ in range(steps)]
+        lessons = [distiller.learn(batch, distiller.read(batch), 0) for _ in range(steps)]
         first = lessons[0]
         return {
             "scores": whole_scores(first.scored),
@@ -166,6 +166,7 @@ def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=Fal
     from megatron_taopd.step.guard import Guard
     from megatron_taopd.step.output_heads import open_heads
     from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.teacher.teachers import Teachers
 
     student_dir, student_parallel = student
     teacher_dir, teacher_parallel = teacher
@@ -179,7 +180,8 @@ def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=Fal
     )  # fmt: skip
     heads = open_heads(model, teacher_dir, vocab_map, chunk_rows)
     guard = Guard(max_skipped=3, loss_spike=0)
-    return Distiller(model, reader, heads, guard, SelectionSection(), LossSection(), train)
+    teachers = Teachers({"teacher": reader}, {"teacher": vocab_map})
+    return Distiller(model, teachers, heads, guard, SelectionSection(), LossSection(), train)
 
 
 def gather_gradients(student):
