@@ -33,7 +33,7 @@ from megatron_taopd.step.distiller import Distiller
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import open_all_heads
-from megatron_taopd.teacher.opening import begin_teacher_servers, head_directories, open_teachers
+from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,14 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     start = on_rank_0(lambda: start_of(to_tree(config)))
     serving = sized(config, platform.local_world_size(), platform.device_memory())
     rollout_servers = begin_rollout_servers(serving)
-    teacher_servers = begin_teacher_servers(serving)
+    teacher_servers = {key: begin_teacher_servers(serving, key) for key in serving.each_teacher}
     texts = open_texts(config)
     before.check_prompts(len(texts.prompts), config)
     student = open_student(config, before, texts)
-    teachers = open_teachers(
-        config,
-        teacher_servers,
-        texts.vocab_maps,
-        texts.prompts.teacher_token_ids,
-        texts.teachers,
-    )
-    chunk_rows = student.rows_within(config.train.head_memory_mib)
-    maps = texts.vocab_maps.values()
-    heads = open_all_heads(
-        student, [*zip(head_directories(config), maps, strict=True)], chunk_rows
-    )
+    teachers = open_teachers(config, teacher_servers, texts)
+    directories = map(head_directory, config.each_teacher.values())
+    of_each = [*zip(directories, texts.vocab_maps.values(), strict=True)]
+    heads = open_all_heads(student, of_each, student.rows_within(config.train.head_memory_mib))
     engine = open_engine(config, rollout_servers, student, texts)
     horizon, guard = Horizon.of(config.rollout), Guard.of(config.guard, config.loss)
     state = go_on(before, config, student, horizon, guard, start)

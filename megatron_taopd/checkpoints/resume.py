@@ -26,7 +26,7 @@ from megatron_taopd.formats.megatron import SIDE_FILES
 MOST_NAMED = 4  # differences of two config.json in one line
 LONGEST = 60  # characters of a value there
 _PROMPTS = "prompts and their order follow from it"
-# Keys whose value has to stay, and why.
+# Keys whose value has to stay, and why; those of `teacher` for each of several, too.
 FIXED = {
     "run.seed": "rollouts and the order of the prompts follow from it",
     "data.shuffle": _PROMPTS,
@@ -37,6 +37,7 @@ FIXED = {
     "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
+    "data.teacher_column": _PROMPTS,
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,
@@ -67,16 +68,17 @@ def start_of(config: Mapping[str, Any]) -> dict[str, Any]:
         config: the configuration as nested dicts; its files are there.
 
     Returns:
-        config, as given; files: under the keys of FIXED_FILES and `eval.prompts`, if that is given,
-        the path, and what identifies what is there.
+        config, as given; files: under the keys of FIXED_FILES, of each teacher's path and
+        `eval.prompts`, if that is given, the path, and what identifies what is there.
     """
-    teacher = config["teacher"]
-    no_weights = teacher["engine"] == "sglang" and teacher["form"] == "topk"
     files = {
         "student.path": model(config["student"]["path"]),
-        "teacher.path": model(teacher["path"], weights=not no_weights),
         "data.prompts": _prompts(config["data"]["prompts"]),
     }
+    for key in teachers(config):
+        teacher = value(config, key)
+        no_weights = teacher["engine"] == "sglang" and teacher["form"] == "topk"
+        files[f"{key}.path"] = model(teacher["path"], weights=not no_weights)
     if (held_out := config["eval"]["prompts"]) is not None:
         files["eval.prompts"] = _prompts(held_out)
     return {"config": config, "files": files}
@@ -107,6 +109,8 @@ def _prompts(prompts: Any) -> dict[str, Any]:
     parts: dict[str, Any] = {"content": f"{size:,} bytes, SHA-256 {digest[:16]}…"}
     if len(sources) > 1:
         parts["weights"] = " : ".join(str(source.weight) for source in sources)
+    if any(source.teacher is not None for source in sources):
+        parts["teachers"] = ", ".join(str(source.teacher) for source in sources)
     return {"path": written(prompts), **parts}
 
 
@@ -146,14 +150,21 @@ def refusals(
     Args:
         before, now: as `start_of` gives them. What either does not know is not compared.
     """
-    for key, reason in FIXED.items():
+    those, begun_with = teachers(now["config"]), teachers(before["config"])
+    if those != begun_with and before["config"]:
+        yield (
+            f"teachers: {', '.join(those)}, and {', '.join(begun_with)} when {run_dir} was begun: "
+            "a run has the teachers that it began with",
+            f"give {', '.join(begun_with)}, or another run.dir",
+        )
+    for key, reason in _of_each(FIXED, those):
         old, new = value(before["config"], key), value(now["config"], key)
         if old is not _UNKNOWN and old != new:
             yield (
                 f"{key}: {_written(new)}, and {_written(old)} when {run_dir} was begun: {reason}",
                 f"give {_written(old)}, or another run.dir",
             )
-    for key, reason in FIXED_FILES.items():
+    for key, reason in _of_each(FIXED_FILES, those):
         old, new = (start["files"].get(key, {}) for start in (before, now))
         parts = [part for part in old if part != "path" and part in new]
         differing = next((part for part in parts if old[part] != new[part]), None)
@@ -174,6 +185,19 @@ def _difference(old: Any, new: Any) -> str:
         f"{name} {_written(old.get(name))} → {_written(new.get(name))}"
         for name in names[:MOST_NAMED]
     ) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+
+
+def teachers(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the teachers' sections (`Config.each_teacher`) of nested dicts."""
+    return [f"teachers.{name}" for name in config.get("teachers") or ()] or ["teacher"]
+
+
+def _of_each(keys: Mapping[str, str], sections: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield keys and reasons, those of `teacher` for each of these sections."""
+    for key, reason in keys.items():
+        model, _, name = key.partition(".")
+        for section in sections if model == "teacher" else [model]:
+            yield f"{section}.{name}", reason
 
 
 _UNKNOWN = object()

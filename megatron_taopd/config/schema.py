@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import MISSING
@@ -299,9 +299,9 @@ class DataSection:
     )
     teacher_column: str | None = key(
         None,
-        "Column with the name of the teacher (`teachers`) that each prompt is for. Where it is null "
-        "or blank, and without it, the prompt is for the `teacher` of its file: "
-        "`[{path: a.jsonl, weight: 1, teacher: math}, {path: b.jsonl, weight: 1, teacher: code}]`.",
+        "Column with the name of the teacher, of those in `teachers`, that each prompt is for. "
+        "Where it is null or blank, and without a column, that is the `teacher` of the file: "
+        "`prompts: [{path: a.jsonl, weight: 1, teacher: math}, …]`.",
     )
     shuffle: bool = key(True, "Shuffle the prompts, in each epoch anew.")
     limit: int | None = key(
@@ -629,10 +629,23 @@ class Config:
         named = self.teachers or {}
         return {f"teachers.{name}": named[name] for name in named} or {"teacher": self.teacher}
 
+    def with_teachers(self, sections: Mapping[str, TeacherSection]) -> Config:
+        """Return a configuration with other sections of its teachers, by key."""
+        if not self.teachers:
+            return replace(self, teacher=sections["teacher"])
+        return replace(self, teachers={teacher_name(key): each for key, each in sections.items()})
+
     @property
     def models(self) -> dict[str, StudentSection | TeacherSection]:
         """Return the section of every model by its key."""
         return {"student": self.student, **self.each_teacher}
+
+    @property
+    def served(self) -> dict[str, RolloutSection | TeacherSection]:
+        """Return the section of everything that SGLang servers do, by its key."""
+        sections: dict[str, RolloutSection | TeacherSection] = {"rollout": self.rollout}
+        sections |= self.each_teacher
+        return {key: section for key, section in sections.items() if section.engine == "sglang"}
 
     def prompt_limit(self, model: str) -> tuple[str, int]:
         """Return the key that bounds what a model reads before a response, and its tokens.
@@ -672,7 +685,9 @@ def check_bounds(config: Config) -> None:
     """Raise ValueError for the first number outside of its key's bounds: key, value, bounds."""
     keys = [*leaf_keys()]
     if config.teachers:
-        keys += [each for key in config.each_teacher for each in leaf_keys(TeacherSection, f"{key}.")]
+        keys += [
+            each for key in config.each_teacher for each in leaf_keys(TeacherSection, f"{key}.")
+        ]
     for dotted, kind, name in keys:
         bounds = kind.__dataclass_fields__[name].metadata["bounds"]  # type: ignore[attr-defined]
         value: Any = config

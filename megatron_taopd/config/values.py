@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def check_sections(config: Config) -> None:
             f"student.parallel.ep: {experts}; it has to be 1: a mixture of experts can be a "
             "teacher only"
         )
-    _check_context(config.teacher)
+    _check_routing(config)
+    for key, teacher in config.each_teacher.items():
+        _check_context(key, teacher)
     _check_selection(config)
     _check_replay(config)
     _check_profile(config)
@@ -66,8 +69,8 @@ def check_sections(config: Config) -> None:
     _check_engines(config)
     _check_evaluation(config.eval)
     _check_optimizer(config)
-    for model in ("student", "teacher"):
-        parallel = getattr(config, model).parallel
+    for model, section in config.models.items():
+        parallel = section.parallel
         if parallel.sequence and parallel.tp == 1:
             raise ValueError(
                 f"{model}.parallel.sequence: true needs {model}.parallel.tp > 1, which is 1"
@@ -184,9 +187,8 @@ def _check_patience(config: Config) -> None:
     stall = config.watchdog.stall_timeout_s
     if not (stall and config.watchdog.heartbeat_timeout_s):
         return
-    for name in ("rollout", "teacher"):
-        section = getattr(config, name)
-        if section.engine == "sglang" and section.servers.timeout_s >= stall:
+    for name, section in config.served.items():
+        if section.servers.timeout_s >= stall:
             raise ValueError(
                 f"{name}.servers.timeout_s: {section.servers.timeout_s:g} is not less than "
                 f"watchdog.stall_timeout_s {stall:g}, so that one request that hangs could end the "
@@ -221,10 +223,10 @@ def _check_evaluation(section: EvalSection) -> None:
 
 
 def _check_engines(config: Config) -> None:
-    rollout, teacher = config.rollout, config.teacher
-    if rollout.engine == "sglang":
-        _check_servers("rollout", rollout.servers)
-    elif rollout.ahead:
+    rollout = config.rollout
+    for key, section in config.served.items():
+        _check_servers(key, section.servers)
+    if rollout.ahead and rollout.engine != "sglang":
         raise ValueError(
             f"rollout.ahead: {rollout.ahead} with rollout.engine local, which generates in the "
             "ranks that train; it has to be 0, or the engine sglang"
@@ -234,25 +236,25 @@ def _check_engines(config: Config) -> None:
             "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
             "the student trains cannot give their memory back; one of them has to be off"
         )
-    if teacher.engine == "megatron":
-        return
-    _check_servers("teacher", teacher.servers)
-    if teacher.parallel != ParallelSection() or teacher.offload:
-        raise ValueError(
-            "teacher.parallel and teacher.offload are of teacher.engine megatron; leave them out "
-            "with sglang, whose layout is teacher.servers.tp and replicas"
-        )
-    if teacher.form == "topk" and teacher.topk < config.selection.k:
-        raise ValueError(
-            f"teacher.topk: {teacher.topk} is less than selection.k {config.selection.k}; several "
-            "times that is better"
-        )
-    shared = set(rollout.servers.gpus or ()) & set(teacher.servers.gpus or ())
-    if rollout.engine == "sglang" and shared:
-        raise ValueError(
-            f"teacher.servers.gpus: {_listed(sorted(shared))} are also in rollout.servers.gpus; "
-            "give each model its own"
-        )
+    for key, teacher in config.each_teacher.items():
+        if teacher.engine != "sglang":
+            continue
+        if teacher.parallel != ParallelSection() or teacher.offload:
+            raise ValueError(
+                f"{key}.parallel and {key}.offload are of {key}.engine megatron; leave them out "
+                f"with sglang, whose layout is {key}.servers.tp and replicas"
+            )
+        if teacher.form == "topk" and teacher.topk < config.selection.k:
+            raise ValueError(
+                f"{key}.topk: {teacher.topk} is less than selection.k {config.selection.k}; "
+                "several times that is better"
+            )
+    for (one, section), (other, its) in combinations(config.served.items(), 2):
+        if shared := set(section.servers.gpus or ()) & set(its.servers.gpus or ()):
+            raise ValueError(
+                f"{other}.servers.gpus: {_listed(sorted(shared))} are also in {one}.servers.gpus; "
+                "give each model its own"
+            )
 
 
 # Of servers that a run starts itself. (With those that are there, the plan asks for `tp`.)
@@ -296,7 +298,7 @@ def _port(url: str) -> int:
 
 def _check_micro_batch(config: Config, model: str) -> None:
     """Refuse micro-batches that cannot hold a model's longest sequence."""
-    parallel: ParallelSection = getattr(config, model).parallel
+    parallel = config.models[model].parallel
     multiple = parallel.tp if parallel.sequence else 1
     capacity = config.train.micro_batch_tokens // multiple * multiple
     key, prompt = config.prompt_limit(model)
@@ -309,7 +311,21 @@ def _check_micro_batch(config: Config, model: str) -> None:
         )
 
 
-def _check_context(teacher: TeacherSection) -> None:
+def _check_routing(config: Config) -> None:
+    """Refuse keys that tell several teachers apart where there is one."""
+    if config.teachers:
+        return
+    if (column := config.data.teacher_column) is not None:
+        raise ValueError(f"data.teacher_column: {column!r} needs teachers to choose from")
+    prompts = config.data.prompts
+    for item in prompts if isinstance(prompts, list | tuple) else ():
+        if isinstance(item, dict) and item.get("teacher") is not None:
+            raise ValueError(f"data.prompts: {item}: a teacher needs teachers to choose from")
+    if config.selection.scope == "teacher":
+        raise ValueError("selection.scope: teacher needs teachers; with one, it has to be batch")
+
+
+def _check_context(key: str, teacher: TeacherSection) -> None:
     """Refuse keys of a teacher's own reading that would have no effect."""
     own = {
         "system": teacher.system,
@@ -319,16 +335,15 @@ def _check_context(teacher: TeacherSection) -> None:
     for name, value in own.items():
         if value is not None and teacher.prompt == "student":
             raise ValueError(
-                f"teacher.{name}: {value!r}, but the teacher reads the student's rendering "
-                "(teacher.prompt: student); take out one of them"
+                f"{key}.{name}: {value!r}, but the teacher reads the student's rendering "
+                f"({key}.prompt: student); take out one of them"
             )
     if teacher.context_column is None:
         for name in ("context_template", "context_overflow"):
             value = getattr(teacher, name)
             if value != TeacherSection.__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"teacher.{name}: {value!r}, but there is no context; name "
-                    "teacher.context_column"
+                    f"{key}.{name}: {value!r}, but there is no context; name {key}.context_column"
                 )
 
 
@@ -350,8 +365,8 @@ def check_layouts(config: Config, ranks: int | None, whose: str = "the number of
             raise ValueError(
                 f"train.profile.ranks: {rank}; {whose} {ranks} has those from 0 to {ranks - 1}"
             )
-    for model in ("student", "teacher"):
-        parallel = getattr(config, model).parallel
+    for model, section in config.models.items():
+        parallel = section.parallel
         _check_micro_batch(config, model)
         size = parallel.tp * parallel.pp
         if ranks is not None and ranks % size:
@@ -376,10 +391,7 @@ def check_environment(config: Config) -> None:
     Raises:
         ValueError: one line with the key, its value and what would be right.
     """
-    for model in ("rollout", "teacher"):
-        section = getattr(config, model)
-        if section.engine != "sglang":
-            continue
+    for model, section in config.served.items():
         if find_spec("sglang") is None:
             raise ValueError(
                 f"{model}.engine: sglang, which is not installed: pip install '.[sglang]' with "
@@ -425,8 +437,8 @@ def check_files(config: Config) -> None:
         if path is not None and Path(path).exists() and not Path(path).is_dir():
             raise ValueError(f"{key}: {path} is a file; give a directory")
     _check_prompts(config)
-    for model in ("student", "teacher"):
-        path = getattr(config, model).path
+    for model, section in config.models.items():
+        path = section.path
         if is_model(path) and not Path(path).exists():
             continue  # a name on the hub, which `preflight.models` asks for it
         try:
@@ -454,9 +466,11 @@ def _check_prompts(config: Config) -> None:
 
 
 def reads_weights(config: Config, model: str) -> bool:
-    """Say whether the run itself reads weights of this model, student or teacher."""
-    teacher = config.teacher
-    return model == "student" or teacher.engine == "megatron" or teacher.form == "hidden_states"
+    """Say whether the run itself reads weights of this model, by its key."""
+    if model == "student":
+        return True
+    teacher = config.each_teacher[model]
+    return teacher.engine == "megatron" or teacher.form == "hidden_states"
 
 
 def _listed(values: Iterable[object]) -> str:

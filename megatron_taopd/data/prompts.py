@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from math import lcm
 from pathlib import Path
@@ -63,6 +63,24 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def of_teacher(self, number: int) -> Prompts:
+        """Return the prompts that are for this teacher; counts stay those of the files."""
+        if self.teachers is None:
+            return self
+        own = [place for place, teacher in enumerate(self.teachers) if teacher == number]
+
+        def chosen(column: Sequence) -> list:
+            return [column[place] for place in own]
+
+        return replace(
+            self,
+            token_ids=chosen(self.token_ids),
+            texts=chosen(self.texts),
+            answers=chosen(self.answers),
+            teacher_token_ids=self.teacher_token_ids and chosen(self.teacher_token_ids),
+            messages=chosen(self.messages),
+        )
 
 
 class TeacherReader(NamedTuple):

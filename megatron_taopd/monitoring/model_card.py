@@ -53,7 +53,7 @@ def model_card(
     records = [record for record in records if record["step"] <= step]
     before, now = (_evaluation(records, at) for at in (0, step))
     name = config.run.name or Path(config.run.dir).name
-    student, teacher = hub_name(config.student.path), hub_name(config.teacher.path)
+    student, teacher = hub_name(config.student.path), teachers_of(config)
     held_out = ", ".join(_data_names(config.eval.prompts)) if config.eval.prompts else None
     data_sets = [name for name in _data_names(config.data.prompts) if "/" in name]
     data = ModelCardData(
@@ -151,6 +151,11 @@ def _drawn(config: Config) -> str:
     return f"{how}, {section.samples} × {which}, grader `{grader_name(section.grader)}`."
 
 
+def teachers_of(config: Config) -> str:
+    """Name the teacher, or all of them."""
+    return ", ".join(hub_name(section.path) for section in config.each_teacher.values())
+
+
 def _training(
     config: Config, records: Sequence[Mapping[str, Any]], num_prompts: int
 ) -> list[tuple[str, str]]:
@@ -161,7 +166,7 @@ def _training(
     if total["kept_rows"] is not None and total["valid_rows"]:
         budget += f": the loss fell on {total['kept_rows']:,} of {total['valid_rows']:,}"
     return [
-        ("teacher", hub_name(config.teacher.path)),
+        ("teacher", teachers_of(config)),
         ("student before", hub_name(config.student.path)),
         ("data", f"{', '.join(_data_names(config.data.prompts))}, {num_prompts:,} prompts"),
         ("steps", f"{total['steps']:,} of {train.steps:,}"),
@@ -181,7 +186,7 @@ def _training(
 
 def _versions(config: Config) -> list[tuple[str, str]]:
     packages = ["megatron-taopd", "megatron-core", "torch", "transformers"]
-    if "sglang" in (config.rollout.engine, config.teacher.engine):
+    if config.served:
         packages.append("sglang")
     found = [("Python", platform.python_version())]
     for package in packages:

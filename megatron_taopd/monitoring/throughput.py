@@ -65,15 +65,14 @@ class Devices:
         Args:
             local_ranks: of the first node, whose devices the run's own servers may share.
         """
-        counts, apart = [], 0
-        for section in (config.rollout, config.teacher):
-            if section.engine == "sglang":
-                servers = section.servers
-                counts.append((len(servers.urls) or servers.replicas) * servers.tp)
-                apart += devices_apart(servers, local_ranks)
-            else:
-                counts.append(ranks)
-        return cls(ranks, *counts, apart)
+        counts = {
+            key: (len(section.servers.urls) or section.servers.replicas) * section.servers.tp
+            for key, section in config.served.items()
+        }
+        apart = sum(devices_apart(each.servers, local_ranks) for each in config.served.values())
+        reading = [counts.get(key, ranks) for key in config.each_teacher]
+        # Teachers read one after the other, but for those on servers of their own.
+        return cls(ranks, counts.get("rollout", ranks), max(reading), apart)
 
 
 def devices_apart(servers: ServersSection, local_ranks: int) -> int:

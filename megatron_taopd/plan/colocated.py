@@ -34,14 +34,14 @@ def sized(config: Config, local_ranks: int, device_bytes: int | None) -> Config:
     Raises:
         ValueError: there is no room for a cache.
     """
-    for name in ("rollout", "teacher"):
-        section = getattr(config, name)
+    sizes = {}
+    for name, section in config.served.items():
         servers: ServersSection = section.servers
-        if device_bytes is None or section.engine != "sglang" or servers.urls:
+        if device_bytes is None or servers.urls:
             continue
         if servers.max_total_tokens is not None or min(devices_of(servers)) >= local_ranks:
             continue
-        model = config.student if name == "rollout" else config.teacher
+        model = config.models["student" if name == "rollout" else name]
         hf = load_config(model.path)
         if hf.model_type not in FAMILIES:
             continue
@@ -54,8 +54,9 @@ def sized(config: Config, local_ranks: int, device_bytes: int | None) -> Config:
                 f"{device_bytes / 2**30:.0f} GiB does not hold the weights; give more, or more tp"
             )
         servers = replace(servers, max_total_tokens=tokens, mem_fraction=CEILING)
-        config = replace(config, **{name: replace(section, servers=servers)})
-    return config
+        sizes[name] = replace(section, servers=servers)
+    rollout = sizes.pop("rollout", config.rollout)
+    return replace(config.with_teachers({**config.each_teacher, **sizes}), rollout=rollout)
 
 
 def cache_tokens(

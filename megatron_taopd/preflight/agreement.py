@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_taopd.config.schema import Config, ParallelSection
-from megatron_taopd.data.texts import training_prompts, vocabularies
-from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
+from megatron_taopd.config.schema import Config, ParallelSection, teacher_name
+from megatron_taopd.data.texts import training_prompts, vocab_maps, vocabularies
+from megatron_taopd.data.vocab_map import Vocabulary
 from megatron_taopd.formats.hf import DTYPES, load_config, tensor_shapes
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel import platform
@@ -34,7 +34,8 @@ from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import open_heads
 from megatron_taopd.step.scoring import sequence_log_probs, whole_scores
 from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teacher
-from megatron_taopd.types import RolloutBatch, Sequences
+from megatron_taopd.teacher.teachers import Teachers
+from megatron_taopd.types import RolloutBatch
 
 NEW_TOKENS = 8
 # Mean |Δ log p| of two correct implementations, by dtype.
@@ -78,18 +79,16 @@ def check_engine(
     ]
 
 
-def check_teacher(
-    batch: RolloutBatch, teacher_inputs: Sequences, distiller: Distiller
-) -> list[Finding]:
-    """Have the teacher read the same tokens: scores are numbers, no divergence is negative.
+def check_teacher(batch: RolloutBatch, distiller: Distiller) -> list[Finding]:
+    """Have the teacher read the same response: scores are numbers, no divergence is negative.
 
     Args:
-        teacher_inputs: the batch as the teacher reads it.
-        distiller: of a student that only scores.
+        distiller: of a student that only scores, and one teacher.
     """
-    what = f"teacher ({getattr(distiller.teacher, 'layout', 'served')})"
+    [(name, engine)] = distiller.teachers.engines.items()
+    what = f"{name} ({engine.layout})"
     remedy = "taopd verify compares its weights with transformers; bf16 may overflow"
-    parts, assigned = distiller.read(teacher_inputs), distiller.assign(batch)
+    parts, assigned = distiller.read(batch), distiller.assign(batch)
     teacher_rows = distiller.dispatch(parts, batch, assigned)
     try:
         scores = whole_scores(distiller.score(batch, assigned, teacher_rows))
@@ -121,11 +120,12 @@ def available_bytes(local_ranks: int) -> int:
 
 def alone(config: Config) -> Config:
     """Return the configuration for one rank."""
-    return replace(
-        config,
-        student=replace(config.student, parallel=ParallelSection()),
-        teacher=replace(config.teacher, parallel=ParallelSection()),
-    )
+    teachers = {
+        key: replace(section, parallel=ParallelSection())
+        for key, section in config.each_teacher.items()
+    }
+    student = replace(config.student, parallel=ParallelSection())
+    return replace(config.with_teachers(teachers), student=student)
 
 
 def check_models(config: Config) -> Iterator[Finding]:
@@ -148,21 +148,25 @@ def _with_one_server(config: Config, directory: str) -> Config:
         gpus = None if servers.gpus is None else servers.gpus[: servers.tp]
         return replace(servers, replicas=1, gpus=gpus, urls=servers.urls[:urls])
 
+    teachers = {
+        key: replace(section, servers=one(section.servers))
+        for key, section in config.each_teacher.items()
+    }
     return replace(
-        config,
+        config.with_teachers(teachers),
         run=replace(config.run, dir=directory),
         rollout=replace(config.rollout, servers=one(config.rollout.servers, urls=1)),
-        teacher=replace(config.teacher, servers=one(config.teacher.servers)),
     )
 
 
 def _compare(config: Config) -> Iterator[Finding]:
     dtype, rollout = DTYPES[config.train.precision], config.rollout
     micro_batch_tokens = config.train.micro_batch_tokens
-    student_vocabulary, teacher_vocabulary = vocabularies(config)
-    vocab_map = VocabMap.between(student_vocabulary, teacher_vocabulary)
-    first = replace(config, data=replace(config.data, limit=1))
-    prompts = training_prompts(first, student_vocabulary, teacher_vocabulary)
+    student_vocabulary, theirs = vocabularies(config)
+    maps = vocab_maps(config, student_vocabulary, theirs)
+    limit = config.data.limit if config.teachers else 1  # one has to be found for each of several
+    some = replace(config, data=replace(config.data, limit=limit))
+    prompts = training_prompts(some, student_vocabulary, theirs)
 
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = available_bytes(local_ranks)
@@ -175,7 +179,8 @@ def _compare(config: Config) -> Iterator[Finding]:
         yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
         return
     layout = student_layout(**vars(config.student.parallel), seed=config.run.seed)
-    student = FrozenStudent(config.student.path, layout, dtype, vocab_map.size, vocab_map.absent)
+    common = min(vocab_map.size for vocab_map in maps.values())
+    student = FrozenStudent(config.student.path, layout, dtype, common)
     engine = _engine(config, student_vocabulary)
     try:
         prompt, stops = prompts.token_ids[0], rollout.stop_token_ids
@@ -185,27 +190,28 @@ def _compare(config: Config) -> Iterator[Finding]:
     rows = student.rows_within(config.train.head_memory_mib)
     yield from check_engine(batch, student, micro_batch_tokens, rows, rollout.engine)
 
-    if config.teacher.engine == "megatron":
-        parallel = config.teacher.parallel
-        needed = weight_bytes(config.teacher.path, dtype) // (parallel.tp * parallel.pp)
-        if needed > (free := available_bytes(local_ranks)):
-            what = f"teacher not run: it needs {needed / 1e9:.1f} GB a rank"
+    for number, (key, section) in enumerate(config.each_teacher.items()):
+        parallel = section.parallel
+        needed = weight_bytes(section.path, dtype) // (parallel.tp * parallel.pp)
+        if key not in config.served and needed > (free := available_bytes(local_ranks)):
+            what = f"{key} not run: it needs {needed / 1e9:.1f} GB a rank"
             yield warning(f"{what}, {free / 1e9:.1f} are free", more_ranks)
-            return
-    teacher = open_teacher(config, begin_teacher_servers(config), vocab_map)
-    try:
-        directory = head_directory(config.teacher)
-        heads = open_heads(student, directory, vocab_map, rows)
-        theirs = prompts.teacher_token_ids
-        teacher_inputs, _ = vocab_map.read(batch, theirs, teacher.longest_sequence)
-        guard = Guard(config.guard.max_skipped, 0)
-        scoring_only = replace(config.train, schedule="two_pass")  # nothing is trained on
-        distiller = Distiller(
-            student, teacher, heads, guard, config.selection, config.loss, scoring_only
-        )
-        yield from check_teacher(batch, teacher_inputs, distiller)
-    finally:
-        teacher.close()
+            continue
+        vocab_map = maps[teacher_name(key)]
+        engine = open_teacher(config, key, begin_teacher_servers(config, key), vocab_map)
+        try:
+            heads = open_heads(student, head_directory(section), vocab_map, rows)
+            teachers = Teachers({key: engine}, {key: vocab_map}, prompts.teacher_token_ids)
+            guard = Guard(config.guard.max_skipped, 0)
+            scoring_only = replace(config.train, schedule="two_pass")  # nothing is trained on
+            distiller = Distiller(
+                student, teachers, heads, guard, config.selection, config.loss, scoring_only
+            )
+            first = 0 if prompts.teachers is None else [*prompts.teachers].index(number)
+            own = replace(batch, prompts=torch.full_like(batch.prompts, first))
+            yield from check_teacher(own, distiller)
+        finally:
+            engine.close()
 
 
 def _engine(config: Config, vocabulary: Vocabulary):

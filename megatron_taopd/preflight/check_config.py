@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig
 
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, TeacherSection
 from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.data.rows import read_texts
 from megatron_taopd.data.texts import teacher_reader
@@ -26,28 +26,29 @@ _SAMPLED_RECORDS = 1000  # of the prompts, to see how much two tokenizers share
 def check(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on `world_size` ranks.
 
-    Comes after `config.values.check_values`: reads config.json and the tokenizer of both models,
+    Comes after `config.values.check_values`: reads config.json and the tokenizer of every model,
     and the first prompts if the tokenizers differ; builds no model, needs no process group.
 
     Raises:
         ValueError: one line with the key, its value and what would be right.
     """
-    _check_model("student", config, world_size)
-    _check_model("teacher", config, world_size)
-    _check_vocabulary(config)
+    for model in config.models:
+        _check_model(model, config, world_size)
+    student = _read_vocabulary("student", config)
+    for key in config.each_teacher:
+        _check_vocabulary(config, key, student)
 
 
 def _check_model(model: str, config: Config, world_size: int) -> None:
-    section = getattr(config, model)
+    section = config.models[model]
     key, path, parallel = f"{model}.path", section.path, section.parallel
 
     read = partial(AutoConfig.from_pretrained, local_files_only=True, trust_remote_code=False)
     hf = _read_pretrained(read, key, path)
-    served = model == "teacher" and section.engine == "sglang"  # whatever SGLang can run
-    if not served:
+    if not (isinstance(section, TeacherSection) and section.engine == "sglang"):
         rules.check_model(model, path, hf)
         rules.check_grid(model, path, parallel, hf, world_size)
-    else:
+    else:  # whatever SGLang can run
         hf = hf.get_text_config()
         if section.form == "hidden_states":
             _check_head(key, path)
@@ -69,7 +70,8 @@ def _check_head(key: str, path: str) -> None:
     try:
         find_head(path)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}; take teacher.form: topk") from None
+        form = key.replace(".path", ".form")
+        raise ValueError(f"{key}: {error}; take {form}: topk") from None
 
 
 def _read_pretrained(read: Callable, key: str, path: str):
@@ -83,18 +85,19 @@ def _read_pretrained(read: Callable, key: str, path: str):
         ) from error
 
 
-def _check_vocabulary(config: Config) -> None:
-    vocabularies = []
-    for model in ("student", "teacher"):
-        key, path = f"{model}.path", getattr(config, model).path
-        vocabulary = _read_pretrained(Vocabulary.from_pretrained, key, path)
-        if (last := max(vocabulary.tokenizer.get_vocab().values())) >= vocabulary.size:
-            raise ValueError(
-                f"{key}: {path}: the tokenizer's id {last} lies outside the model's vocabulary of "
-                f"{vocabulary.size}"
-            )
-        vocabularies.append(vocabulary)
-    student, teacher = vocabularies
+def _read_vocabulary(model: str, config: Config) -> Vocabulary:
+    key, path = f"{model}.path", config.models[model].path
+    vocabulary = _read_pretrained(Vocabulary.from_pretrained, key, path)
+    if (last := max(vocabulary.tokenizer.get_vocab().values())) >= vocabulary.size:
+        raise ValueError(
+            f"{key}: {path}: the tokenizer's id {last} lies outside the model's vocabulary of "
+            f"{vocabulary.size}"
+        )
+    return vocabulary
+
+
+def _check_vocabulary(config: Config, key: str, student: Vocabulary) -> None:
+    section, teacher = config.each_teacher[key], _read_vocabulary(key, config)
     vocab_map = VocabMap.between(student.ending_at(config.rollout.stop_token_ids), teacher)
     for index in config.rollout.stop_token_ids:
         if not 0 <= index < vocab_map.size:
@@ -102,38 +105,40 @@ def _check_vocabulary(config: Config) -> None:
                 f"rollout.stop_token_ids: {index} is not an id of the vocabulary; give one of "
                 f"0 … {vocab_map.size - 1}"
             )
-    if config.teacher.prompt == "student" and not vocab_map.is_identity:
+    if section.prompt == "student" and not vocab_map.is_identity:
         raise ValueError(
-            f"teacher.prompt: student, but ids of {config.student.path} mean something else to "
-            f"{config.teacher.path}; it has to be own"
+            f"{key}.prompt: student, but ids of {config.student.path} mean something else to "
+            f"{section.path}; it has to be own"
         )
-    data, own = config.data, config.teacher.template_kwargs
+    data, own = config.data, section.template_kwargs
     rendering = {config.student.path: (student, data.template_kwargs, "data")}
-    if (reader := teacher_reader(config.teacher, teacher)) is not None:
+    if (reader := teacher_reader(section, teacher)) is not None:
         reader.context.check()
         kwargs = data.template_kwargs if own is None else own
-        rendering[config.teacher.path] = (teacher, kwargs, "teacher")
+        rendering[section.path] = (teacher, kwargs, key)
     elif own is not None:
         raise ValueError(
-            f"teacher.template_kwargs: {own}, but the teacher reads the student's rendering "
-            "(teacher.prompt: student); take it out"
+            f"{key}.template_kwargs: {own}, but the teacher reads the student's rendering "
+            f"({key}.prompt: student); take it out"
         )
-    for path, (vocabulary, kwargs, section) in rendering.items():
+    for path, (vocabulary, kwargs, whose) in rendering.items():
         if data.template == "chat" and not vocabulary.tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"
             )
-        Renderer(vocabulary.tokenizer, data.template, kwargs, f"{section}.template_kwargs")
+        Renderer(vocabulary.tokenizer, data.template, kwargs, f"{whose}.template_kwargs")
     if not vocab_map.is_identity:
-        _check_shared_tokens(config, student, vocab_map)
+        _check_shared_tokens(config, key, student, vocab_map)
     if config.selection.k > len(vocab_map.common):
         raise ValueError(
             f"selection.k: {config.selection.k} is more than the {len(vocab_map.common)} ids that "
-            "both vocabularies have; give at most that"
+            f"the vocabularies of student and {key} have; give at most that"
         )
 
 
-def _check_shared_tokens(config: Config, student: Vocabulary, vocab_map: VocabMap) -> None:
+def _check_shared_tokens(
+    config: Config, key: str, student: Vocabulary, vocab_map: VocabMap
+) -> None:
     """Refuse a pair whose tokenizers cut text differently, by the first prompts and answers."""
     data = config.data
     texts = read_texts(data.prompts, data.prompt_column, data.answer_column, _SAMPLED_RECORDS)
@@ -142,7 +147,7 @@ def _check_shared_tokens(config: Config, student: Vocabulary, vocab_map: VocabMa
     shared = int((vocab_map.to_teacher(torch.tensor(ids, dtype=torch.int64)) >= 0).sum())
     if shared < MIN_SHARED * len(ids):
         raise ValueError(
-            f"teacher.path: {config.teacher.path}: of {len(ids)} tokens of prompts and answers in "
-            f"data.prompts, {shared} ({shared / len(ids):.2%}) have a counterpart in its "
+            f"{key}.path: {config.models[key].path}: of {len(ids)} tokens of prompts and answers "
+            f"in data.prompts, {shared} ({shared / len(ids):.2%}) have a counterpart in its "
             f"vocabulary; at least {MIN_SHARED:.0%} have to"
         )

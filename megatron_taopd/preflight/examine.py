@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 def fewest_ranks(config: Config) -> int:
-    """Return how many ranks the layouts of both models take at least."""
-    student, teacher = config.student.parallel, config.teacher.parallel
-    return math.lcm(student.tp * student.pp, teacher.tp * teacher.pp * teacher.ep)
+    """Return how many ranks the layouts of all models take at least."""
+    layouts = [section.parallel for section in config.models.values()]
+    return math.lcm(*(each.tp * each.pp * each.ep for each in layouts))
 
 
 def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list[Finding]]]:
@@ -84,7 +84,7 @@ def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list
     if there:
         all_found += first((_check_weights, config))
     yield "configuration", all_found
-    sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
+    sglang = bool(config.served)
     yield "versions", hosts((machine.check_versions, sglang), (machine.check_kernels,))
     yield "machine", hosts((machine.check_devices, local_ranks), (machine.check_limits,))
     servers = [] if not sglang else [*_check_servers(config)]
@@ -131,7 +131,7 @@ def before_run(config: Config) -> bool:
 
     Collectives: a broadcast of some bytes; on several nodes those of `check_shared`, and another.
     """
-    sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
+    sglang = bool(config.served)
     checks = [
         (machine.check_profile, config.train.profile),
         *_check_ports(config),
@@ -191,10 +191,10 @@ def _check_config(config: Config, ranks: int) -> Iterator[Finding]:
 
 def _check_weights(config: Config) -> Iterator[Finding]:
     """Compare the header of each file of weights that ranks load with config.json."""
-    for model in ("student", "teacher"):
-        if model == "teacher" and config.teacher.engine != "megatron":
+    for model, section in config.models.items():
+        if model in config.served:
             continue  # of a served one `check` has looked at the head
-        path = getattr(config, model).path
+        path = section.path
         try:
             HFCheckpoint(path).check(load_config(path))
         except ValueError as problem:
@@ -213,14 +213,11 @@ def _check_ports(config: Config) -> list[tuple]:
 
 
 def _check_servers(config: Config, listening: bool = True) -> Iterator[tuple]:
-    for key, engine in ("rollout", config.rollout.engine), ("teacher", config.teacher.engine):
-        section = getattr(config, key).servers
-        if engine != "sglang":
-            continue
-        if not section.urls:
-            yield network.check_own_servers, f"{key}.servers", section.host
+    for key, served in config.served.items():
+        if not served.servers.urls:
+            yield network.check_own_servers, f"{key}.servers", served.servers.host
         else:
-            yield network.check_urls, f"{key}.servers", section.urls, listening
+            yield network.check_urls, f"{key}.servers", served.servers.urls, listening
     if config.rollout.engine == "sglang" and config.rollout.sync.transport == "distributed":
         section = config.rollout.servers
         if not section.urls:
@@ -276,9 +273,10 @@ def _check_resume(config: Config) -> Iterator[Finding]:
 
 def _check_start_of_texts(config: Config) -> Iterator[Finding]:
     """Check the ids that end responses, and the prompts, which this tokenises for the cache."""
-    student, teacher = vocabularies(config)
-    yield from texts.check_vocabularies(student, teacher)
-    reading = {"data.prompts": lambda: training_prompts(config, student, teacher)}
+    student, teachers = vocabularies(config)
+    for key, teacher in teachers.items():
+        yield from texts.check_vocabularies(student, teacher, key)
+    reading = {"data.prompts": lambda: training_prompts(config, student, teachers)}
     if config.eval.prompts is not None:
         reading["eval.prompts"] = lambda: held_out_prompts(config, student)
     for key, read in reading.items():
@@ -289,21 +287,25 @@ def _check_start_of_texts(config: Config) -> Iterator[Finding]:
 
 
 def _check_texts(config: Config) -> Iterator[Finding]:
-    student, teacher = vocabularies(config)
-    yield from texts.check_vocabularies(student, teacher)
+    student, teachers = vocabularies(config)
+    sections = {key: replace(t, max_prompt_tokens=None) for key, t in config.each_teacher.items()}
     whole = replace(
-        config,
+        config.with_teachers(sections),
         data=replace(config.data, max_prompt_tokens=sys.maxsize),
-        teacher=replace(config.teacher, max_prompt_tokens=None),
     )
-    prompts, most = training_prompts(whole, student, teacher), config.data.max_prompt_tokens
-    of_teacher = config.teacher_prompt_tokens
-    cut = config.teacher.context_overflow == "cut"  # `check_contexts` tells of these
-    yield from texts.check_prompts(
-        "data.prompts", prompts, student, teacher, most, sys.maxsize if cut else of_teacher
-    )
-    yield from texts.check_contexts(config.teacher, prompts, teacher, of_teacher)
+    prompts, most = training_prompts(whole, student, teachers), config.data.max_prompt_tokens
+    for number, (key, section) in enumerate(config.each_teacher.items()):
+        teacher, of_teacher = teachers[key], config.prompt_limit(key)[1]
+        yield from texts.check_vocabularies(student, teacher, key)
+        own = prompts.of_teacher(number)
+        cut = section.context_overflow == "cut"  # `check_contexts` tells of these
+        where = "data.prompts" if len(teachers) == 1 else f"data.prompts for {key}"
+        yield from texts.check_prompts(
+            where, own, student, teacher, most, sys.maxsize if cut else of_teacher
+        )
+        yield from texts.check_contexts(key, section, own, teacher, of_teacher)
     if config.eval.prompts is not None:
         held_out = held_out_prompts(whole, student)
-        yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)
+        first, *_ = teachers.values()
+        yield from texts.check_prompts("eval.prompts", held_out, student, first, most)
         yield from texts.check_held_out(prompts, held_out)

@@ -1,4 +1,4 @@
-"""Both models of a configuration as directories, wherever they come from."""
+"""The models of a configuration as directories, wherever they come from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,11 @@ def with_model_directories(config: Config, weights: bool = True) -> Config:
     Raises:
         ValueError: see `model_directory`; the line begins with the key.
     """
-    paths = []
-    for name, section in ("student", config.student), ("teacher", config.teacher):
+    found = {}
+    for name, section in config.models.items():
         try:
-            paths.append(model_directory(section.path, weights))
+            found[name] = replace(section, path=model_directory(section.path, weights))
         except ValueError as error:
             raise ValueError(f"{name}.path: {error}") from None
-    student, teacher = paths
-    return replace(
-        config,
-        student=replace(config.student, path=student),
-        teacher=replace(config.teacher, path=teacher),
-    )
+    student = found.pop("student")
+    return replace(config.with_teachers(found), student=student)

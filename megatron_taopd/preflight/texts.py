@@ -17,18 +17,22 @@ MANY_DROPPED = 0.05
 SHOWN = 240  # characters of the example
 
 
-def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Finding]:
+def check_vocabularies(
+    student: Vocabulary, teacher: Vocabulary, key: str = "teacher"
+) -> Iterator[Finding]:
     """Check how ids are paired, and which of them end a turn.
 
     Args:
         student: ends at the run's stop ids, too.
+        key: of the teacher's section.
 
     Raises:
         ValueError: the pair cannot be mapped.
     """
     vocab_map = VocabMap.between(student, teacher)
+    vocabularies = "vocabularies" if key == "teacher" else f"vocabularies of student and {key}"
     if vocab_map.is_identity:
-        yield ok(f"vocabularies: the same {vocab_map.size} ids")
+        yield ok(f"{vocabularies}: the same {vocab_map.size} ids")
     else:
         common = len(vocab_map.common)
         roles = teacher.roles()
@@ -38,12 +42,12 @@ def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Fin
             if role in roles
         )
         yield ok(
-            f"vocabularies: {common} ids in common, {vocab_map.size - common} of the student's "
+            f"{vocabularies}: {common} ids in common, {vocab_map.size - common} of the student's "
             f"masked; by their role: {by_role or 'none'}"
         )
     templates = [bool(v.tokenizer.chat_template) for v in (student, teacher)]
     if templates[0] != templates[1]:
-        without = "teacher" if templates[0] else "student"
+        without = key if templates[0] else "student"
         yield warning(
             f"{without}.path: no chat template, which the other model has",
             "data.template: plain for both, or a checkpoint with its template",
@@ -55,7 +59,7 @@ def check_vocabularies(student: Vocabulary, teacher: Vocabulary) -> Iterator[Fin
     if (
         teacher.eos_token_ids
     ):  # it writes no responses: its ends say which of its tokens are the student's
-        yield from check_ends("teacher", teacher, "eos_token_id in its generation_config.json")
+        yield from check_ends(key, teacher, "eos_token_id in its generation_config.json")
 
 
 def check_taught_end(
@@ -181,25 +185,31 @@ def _shown(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
 
 
 def check_contexts(
-    section: TeacherSection, prompts: Prompts, teacher: Vocabulary, max_tokens: int
+    key: str, section: TeacherSection, prompts: Prompts, teacher: Vocabulary, max_tokens: int
 ) -> Iterator[Finding]:
     """Tell how many prompts have a context, how many of them are too long, and what one reads.
 
     Args:
+        key: of the teacher's section.
         prompts: all of them, whatever their length.
         max_tokens: of a prompt for the teacher.
     """
     if (column := section.context_column) is None or prompts.teacher_token_ids is None:
         return
-    yield ok(f"teacher.context_column: {prompts.contexts} of {len(prompts)} have a {column!r}")
+    key = f"{key}.context_column"
+    yield ok(f"{key}: {prompts.contexts} of {len(prompts)} have a {column!r}")
     if over := sum(len(ids) > max_tokens for ids in prompts.teacher_token_ids):
         what = "cut" if section.context_overflow == "cut" else "dropped"
-        seen = f"teacher.context_column: {over} make the prompt longer than {max_tokens} tokens"
+        seen = f"{key}: {over} make the prompt longer than {max_tokens} tokens"
         tell = warning if over > MANY_DROPPED * len(prompts) else ok
-        remedy = ("a larger teacher.max_prompt_tokens",) if tell is warning else ()
+        remedy = (
+            (f"a larger {key.replace('context_column', 'max_prompt_tokens')}",)
+            if tell is warning
+            else ()
+        )
         yield tell(f"{seen}; they are {what}", *remedy)
     first = _shown(teacher, prompts.teacher_token_ids[0])
-    yield ok(f"teacher.context_column: the teacher reads the first one as {first}")
+    yield ok(f"{key}: the teacher reads the first one as {first}")
 
 
 def check_held_out(prompts: Prompts, held_out: Prompts) -> Iterator[Finding]:

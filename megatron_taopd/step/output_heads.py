@@ -184,21 +184,21 @@ class HeadsInTurn:
     """
 
     def __init__(self, each: Iterable[OutputHeads | TopkOutputHeads]):
-        self.each: list[OutputHeads | TopkOutputHeads] = []
+        self.each: dict[int, OutputHeads | TopkOutputHeads] = {}
         self.waiting: dict[int, Tensor] = {}
         self.here: int | None = None
         for number, heads in enumerate(each):
             if isinstance(heads, OutputHeads):
-                [self.waiting[number]], wait = HostCopies().take([heads.teacher])
+                [copy], wait = HostCopies().take([heads.teacher])
                 wait()
-                heads = replace(heads, teacher=self.waiting[number])
-            self.each.append(heads)
-        largest = max((head.numel() for head in self.waiting.values()), default=0)
-        dtype = self.each[0].student.dtype
-        self.memory = torch.empty(largest, dtype=dtype, device=platform.device())
-        for number, head in self.waiting.items():
-            place = self.memory[: head.numel()].view(head.shape)
-            self.each[number] = replace(self.each[number], teacher=place)
+                self.waiting[number], heads = copy, replace(heads, teacher=copy)
+            self.each[number] = heads
+        memory = max(self.waiting.values(), key=Tensor.numel, default=torch.empty(0))
+        memory = torch.empty_like(memory.flatten(), device=platform.device())
+        for number, heads in self.each.items():
+            if isinstance(heads, OutputHeads):
+                place = memory[: heads.teacher.numel()].view(heads.teacher.shape)
+                self.each[number] = replace(heads, teacher=place)
 
     def of(self, teacher: int) -> OutputHeads | TopkOutputHeads:
         """Return the student's with that of the teacher of this number, which then is here.

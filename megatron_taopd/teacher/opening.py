@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-from torch import Tensor
-
-from megatron_taopd.config.schema import Config, teacher_name
+from megatron_taopd.config.schema import Config, TeacherSection, teacher_name
+from megatron_taopd.data.texts import Texts
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.formats.output_head import find_head
@@ -23,50 +22,47 @@ from megatron_taopd.teacher.teachers import Teachers
 logger = logging.getLogger(__name__)
 
 
-def begin_teacher_servers(config: Config) -> dict[str, Future]:
-    """Start or find the servers of teachers that are not in this job, in the background: by key."""
-    return {
-        key: begin_servers(
-            section.servers,
-            section.path,
-            config.rollout.max_new_tokens + config.prompt_limit(key)[1],
-            DTYPES[config.train.precision],
-            Path(config.run.dir) / "servers" / teacher_name(key),
-            fixed_weights=True,
-            args=HOOK_ARGS if section.form == "hidden_states" else (),
-        )
-        for key, section in config.each_teacher.items()
-        if section.engine == "sglang"
-    }
+def begin_teacher_servers(config: Config, key: str) -> Future | None:
+    """Start or find a teacher's servers in the background; None for one in this job.
+
+    Args:
+        key: of `Config.each_teacher`.
+    """
+    section = config.each_teacher[key]
+    if section.engine != "sglang":
+        return None
+    return begin_servers(
+        section.servers,
+        section.path,
+        config.rollout.max_new_tokens + config.prompt_limit(key)[1],
+        DTYPES[config.train.precision],
+        Path(config.run.dir) / "servers" / teacher_name(key),
+        fixed_weights=True,
+        args=HOOK_ARGS if section.form == "hidden_states" else (),
+    )
 
 
-def open_teachers(
-    config: Config,
-    servers: Mapping[str, Future],
-    vocab_maps: Mapping[str, VocabMap],
-    prompts: Sequence[Sequence[int]] | None,
-    of_prompt: Tensor | None,
-) -> Teachers:
+def open_teachers(config: Config, servers: Mapping[str, Future | None], texts: Texts) -> Teachers:
     """Build the teachers, or wait for the servers that were begun.
 
     Args:
-        servers: of `begin_teacher_servers`.
-        vocab_maps: by name.
-        prompts, of_prompt: see `Teachers`.
+        servers: `begin_teacher_servers` of each, by key.
 
     Raises:
         ValueError: they do not serve, on every rank.
     """
+    maps, prompts = texts.vocab_maps, texts.prompts.teacher_token_ids
     engines = {
-        teacher_name(key): _open(config, key, servers.get(key), vocab_maps[teacher_name(key)])
-        for key in config.each_teacher
+        teacher_name(key): open_teacher(config, key, begun, maps[teacher_name(key)])
+        for key, begun in servers.items()
     }
-    return Teachers(engines, vocab_maps, prompts, of_prompt)
+    return Teachers(engines, maps, prompts, texts.teachers)
 
 
-def _open(
+def open_teacher(
     config: Config, key: str, servers: Future | None, vocab_map: VocabMap
 ) -> MegatronTeacher | SGLangTeacher | SGLangTopkTeacher:
+    """Build a teacher, or wait for the servers that were begun. Raises as `open_teachers`."""
     section, dtype = config.each_teacher[key], DTYPES[config.train.precision]
     if servers is None:
         layout, tokens = forward_layout(**vars(section.parallel)), config.train.micro_batch_tokens
@@ -86,9 +82,7 @@ def _open(
     return SGLangTopkTeacher(replicas, model, section.topk, student_ids, own)
 
 
-def head_directories(config: Config) -> list[str | None]:
-    """Say where each teacher's head is read from; None for one that reports its top-K only."""
-    return [
-        None if section.engine == "sglang" and section.form == "topk" else section.path
-        for section in config.each_teacher.values()
-    ]
+def head_directory(section: TeacherSection) -> str | None:
+    """Say where a teacher's head is read from; None for one that reports its top-K only."""
+    topk = section.engine == "sglang" and section.form == "topk"
+    return None if topk else section.path

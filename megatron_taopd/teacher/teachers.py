@@ -63,9 +63,7 @@ class Inputs(NamedTuple):
 def inputs_metrics(inputs: Sequence[Inputs]) -> dict[str, float]:
     """Return the metrics of `VocabMap.read` of a whole batch."""
     rows = sum(each.sequences.num_rows for each in inputs)
-    shared = sum(
-        each.metrics["teacher/shared_tokens"] * each.sequences.num_rows for each in inputs
-    )
+    shared = sum(each.metrics["teacher/shared_tokens"] * each.sequences.num_rows for each in inputs)
     cut = sum(each.metrics["teacher/cut_spellings"] for each in inputs)
     return {"teacher/shared_tokens": shared / max(rows, 1), "teacher/cut_spellings": cut}
 
@@ -155,9 +153,7 @@ class Teachers:
         self, parts: Parts, batch: RolloutBatch, student: Layout, owner: Tensor
     ) -> dict[int, RowShard]:
         """Send each teacher's rows to the ranks that score them: by its number (`dispatch`)."""
-        return {
-            number: dispatch(parts[number], batch, student, owner) for number in sorted(parts)
-        }
+        return {number: dispatch(parts[number], batch, student, owner) for number in sorted(parts)}
 
     # -- what the run asks ---------------------------------------------------------------------
 

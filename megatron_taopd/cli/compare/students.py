@@ -97,7 +97,7 @@ def contexts(arguments, vocabularies: list[Vocabulary], size: int):
             system=arguments.system,
             limit=arguments.limit,
         ),
-        teacher=TeacherReader(teacher) if own else None,
+        teachers=TeacherReader(teacher) if own else None,
     )
     engine = LocalEngine.from_hf(
         arguments.students[0],

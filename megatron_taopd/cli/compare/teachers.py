@@ -134,7 +134,7 @@ def contexts(config, limit: int, vocabularies: Sequence[Vocabulary], size: int):
         config.data.prompts,
         student.tokenizer,
         replace(config.data, limit=min(limit, config.data.limit or limit)),
-        teacher=teacher_reader(config.teacher, teacher),
+        teachers=teacher_reader(config.teacher, teacher),
     )
     rollout = config.rollout
     engine = LocalEngine.from_hf(
