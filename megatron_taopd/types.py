@@ -266,6 +266,11 @@ class TokenScores:
     student_topk_ids: Tensor | None = None
     teacher_topk_ids: Tensor | None = None
 
+    def at(self, rows: Tensor) -> TokenScores:
+        """Return the scores of these rows [r], int64 on the scores' device."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenScores(**{n: None if v is None else v[rows] for n, v in columns.items()})
+
     @classmethod
     def cat(cls, chunks: list[TokenScores]) -> TokenScores:
         """Concatenate along rows; a field that any chunk lacks is absent."""

@@ -155,6 +155,27 @@ class BatchScores:
             cu_rows = torch.tensor([0, len(scores.disagreement)])
         return cls(scores, HeldRows.all(cu_rows))
 
+    def within(self, chosen: Tensor) -> tuple[BatchScores, Tensor]:
+        """Return the scores of some sequences as a batch of their own.
+
+        Args:
+            chosen: [N] bool, on the CPU; the same on every rank.
+
+        Returns:
+            The batch, and [r] int64 on the CPU where its rows stand among those that are held here.
+        """
+        held = self.held
+        own = chosen[held.sequences]
+        part = HeldRows(
+            _with_zero(held.cu_rows.diff()[chosen].cumsum(0)),
+            (chosen.cumsum(0) - 1)[held.sequences[own]],
+            held.group,
+        )
+        starts = held.counts.cumsum(0) - held.counts
+        places = ranges(starts[own], part.counts)
+        rows = self.rows.at(to_device(places, self.rows.disagreement.device))
+        return BatchScores(rows, part), places
+
     def describe(self, *names: str) -> list[Distribution]:
         """Return what is known of these scores over the batch; of R ≥ 1 rows."""
         if missing := [name for name in names if name not in self.described]:

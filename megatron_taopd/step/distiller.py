@@ -17,6 +17,11 @@ from megatron_taopd.models.student import Student
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.step.batch_scores import NAMES
+from megatron_taopd.step.by_teacher import (
+    choose_by_teacher,
+    losses_by_teacher,
+    metrics_by_teacher,
+)
 from megatron_taopd.step.extensions.row_weights import RowWeights
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import Heads
@@ -141,17 +146,25 @@ class Distiller:
         return score(batch, assigned, teacher_rows, self.student, self.heads, k, keep, sampled)
 
     def select(self, scored: ScoredBatch, seed: int) -> Selection:
-        """Pick the rows to train on (`selection.choose`).
+        """Pick the rows to train on (`selection.choose`, or with a scope `choose_by_teacher`).
 
-        Collectives: those of `choose` and `look` over all ranks; on the last stage a broadcast of a
+        Collectives: those of `choose` and `look` over all ranks, of several teachers also those of
+        `metrics_by_teacher`; on the last stage a broadcast of a
         byte for each row that a data-parallel rank has scored, over TP.
         """
         section = self.selection
-        scored.scores.describe(*NAMES)  # all at once
-        choice = choose(section.selector, scored.scores, section.ratio, seed, section.concentrate)
+        scores, teachers = scored.scores, scored.batch.teachers
+        scores.describe(*NAMES)  # all at once
+        if teachers is None or section.scope == "batch":
+            choice = choose(section.selector, scores, section.ratio, seed, section.concentrate)
+        else:
+            choice = choose_by_teacher(section, scores, teachers, seed)
         seen = look(choice)
         kept = seen.wanted(scored.batch, self._kept_here(scored, choice.mask))
-        return Selection(choice, kept, seen.metrics)
+        metrics = seen.metrics
+        if teachers is not None:
+            metrics |= metrics_by_teacher([*self.teachers.engines], teachers, scores, kept)
+        return Selection(choice, kept, metrics)
 
     def _kept_here(self, scored: ScoredBatch, mask: Tensor) -> Tensor:
         """Return [k] int64, the kept rows of the sequences that this rank has scored.
@@ -178,11 +191,14 @@ class Distiller:
         """Take the optimizer steps of a batch (`training.train_on`).
 
         Returns:
-            With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight.
+            With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight; of several
+            teachers, `losses_by_teacher`.
         """
         train, loss, weights = self.train, self.loss, self.weigh(scored, kept)
         models = self.student, self.heads
         metrics = train_on(scored, kept, *models, train, loss, self.guard, weights)
+        if (teachers := scored.batch.teachers) is not None:
+            metrics |= losses_by_teacher([*self.teachers.engines], teachers, kept, metrics)
         return metrics | ({"loss/weight_mean": weights.mean} if weights else {})
 
 

@@ -115,7 +115,8 @@ def backward(
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
-        every rank. `head_rows`, the most rows of a micro-batch on this data-parallel rank.
+        every rank. Of several teachers `loss/NUMBER`, the part of the loss that is each one's.
+        `head_rows`, the most rows of a micro-batch on this data-parallel rank.
 
     Raises:
         Fault: the loss is not finite, on every rank alike.
@@ -159,6 +160,10 @@ def backward(
     means = {name: total / max(num_rows, 1) for name, total in zip(names, totals, strict=True)}
     if not math.isfinite(means["loss"]):
         raise _fault(sums, assigned.micro_batches, layout)
+    if batch.teachers is not None:
+        number = int(batch.teachers.max()) + 1
+        totals = _sums_by_teacher(sums, assigned.micro_batches, number, layout)
+        means |= {f"loss/{i}": total / max(num_rows, 1) for i, total in enumerate(totals)}
     return {
         **means,
         "kept_rows": num_rows,
@@ -216,6 +221,24 @@ def _follow(
         rows[teacher] = send_rows([shard], outgoing, incoming, routes.rounds)
         ids.append(incoming.ids)
     return replace(kept, ids=torch.cat(ids).sort().values), rows
+
+
+def _sums_by_teacher(
+    sums: Sequence[dict[str, Tensor]],
+    micro_batches: list[batching.MicroBatch],
+    number: int,
+    layout: Layout,
+) -> list[float]:
+    """Return the sum of the loss over the rows of each teacher, on every rank.
+
+    Collectives: an all-reduce of 8 bytes a teacher.
+    """
+    total = torch.zeros(number, dtype=torch.float64, device=platform.device())
+    if layout.tp_rank == 0:
+        for metrics, micro_batch in zip(sums, micro_batches, strict=False):  # none of other stages
+            total[micro_batch.teacher] += metrics["loss"]
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def _global_sums(
