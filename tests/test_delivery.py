@@ -108,10 +108,12 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     here)."""
     from megatron_taopd import loop
     from megatron_taopd.data import batching
+    from megatron_taopd.data.vocab_map import VocabMap
     from megatron_taopd.parallel import layout as layouts
     from megatron_taopd.parallel import platform
     from megatron_taopd.teacher.dispatch import dispatch
     from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.teacher.teachers import Teachers
 
     platform.emulate_cuda()
     layout = layouts.student_layout(1, 1)
@@ -123,14 +125,15 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
     )
     run = SimpleNamespace(
         config=SimpleNamespace(rollout=SimpleNamespace(stream=True)),
-        distiller=SimpleNamespace(teacher=teacher),
-        read=lambda part: (part, {}),
+        distiller=SimpleNamespace(
+            teachers=Teachers({"teacher": teacher}, {"teacher": VocabMap(torch.arange(VOCABULARY))})
+        ),
         phase=lambda _: nullcontext(),
         monitor=SimpleNamespace(span=lambda _: nullcontext()),
     )
     held = []
     for _ in range(2):
-        read = loop.read_parts(run, pending)
+        [read] = loop.read_parts(run, pending).values()
         held.append([len(part.held.ids) for _, part in read])
     everything = WantedRows.all(batch)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
@@ -321,7 +324,7 @@ def test_routes_by_sequence_are_those_of_every_row(monkeypatch, tp, pp, holding)
     monkeypatch.setattr(exchange, "_FEWEST_ROWS", 8)
     for rank in range(world_size):
         monkeypatch.setattr(exchange.dist, "get_rank", lambda rank=rank: rank)
-        routes = dispatch._routes(batch, layout, owner, holders)
+        routes = dispatch._routes(batch.cu_rows.diff(), torch.arange(30), layout, owner, holders)
         wanted, most = routes_of_rows(batch, layout, owner, holders, rank, world_size)
         for (ids, counts), of in zip(wanted, (routes.outgoing(), routes.incoming()), strict=True):
             sequences, rows = of

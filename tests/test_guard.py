@@ -17,7 +17,8 @@ from test_train import LAYOUTS, curve, train
 from megatron_taopd.checkpoints.files import steps
 from megatron_taopd.parallel.faults import Fault, listed
 from megatron_taopd.step.guard import Guard, Jump
-from megatron_taopd.step.scoring import TopkOutputHeads, culprits
+from megatron_taopd.step.output_heads import TopkOutputHeads
+from megatron_taopd.step.scoring import culprits
 from megatron_taopd.teacher.topk import TopkRows
 from megatron_taopd.types import TokenScores
 
@@ -32,11 +33,12 @@ def faulty_train(overrides, spoilt, after=0):
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel.faults import Fault
     from megatron_taopd.step import distiller, guard, training
+    from megatron_taopd.teacher import teachers
 
     here = {"step": 0}
     kept = []
     patched = [
-        (distiller.Distiller, "learn"), (distiller, "dispatch"), (distiller, "score"),
+        (distiller.Distiller, "learn"), (teachers, "dispatch"), (distiller, "score"),
         (training, "backward"), (training, "kept_row_loss"), (Student, "step"),
         (distiller, "choose"), (guard, "ENOUGH"),
     ]  # fmt: skip

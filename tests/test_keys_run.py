@@ -41,7 +41,7 @@ from transformers import AutoTokenizer
 def shapes(run):
     """Of each model on this rank: its layers, columns of a query matrix, and experts."""
     found = {}
-    for name, model in (("student", run.student), ("teacher", run.distiller.teacher)):
+    for name, model in (("student", run.student), ("teacher", run.distiller.teachers[0])):
         layers = model.trunk.decoder.layers
         experts = getattr(layers[0].mlp, "experts", None)
         found[name] = (

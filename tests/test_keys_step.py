@@ -175,7 +175,7 @@ def dtypes(run):
     models = {
         "engine": run.engine.model,
         "student": run.student.trunk,
-        "teacher": run.distiller.teacher.trunk,
+        "teacher": run.distiller.teachers[0].trunk,
     }
     found = {name: next(model.parameters()).dtype for name, model in models.items()}
     return found | {"teacher's head": run.distiller.heads.teacher.dtype}

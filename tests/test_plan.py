@@ -270,9 +270,9 @@ def peak_of_training(path, setup, dtype):
     held = RowShard(torch.arange(rows), torch.zeros(rows, setup.teacher.hidden, dtype=dtype))
     everything = WantedRows.all(batch)
     assigned = batching.assign(batch, everything, layout, setup.micro_batch_tokens)
-    scored = ScoredBatch(batch, assigned, held, None, None, None)
+    scored = ScoredBatch(batch, assigned, {0: held}, None, None, None)
     if setup.replay:
-        scored = score(batch, assigned, held, student, heads, 8, keep_outputs=True)
+        scored = score(batch, assigned, {0: held}, student, heads, 8, keep_outputs=True)
     loss, tokens = LossSection("reverse_kl"), setup.micro_batch_tokens
     with peak_memory() as measured:
         backward(scored, everything, student, heads, loss, tokens)

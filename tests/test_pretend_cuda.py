@@ -390,7 +390,7 @@ def run(run_dir, overrides, *steps):
     return statuses, resumed, read_metrics(run_dir)
 
 
-def stand_in(config):
+def stand_in(config, _key):
     """The teacher's servers, within this process."""
     from support.served_teacher import ServedTeacher
 

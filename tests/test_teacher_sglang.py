@@ -559,6 +559,7 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
     from megatron_taopd.step.scoring import whole_scores
     from megatron_taopd.step.training import backward
     from megatron_taopd.teacher.megatron import MegatronTeacher
+    from megatron_taopd.teacher.teachers import Teachers
 
     platform.emulate_cuda()
     teacher = None
@@ -578,8 +579,9 @@ def step_on_ranks(form, url, loss, mask=None, student_parallel=(2, 1, False)):
             )
         vocab_map, directory = VocabMap(torch.arange(VOCABULARY)), str(TEACHER)
         heads = open_heads(student, None if form == "topk" else directory, vocab_map, 7)
+        teachers = Teachers({"teacher": teacher}, {"teacher": vocab_map})
         distiller = Distiller(
-            student, teacher, heads, Guard(3, 0), SelectionSection(ratio=0.3, k=K),
+            student, teachers, heads, Guard(3, 0), SelectionSection(ratio=0.3, k=K),
             LossSection(**loss), TrainSection(micro_batch_tokens=60),
         )  # fmt: skip
         assigned = distiller.assign(BATCH)

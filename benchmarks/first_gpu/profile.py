@@ -58,7 +58,7 @@ def profiled(setting: Setting) -> Result:
 def take(step: Step, number: int) -> None:
     """Teach the student one batch, with a span for each phase, whose end waits for the device."""
     with span("teacher"):
-        parts = step.distiller.read(step.teacher_inputs)
+        parts = step.distiller.read(step.batch)
     step.distiller.learn(step.batch, parts, number, span)
 
 

@@ -100,9 +100,8 @@ def learn(
     train = f"train={{schedule: {schedule}, precision: {precision}, steps: {until}}}"
     with run_of(TINY, directory, *LEARNING, train) as run:
         batch = torch.load(file, weights_only=False)
-        teacher_inputs, _ = run.read(batch)
         for step in range(run.first_step + 1, until + 1):
-            parts = run.distiller.read(teacher_inputs)
+            parts = run.distiller.read(batch)
             trained = run.distiller.learn(batch, parts, run.seed_of(step)).trained
             losses.append(trained["loss"])
             norms.append(trained["grad_norm"])

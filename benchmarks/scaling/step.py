@@ -15,6 +15,7 @@ from megatron_taopd.config.schema import (
     SelectionSection,
     TrainSection,
 )
+from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.models import weights
 from megatron_taopd.parallel.layout import forward_layout, student_layout
 from megatron_taopd.parallel.vocab import rows_within
@@ -24,6 +25,7 @@ from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import OutputHeads
 from megatron_taopd.step.training import backward
 from megatron_taopd.teacher.megatron import MegatronTeacher
+from megatron_taopd.teacher.teachers import Teachers
 from megatron_taopd.types import RolloutBatch, WantedRows
 
 Phase = Callable[[str], AbstractContextManager]
@@ -87,7 +89,7 @@ class Step:
 
     def __init__(self, setup: Setup, student_dir: str, teacher_dir: str, phase: Phase):
         self.setup, self.phase = setup, phase
-        grid, own = setup.student_grid, setup.teacher_grid
+        grid, own, vocabulary = setup.student_grid, setup.teacher_grid, setup.student.vocab
         dtype = torch.float32 if setup.itemsize == 4 else torch.bfloat16
         self.layout = student_layout(grid.tp, grid.pp, grid.sequence)
         teacher_layout = forward_layout(own.tp, own.pp, own.sequence)
@@ -113,7 +115,7 @@ class Step:
         self.kept = kept_rows(setup, self.batch)
         self.distiller = Distiller(
             self.student,
-            self.teacher,
+            Teachers({"teacher": self.teacher}, {"teacher": VocabMap(torch.arange(vocabulary))}),
             self.heads,
             Guard(0, 0),
             SelectionSection(ratio=setup.workload.kept, k=setup.k),

@@ -49,7 +49,7 @@ class Models:
     student: object
     teacher: object
     heads: object
-    read: Callable
+    vocab_map: VocabMap
     generate: Callable | None
     peers: Callable
     micro_batch_tokens: int
@@ -96,7 +96,7 @@ def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, p
         student,
         teacher,
         heads,
-        partial(vocab_map.read, prompts=None, max_tokens=teacher.longest_sequence),
+        vocab_map,
         generate,
         peers or partial(peers_on_disk, paths, dtype),
         tokens,

@@ -19,6 +19,7 @@ from megatron_taopd.step.distiller import Distiller, Selection
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.training import backward
+from megatron_taopd.teacher.teachers import Teachers
 from megatron_taopd.types import WantedRows
 
 
@@ -60,13 +61,15 @@ class Step:
     def __init__(self, models: Models, batch):
         self.models, self.batch = models, batch
         self.everything = WantedRows.all(batch)
-        self.teacher_inputs, _ = models.read(batch)
+        teachers = Teachers({"teacher": models.teacher}, {"teacher": models.vocab_map})
+        [read] = teachers.inputs(batch)
+        self.teacher_inputs = read.sequences
         train = TrainSection(
             micro_batch_tokens=models.micro_batch_tokens, replay_memory_mib=sys.maxsize
         )
         self.distiller = Distiller(
             models.student,
-            models.teacher,
+            teachers,
             models.heads,
             Guard(0, 0),
             SelectionSection(k=K),
@@ -90,7 +93,7 @@ class Step:
 
     def read(self) -> RowShard:
         """Let the teacher read, and send its rows to who scores them."""
-        parts = self.distiller.read(self.teacher_inputs)
+        parts = self.distiller.read(self.batch)
         return self.distiller.dispatch(parts, self.batch, self.assigned)
 
     def score(self, schedule: str) -> ScoredBatch:

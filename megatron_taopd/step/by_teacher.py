@@ -1,4 +1,4 @@
-"""A step of several teachers: what is chosen within the rows of each, and what the log says of it."""
+"""A step of several teachers: what is chosen and logged within the rows of each."""
 
 from __future__ import annotations
 
