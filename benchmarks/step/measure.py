@@ -125,7 +125,7 @@ def memory_of_phases(step: Step) -> dict[str, int]:
         "teacher": metered(step.read)["peak"],
         "two_pass": metered(partial(step.score, "two_pass"))["peak"],
         "replay": metered(partial(step.score, "replay"))["peak"],
-        "teacher_rows": step.teacher_rows.rows.nbytes,
+        "teacher_rows": sum(shard.rows.nbytes for shard in step.teacher_rows.values()),
         "kept_outputs": sum(output.nbytes for output in outputs),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
     }

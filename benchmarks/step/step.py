@@ -91,7 +91,7 @@ class Step:
     def scores(self):
         return self.scored.scores.rows
 
-    def read(self) -> RowShard:
+    def read(self) -> dict[int, RowShard]:
         """Let the teacher read, and send its rows to who scores them."""
         parts = self.distiller.read(self.batch)
         return self.distiller.dispatch(parts, self.batch, self.assigned)

@@ -57,6 +57,7 @@ class Evaluation:
         mean_length: tokens per response, the stop token included.
         examples: the first few problems, with the first response to each.
         per_prompt: right responses to each problem, of `samples` each.
+        by_teacher: the accuracy on the problems of each of several teachers, by its number.
     """
 
     accuracy: float
@@ -69,6 +70,7 @@ class Evaluation:
     examples: list[Example]
     per_prompt: list[int] = field(default_factory=list)
     samples: int = 1
+    by_teacher: dict[int, float] = field(default_factory=dict)
 
 
 Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]  # responses and their references
@@ -245,4 +247,13 @@ def evaluate(
         examples=examples,
         per_prompt=per_prompt,
         samples=n,
+        by_teacher=_by_teacher(prompts, per_prompt, n),
     )
+
+
+def _by_teacher(prompts: Prompts, per_prompt: Sequence[int], samples: int) -> dict[int, float]:
+    """Return the accuracy on the problems of each teacher, of those that have one."""
+    right: dict[int, list[int]] = {}
+    for teacher, count in zip(prompts.teachers or (), per_prompt, strict=False):
+        right.setdefault(teacher, []).append(count)
+    return {t: mean(counts) / samples for t, counts in sorted(right.items()) if t >= 0}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, teacher_name
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.monitoring.accounting import ModelCost, Work, added, step_operations
@@ -95,6 +95,7 @@ class Observer:
     def observe_evaluation(self, step: int, evaluation: Evaluation) -> dict[str, float]:
         """Return an evaluation's metrics, and warn if responses hardly ever end."""
         truncated = evaluation.truncated / evaluation.total
+        names = [teacher_name(key) for key in self.config.each_teacher]
         longest = "rollout" if self.config.eval.max_new_tokens is None else "eval"
         self._warn_of_endless(f"{longest}.max_new_tokens", truncated, f"evaluation {step}")
         return {
@@ -104,6 +105,7 @@ class Observer:
             "eval/truncated_share": truncated,
             "eval/response_length_mean": evaluation.mean_length,
             **{f"eval/pass_at_{k}": value for k, value in evaluation.pass_at.items()},
+            **{f"eval/accuracy/{names[t]}": share for t, share in evaluation.by_teacher.items()},
         }
 
     def _head_memory(self, scored: ScoredBatch, trained_rows: int) -> dict[str, int]:
