@@ -268,8 +268,11 @@ class TokenScores:
 
     def at(self, rows: Tensor) -> TokenScores:
         """Return the scores of these rows [r], int64 on the scores' device."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenScores(**{n: None if v is None else v[rows] for n, v in columns.items()})
+        chosen: dict[str, Any] = {}
+        for field in fields(self):
+            values = getattr(self, field.name)
+            chosen[field.name] = None if values is None else values[rows]
+        return TokenScores(**chosen)
 
     @classmethod
     def cat(cls, chunks: list[TokenScores]) -> TokenScores:

@@ -4,8 +4,8 @@
 
 Both are the tiny pair's teacher, fitted further to problems that only add or only subtract. The
 `add` expert saw right solutions of the first and any numbers at all for the second; the `subtract`
-expert the reverse. So each knows one operation only, and a student that is to learn both needs both.
-The problems name the expert that they are for in the column `skill`.
+expert the reverse. So each knows one operation only, and a student that learns both needs both. The
+problems name the expert that they are for in the column `skill`.
 
 About 2 minutes on one idle core. Everything is drawn from --seed.
 """

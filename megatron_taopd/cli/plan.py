@@ -47,6 +47,11 @@ def work(arguments: argparse.Namespace) -> int:
     cluster = load_cluster(arguments.cluster)
     config = configuration.load(arguments.config, arguments.overrides)
     check_sections(config)
+    if arguments.propose and config.teachers:
+        raise ValueError(
+            "--propose: it varies the layout of one teacher, and there are teachers: "
+            f"{', '.join(config.teachers)}; plan without it, or with one of them"
+        )
     config = with_model_directories(config, weights=False)
     # They take seconds to import, for which a mistake above does not wait.
     from megatron_taopd.formats.hf import load_config

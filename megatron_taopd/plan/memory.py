@@ -37,6 +37,7 @@ REMEDIES = {
     "optimizer states": "student.parallel.tp or pp, or more GPUs",
     "gather buffer": "train.micro_batch_tokens",
     "teacher trunk": "teacher.parallel.tp, pp or ep, or teacher.offload: true",
+    "other teachers": "teachers.NAME.offload: true, or servers.gpus",
     "teacher head": "student.parallel.tp",
     "rollout copy": "rollout.engine: sglang",
     "rollout servers": "rollout.servers.mem_fraction, or rollout.sync.release_memory: true",
@@ -74,6 +75,13 @@ class Place:
 def places(setup: Setup) -> list[Place]:
     """List all kinds of ranks of a run, in the order of their first rank."""
     found: dict[tuple, list[int]] = {}
+    for rank, key in enumerate(zip(*(_held(each) for each in setup.each), strict=True)):
+        found.setdefault(key, []).append(rank)
+    return [Place(ranks[0], len(ranks), *key[0]) for key, ranks in found.items()]
+
+
+def _held(setup: Setup) -> Iterator[tuple]:
+    """Yield what each rank holds: the fields of its `Place` after rank and count."""
     teacher, served = setup.teacher_grid, setup.teacher_servers
     asked = Counter() if served is None else asking(setup, served)
     for rank in range(setup.gpus):
@@ -84,9 +92,7 @@ def places(setup: Setup) -> list[Place]:
             if each is not None and local in each.gpus
         )
         asks = asked[rank] / max(asked.total(), 1)
-        key = (setup.student_grid.stage(rank), teacher and teacher.stage(rank), servers, asks)
-        found.setdefault(key, []).append(rank)
-    return [Place(ranks[0], len(ranks), *key) for key, ranks in found.items()]
+        yield setup.student_grid.stage(rank), teacher and teacher.stage(rank), servers, asks
 
 
 def phases(
@@ -94,10 +100,42 @@ def phases(
 ) -> dict[str, dict[str, int]]:
     """Count the bytes of everything that is alive at the worst moment of each phase, by item.
 
+    Of several teachers a phase has the items of the one with which it takes most, as if the whole
+    batch were that one's: what share of a batch is whose, the prompts decide.
+
     Args:
         memory_gib: of the device, of which colocated servers take a share.
         cuda: as for `activation_bytes`.
     """
+    if not setup.others:
+        return _phases(setup, place, memory_gib, cuda, others=0)
+    each = setup.each
+    own = [Place(place.rank, place.count, *[*_held(one)][place.rank]) for one in each]
+    stays = [_stays(*those, memory_gib) for those in zip(each, own, strict=True)]
+    found: dict[str, dict[str, int]] = {}
+    for one, its_place, its_own in zip(each, own, stays, strict=True):
+        by_phase = _phases(one, its_place, memory_gib, cuda, others=sum(stays) - its_own)
+        for phase, items in by_phase.items():
+            if sum(items.values()) > sum(found.get(phase, {}).values()):
+                found[phase] = items
+    return found
+
+
+def _stays(setup: Setup, place: Place, memory_gib: float) -> int:
+    """Count the bytes of a teacher that are on the device while others read."""
+    own, size = setup.teacher_grid, 0
+    if own is not None and not setup.offload:
+        elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
+        size += elements * setup.itemsize
+    if "teacher" in place.servers:
+        size += _share(setup.teacher_servers, memory_gib)
+    return size
+
+
+def _phases(
+    setup: Setup, place: Place, memory_gib: float, cuda: bool, others: int
+) -> dict[str, dict[str, int]]:
+    """Count the bytes by phase with one teacher, while others have so many on the device."""
     student, teacher, work, e = setup.student, setup.teacher, setup.workload, setup.itemsize
     grid, own = setup.student_grid, setup.teacher_grid
     tokens = work.tokens_at_a_time(grid.dp, setup.micro_batch_tokens)
@@ -120,6 +158,7 @@ def phases(
         trunk = parameter_elements(teacher, own, place.teacher_stage, head=False) * e
     if trunk and not setup.offload:
         resident["teacher trunk"] = trunk
+    resident["other teachers"] = others
     if setup.rollout is None:
         resident["rollout copy"] = student.elements * e
     if "teacher" in place.servers:
@@ -203,15 +242,25 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
 
     A save keeps 12 bytes of every element that the rank's optimizer owns, its fp32 weight and
     moments, and the model's own weight (`checkpoints.shards`), in pinned memory that stays for the
-    next one. An offloaded teacher stays in pinned memory for the whole run. Neither is rounded up
-    (`parallel.copies.HostCopies`).
+    next one. An offloaded teacher stays in pinned memory for the whole run, and so do the heads of
+    several. None is rounded up (`parallel.copies.HostCopies`).
     """
-    student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
+    student, grid = setup.student, setup.student_grid
     owned = optimizer_elements(student_buckets(student, grid, place.stage), grid.dp)
     found = {"a save": owned * (12 + setup.itemsize)}
-    if own is not None and setup.offload:
-        elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
-        found["offloaded teacher"] = elements * setup.itemsize
+    offloaded = heads = 0
+    for each in setup.each:
+        own = each.teacher_grid
+        if own is not None and each.offload:
+            stage = own.stage(place.rank)
+            elements = parameter_elements(each.teacher, own, stage, head=False)
+            offloaded += elements * setup.itemsize
+        if not each.columns_only and place.stage == grid.pp - 1:
+            heads += student.vocab // grid.tp * each.teacher.hidden * setup.itemsize
+    if offloaded:
+        found["offloaded teacher"] = offloaded
+    if setup.others:
+        found["teacher heads"] = heads
     return found
 
 

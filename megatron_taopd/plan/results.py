@@ -95,7 +95,7 @@ def as_json(plan: Plan, proposed: Sequence[Proposal]) -> dict:
         "devices": plan.setup.devices,
         "cluster": vars(plan.cluster),
         "student": str(plan.setup.student_grid),
-        "teacher": str(plan.setup.teacher_grid or "served"),
+        "teacher": plan.setup.layouts(),
         "fits": not plan.problems(),
         "usable_bytes": round(plan.usable),
         "peak": {"rank": worst.rank, "phase": phase, "bytes": size},
@@ -133,7 +133,7 @@ def _ranks(plan: Plan) -> Table:
     table = Table(
         title=f"GiB by phase · {setup.gpus} × {cluster.name}, {plan.usable / GIB:.0f} GiB of "
         f"{cluster.memory_gib:.0f} usable · student {setup.student_grid}, teacher "
-        f"{setup.teacher_grid or 'served'}"
+        f"{setup.layouts()}"
     )
     names = list(next(iter(plan.memory.values())))
     for name in ("ranks", "student stage", "teacher stage", *names, "peak"):

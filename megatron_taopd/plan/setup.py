@@ -87,6 +87,7 @@ class Setup:
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
             device and its rows gather meanwhile. The in-process engine has finished by then.
+        others: of several teachers the same run with each of the others in its place.
     """
 
     gpus: int
@@ -119,6 +120,16 @@ class Setup:
     stream: bool
     checkpoint_every: int
     used: Devices
+    others: tuple[Setup, ...] = ()
+
+    @property
+    def each(self) -> list[Setup]:
+        """Return the run with each of its teachers alone."""
+        return [replace(self, others=()), *self.others]
+
+    def layouts(self) -> str:
+        """Return the layout of each teacher, as a person reads them."""
+        return ", ".join(str(setup.teacher_grid or "served") for setup in self.each)
 
     @property
     def devices(self) -> str:
@@ -137,7 +148,7 @@ class Setup:
         response_tokens: int | None = None,
         trained_share: float = 1.0,
     ) -> Setup:
-        """Read both models' config.json, and check that the layouts divide them.
+        """Read all models' config.json, and check that the layouts divide them.
 
         Args:
             config: of which `config.values.check_sections` has nothing to say.
@@ -149,18 +160,30 @@ class Setup:
         for key, value in (("--gpus", gpus), ("--gpus-per-node", gpus_per_node)):
             if value < 1:
                 raise ValueError(f"{key}: {value}; it has to be at least 1")
-        rollout, train, teacher = config.rollout, config.train, config.teacher
-        served = teacher.engine == "sglang"
-        models = {
-            name: _read_model(name, getattr(config, name).path, served and name == "teacher")
-            for name in ("student", "teacher")
-        }
-        grids = {
-            name: _grid(name, getattr(config, name), models[name], gpus)
-            for name in ("student", "teacher")
-            if not (served and name == "teacher")
-        }
+        lengths = prompt_tokens, response_tokens, trained_share
+        first, *others = (
+            cls._of_teacher(config, key, gpus, gpus_per_node, lengths)
+            for key in config.each_teacher
+        )
         check_layouts(config, gpus, "--gpus")
+        return replace(first, others=tuple(others))
+
+    @classmethod
+    def _of_teacher(
+        cls,
+        config: Config,
+        key: str,
+        gpus: int,
+        gpus_per_node: int,
+        lengths: tuple[int | None, int | None, float],
+    ) -> Setup:
+        """Describe a run with one of its teachers, by the key of that."""
+        rollout, train, teacher = config.rollout, config.train, config.each_teacher[key]
+        prompt_tokens, response_tokens, trained_share = lengths
+        served = key in config.served
+        student_model = _read_model("student", config.student.path, False)
+        teacher_model = _read_model(key, teacher.path, served)
+        _, longest_prompt = config.prompt_limit(key)
         horizon = rollout.horizon["end"] if isinstance(rollout.horizon, dict) else rollout.horizon
         horizon = horizon if isinstance(horizon, int) else rollout.max_new_tokens
         workload = Workload(
@@ -169,17 +192,17 @@ class Setup:
             _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
-            max(0, config.teacher_prompt_tokens - config.data.max_prompt_tokens),
+            max(0, longest_prompt - config.data.max_prompt_tokens),
         )
-        prompt = max(config.data.max_prompt_tokens, config.teacher_prompt_tokens)
+        prompt = max(config.data.max_prompt_tokens, longest_prompt)
         longest = prompt + rollout.max_new_tokens
         return cls(
             gpus=gpus,
             gpus_per_node=gpus_per_node,
-            student=Architecture.of(models["student"]),
-            student_grid=grids["student"],
-            teacher=Architecture.of(models["teacher"]),
-            teacher_grid=grids.get("teacher"),
+            student=Architecture.of(student_model),
+            student_grid=_grid("student", config.student, student_model, gpus),
+            teacher=Architecture.of(teacher_model),
+            teacher_grid=None if served else _grid(key, teacher, teacher_model, gpus),
             workload=workload,
             longest=longest,
             longest_response=max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),

@@ -6,11 +6,13 @@ what a rate attains of its peak is a field of `Cluster`.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_taopd.monitoring.accounting import Work, step_operations
+from megatron_taopd.monitoring.accounting import Work, added, step_operations
 from megatron_taopd.monitoring.throughput import throughput
 from megatron_taopd.plan import links
 from megatron_taopd.plan.cluster import Cluster
@@ -44,8 +46,11 @@ class Phase:
 def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
     """Return the phases of a step in their order; they follow one another.
 
-    `checkpoint` is not of every step.
+    `checkpoint` is not of every step. Of several teachers each reads an equal share of the
+    sequences, one after the other.
     """
+    if setup.others:
+        return _phases_of_several(setup, cluster)
     run = _work(setup)
     operations = step_operations(setup.student.cost, setup.teacher.cost, run)
     return {
@@ -58,6 +63,31 @@ def step_phases(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
         "sync": sync(setup, cluster),
         "checkpoint": checkpoint(setup, cluster),
     }
+
+
+def _phases_of_several(setup: Setup, cluster: Cluster) -> dict[str, Phase]:
+    """Return the phases of a step whose teachers read in turn; the others are means over them."""
+    whole = [step_phases(each, cluster) for each in setup.each]
+    read = [step_phases(each, cluster) for each in _shares(setup)]
+
+    def weighted(phases: Sequence[Phase], weight: float) -> Phase:
+        parts: Counter[str] = Counter()
+        for phase in phases:
+            parts.update({name: weight * seconds for name, seconds in phase.parts.items()})
+        return Phase(weight * sum(phase.seconds for phase in phases), dict(parts))
+
+    return {
+        name: weighted([each[name] for each in read], 1)
+        if name in ("teacher", "exchange")
+        else weighted([each[name] for each in whole], 1 / len(whole))
+        for name in whole[0]
+    }
+
+
+def _shares(setup: Setup) -> list[Setup]:
+    """Return the run with each teacher alone and its share of the sequences."""
+    share = -(-setup.workload.sequences // len(setup.each))
+    return [replace(each, workload=replace(each.workload, sequences=share)) for each in setup.each]
 
 
 def _work(setup: Setup) -> Work:
@@ -81,7 +111,10 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
     A run's teacher phase has the exchange, and its training the optimizer.
     """
     run, seconds = _work(setup), {name: phase.seconds for name, phase in phases.items()}
-    record = step_operations(setup.student.cost, setup.teacher.cost, run)
+    record = added(
+        step_operations(each.student.cost, each.teacher.cost, _work(each))
+        for each in _shares(setup)
+    )
     record |= {
         "time/teacher": seconds["teacher"] + seconds["exchange"],
         "time/scoring": seconds["scoring"],
@@ -94,7 +127,7 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
         "tokens_scored": int(run.scored.sum()),
         "tokens_trained": int(run.trained.sum()),
     }
-    if setup.teacher_grid is None:
+    if all(each.teacher_grid is None for each in setup.each):
         record["teacher/tokens_per_second"] = record["tokens_read"] / seconds["teacher"]
     peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
     return throughput(record, setup.used, peak)

@@ -61,16 +61,17 @@ def metrics_by_teacher(
     values = torch.stack([scores.bounded(name) for name in ("disagreement", "compatibility")])
     whose = to_device(teachers[held.sequences].repeat_interleave(held.counts), values.device)
     sums = torch.zeros(2, len(names), dtype=torch.float64, device=values.device)
-    sums = all_reduce(sums.index_add_(1, whose, values.double()), held.group).tolist()
-    found = {}
+    all_reduce(sums.index_add_(1, whose, values.double()), held.group)
+    disagreement, compatibility = sums.tolist()
+    found: dict[str, float] = {}
     for number, name in enumerate(names):
         own = teachers == number
         if rows := int(held.cu_rows.diff()[own].sum()):
             found |= {
                 f"teacher/{name}/rows": rows,
                 f"teacher/{name}/kept_share": int(kept.counts[own].sum()) / rows,
-                f"teacher/{name}/disagreement": sums[0][number] / rows,
-                f"teacher/{name}/compatibility": sums[1][number] / rows,
+                f"teacher/{name}/disagreement": disagreement[number] / rows,
+                f"teacher/{name}/compatibility": compatibility[number] / rows,
             }
     return found
 
