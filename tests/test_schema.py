@@ -113,6 +113,7 @@ SWITCHES = {
     "rollout.engine": ("vllm", "['local', 'sglang']"),
     "rollout.sync.transport": ("ftp", "['distributed', 'tensor', 'disk']"),
     "loss.weights": ("iw", "['none', 'discrepancy']"),
+    "selection.scope": ("rank", "['batch', 'teacher']"),
     "train.schedule": ("once", "['two_pass', 'replay']"),
     "train.precision": ("fp8", "['fp32', 'bf16']"),
     "train.profile.kind": ("rocprof", "['torch', 'nsys', 'memory']"),
@@ -132,7 +133,7 @@ SWITCHES = {
 # Any text will do; what it names is looked at later.
 TEXTS = {
     "run.dir", "run.name", "student.path", "teacher.path", "data.prompts", "data.prompt_column",
-    "data.answer_column", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
+    "data.answer_column", "data.teacher_column", "teachers", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
     "rollout.horizon",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from support.observed import STUDENT, TEACHER, observe
 from support.ranks import run_ranks
-from support.several_teachers import Taught, dense_step_of_several, step_of_several
+from support.several_teachers import Taught, dense_step_of_several, open_several, step_of_several
 from support.step import assert_gradients, make_batch, make_model
+from transformers import AutoTokenizer
 
+from megatron_taopd.config import load, to_yaml
+from megatron_taopd.config.schema import DataSection
+from megatron_taopd.config.values import check_sections
+from megatron_taopd.data.context import TeacherContext
+from megatron_taopd.data.prompts import PromptStream, TeacherReader, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap
+
+PAIR = Path(STUDENT).parent
 
 SIZE = 200  # the student's vocabulary
 FIELDS = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
@@ -112,3 +123,191 @@ def test_offloaded_trunks_take_turns(student, teachers, oracle):
 
 def order_of_turns(distiller, _lesson):
     return distiller.teachers.in_turn
+
+
+# ------------------------------------------------------------------------------------------- cost
+
+
+def cost_of_a_step(student_dir, teachers, of_prompt):
+    """Operations of a step, the most bytes that scoring takes, and those of the teachers' heads."""
+    from megatron.core import parallel_state
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_taopd.config.schema import TrainSection
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.memory import peak_memory
+
+    platform.emulate_cuda()
+    try:
+        distiller = open_several(
+            student_dir, (1, 1), teachers, None, of_prompt, TrainSection(micro_batch_tokens=128)
+        )
+        batch = distiller.teachers.routed(LONG)
+        assigned = distiller.assign(batch)
+        rows = distiller.dispatch(distiller.read(batch), batch, assigned)
+        with peak_memory() as memory:
+            distiller.score(batch, assigned, rows)
+        with FlopCounterMode(display=False) as counter:
+            distiller.learn(LONG, distiller.read(LONG), 0)
+        heads = [distiller.heads.of(number).teacher for number in range(len(teachers))]
+        storage = {head.untyped_storage().data_ptr(): head.untyped_storage() for head in heads}
+        return counter.get_total_flops(), memory.temporaries, sum(map(len, storage.values()))
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+LONG = make_batch(SIZE, num_sequences=60, seed=4)
+
+
+def test_three_teachers_cost_no_more_operations_than_one(student, teachers):
+    """At equal tokens, counted as torch runs them: packing by teacher adds next to nothing."""
+    math = replace(teachers["math"], parallel=(1, 1))
+    three = {name: math for name in ("a", "b", "c")}
+    of_prompt = torch.arange(LONG.num_sequences) % 3
+    [(one, *_)] = run_ranks(1, cost_of_a_step, student, {"a": math}, None)
+    [(several, *_)] = run_ranks(1, cost_of_a_step, student, three, of_prompt)
+    assert one <= several <= 1.05 * one
+
+
+def test_the_memory_of_heads_is_that_of_the_largest(student, teachers):
+    """On the device there is one at a time; the most that scoring takes does not grow either."""
+    same = teachers["math"].vocab_map
+    each = {n: replace(t, parallel=(1, 1), vocab_map=same) for n, t in teachers.items()}
+    of_prompt = torch.arange(LONG.num_sequences) % 3
+    [(_, most, held)] = run_ranks(1, cost_of_a_step, student, each, of_prompt)
+    [(_, alone, largest)] = run_ranks(1, cost_of_a_step, student, {"c": each["code"]}, None)
+    assert held == largest == 256 * 64 * 4  # padded columns of the student × the widest
+    assert most <= 1.02 * alone
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def skills(path, number, column="skill"):
+    """A file of the tiny pair's prompts, which name their teachers in turn."""
+    rows = [json.loads(line) for line in (PAIR / "train.jsonl").read_text().splitlines()[:number]]
+    each = ({**row, column: ("large", "small")[i % 2]} for i, row in enumerate(rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in each))
+    return path
+
+
+def test_a_run_of_two_teachers_goes_on_bit_for_bit(tmp_path):
+    file = skills(tmp_path / "p.jsonl", 40)
+    overrides = [
+        "teacher.path=null", f"teachers={{large: {{path: {TEACHER}}}, small: {{path: {STUDENT}}}}}",
+        f"data.prompts={file}", "data.teacher_column=skill", "selection.scope=teacher",
+        f"eval={{prompts: {file}, limit: 6, every: 0}}", "optimizer.lr=1e-3",
+    ]  # fmt: skip
+    for until in (2, 4):
+        halves = observe([*overrides, f"run.dir={tmp_path}/halves", f"train.steps={until}"])
+        assert halves.status == 0, halves.printed
+    whole = observe([*overrides, f"run.dir={tmp_path}/whole", "train.steps=4"])
+    told = [
+        {k: v for k, v in record.items() if not k.startswith(("time", "memory", "perf", "sync"))}
+        for seen in (halves, whole)
+        for record in seen.steps
+    ]
+    assert [record["step"] for record in told] == [1, 2, 3, 4] * 2
+    names = [f"teacher/{n}/{k}" for n in ("large", "small") for k in ("kept_share", "loss")]
+    for ours, theirs in zip(told[:4], told[4:], strict=True):
+        for name in ("loss", "grad_norm", "kept_rows", *names):
+            assert ours[name] == theirs[name], (ours["step"], name)
+        # The budget is of each one's rows: ⌈.1 n⌉ of n.
+        rows = [ours[f"teacher/{n}/rows"] for n in ("large", "small")]
+        assert ours["kept_rows"] == sum(-(-n // 10) for n in rows)
+    # The student is a teacher of its own at first.
+    assert told[0]["teacher/small/disagreement"] < 1e-3 < told[0]["teacher/large/disagreement"]
+    accuracy = [told[-1][f"eval/accuracy/{name}"] for name in ("large", "small")]
+    assert sum(accuracy) / 2 == pytest.approx(told[-1]["eval/accuracy"])
+
+
+def test_files_have_a_share_and_a_teacher(tmp_path):
+    """Of each four prompts three are of the first file, and so for its teacher."""
+    first, second = skills(tmp_path / "a.jsonl", 10), skills(tmp_path / "b.jsonl", 20)
+    prompts = [
+        {"path": str(first), "weight": 3, "teacher": "large"},
+        {"path": str(second), "weight": 1, "teacher": "small"},
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    readers = {
+        "large": TeacherReader(tokenizer, context=TeacherContext(system="Sam")),
+        "small": None,
+    }
+    section = DataSection(cache_dir=str(tmp_path / "cache"))
+    found = load_prompts(prompts, tokenizer, section, None, readers)
+    assert [*found.teachers] == [0] * 10 + [1] * 20
+    stream = PromptStream(len(found), 7, parts=found.parts)
+    drawn = [found.teachers[i] for i in stream.take(40)]
+    assert all(sum(drawn[i : i + 4]) == 1 for i in range(0, 40, 4))
+    # What is only for one teacher is in its prompts alone.
+    told = tokenizer("Sam", add_special_tokens=False)["input_ids"]
+    for place, (ours, theirs) in enumerate(
+        zip(found.token_ids, found.teacher_token_ids, strict=True)
+    ):
+        assert (theirs != ours) == (place < 10)
+        assert place >= 10 or theirs[1 : 1 + len(told)] == told
+    # A row's own word wins over that of its file.
+    by_row = load_prompts(
+        prompts, tokenizer, replace(section, teacher_column="skill"), None, readers
+    )
+    assert [*by_row.teachers] == [0, 1] * 15
+
+
+def test_prompts_without_a_teacher_are_refused_with_their_numbers(tmp_path):
+    file, tokenizer = skills(tmp_path / "a.jsonl", 9), AutoTokenizer.from_pretrained(STUDENT)
+    section = DataSection(cache_dir=str(tmp_path / "cache"), teacher_column="skill")
+
+    def refused(names, prompts=str(file), section=section):
+        with pytest.raises(ValueError) as caught:
+            load_prompts(prompts, tokenizer, section, None, dict.fromkeys(names))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    message = refused(["large", "other"])
+    assert "4 rows name 'small', and teachers has large, other" in message
+    assert "0 prompts that fit are for teachers.other" in message
+    message = refused(["large", "small"], section=replace(section, teacher_column="sill"))
+    assert "9 rows have no teacher: name data.teacher_column" in message
+    weights = [{"path": str(file), "weight": 1, "teacher": "larg"}]
+    message = refused(["large", "small"], weights, replace(section, teacher_column=None))
+    assert "9 rows name 'larg'" in message
+
+
+ONE = "run: {dir: r}\nstudent: {path: s}\nteacher: {path: t}\ndata: {prompts: p.jsonl}\n"
+TWO = (
+    ONE.replace("path: t", "offload: true, max_prompt_tokens: 9")
+    + "teachers: {a: {path: x, offload: false}, b: {path: y}}\n"
+)
+REFUSED = {  # (file, override): how the line begins
+    (TWO, "teacher.path=z"): "teacher.path: z, and teachers: a, b are given",
+    (TWO, "teachers.c.topk=3"): "teachers.c.path: required",
+    (TWO, "teachers.a.ofload=true"): "teachers.a.ofload: unknown key; did you mean teachers.a.off",
+    (TWO, "teachers.b.topk=0"): "teachers.b.topk: 0; it has to be at least 1",
+    (TWO, "teachers.b.context_overflow=cut"): "teachers.b.context_overflow: 'cut', but there is",
+    (TWO, "teachers.a.parallel.sequence=true"): "teachers.a.parallel.sequence: true needs teac",
+    (TWO, "teachers={1a: {path: x}}"): "teachers: '1a' is no name of a teacher",
+    (ONE, "data.teacher_column=skill"): "data.teacher_column: 'skill' needs teachers",
+    (ONE, "data.prompts=[{path: p, weight: 1, teacher: a}]"): "data.prompts: {'path':",
+    (ONE, "selection.scope=teacher"): "selection.scope: teacher needs teachers",
+}
+
+
+def test_keys_of_teacher_count_for_all_teachers(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(TWO)
+    config = load(file)
+    assert [t.offload for t in config.each_teacher.values()] == [False, True]
+    assert [config.prompt_limit(key)[1] for key in config.each_teacher] == [9, 9]
+    assert [*config.models] == ["student", "teachers.a", "teachers.b"]
+    file.write_text(to_yaml(config))
+    assert load(file) == config
+
+
+@pytest.mark.parametrize(("text", "override"), REFUSED)
+def test_mistakes_are_told_by_the_key_where_they_stand(tmp_path, text, override):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError) as caught:
+        check_sections(load(file, [override]))
+    assert str(caught.value).startswith(REFUSED[text, override])
+    assert "\n" not in str(caught.value)

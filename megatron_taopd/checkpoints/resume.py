@@ -189,7 +189,9 @@ def _difference(old: Any, new: Any) -> str:
 
 def teachers(config: Mapping[str, Any]) -> list[str]:
     """Return the keys of the teachers' sections (`Config.each_teacher`) of nested dicts."""
-    return [f"teachers.{name}" for name in config.get("teachers") or ()] or ["teacher"]
+    several = config.get("teachers")
+    names = several if isinstance(several, Mapping) else ()
+    return [f"teachers.{name}" for name in names] or ["teacher"]
 
 
 def _of_each(keys: Mapping[str, str], sections: list[str]) -> Iterator[tuple[str, str]]:

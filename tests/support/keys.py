@@ -54,6 +54,8 @@ PATIENCE = "test_keys_servers.py::test_requests_are_given_up_in_time"
 START = "test_keys_servers.py::test_servers_that_do_not_start_are_given_up_in_time"
 LATE = "test_keys_servers.py::test_servers_that_do_not_listen_are_given_up_in_time"
 
+TEACHERS = "test_teachers.py::test_a_run_of_two_teachers_goes_on_bit_for_bit"
+
 KEYS: dict[str, dict[str, str]] = {
     "run.dir": {ANY: "test_train.py::test_what_a_run_logs_and_leaves"},
     "run.seed": {"7": ROLLOUT, "5": SEED},
@@ -97,6 +99,7 @@ KEYS: dict[str, dict[str, str]] = {
     "teacher.parallel.sequence": {"true": LAYOUT},
     "teacher.parallel.ep": {"2": EXPERTS},
     "teacher.offload": {"true": OFFLOAD},
+    "teachers": {ANY: TEACHERS},
     "data.prompts": {ANY: ROLLOUT},
     "data.prompt_column": {"task.asks": ROLLOUT},
     "data.answer_column": {"task.says": ROLLOUT},
@@ -104,6 +107,7 @@ KEYS: dict[str, dict[str, str]] = {
     "data.template_kwargs": {"{ends: gets}": KWARGS},
     "data.system": {"Tom has nuts .": ROLLOUT},
     "data.max_prompt_tokens": {"20": ROLLOUT},
+    "data.teacher_column": {"skill": TEACHERS},
     "data.shuffle": {"false": ROLLOUT},
     "data.limit": {"6": ROLLOUT},
     "data.deduplicate": {"false": REPEATS},
@@ -155,6 +159,7 @@ KEYS: dict[str, dict[str, str]] = {
         )
     } | {"random": SEED},
     "selection.ratio": {"0.35": STEP},
+    "selection.scope": {"teacher": TEACHERS},
     "selection.k": {"5": STEP},
     "selection.concentrate": {
         "0.5": "test_train.py::test_a_run_that_saves_resumes_bit_for_bit_too"
