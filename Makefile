@@ -15,13 +15,16 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install quickstart quickstart-sglang test test-fast users lint docs requirements clean
+.PHONY: install quickstart two-teachers quickstart-sglang test test-fast users lint docs requirements clean
 
 install: $(VENV)/.installed
 
 # ARGS="train.steps=20 selection.selector=random" changes what a quickstart does.
 quickstart: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh $(ARGS)
+
+two-teachers: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/two_teachers.sh $(ARGS)
 
 quickstart-sglang: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart_sglang.sh $(ARGS)

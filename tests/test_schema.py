@@ -133,8 +133,8 @@ SWITCHES = {
 # Any text will do; what it names is looked at later.
 TEXTS = {
     "run.dir", "run.name", "student.path", "teacher.path", "data.prompts", "data.prompt_column",
-    "data.answer_column", "data.teacher_column", "teachers", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
-    "rollout.horizon",
+    "data.answer_column", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
+    "rollout.horizon", "teachers", "data.teacher_column",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",
     "teacher.servers.api_key_env", "teacher.system", "teacher.context_column",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.observed import STUDENT, TEACHER, observe
+from support.published import MODELS
 from support.ranks import run_ranks
 from support.several_teachers import Taught, dense_step_of_several, open_several, step_of_several
 from support.step import assert_gradients, make_batch, make_model
@@ -21,8 +25,13 @@ from megatron_taopd.config.values import check_sections
 from megatron_taopd.data.context import TeacherContext
 from megatron_taopd.data.prompts import PromptStream, TeacherReader, load_prompts
 from megatron_taopd.data.vocab_map import VocabMap
+from megatron_taopd.plan.cluster import CLUSTERS
+from megatron_taopd.plan.results import Plan
+from megatron_taopd.plan.setup import Setup
+from megatron_taopd.plan.shapes import parameter_elements
 
-PAIR = Path(STUDENT).parent
+ROOT = Path(__file__).parent.parent
+PAIR = ROOT / "examples" / "tiny_pair"
 
 SIZE = 200  # the student's vocabulary
 FIELDS = ("disagreement", "compatibility", "student_entropy", "teacher_entropy")
@@ -311,3 +320,77 @@ def test_mistakes_are_told_by_the_key_where_they_stand(tmp_path, text, override)
         check_sections(load(file, [override]))
     assert str(caught.value).startswith(REFUSED[text, override])
     assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------- example
+
+
+def test_the_example_is_made_and_run(tmp_path, monkeypatch, capsys):
+    """As `make two-teachers` does, but for the lengths: `make_two_experts.py`, then the run."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    made, out = importlib.import_module("make_two_experts"), tmp_path / "two_teachers"
+    words = ["--out", str(out), "--steps", "1", "--train", "48", "--test", "8"]
+    monkeypatch.setattr(sys, "argv", ["make_two_experts.py", *words])
+    made.main()
+    assert "subtract: add" in capsys.readouterr().out
+    shutil.copy(ROOT / "examples" / "two_teachers.yaml", tmp_path)
+    (tmp_path / "tiny_pair").symlink_to(PAIR)
+    parallel = "parallel={tp: 1, pp: 1}"
+    [(status, records)] = run_ranks(
+        1, trained, tmp_path / "two_teachers.yaml", f"run.dir={tmp_path}/run", "train.steps=1",
+        f"student.{parallel}", f"teacher.{parallel}", "rollout.prompts=16", "eval.every=0",
+    )  # fmt: skip
+    assert status == 0
+    last = records[-1]
+    assert {"teacher/add/loss", "teacher/subtract/loss", "eval/accuracy/add"} <= last.keys()
+    rows = [last[f"teacher/{name}/rows"] for name in ("add", "subtract")]
+    assert sum(rows) == last["valid_rows"]
+
+
+def trained(config, run_dir, *overrides):
+    from megatron_taopd import train
+
+    status = train.main([str(config), run_dir, *overrides])
+    log = Path(run_dir.removeprefix("run.dir=")) / "metrics.jsonl"
+    return status, [json.loads(line) for line in log.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    for variable in ("MODELS", "DATA", "RUNS"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    for name, shape in (("4B", "4B"), ("14B-math", "14B"), ("8B-code", "8B")):
+        MODELS[f"Qwen3-{shape}"].save_pretrained(tmp_path / f"Qwen3-{name}")
+    urls = ",".join(f"http://node{n}:{30000 + gpu}" for n in (6, 7, 8) for gpu in range(8))
+    path = ROOT / "examples" / "two_experts_qwen3_64gpu.yaml"
+    return lambda *keys: Setup.of(load(path, [f"rollout.servers.urls=[{urls}]", *keys]), 40)
+
+
+def test_the_plan_of_two_experts_fits(recipe):
+    """They take turns: only the trunk that reads is on the device, with one head."""
+    h800, setup = CLUSTERS["h800"], recipe()
+    plan = Plan.of(setup, h800)
+    assert plan.problems() == []
+    alone = [Plan.of(each, h800) for each in setup.each]
+    place = plan.worst
+    for phase in ("teacher", "scoring", "training"):
+        sizes = [sum(each.memory[place][phase].values()) for each in alone]
+        assert sum(plan.memory[place][phase].values()) == max(sizes), phase
+    assert plan.memory[place]["scoring"]["teacher head"] == 151936 // 2 * 5120 * 2
+    # Each reads half of the sequences; so they take the mean of what each takes for all of them,
+    # and the weights travel as they do for one.
+    weights = [each.time["teacher"].parts["weights to the device"] for each in alone]
+    reading = [p.time["teacher"].seconds - w for p, w in zip(alone, weights, strict=True)]
+    expected = sum(reading) / 2 + sum(weights)
+    assert plan.time["teacher"].seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_trunks_that_stay_are_all_in_the_plan(recipe):
+    setup = recipe("teacher.offload=false")
+    plan = Plan.of(setup, CLUSTERS["h800"])
+    training = plan.memory[plan.worst]["training"]
+    trunks = [parameter_elements(s.teacher, s.teacher_grid, 0, head=False) * 2 for s in setup.each]
+    assert training["teacher trunk"] + training["other teachers"] == sum(trunks)

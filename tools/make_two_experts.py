@@ -74,13 +74,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=150, help="of 96 problems, for each expert")
+    parser.add_argument("--train", type=int, default=4096, help="problems to train on")
+    parser.add_argument("--test", type=int, default=512, help="held-out problems")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     rng = random.Random(f"skills {args.seed}")
-    test = draw(rng, 512, set())
+    test = draw(rng, args.test, set())
     write(args.out / "test.jsonl", [*test.values()])
-    write(args.out / "train.jsonl", [*draw(rng, 4096, set(test)).values()])
+    write(args.out / "train.jsonl", [*draw(rng, args.train, set(test)).values()])
 
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "teacher")
     for number, (name, sign) in enumerate(SIGNS.items()):
