@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.observed import STUDENT, TEACHER, observe
 from support.published import MODELS
 from support.ranks import run_ranks
@@ -394,3 +395,36 @@ def test_trunks_that_stay_are_all_in_the_plan(recipe):
     training = plan.memory[plan.worst]["training"]
     trunks = [parameter_elements(s.teacher, s.teacher_grid, 0, head=False) * 2 for s in setup.each]
     assert training["teacher trunk"] + training["other teachers"] == sum(trunks)
+
+
+# ------------------------------------------------------------------------------------------ doctor
+
+
+def test_the_doctor_looks_at_every_teacher(tmp_path):
+    """At its ids, its prompts and its scores; a teacher whose weights are broken is named."""
+    broken = Path(shutil.copytree(TEACHER, tmp_path / "broken"))
+    file = broken / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    prompts = skills(tmp_path / "p.jsonl", 8)
+    config = [
+        f"run.dir={tmp_path}/r", "teacher.path=null", "data.teacher_column=skill",
+        f"data.prompts={prompts}", "eval.prompts=null",
+        f"teachers={{large: {{path: {broken}}}, small: {{path: {STUDENT}}}}}",
+    ]  # fmt: skip
+    [texts, models] = run_ranks(1, examined, config)[0]
+    assert [
+        line for line in texts if "vocabularies of student and teachers.small: the same" in line
+    ]
+    assert [line for line in texts if "data.prompts for teachers.large: 4 prompts" in line]
+    assert [line for line in models if "error teachers.large" in line and "not finite" in line]
+    assert [line for line in models if "ok teachers.small" in line and "D of those rows" in line]
+
+
+def examined(overrides):
+    from megatron_taopd.preflight import agreement, examine
+
+    config = load(PAIR.parent / "tiny_pair.yaml", overrides)
+    groups = examine._check_texts(config), agreement.check_models(agreement.alone(config))
+    return [[f"{finding.level} {finding.what}" for finding in group] for group in groups]
