@@ -423,8 +423,10 @@ def test_the_doctor_looks_at_every_teacher(tmp_path):
 
 
 def examined(overrides):
+    from megatron_taopd.parallel import platform
     from megatron_taopd.preflight import agreement, examine
 
+    platform.emulate_cuda()
     config = load(PAIR.parent / "tiny_pair.yaml", overrides)
     groups = examine._check_texts(config), agreement.check_models(agreement.alone(config))
     return [[f"{finding.level} {finding.what}" for finding in group] for group in groups]
