@@ -284,10 +284,9 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
 def _state(student: Student) -> dict:
     """Everything of the student that is saved: what this rank owns, and what is saved once."""
     model = weights.sharded_weights(student.trunk)
-    (distributed,) = student.optimizer.chained_optimizers
     return {
         "model": weights.extra_states(model) | {"owned": shards.of_weights(student)},
-        "optimizer": distributed.state_dict()
+        "optimizer": optimizer.settings(student)
         | {"param_state": shards.of_optimizer(student), "param_state_sharding_type": _FORMAT},
         "scheduler": student.scheduler.state_dict(),
         "content_metadata": {"distrib_optim_sharding_type": _FORMAT},

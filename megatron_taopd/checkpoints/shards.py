@@ -55,9 +55,9 @@ def _owned(student: Student) -> Iterator[tuple[slice, dict[str, Tensor], Sharded
     """Yield what is owned of each parameter, its flat state, and Megatron's words for the whole."""
     model = weights.without_extra_states(weights.sharded_weights(student.trunk))
     described = {id(whole.data): whole for whole in model.values()}
-    (distributed,) = student.optimizer.chained_optimizers
-    for parameter, owned, states in owned_states(distributed):
-        yield owned, states, described[id(parameter)]
+    for distributed in student.optimizer.chained_optimizers:
+        for parameter, owned, states in owned_states(distributed):
+            yield owned, states, described[id(parameter)]
 
 
 def _cut(

@@ -140,9 +140,7 @@ class ParallelSection:
         "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
         "`tp` times.",
     )
-    ep: int = key(
-        1, "Expert-parallel ranks, among the data-parallel ones; of a teacher only.", COUNT
-    )
+    ep: int = key(1, "Expert-parallel ranks, among the data-parallel ones.", COUNT)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_taopd.formats.hf_map import (
 
 
 def check_model(name: str, path: str, hf: PretrainedConfig) -> None:
-    """Refuse a model that no trunk computes, and experts in a student.
+    """Refuse a model that no trunk computes.
 
     Args:
         name: student or teacher.
@@ -29,10 +29,6 @@ def check_model(name: str, path: str, hf: PretrainedConfig) -> None:
         check_architecture(hf)
     except ValueError as error:
         raise ValueError(f"{name}.path: {path}: {error}") from None
-    if num_experts(hf) and name == "student":
-        raise ValueError(
-            f"{name}.path: {path}: a mixture of experts is supported as a teacher only"
-        )
 
 
 def check_grid(
@@ -50,6 +46,11 @@ def check_grid(
         check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
     except ValueError as error:
         raise ValueError(f"{name}.parallel.{error}") from None
+    if name == "student" and num_experts(hf) and parallel.tp > 1 and not parallel.sequence:
+        raise ValueError(
+            f"student.parallel.sequence: false with tp {parallel.tp} and the experts of {path}, "
+            "whose gradients would count each token more than once; set it to true"
+        )
     data_parallel = ranks // (parallel.tp * parallel.pp)
     if data_parallel % parallel.ep:
         choices = divisors(math.gcd(num_experts(hf), data_parallel))

@@ -188,10 +188,14 @@ def gather_gradients(student):
     from megatron_taopd.models import weights
 
     groups = student.layout.groups
-    for buffer in student.model.buffers:
-        for bucket in buffer.buckets:
-            share = bucket.grad_data.view(student.layout.dp, -1)[student.layout.dp_rank].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, share, group=groups.dp_cp)
+    model = student.model
+    for buffers, group in (
+        (model.buffers, groups.dp_cp),
+        (model.expert_parallel_buffers, groups.expt_dp),
+    ):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+            share = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
     exported = weights.export_weights(student.trunk, read=lambda p: p.main_grad.clone())
     return dict(exported)
 
@@ -210,7 +214,9 @@ def row_logits(
     vocab_map = vocab_map or VocabMap(torch.arange(size))
     teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype)
+    student = AutoModelForCausalLM.from_pretrained(
+        student_dir, dtype=dtype, experts_implementation="eager"
+    )
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_dir, dtype=dtype, experts_implementation="eager"
     )
@@ -235,12 +241,30 @@ def dense_gradients(loss, *models_and_batch, **vocabularies):
         z_s, z_t, student = row_logits(*models_and_batch, **vocabularies, dtype=dtype)
         value = loss(z_s, z_t)
         value.backward()
-        return value.item(), {name: p.grad for name, p in student.named_parameters()}
+        return value.item(), gradients_by_name(student)
 
     value, exact = back_propagated(torch.float64)
     with dense.in_float32():
         _, plain = back_propagated(torch.float32)
     return value, exact, relative_error(plain, exact)
+
+
+def gradients_by_name(model):
+    """Gradients by the names of a checkpoint, where each expert's projections are apart."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        prefix, experts, projection = name.partition("mlp.experts.")
+        if projection == "gate_up_proj":
+            for expert, gate_up in enumerate(parameter.grad):
+                gate, up = gate_up.split(len(gate_up) // 2)
+                named[f"{prefix}{experts}{expert}.gate_proj.weight"] = gate
+                named[f"{prefix}{experts}{expert}.up_proj.weight"] = up
+        elif projection == "down_proj":
+            for expert, down in enumerate(parameter.grad):
+                named[f"{prefix}{experts}{expert}.down_proj.weight"] = down
+        else:
+            named[name] = parameter.grad
+    return named
 
 
 def relative_error(gradients, expected) -> float:
