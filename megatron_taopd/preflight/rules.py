@@ -6,7 +6,7 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_taopd.config.schema import ParallelSection
+from megatron_taopd.config.schema import MoeSection, ParallelSection, StudentSection
 from megatron_taopd.formats.hf_map import (
     check_architecture,
     check_layout,
@@ -29,6 +29,20 @@ def check_model(name: str, path: str, hf: PretrainedConfig) -> None:
         check_architecture(hf)
     except ValueError as error:
         raise ValueError(f"{name}.path: {path}: {error}") from None
+
+
+def check_routers(student: StudentSection, hf: PretrainedConfig) -> None:
+    """Refuse what is said of routers where there are none.
+
+    Raises:
+        ValueError: one line with the key, its value and the path.
+    """
+    for name, value in vars(student.moe).items():
+        if value != getattr(MoeSection(), name) and not num_experts(hf):
+            raise ValueError(
+                f"student.moe.{name}: {value} with {student.path}, which has no experts; leave it "
+                "out"
+            )
 
 
 def check_grid(

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.config.schema import (
     LossSection,
+    MoeSection,
     OptimizerSection,
     SelectionSection,
     TrainSection,
@@ -92,6 +93,7 @@ def step_on_ranks(
     vocab_map=None,
     teacher_prompts=None,
     replay=False,
+    moe=None,
 ):
     """Score, select and back-propagate one batch; on every rank the global results.
 
@@ -116,7 +118,7 @@ def step_on_ranks(
     try:
         distiller = open_distiller(
             (student_dir, student_parallel), (teacher_dir, teacher_parallel), vocab_map, train,
-            chunk_rows, offload,
+            chunk_rows, offload, MoeSection(**(moe or {})),
         )  # fmt: skip
         distiller.selection = SelectionSection(ratio=ratio, k=5)
         distiller.loss = LossSection(**(loss or {}))
@@ -158,7 +160,7 @@ def whole_mask(kept, num_rows):
     return mask.bool()
 
 
-def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False):
+def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False, moe=None):
     """The product's step on two checkpoints in fp32, (directory, layout) each."""
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
@@ -171,7 +173,7 @@ def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=Fal
     teacher_dir, teacher_parallel = teacher
     model = Student(
         student_dir, layouts.student_layout(*student_parallel), torch.float32, train.recompute,
-        OPTIMIZER, 100, vocab_map.size, vocab_map.absent,
+        OPTIMIZER, 100, vocab_map.size, vocab_map.absent, moe,
     )  # fmt: skip
     reader = MegatronTeacher(
         teacher_dir, layouts.forward_layout(*teacher_parallel), torch.float32,
@@ -196,7 +198,9 @@ def gather_gradients(student):
         for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
             share = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
-    exported = weights.export_weights(student.trunk, read=lambda p: p.main_grad.clone())
+    exported = weights.export_weights(
+        student.trunk, lambda p: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p)
+    )
     return dict(exported)
 
 
