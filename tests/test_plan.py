@@ -56,12 +56,13 @@ def built(path, parallel, dtype):
     for optimizer in student.optimizer.chained_optimizers:
         for group in optimizer.shard_fp32_from_float16_groups:
             states += group
+    buffers = student.model.buffers + student.model.expert_parallel_buffers
     return (
         layout.pp_rank,
         layout.dp_rank,
         sum(p.numel() * p.element_size() for p in student.trunk.parameters()),
-        sum(b.param_data.nbytes for b in student.model.buffers),
-        sum(b.grad_data.nbytes for b in student.model.buffers),
+        sum(b.param_data.nbytes for b in buffers),
+        sum(b.grad_data.nbytes for b in buffers),
         sum(tensor.nbytes for tensor in states),
     )
 
@@ -79,18 +80,34 @@ LAYOUTS = {
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_gradients_and_optimizer_states_are_exact(tmp_path, layout, family, dtype):
-    world_size, parallel = LAYOUTS[layout]
+    assert_exact(tmp_path, *LAYOUTS[layout], family, dtype)
+
+
+def assert_exact(tmp_path, world_size, parallel, family, dtype):
     save_random(CONFIGS[family], tmp_path)
     model = Architecture.of(CONFIGS[family])
     grid = Grid(**parallel, dp=world_size // (parallel["tp"] * parallel["pp"]))
     measured = run_ranks(world_size, built, str(tmp_path), parallel, dtype)
     for stage, dp_rank, weights, weight_buffer, gradient_buffer, states in measured:
-        buckets = shapes.student_buckets(model, grid, stage)
-        owned = shapes.optimizer_elements(buckets, grid.dp, dp_rank)
+        buffers = shapes.student_buffers(model, grid, stage)
+        owned = shapes.optimizer_elements(buffers, grid.dp, dp_rank)
         assert weights == shapes.parameter_elements(model, grid, stage) * dtype.itemsize
-        assert weight_buffer == shapes.buffer_elements(buckets) * dtype.itemsize
-        assert gradient_buffer == shapes.buffer_elements(buckets) * 4
+        assert weight_buffer == shapes.buffer_elements(buffers) * dtype.itemsize
+        assert gradient_buffer == shapes.buffer_elements(buffers) * 4
         assert states == shapes.optimizer_bytes(owned, dtype.itemsize)
+
+
+EXPERT_LAYOUTS = {
+    "ep2-dp2": dict(tp=1, pp=1, ep=2),
+    "tp2-ep2": dict(tp=2, pp=1, sequence=True, ep=2),
+    "pp2-ep2": dict(tp=1, pp=2, ep=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_lie_in_buffers_of_their_own(tmp_path, layout, dtype):
+    assert_exact(tmp_path, 4, EXPERT_LAYOUTS[layout], "qwen3_moe", dtype)
 
 
 def teacher_built(path, parallel, dtype, columns):
@@ -347,12 +364,12 @@ def test_64_ranks_of_the_real_pair_are_exact(models):
     measured = json.loads(done.stdout.splitlines()[-1])
     assert [m["stage"] for m in measured] == [0, 2, 3]
     for rank in measured:
-        buckets = shapes.student_buckets(small, own, rank["stage"])
-        owned = shapes.optimizer_elements(buckets, own.dp, rank["dp_rank"])
-        assert rank["buckets"] == len(buckets)
+        buffers = shapes.student_buffers(small, own, rank["stage"])
+        owned = shapes.optimizer_elements(buffers, own.dp, rank["dp_rank"])
+        assert rank["buckets"] == sum(len(b.buckets) for b in buffers)
         assert rank["weights"] == 2 * shapes.parameter_elements(small, own, rank["stage"])
-        assert rank["weight_buffer"] == 2 * shapes.buffer_elements(buckets)
-        assert rank["gradients"] == 4 * shapes.buffer_elements(buckets)
+        assert rank["weight_buffer"] == 2 * shapes.buffer_elements(buffers)
+        assert rank["gradients"] == 4 * shapes.buffer_elements(buffers)
         assert rank["states"] == shapes.optimizer_bytes(owned, 2)
         stage = rank["teacher_stage"]
         assert rank["teacher"] == 2 * shapes.parameter_elements(large, theirs, stage, head=False)

@@ -24,7 +24,7 @@ from megatron_taopd.plan.shapes import (
     optimizer_bytes,
     optimizer_elements,
     parameter_elements,
-    student_buckets,
+    student_buffers,
 )
 from megatron_taopd.rollout.engine import CACHE_ROOM
 
@@ -103,9 +103,9 @@ def phases(
     tokens = work.tokens_at_a_time(grid.dp, setup.micro_batch_tokens)
     last = place.stage == grid.pp - 1
 
-    buckets = student_buckets(student, grid, place.stage)
-    elements = buffer_elements(buckets)
-    owned = optimizer_elements(buckets, grid.dp)
+    buffers = student_buffers(student, grid, place.stage)
+    elements = buffer_elements(buffers)
+    owned = optimizer_elements(buffers, grid.dp)
     resident = {
         "student weights": elements * e,
         "gradients": elements * 4,
@@ -207,7 +207,7 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
     (`parallel.copies.HostCopies`).
     """
     student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
-    owned = optimizer_elements(student_buckets(student, grid, place.stage), grid.dp)
+    owned = optimizer_elements(student_buffers(student, grid, place.stage), grid.dp)
     found = {"a save": owned * (12 + setup.itemsize)}
     if own is not None and setup.offload:
         elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
