@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,12 @@ SHAPES = {
 }  # fmt: skip
 
 
+EXPERTS = Qwen3MoeConfig(
+    **SIZES, hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=16, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64,
+)  # fmt: skip
+
+
 def saved_bytes(config, parallel, recompute, lengths, dtype):
     """What autograd keeps of one packed micro-batch: its saved tensors' storages, each once, but
     not the parameters'."""
@@ -202,10 +209,15 @@ def saved_bytes(config, parallel, recompute, lengths, dtype):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", ["TP(1)", "TP(2)", "TP(2)-SP"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        *product(SHAPES, ("TP(1)", "TP(2)", "TP(2)-SP")),
+        *product(["experts"], ("TP(1)", "TP(2)-SP")),  # which a student of experts has with TP
+    ],
+)
 def test_activations_are_within_15_percent(shape, layout, recompute):
-    config, lengths = SHAPES[shape], [70, 40, 18]
+    config, lengths = SHAPES.get(shape, EXPERTS), [70, 40, 18]
     tp, sequence = (2 if "2" in layout else 1), "SP" in layout
     model, grid = Architecture.of(config), Grid(tp=tp, sequence=sequence)
     for dtype in (torch.float32, torch.bfloat16):
@@ -233,12 +245,6 @@ def peak_of_forward(config, dtype, tokens):
     with torch.no_grad(), peak_memory() as memory:
         gpt.packed_forward(trunk, torch.zeros_like(positions), positions, cu_seqlens, tokens)
     return memory.peak
-
-
-EXPERTS = Qwen3MoeConfig(
-    **SIZES, hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=16, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -296,6 +302,18 @@ def peak_of_training(path, setup, dtype):
     return measured.temporaries
 
 
+TRAINED = Qwen3Config(
+    **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
+)  # fmt: skip
+TRAINED_EXPERTS = Qwen3MoeConfig(
+    **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
+    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [TRAINED, TRAINED_EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     ("recompute", "schedule", "precision"),
     [
@@ -306,11 +324,7 @@ def peak_of_training(path, setup, dtype):
         ("none", "replay", "fp32"),
     ],
 )
-def test_a_training_pass_peaks_within_15_percent(tmp_path, recompute, schedule, precision):
-    config = Qwen3Config(
-        **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
-    )  # fmt: skip
+def test_a_training_pass_peaks_within_15_percent(tmp_path, config, recompute, schedule, precision):
     save_random(config, tmp_path)
     (tmp_path / "run.yaml").write_text("""
         run: {dir: run}

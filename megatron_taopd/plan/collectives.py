@@ -348,6 +348,10 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     trained = _Pass.of(setup, setup.student, grid, rank, int(length), kept)
     a_row = 4 * setup.k + 8 if setup.columns_only else 20  # `links.loss_bytes`
     found = trained.forward("training")
+    if setup.student.experts:  # `ExpertLoad.take`
+        told = 8 * (setup.student.layers * setup.student.experts + 3)
+        told = links.all_reduce_bytes(told, world)
+        found.append(Collective("training", "all_reduce", "world", world, world, 1, told))
     if setup.weighted:  # every rank learns those of all kept rows
         told = links.all_reduce_bytes(4 * work.sequences * kept, world)
         found.append(Collective("weights", "all_reduce", "world", world, world, 1, told))
