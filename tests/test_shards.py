@@ -188,7 +188,7 @@ def test_a_rank_holds_writes_and_reads_its_own(student_dir, tmp_path, parallel, 
         ((2, 1, True, 0, 2), (1, 1, False, 0, 4)),
         ((1, 2, False, 0, 2), (1, 1, False, 0, 1)),
     ],
-    ids=["EP2-DP2 → TP2-SP-EP2", "TP2-SP-EP2 → EP4", "PP2-EP2 → DP4"],
+    ids=["EP2-DP2 to TP2-SP-EP2", "TP2-SP-EP2 to EP4", "PP2-EP2 to DP4"],
 )
 def test_experts_resume_on_their_layout_and_on_another(tmp_path, parallel, other):
     """Experts have an optimizer of their own, over the ranks that have the same ones."""
