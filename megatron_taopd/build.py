@@ -127,4 +127,5 @@ def open_student(config: Config, before: Before, texts: Texts) -> Student:
         config.optimizer,
         before.last_update(config.train),
         common_vocabulary=texts.common_vocabulary,
+        moe=config.student.moe,
     )

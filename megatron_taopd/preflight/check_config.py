@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig
 
-from megatron_taopd.config.schema import Config, TeacherSection
+from megatron_taopd.config.schema import Config, StudentSection, TeacherSection
 from megatron_taopd.data.rendering import Renderer
 from megatron_taopd.data.rows import read_texts
 from megatron_taopd.data.texts import teacher_reader
@@ -48,6 +48,8 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     if not (isinstance(section, TeacherSection) and section.engine == "sglang"):
         rules.check_model(model, path, hf)
         rules.check_grid(model, path, parallel, hf, world_size)
+        if isinstance(section, StudentSection):
+            rules.check_routers(section, hf)
     else:  # whatever SGLang can run
         hf = hf.get_text_config()
         if section.form == "hidden_states":

@@ -192,14 +192,18 @@ class Distiller:
 
         Returns:
             With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight; of several
-            teachers, `losses_by_teacher`.
+            teachers `losses_by_teacher`; of a student of experts what `ExpertLoad.take` says.
         """
         train, loss, weights = self.train, self.loss, self.weigh(scored, kept)
         models = self.student, self.heads
         metrics = train_on(scored, kept, *models, train, loss, self.guard, weights)
         if (teachers := scored.batch.teachers) is not None:
             metrics |= losses_by_teacher([*self.teachers.engines], teachers, kept, metrics)
-        return metrics | ({"loss/weight_mean": weights.mean} if weights else {})
+        if weights:
+            metrics["loss/weight_mean"] = weights.mean
+        if self.student.expert_load:
+            metrics |= self.student.expert_load.take()
+        return metrics
 
 
 def replay_mib(student: Student, assigned: batching.Assignment) -> float:
