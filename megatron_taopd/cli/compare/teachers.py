@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
 def work(arguments: argparse.Namespace) -> int:
     """Print what differs in the scores and in the tokens that are kept."""
     config = configuration.load(arguments.config, ["run.dir=unused", *arguments.set])
+    if config.teachers:
+        raise ValueError("teachers: one teacher's forms are compared; give it as teacher.path")
     config = with_model_directories(config)
     ratio = arguments.ratio or config.selection.ratio
 
