@@ -105,6 +105,7 @@ SWITCHES = {
         )
     },
     **{f"{name}.template_kwargs": ("5", "mapping") for name in ("data", "teacher")},
+    "rollout.speculative": ("NGRAM", "mapping"),
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),

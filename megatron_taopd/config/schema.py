@@ -380,6 +380,12 @@ class RolloutSection:
     stream: bool = key(
         True, "The teacher reads responses as they finish; false: when all have finished."
     )
+    speculative: dict[str, Any] | None = key(
+        None,
+        "Speculative decoding by the run's own servers on CUDA, with SGLang's options: "
+        "`{algorithm: NGRAM, num_draft_tokens: 8}`, or `EAGLE`, `EAGLE3`, `STANDALONE` with a "
+        "`draft_model_path`; see docs/sglang.md.",
+    )
 
 
 @dataclass(frozen=True)

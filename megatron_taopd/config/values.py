@@ -26,6 +26,7 @@ from megatron_taopd.config.schema import (
     TeacherSection,
     check_bounds,
 )
+from megatron_taopd.config.speculative import check_speculative
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hub import is_model
@@ -124,6 +125,7 @@ def _check_profile(config: Config) -> None:
 def _check_rollout(config: Config) -> None:
     rollout = config.rollout
     _check_horizon(rollout.horizon, rollout.max_new_tokens)
+    check_speculative(rollout)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():

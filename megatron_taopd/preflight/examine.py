@@ -134,6 +134,7 @@ def before_run(config: Config) -> bool:
     sglang = "sglang" in (config.rollout.engine, config.teacher.engine)
     checks = [
         (machine.check_profile, config.train.profile),
+        (machine.check_speculative, config.rollout),
         *_check_ports(config),
         *([] if not sglang else _check_servers(config, listening=False)),
         (_check_weights, config),

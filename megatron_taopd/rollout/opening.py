@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_taopd.config.schema import Config, RolloutSection
+from megatron_taopd.config.speculative import server_args
 from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.data.texts import Texts
 from megatron_taopd.formats.hf import DTYPES
@@ -48,6 +49,7 @@ def begin_rollout_servers(config: Config, fixed_weights: bool = False) -> Future
         DTYPES[config.train.precision],
         Path(config.run.dir) / "servers" / "rollout",
         fixed_weights=fixed_weights,
+        args=server_args(config.rollout.speculative),
     )
 
 

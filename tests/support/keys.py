@@ -42,6 +42,7 @@ CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
 PROFILE = "test_profiling.py::test_a_trace_has_the_spans_of_the_step_that_was_asked_for"
 NO_CUDA = "test_profiling.py::test_profiles_of_cuda_are_refused_without_it"
+DRAFTS = "test_speculative.py::test_drafts_are_refused_without_cuda"
 PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
@@ -147,6 +148,7 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.batch_size": {"5": ROLLOUT},
     "rollout.ahead": {"1": OWN},
     "rollout.stream": {"false": STREAM},
+    "rollout.speculative": {"{algorithm: NGRAM, num_draft_tokens: 8}": DRAFTS},
     "selection.selector": {
         name: STEP
         for name in (
