@@ -124,6 +124,18 @@ class RolloutBatch(Sequences):
     references: Tensor | None = None
 
     @property
+    def is_valid(self) -> Tensor:
+        """[M] bool, `valid`, also where all are."""
+        return torch.ones(int(self.cu_responses[-1])).bool() if self.valid is None else self.valid
+
+    @property
+    def is_reference(self) -> Tensor:
+        """[N] bool, `references`, also where there is none."""
+        if self.references is None:
+            return torch.zeros(self.num_sequences, dtype=torch.bool)
+        return self.references
+
+    @property
     def response_lengths(self) -> Tensor:
         """[N] int64, the tokens of each response, valid or not."""
         return self.lengths - self.prompt_lengths
@@ -166,6 +178,44 @@ class RolloutBatch(Sequences):
         """[R] int64, the token that each row predicts."""
         tokens = self.response_tokens()
         return tokens if self.valid is None else tokens[self.valid]
+
+    def only(self, sequences: Tensor) -> RolloutBatch:
+        """Return a batch of these sequences [n], in the order given."""
+        lengths, rows = self.lengths[sequences], self.rows_of(sequences)
+        responses = ranges(self.cu_responses[sequences], self.response_lengths[sequences])
+        return RolloutBatch(
+            tokens=self.tokens[ranges(self.cu_seqlens[sequences], lengths)],
+            cu_seqlens=pad(lengths.cumsum(0), (1, 0)),
+            prompt_lengths=self.prompt_lengths[sequences],
+            log_probs=self.log_probs[rows],
+            truncated=self.truncated[sequences],
+            prompts=self.prompts[sequences],
+            weight_versions=self.weight_versions[rows],
+            valid=None if self.valid is None else self.valid[responses],
+            references=None if self.references is None else self.references[sequences],
+        )
+
+    def followed_by(self, other: RolloutBatch) -> RolloutBatch:
+        """Return a batch of these sequences and then the other's."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(self, name), getattr(other, name)])
+
+        def unless_none(name: str, flags: str) -> Tensor | None:
+            none = getattr(self, name) is None and getattr(other, name) is None
+            return None if none else joined(flags)
+
+        return RolloutBatch(
+            tokens=joined("tokens"),
+            cu_seqlens=pad(joined("lengths").cumsum(0), (1, 0)),
+            prompt_lengths=joined("prompt_lengths"),
+            log_probs=joined("log_probs"),
+            truncated=joined("truncated"),
+            prompts=joined("prompts"),
+            weight_versions=joined("weight_versions"),
+            valid=unless_none("valid", "is_valid"),
+            references=unless_none("references", "is_reference"),
+        )
 
 
 @dataclass(frozen=True)

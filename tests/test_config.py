@@ -482,6 +482,25 @@ def test_overrides_that_are_refused(user, override, parts):
             "rollout.engine=sglang rollout.ahead=1 rollout.sync.release_memory=true",
             ("rollout.sync.release_memory: true", "rollout.ahead 1", "one of them has to be off"),
         ),
+        ("rollout.mix.data=0.2", ("rollout.mix.data: unknown key", "dataset")),
+        ("rollout.mix.dataset=0", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        ("rollout.mix.dataset=2", ("rollout.mix.dataset: 2.0", "in (0, 1]")),
+        ("rollout.mix.dataset=half", ("rollout.mix.dataset: ", "half")),
+        ("rollout.mix={}", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        (
+            "rollout.mix.dataset=0.2",
+            ("rollout.mix: {'dataset': 0.2} takes reference responses", "data.response_column"),
+        ),
+        ("rollout.warmup_steps=3", ("rollout.warmup_steps: 3 takes reference responses",)),
+        ("data.excluded_column=spans", ("data.excluded_column: 'spans'", "data.response_column")),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.mix.dataset=0.2",
+            ("loss.kind: sampled_token with rollout.mix", "no importance ratio"),
+        ),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.warmup_steps=1",
+            ("loss.kind: sampled_token with rollout.warmup_steps: 1", "no importance ratio"),
+        ),
         (
             f"{DRAFTS}algorithm=NGRAM",
             ("rollout.speculative: {'algorithm': 'NGRAM'} with rollout.engine local", "sglang"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import dense
 from support.ranks import run_ranks
 from support.step import (
     OPTIMIZER,
@@ -15,6 +17,7 @@ from support.step import (
     dense_step,
     make_batch,
     make_model,
+    row_logits,
     step_on_ranks,
     with_invalid_tokens,
 )
@@ -83,6 +86,23 @@ def test_tokens_that_are_not_valid_have_no_part_in_the_step(pair, weights, repla
         for result in run_ranks(world_size, step, *pair, *layout, batch, SIZE):
             assert_agrees(result, oracle)
             assert result["metrics"]["tokens_trained"] == tokens_to_the_last(batch, oracle["mask"])
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_the_loss_of_references_is_told_and_nothing_else_changes(pair, oracle, replay):
+    """Half of the sequences are the data's; some micro-batches have one source, some both."""
+    references = torch.arange(12) % 4 < 2
+    batch = replace(make_batch(SIZE), references=references)
+    losses = dense.divergence(*(z.detach() for z in row_logits(*pair, batch, SIZE)[:2]))
+    theirs = oracle["mask"] & references[batch.row_sequences()]
+    assert 0 < theirs.sum() < oracle["mask"].sum()
+    added = (losses[theirs].sum() / oracle["mask"].sum()).item()
+    step = partial(step_on_ranks, replay=replay)
+    for name in ["DP2 | DP2"] if replay else ["TP2 | PP2", "TP2 PP2 SP | PP4", "TP2 DP2 | PP2"]:
+        world_size, *layout = LAYOUTS[name]
+        for result in run_ranks(world_size, step, *pair, *layout, batch, SIZE):
+            assert_agrees(result, oracle)
+            assert result["metrics"]["loss_of_references"] == pytest.approx(added, rel=1e-5)
 
 
 def tokens_to_the_last(batch, mask) -> int:
