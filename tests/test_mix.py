@@ -230,3 +230,27 @@ def test_a_step_of_both_sources_is_that_of_dense_float64(tmp_path):
         assert ("rollout/logprob_gap_mean" in record) == (rolled_out is not None)
         assert (record["flops/rollout"] > 0) == (rolled_out is not None)
     assert all(record.get("rollout/logprob_gap_max", 0) < 1e-3 for record in seen.steps)
+
+
+def test_a_run_that_resumes_goes_on_bit_for_bit(tmp_path):
+    """After steps that took 8 and 5 prompts; the next takes 5."""
+    options = [
+        "rollout.mix={dataset: 0.3}", "rollout.warmup_steps=1", "data.response_column=solution",
+        "rollout.prompts=4", "rollout.samples=2", "checkpoint.every=1", "optimizer.lr=0.001",
+    ]  # fmt: skip
+    options.append(f"data.prompts={write(tmp_path / 'data.jsonl')}")
+    whole = observe([f"run.dir={tmp_path}/whole", "train.steps=3", *options])
+    first, rest = (
+        observe([f"run.dir={tmp_path}/stopped", f"train.steps={steps}", *options])
+        for steps in (2, 3)
+    )
+    assert (first.status, rest.status) == (0, 0), rest.printed
+    seen, generated = rest.steps, [*first.generated, *rest.generated]
+    shares = [1, 0.25, 0.25]  # then int(1.2) and int(2.4) − int(1.2) of four places
+    assert [record["rollout/dataset_share"] for record in whole.steps] == shares
+    for ours, theirs in zip(seen, whole.steps, strict=True):
+        for name in ("loss", "grad_norm", "kept_rows", "valid_rows", "rollout/dataset_share"):
+            assert ours[name] == theirs[name], name
+    assert [call.indices for call in generated] == [call.indices for call in whole.generated]
+    for ours, theirs in zip(generated, whole.generated, strict=True):
+        assert torch.equal(ours.batch.tokens, theirs.batch.tokens)

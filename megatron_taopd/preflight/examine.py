@@ -304,6 +304,7 @@ def _check_texts(config: Config) -> Iterator[Finding]:
         "data.prompts", prompts, student, teacher, most, sys.maxsize if cut else of_teacher
     )
     yield from texts.check_contexts(config.teacher, prompts, teacher, of_teacher)
+    yield from texts.check_references(config.rollout, prompts)
     if config.eval.prompts is not None:
         held_out = held_out_prompts(whole, student)
         yield from texts.check_prompts("eval.prompts", held_out, student, teacher, most)
