@@ -60,8 +60,8 @@ class Prompts:
     contexts: int = 0
     cut: int = 0
     parts: tuple[tuple[int, int], ...] = ()
-    references: Sequence[list[int]] | None = None
-    valid: Sequence[list[bool]] | None = None
+    references: cache.Ragged[list[int]] | None = None
+    valid: cache.Ragged[list[bool]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -42,7 +42,7 @@ class Texts:
             yield f"{prompts.dropped} prompts dropped: over {limits}"
         if prompts.references is not None:
             longest = config.rollout.max_new_tokens
-            over = sum(len(reference) > longest for reference in prompts.references)
+            over = int((prompts.references.lengths() > longest).sum())
             cut = f"; {over} of them are cut at rollout.max_new_tokens {longest}" if over else ""
             yield f"{len(prompts)} reference responses in {config.data.response_column!r}{cut}"
         if teacher.context_column is not None:

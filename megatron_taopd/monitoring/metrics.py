@@ -23,7 +23,13 @@ def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, fl
     versions = batch.weight_versions[own[batch.row_sequences()]]
     if not len(versions):
         return metrics
-    lengths, gap = batch.response_lengths[own].double(), gap[~gap.isnan()]
+    gap = gap[~gap.isnan()]
+    if len(gap):  # some of the sampled tokens are the student's own
+        metrics |= {
+            "rollout/logprob_gap_mean": gap.mean().item(),
+            "rollout/logprob_gap_max": gap.max().item(),
+        }
+    lengths = batch.response_lengths[own].double()
     middle, long = lengths.quantile(torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
     oldest = int(versions.min())
     return metrics | {
@@ -36,8 +42,6 @@ def rollout_metrics(batch: RolloutBatch, gap: Tensor, step: int) -> dict[str, fl
         "rollout/staleness_mean": ((step - 1) * len(versions) - int(versions.sum()))
         / len(versions),
         "rollout/staleness_max": float(step - 1 - oldest),
-        "rollout/logprob_gap_mean": gap.mean().item(),
-        "rollout/logprob_gap_max": gap.max().item(),
     }
 
 

@@ -184,17 +184,17 @@ def check_references(section: RolloutSection, prompts: Prompts) -> Iterator[Find
     """Tell how long reference responses are, and what share of the sequences they will be."""
     if prompts.references is None:
         return
-    lengths, longest = [*map(len, prompts.references)], section.max_new_tokens
+    lengths, longest = prompts.references.lengths(), section.max_new_tokens
     share, warmup = (section.mix or {}).get("dataset", 0.0), section.warmup_steps
     valid = "all valid"
     if prompts.valid is not None:
-        valid = f"{sum(map(sum, prompts.valid)) / sum(lengths):.1%} valid"
+        valid = f"{prompts.valid.values.mean():.1%} valid"
     yield ok(
-        f"data.response_column: {sum(lengths) / len(lengths):.0f} tokens on average, {valid}; "
+        f"data.response_column: {lengths.mean():.0f} tokens on average, {valid}; "
         f"{share:.1%} of the sequences are references"
         + (f", and all of the first {warmup} steps" if warmup else "")
     )
-    over = sum(length > longest for length in lengths)
+    over = int((lengths > longest).sum())
     if over > MANY_DROPPED * len(lengths):
         yield warning(
             f"data.response_column: {over / len(lengths):.1%} are longer than "

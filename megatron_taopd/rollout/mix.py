@@ -31,11 +31,8 @@ class Mix:
     """
 
     def __init__(self, rollout: RolloutSection, prompts: Prompts, seed: int):
-        self.places, self.samples, self.warmup = (
-            rollout.prompts,
-            rollout.samples,
-            rollout.warmup_steps,
-        )
+        self.places, self.samples = rollout.prompts, rollout.samples
+        self.warmup = rollout.warmup_steps
         self.share = Fraction(repr((rollout.mix or {}).get("dataset", 0.0)))
         self.prompts, self.seed = prompts, seed
 
