@@ -139,6 +139,7 @@ def backward(
         outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
+    num_rows, num_tokens = kept.num_rows, int(assigned.lengths.sum())
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
@@ -169,8 +170,7 @@ def backward(
         return total, count, {"loss": total.detach(), **metrics}
 
     with outputs:
-        sums = student.forward_backward(assigned.micro_batches, loss_func)
-    num_rows = kept.num_rows
+        sums = student.forward_backward(assigned.micro_batches, loss_func, num_rows, num_tokens)
     names = "loss", *metric_names(loss.kind)
     if batch.references is not None:
         names = *names, OF_REFERENCES
@@ -181,7 +181,7 @@ def backward(
     return {
         **means,
         "kept_rows": num_rows,
-        "tokens_trained": int(assigned.lengths.sum()),
+        "tokens_trained": num_tokens,
         "head_rows": assigned.most_rows(kept),
     }
 
