@@ -37,6 +37,7 @@ FIXED = {
     "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
+    "teacher.source": "a run has one teacher",
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,
@@ -45,6 +46,8 @@ FIXED = {
     "teacher.context_overflow": _PROMPTS,
     "teacher.max_prompt_tokens": _PROMPTS,
 }
+# What keys were before they existed.
+_ONCE = {"teacher.source": "path"}
 # Keys whose files have to stay as they were, wherever they lie, and why.
 FIXED_FILES = {
     "student.path": "the weights that are resumed are that one's",
@@ -148,6 +151,8 @@ def refusals(
     """
     for key, reason in FIXED.items():
         old, new = value(before["config"], key), value(now["config"], key)
+        if old is _UNKNOWN and before["config"]:
+            old = _ONCE.get(key, _UNKNOWN)
         if old is not _UNKNOWN and old != new:
             yield (
                 f"{key}: {_written(new)}, and {_written(old)} when {run_dir} was begun: {reason}",

@@ -211,10 +211,10 @@ def _rollout(setup: Setup) -> list[Collective]:
 
 
 def _teacher(setup: Setup, rank: int) -> list[Collective]:
-    found, grid, work = [], setup.teacher_grid, setup.workload.as_read
+    found, grid, work = _average(setup, rank), setup.teacher_grid, setup.workload.as_read
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
-        found = read.forward("teacher", "teacher")
+        found += read.forward("teacher", "teacher")
         if grid.ep > 1:
             shards = read.tokens // grid.shards
             bytes_ = links.expert_bytes(
@@ -232,6 +232,20 @@ def _teacher(setup: Setup, rank: int) -> list[Collective]:
     sent = moved.sent[rank] * teacher_row(setup)
     calls = exchange.rounds(moved.most)
     return [*found, Collective("exchange", "all_to_all", "world", world, world, calls, sent)]
+
+
+def _average(setup: Setup, rank: int) -> list[Collective]:
+    """List those of `models.average.WeightAverage.fill`."""
+    if not setup.average:
+        return []
+    grid = setup.student_grid
+    buckets = student_buckets(setup.student, grid, grid.stage(rank))
+    bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.dp)
+    over_dp = Collective(
+        "teacher", "all_gather", "student dp", grid.dp, grid.tp * grid.dp, 2 * len(buckets),
+        2 * bytes_,
+    )  # fmt: skip
+    return [over_dp, *_export(setup, "teacher")]
 
 
 def teacher_row(setup: Setup) -> int:
@@ -384,8 +398,8 @@ def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Co
     return Collective(phase, op, "student dp", grid.dp, span, steps * calls, steps * bytes_)
 
 
-def _sync(setup: Setup, rank: int) -> list[Collective]:
-    """List those of `models.weights.export_weights`, and of a rank's groups with its servers."""
+def _export(setup: Setup, phase: str) -> list[Collective]:
+    """List those of `models.weights.export_weights`."""
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     parameters = exported(model, grid)
     sizes = [e * p.elements for p in parameters]
@@ -393,12 +407,17 @@ def _sync(setup: Setup, rank: int) -> list[Collective]:
     shards = sum(p.shard for p in parameters)
     over_tp, over_pp = links.export_bytes(shards, e, grid.tp, grid.pp)
     span = grid.tp * grid.dp * grid.pp
-    found = [
-        Collective("sync", "broadcast", "student pp", grid.pp, span, calls, over_pp),
-        Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
+    return [
+        Collective(phase, "broadcast", "student pp", grid.pp, span, calls, over_pp),
+        Collective(phase, "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
     ]
+
+
+def _sync(setup: Setup, rank: int) -> list[Collective]:
+    """List those of the weights' export, and of a rank's groups with its servers."""
+    found = _export(setup, "sync")
     if servers := sources(setup)[rank]:
-        whole = e * model.elements
+        whole = setup.itemsize * setup.student.elements
         calls = servers * -(-whole // setup.sync_bucket)
         ranks = setup.rollout.tp + 1  # a group with each server
         found.append(
