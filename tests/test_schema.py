@@ -38,6 +38,7 @@ NUMBERS = {
     "rollout.ahead": ("-1", "2", "0 or 1"),
     "rollout.sync.bucket_mib": COUNT,
     "rollout.sync.max_gap": POSITIVE,
+    "teacher.ema": DECAY,
     "teacher.topk": COUNT,
     "selection.ratio": SHARE,
     "selection.k": COUNT,
@@ -105,6 +106,7 @@ SWITCHES = {
         )
     },
     **{f"{name}.template_kwargs": ("5", "mapping") for name in ("data", "teacher")},
+    "teacher.source": ("itself", "['path', 'student', 'student_ema']"),
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),

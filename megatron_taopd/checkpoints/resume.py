@@ -150,9 +150,7 @@ def refusals(
         before, now: as `start_of` gives them. What either does not know is not compared.
     """
     for key, reason in FIXED.items():
-        old, new = value(before["config"], key), value(now["config"], key)
-        if old is _UNKNOWN and before["config"]:
-            old = _ONCE.get(key, _UNKNOWN)
+        old, new = (_fixed_value(start["config"], key) for start in (before, now))
         if old is not _UNKNOWN and old != new:
             yield (
                 f"{key}: {_written(new)}, and {_written(old)} when {run_dir} was begun: {reason}",
@@ -191,6 +189,12 @@ def value(config: Mapping[str, Any], key: str) -> Any:
         return tree.get(name, _UNKNOWN) if isinstance(tree, Mapping) else _UNKNOWN
 
     return reduce(inside, key.split("."), config)
+
+
+def _fixed_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key of FIXED, whether or not it existed when the configuration was read."""
+    found = value(config, key)
+    return _ONCE.get(key, _UNKNOWN) if found is _UNKNOWN else found
 
 
 def _written(setting: Any) -> str:

@@ -311,7 +311,7 @@ def _check_micro_batch(config: Config, model: str) -> None:
 
 
 def _check_source(config: Config) -> None:
-    """Refuse a teacher that is the student, and something else as well."""
+    """Refuse a teacher that is the student and something else as well, or has nothing to teach."""
     teacher, student = config.teacher, config.student
     if teacher.source != "path" and teacher.path != student.path:
         raise ValueError(
@@ -328,6 +328,13 @@ def _check_source(config: Config) -> None:
         raise ValueError(
             f"teacher.ema: {teacher.ema} with teacher.source {teacher.source}, which has no "
             "average; give teacher.source student_ema, or leave it out"
+        )
+    own = teacher.context_column, teacher.system, teacher.template_kwargs
+    if teacher.source != "path" and own == (None, None, None):
+        raise ValueError(
+            f"teacher.source: {teacher.source}, and the teacher reads what the student reads, so "
+            "that it has nothing to teach; name teacher.context_column, or give it its own "
+            "teacher.system or teacher.template_kwargs"
         )
 
 
