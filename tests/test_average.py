@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 
 import pytest
 import torch
-from support.observed import STUDENT, TINY, observe
+from support.observed import STUDENT, TINY, observe, observed
 from support.ranks import run_ranks
 from support.rounding import assert_rounded
 from support.step import (
@@ -20,11 +21,12 @@ from support.step import (
     open_distiller,
     whole_mask,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_taopd.config.schema import SelectionSection, TrainSection
 from megatron_taopd.data.vocab_map import VocabMap
 
+EXAMPLE = TINY.with_name("self_distillation.yaml")
 SIZE, STEPS, DECAY = 200, 3, 0.7
 # What the teacher reads before each response: another text than the student, so that they differ
 # while their weights are the same.
@@ -333,3 +335,29 @@ def test_a_run_with_an_average_resumes_bit_for_bit(prompts, tmp_path):
         assert ours.found and all(map(torch.equal, ours.found, theirs.found))
     ours, theirs = (tmp_path / name / "student/model.safetensors" for name in ("broken", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def train_example(overrides):
+    from megatron_taopd import train
+
+    return train.main([str(EXAMPLE), *overrides])
+
+
+def test_the_example_teaches_itself_by_the_solutions(tmp_path):
+    """Its teacher reads each prompt behind its solution, and the student the prompt alone."""
+    overrides = [f"run.dir={tmp_path}", "train.steps=2", "rollout.prompts=4", "eval.limit=4"]
+    overrides += ["data.shuffle=false", "log.tensorboard=false", "checkpoint.export_hf=false"]
+    [seen] = run_ranks(1, observed, overrides, None, train_example)
+    assert seen.status == 0, seen.printed
+    data = EXAMPLE.parent / "self_distillation"
+    tokenizer = AutoTokenizer.from_pretrained(data / "student")
+    with (data / "train.jsonl").open() as lines:
+        rows = [json.loads(next(lines)) for _ in range(4)]
+    first = next(call for call in seen.generated if call.step == 1)
+    assert first.prompts == [tokenizer(row["prompt"])["input_ids"] for row in rows]
+    answers = first.batch.response_tokens().split(first.batch.response_lengths.tolist())
+    read = [
+        tokenizer(f"{row['solution']} {row['prompt']}")["input_ids"] + answer.tolist()
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    assert seen.read[0] == [*chain(*read)]
