@@ -110,6 +110,18 @@ def averages(learned, dtype):
     return found
 
 
+def assert_averages(result):
+    """See that the teacher's weights were the averages; return these in float64."""
+    learned = result["learned"]
+    exact, plain = averages(learned, torch.float64), averages(learned, torch.float32)
+    for taught, by_hand, in_float32 in zip(result["taught"], exact, plain, strict=False):
+        for tensor, weights in by_hand.items():
+            assert_rounded(taught[tensor], weights, in_float32[tensor], tensor)
+    moved = max((learned[-1][n] - exact[-1][n]).abs().max().item() for n in exact[-1])
+    assert moved > 1e-4  # so that another teacher would be seen
+    return exact
+
+
 def write_model(base, tensors, directory):
     """A checkpoint of these weights in their dtype, tied embeddings once."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
@@ -135,13 +147,7 @@ def test_a_teacher_that_follows_the_student_agrees_with_float64(student_dir, tmp
     """Its weights at each step, and of the third step scores, selection, loss and gradients."""
     world_size, *layout = LAYOUTS[name]
     for result in run_ranks(world_size, distil, student_dir, *layout):
-        learned = result["learned"]
-        exact, plain = averages(learned, torch.float64), averages(learned, torch.float32)
-        for taught, by_hand, in_float32 in zip(result["taught"], exact, plain, strict=False):
-            for tensor, weights in by_hand.items():
-                assert_rounded(taught[tensor], weights, in_float32[tensor], tensor)
-        moved = max((learned[-1][n] - exact[-1][n]).abs().max().item() for n in exact[-1])
-        assert moved > 1e-4  # so that another teacher would be seen
+        learned, exact = result["learned"], assert_averages(result)
         student = write_model(student_dir, learned[STEPS - 1], tmp_path / "student")
         teacher = write_model(student_dir, exact[STEPS - 1], tmp_path / "teacher")
         oracle = dense_step(student, teacher, make_batch(SIZE), SIZE, teacher_prompts=CONTEXTS)
@@ -158,6 +164,15 @@ def test_a_teacher_that_follows_the_student_agrees_with_float64(student_dir, tmp
         assert_gradients(result["gradients"], oracle["gradients"], oracle["rounding"])
         assert result["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
         assert result["fingerprint"] == 0  # it has none: the weights are to change
+
+
+def test_a_teacher_follows_experts_wherever_they_lie(tmp_path):
+    """Theirs have an optimizer of their own; here EP2 × DP2, and a teacher at PP2 × EP2."""
+    student = make_model(tmp_path, SIZE, 32, layers=4, seed=5, experts=4)
+    layout = (1, 1, False, 0, 2), (1, 2, False, 2)
+    for result in run_ranks(4, distil, student, *layout):
+        exact = assert_averages(result)
+        assert any(".experts.3." in name for name in exact[0])
 
 
 def put_aside(student_dir, parallel):

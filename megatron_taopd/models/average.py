@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,30 +16,31 @@ from megatron_taopd.parallel.compat.megatron_internals import owned_states
 
 
 class WeightAverage:
-    """The average of what a rank's distributed optimizer owns, in fp32: 4 bytes an element.
+    """The average of what a rank's distributed optimizers own, in fp32: 4 bytes an element.
 
     It begins as the weights that are there.
 
     Args:
         model: whose weights they are.
-        distributed: Megatron's distributed optimizer of it.
+        optimizers: Megatron's distributed optimizers of it.
         decay: what stays of the average at an update; of the new weights come 1 − decay.
 
     Attributes:
         shards: 1-D tensors, in the order of `owned_states`.
     """
 
-    def __init__(self, model: DistributedDataParallel, distributed: Any, decay: float):
-        self.model, self.distributed, self.decay = model, distributed, decay
+    def __init__(self, model: DistributedDataParallel, optimizers: Sequence[Any], decay: float):
+        self.model, self.optimizers, self.decay = model, optimizers, decay
         self.shards = [weight.clone() for weight in self._masters()]
 
     def _masters(self) -> list[Tensor]:
-        """List the fp32 weights that the optimizer owns, its own memory."""
-        return [states["param"] for _, _, states in owned_states(self.distributed)]
+        """List the fp32 weights that the optimizers own, their own memory."""
+        found = chain.from_iterable(map(owned_states, self.optimizers))
+        return [states["param"] for _, _, states in found]
 
     def _owned(self) -> Iterator[Tensor]:
         """Yield the same elements of the model's own weights, in place."""
-        for parameter, owned, _ in owned_states(self.distributed):
+        for parameter, owned, _ in chain.from_iterable(map(owned_states, self.optimizers)):
             yield parameter.data.view(-1)[owned]
 
     def update(self) -> None:
