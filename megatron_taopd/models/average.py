@@ -35,13 +35,14 @@ class WeightAverage:
 
     def _masters(self) -> list[Tensor]:
         """List the fp32 weights that the optimizers own, their own memory."""
-        found = chain.from_iterable(map(owned_states, self.optimizers))
-        return [states["param"] for _, _, states in found]
+        return [states["param"] for _, _, states in self._states()]
 
-    def _owned(self) -> Iterator[Tensor]:
-        """Yield the same elements of the model's own weights, in place."""
-        for parameter, owned, _ in chain.from_iterable(map(owned_states, self.optimizers)):
-            yield parameter.data.view(-1)[owned]
+    def _owned(self) -> list[Tensor]:
+        """List the same elements of the model's own weights, in place."""
+        return [parameter.data.view(-1)[owned] for parameter, owned, _ in self._states()]
+
+    def _states(self) -> Iterator[tuple[Tensor, slice, dict[str, Tensor]]]:
+        return chain.from_iterable(map(owned_states, self.optimizers))
 
     def update(self) -> None:
         """Take in the weights after an update of theirs."""
