@@ -37,6 +37,7 @@ FIXED = {
     "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
+    "rollout.partial": "responses under way are kept with it, and begun again without",
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,
