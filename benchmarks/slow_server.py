@@ -85,6 +85,12 @@ class SlowServer:
         length = self.length_of(prompt)
         return [draw.randrange(3, self.vocabulary) for _ in range(length - 1)] + [self.eos]
 
+    def made(self, began: float, ticks: int) -> int:
+        """Count the tokens of a request that began at this time, after so many ticks."""
+        if self.token_s is None:
+            return self._ticks - ticks
+        return int((time.monotonic() - began) / self.token_s)
+
     def answer(self, path: str, payload: dict) -> Any:
         """Answer a request.
 
@@ -127,14 +133,9 @@ class SlowServer:
             began, ticks, aborted = time.monotonic(), self._ticks, self._aborted
             self.running += 1
 
-            def made() -> int:
-                if self.token_s is None:
-                    return self._ticks - ticks
-                return int((time.monotonic() - began) / self.token_s)
-
             def over() -> bool:
-                gone = self._aborted > aborted or payload.get("rid") in self._gone
-                return self._dead or gone or made() >= len(tokens)
+                gone = self._aborted > aborted or payload["rid"] in self._gone
+                return self._dead or gone or self.made(began, ticks) >= len(tokens)
 
             timeout = None if self.token_s is None else self.token_s * len(tokens)
             while not over():
@@ -142,8 +143,8 @@ class SlowServer:
             self.running -= 1
             if self._dead:
                 raise ConnectionAbortedError
-            if made() < len(tokens):
-                tokens, reason = tokens[: made()], "abort"
+            if (made := self.made(began, ticks)) < len(tokens):
+                tokens, reason = tokens[:made], "abort"
             return {
                 "meta_info": {
                     "prompt_tokens": len(ids),

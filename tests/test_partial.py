@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from support.observed import FROZEN, observe
+from support.observed import STUDENT as TINY_STUDENT
 from support.patience import patience, wait_for
 from support.ranks import run_ranks
 
@@ -222,13 +225,14 @@ class Told:
     """Has servers call their weights what they are told."""
 
     def push(self, replicas, targets, named_tensors, version):
+        requests = {
+            "/pause_generation": {"mode": "abort"},
+            "/update_weight_version": {"new_version": str(version)},
+            "/continue_generation": {},
+        }
+
         def work():
-            path, payload = "/update_weight_version", {"new_version": str(version)}
-            for path, payload in (
-                ("/pause_generation", {"mode": "abort"}),
-                (path, payload),
-                ("/continue_generation", {}),
-            ):
+            for path, payload in requests.items():
                 replicas.run(replicas.post_all(path, payload, targets))
             return {}
 
@@ -295,3 +299,191 @@ def test_responses_go_on_with_new_weights_from_where_they_were(server, keep):
         assert len(payload["input_ids"]) + new == 3 + LONGEST
     keys = {payload.get("extra_key") for payload in requests}
     assert (keys == {None}) != keep and len(keys) == 1
+
+
+def test_tokens_that_come_with_an_abort_may_be_the_last(server, monkeypatch):
+    """SGLang calls a response aborted whose last token has just come."""
+    generate = server._generate
+
+    def late(payload):
+        answer = generate(payload)
+        answer["meta_info"]["finish_reason"] = {"type": "abort"}
+        return answer
+
+    monkeypatch.setattr(server, "_generate", late)
+    engine = engine_on([server.url])
+    try:
+        engine.update_weights([], 1)
+        pending = engine.submit(ASKED, range(6), 1, SAMPLING)
+        wait_for(lambda: server.running == 6)
+        held = engine.replicas.run(engine.replicas.begin_update(engine.replicas.all))
+        server.tick(LONGEST)
+        wait_for(lambda: not server.running)
+        engine.replicas.run(engine.replicas.commit_update(held, 2))
+        batch = pending.result()
+        metrics = engine.metrics()
+    finally:
+        engine.close()
+    assert_complete(batch, server)
+    assert not metrics["rollout/interruptions"] and not metrics["rollout/retries"]
+
+
+def test_a_response_goes_on_elsewhere_when_its_server_dies(monkeypatch):
+    """With what there was at the last update."""
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.handle_error", lambda *_: None)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(SlowServer(STUDENT, LONGEST, length_of)) for _ in range(2)]
+        first, second = servers
+        engine = engine_on([server.url for server in servers])
+        try:
+            engine.update_weights([], 1)
+            pending = engine.submit(ASKED, range(6), 1, SAMPLING)
+            for server in servers:
+                tokens_come(server, 2, 3)
+            engine.update_weights([], 2)
+            wait_for(lambda: first.running + second.running == 6)
+            before = len(second.asked)
+            lost = first.running
+            first.die()
+            wait_for(lambda: second.running == 6)
+            again = [p for path, p in second.asked[before:] if path == "/generate" and "rid" in p]
+            second.tick(LONGEST)
+            batch = pending.result()
+            metrics = engine.metrics()
+        finally:
+            engine.close()
+    assert_complete(batch, second)
+    assert metrics["rollout/retries"] == lost == len(again) == 3
+    assert all(len(payload["input_ids"]) == 3 + 2 for payload in again)
+    for versions in batch.weight_versions.split(batch.response_lengths.tolist()):
+        assert versions.tolist() == [1] * 2 + [2] * (len(versions) - 2)
+
+
+def on_ranks(urls):
+    """A batch with three updates under way, some of it by responses that were begun before."""
+    section = replace(ServersSection(), urls=tuple(urls), concurrency=2)
+    own = open_own(section, "rollout.servers", MODEL)
+    engine = engine_on(urls, own)
+    try:
+        engine.update_weights([], 1)
+        pending = engine.submit(ASKED, range(6), 1, SAMPLING)
+        next(pending.parts())
+        engine.update_weights([], 2)
+        so_far = pending.everything_so_far()
+        engine.update_weights([], 3)
+        resumed = engine.submit(ASKED, range(6), 1, SAMPLING, so_far)
+        asked = sum(response is None for response in resumed.responses)
+        engine.update_weights([], 4)
+        return pending.result(), resumed.result(), [r.tokens for r in so_far], asked
+    finally:
+        engine.close()
+
+
+def test_several_ranks_ask_and_all_know_what_there_is():
+    """Servers whose tokens take 5 ms each; where the updates hit, the machine decides."""
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(SlowServer(STUDENT, LONGEST, length_of, token_s=0.005))
+            for _ in range(2)
+        ]
+        answers = run_ranks(3, on_ranks, [server.url for server in servers])
+    first = answers[0]
+    for pending, resumed, so_far, asked in answers:
+        for batch, other in ((pending, first[0]), (resumed, first[1])):
+            assert_complete(batch, servers[0])
+            assert torch.equal(batch.weight_versions, other.weight_versions)
+            for versions in batch.weight_versions.split(batch.response_lengths.tolist()):
+                assert (versions.diff() >= 0).all()
+        assert [t.tolist() for t in so_far] == [t.tolist() for t in first[2]]
+        assert 0 < asked == first[3] < 6
+        for prompt, tokens in zip(ASKED, so_far, strict=True):
+            assert tokens.tolist() == servers[0].response(prompt)[: len(tokens)]
+
+
+# Runs
+
+PARTIAL = (
+    FROZEN,
+    "rollout={engine: sglang, prompts: 4, max_new_tokens: 32, ahead: 1, partial: true}",
+    "rollout.max_staleness=3",
+    "rollout.sync={transport: disk, max_gap: 99}",
+    "checkpoint.every=1",
+    "checkpoint.keep_last=9",
+)
+
+
+def note_batches(run):
+    """Keep the batches that are learned from, by step."""
+    batches, learn = {}, run.distiller.learn
+
+    def noted(batch, *rest):
+        batches[run.student.version + 1] = batch
+        return learn(batch, *rest)
+
+    run.distiller.learn = noted
+    return run.rollouts.consumed, batches
+
+
+class InQuarters(SlowServer):
+    """Has at most 8 tokens for a request: long responses take the weights of four steps."""
+
+    def made(self, began, ticks):
+        return min(8, super().made(began, ticks))
+
+
+def heavy_tailed(prompt):
+    """One response in five is long."""
+    return 40 if sum(prompt) % 5 == 0 else 2 + sum(prompt) % 5
+
+
+def learned(seen, steps):
+    assert seen.status == 0, seen.printed
+    _, batches = seen.found
+    assert sorted(batches) == list(steps)
+    for step, batch in batches.items():
+        assert batch.num_sequences == 4
+        assert (step - 1 - batch.weight_versions).max() <= 3
+    return batches
+
+
+def test_a_killed_run_loses_no_response_and_repeats_none(tmp_path):
+    """Six steps; and the same after its third checkpoint, as if it had been killed there."""
+    with InQuarters(TINY_STUDENT, 32, heavy_tailed, token_s=0.003) as server:
+        options = [*PARTIAL, f"rollout.servers.urls=[{server.url}]", f"run.dir={tmp_path}"]
+        seen = observe([*options, "train.steps=6"], note_batches)
+        before = learned(seen, range(1, 7))
+        for step in (4, 5, 6):
+            shutil.rmtree(tmp_path / "checkpoints" / f"step_0000000{step}")
+        folder = tmp_path / "checkpoints" / "step_00000003"
+        kept = torch.load(folder / "common.pt", weights_only=True)["run"]
+        server.asked.clear()
+        seen = observe([*options, "train.steps=7"], note_batches)
+        after = learned(seen, range(4, 8))
+
+    assert seen.found[0] == kept["prompts_consumed"] == 4 * (3 + 1)
+    state = kept["rollouts"]
+    assert len(state["turn"]) == 4  # of the 16 prompts, 12 were learned from
+    old = [before[step].prompts.tolist() for step in (1, 2, 3)]
+    new = [after[step].prompts.tolist() for step in (4, 5, 6, 7)]
+    entered = 4 * (7 + 1)
+    stream = PromptStream(6144, seed=0).take(entered)
+    assert not Counter(chain(*old, *new)) - Counter(stream)
+    assert set(chain(*old)) | set(state["prompt"].tolist()) == set(stream[:16])
+    # It goes on from the tokens that the checkpoint has, and asks for what it lacks alone.
+    requests = [p["input_ids"] for path, p in server.asked if path == "/generate" and "rid" in p]
+    pieces = state["tokens"].split(state["length"].tolist())
+    finished = state["finished"].tolist()
+    for piece, prompt, done in zip(pieces, state["prompt"].tolist(), finished, strict=True):
+        [(batch, i)] = [
+            (batch, batch.prompts.tolist().index(prompt))
+            for batch in after.values()
+            if prompt in batch.prompts
+        ]
+        sequence, length = batch.sequence(i).tolist(), int(batch.prompt_lengths[i])
+        asked = [ids for ids in requests if ids[:length] == sequence[:length]]
+        assert asked[:1] == ([] if done else [sequence[: length + len(piece)]])
+    for batch in (*before.values(), *after.values()):
+        for i, length in enumerate(batch.prompt_lengths.tolist()):
+            sequence = batch.sequence(i).tolist()
+            assert sequence[length:] == server.response(sequence[:length])[:32]
+    assert (16, False) in zip(state["length"].tolist(), finished, strict=True)

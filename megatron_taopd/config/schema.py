@@ -35,7 +35,6 @@ class Bounds:
     Attributes:
         at_least, above, at_most, below: the ends of the interval.
         or_zero: 0 is allowed, too, and switches something off.
-        one_of: these numbers and no others.
     """
 
     at_least: float | None = None
@@ -43,14 +42,11 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
     or_zero: bool = False
-    one_of: tuple[float, ...] = ()
 
     def hold(self, value: float) -> bool:
         """Tell whether a number is allowed."""
         if self.or_zero and value == 0:
             return True
-        if self.one_of:
-            return value in self.one_of
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -60,8 +56,6 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        if self.one_of:
-            return " or ".join(f"{value:g}" for value in self.one_of)
         if self == NOT_NEGATIVE:
             return "0 or more"
         least = self.at_least if self.above is None else self.above

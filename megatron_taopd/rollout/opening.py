@@ -127,12 +127,9 @@ def open_rollouts(
         state: what the run goes on from (`checkpoints.before.go_on`).
     """
     prompts, section = texts.prompts, config.rollout
+    consumed = state["prompts_consumed"]
     stream = PromptStream(
-        len(prompts),
-        config.run.seed,
-        config.data.shuffle,
-        state["prompts_consumed"],
-        prompts.parts,
+        len(prompts), config.run.seed, config.data.shuffle, consumed, prompts.parts
     )
     sampling = sampling_of(section)
     if section.partial:
