@@ -53,8 +53,7 @@ class SlowServer:
         self._paused = self._dead = False
         self._changed = threading.Condition()
         handler = answering(lambda path, body, _: self.answer(path.partition("?")[0], body))
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Http(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> SlowServer:
@@ -153,6 +152,14 @@ class SlowServer:
                     "finish_reason": {"type": reason},
                 }
             }
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # connections at once; one that finds no room waits for seconds
+
+    def handle_error(self, *_) -> None:
+        """Say nothing of a client that no longer waits."""
 
 
 def probed(prompt: Sequence[int]) -> dict:
