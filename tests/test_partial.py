@@ -403,8 +403,7 @@ def test_several_ranks_ask_and_all_know_what_there_is():
 
 PARTIAL = (
     FROZEN,
-    "rollout={engine: sglang, prompts: 4, max_new_tokens: 32, ahead: 1, partial: true}",
-    "rollout.max_staleness=3",
+    "rollout={engine: sglang, prompts: 4, max_new_tokens: 32, ahead: 1}",
     "rollout.sync={transport: disk, max_gap: 99}",
     "checkpoint.every=1",
     "checkpoint.keep_last=9",
@@ -449,6 +448,7 @@ def test_a_killed_run_loses_no_response_and_repeats_none(tmp_path):
     """Six steps; and the same after its third checkpoint, as if it had been killed there."""
     with InQuarters(TINY_STUDENT, 32, heavy_tailed, token_s=0.003) as server:
         options = [*PARTIAL, f"rollout.servers.urls=[{server.url}]", f"run.dir={tmp_path}"]
+        options += ["rollout.partial=true", "rollout.max_staleness=3", "rollout.sync.cache=keep"]
         seen = observe([*options, "train.steps=6"], note_batches)
         before = learned(seen, range(1, 7))
         for step in (4, 5, 6):
@@ -469,7 +469,10 @@ def test_a_killed_run_loses_no_response_and_repeats_none(tmp_path):
     assert not Counter(chain(*old, *new)) - Counter(stream)
     assert set(chain(*old)) | set(state["prompt"].tolist()) == set(stream[:16])
     # It goes on from the tokens that the checkpoint has, and asks for what it lacks alone.
-    requests = [p["input_ids"] for path, p in server.asked if path == "/generate" and "rid" in p]
+    assert all("flush_cache" not in path for path, _ in server.asked)
+    requests = [p for path, p in server.asked if path == "/generate" and "rid" in p]
+    assert all(request["extra_key"] for request in requests)
+    requests = [request["input_ids"] for request in requests]
     pieces = state["tokens"].split(state["length"].tolist())
     finished = state["finished"].tolist()
     for piece, prompt, done in zip(pieces, state["prompt"].tolist(), finished, strict=True):

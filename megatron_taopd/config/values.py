@@ -233,7 +233,8 @@ def _check_engines(config: Config) -> None:
     if rollout.sync.release_memory and rollout.ahead:
         raise ValueError(
             f"rollout.sync.release_memory: true with rollout.ahead {rollout.ahead}: servers that "
-            "generate while the student trains cannot give their memory back; one of them has to be off"
+            "generate while the student trains cannot give their memory back; one of them has to be "
+            "off"
         )
     if rollout.partial:
         _check_partial(rollout)
