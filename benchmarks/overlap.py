@@ -10,8 +10,8 @@
 Each arm is a run of its own with the same configuration; arms take turns, and the first steps of
 each run do not count. Waiting is what the trainer spends in `time/rollout`.
 
-    python -m benchmarks.overlap --token-ms 20 --lengths equal --prompts 48
-    python -m benchmarks.overlap --token-ms 20 --lengths heavy --prompts 16
+    python -m benchmarks.overlap --token-ms 120 --prompts 24 --arms sequential ahead
+    python -m benchmarks.overlap --token-ms 120 --prompts 24 --lengths heavy
 
 With `--token-ms`, what answers is no SGLang but `benchmarks.slow_server`: each request has a token
 after so many milliseconds, whatever the others do, and takes no time of the trainer's processor. It
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--steps", type=int, default=15, help=f"of a run; {WARM_UP} warm up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each arm")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--token-ms", type=float, help="a stand-in that decodes at this rate")
     parser.add_argument("--lengths", choices=LENGTHS, default="equal", help="of the stand-in's")
@@ -72,12 +73,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("overrides", nargs="*", help="section.key=value for all arms")
     arguments = parser.parse_args()
-    records: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    records: dict[str, list[dict]] = {arm: [] for arm in arguments.arms}
     with stand_in(arguments) as server:
         given = [] if server is None else on_stand_in(server, arguments.prompts)
         for _ in range(arguments.repeats):
-            for arm, overrides in ARMS.items():
-                records[arm] += run(arguments, [*given, *overrides])
+            for arm in records:
+                records[arm] += run(arguments, [*given, *ARMS[arm], *arguments.overrides])
     rows = {arm: summary(steps) for arm, steps in records.items()}
     Console().print(as_table(rows))
     if arguments.json:
@@ -128,7 +129,7 @@ def run(arguments, overrides: list[str]) -> list[dict]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         train = [*torchrun, str(arguments.ranks), "-m", "megatron_taopd.train", arguments.config]
         subprocess.run(
-            [sys.executable, *train, *settings, *overrides, *arguments.overrides],
+            [sys.executable, *train, *settings, *overrides],
             check=True,
             stdout=subprocess.DEVNULL,
             env={"OMP_NUM_THREADS": "1", **os.environ},
