@@ -455,13 +455,13 @@ def test_a_killed_run_loses_no_response_and_repeats_none(tmp_path):
             shutil.rmtree(tmp_path / "checkpoints" / f"step_0000000{step}")
         folder = tmp_path / "checkpoints" / "step_00000003"
         kept = torch.load(folder / "common.pt", weights_only=True)["run"]
+        state = kept["rollouts"]
+        assert len(state["turn"]) == 4  # of the 16 prompts, 12 were learned from
         server.asked.clear()
         seen = observe([*options, "train.steps=7"], note_batches)
         after = learned(seen, range(4, 8))
 
     assert seen.found[0] == kept["prompts_consumed"] == 4 * (3 + 1)
-    state = kept["rollouts"]
-    assert len(state["turn"]) == 4  # of the 16 prompts, 12 were learned from
     old = [before[step].prompts.tolist() for step in (1, 2, 3)]
     new = [after[step].prompts.tolist() for step in (4, 5, 6, 7)]
     entered = 4 * (7 + 1)
