@@ -16,8 +16,8 @@ each run do not count. Waiting is what the trainer spends in `time/rollout`.
 With `--token-ms`, what answers is no SGLang but `benchmarks.slow_server`: each request has a token
 after so many milliseconds, whatever the others do, and takes no time of the trainer's processor. It
 takes `--prompts` requests at a time. Its responses are all of LONGEST tokens, or heavy-tailed:
-14 tokens or fewer for half of the prompts, LONGEST for one in fourteen. They are noise, so that this
-shows time alone; weights stay as they are.
+14 tokens or fewer for half of the prompts, LONGEST for one in fourteen. They are noise, so that
+this shows time alone; weights stay as they are.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Stands in for an SGLang server that decodes at a fixed rate, and computes nothing.
 
-    with SlowServer("examples/tiny_pair/student", longest=96, length_of=lambda prompt: 40) as server:
+    with SlowServer("examples/tiny_pair/student", longest=96, length_of=len) as server:
         server.url
 
 Every request gets a token each `token_s` seconds, however many requests there are: a batch that is
-bound by memory. A response is a function of its prompt alone, also where it is aborted and asked for
-again with its beginning as a part of the prompt.
+bound by memory. A response is a function of its prompt alone, also where it is aborted and asked
+for again with its beginning as a part of the prompt.
 """
 
 from __future__ import annotations

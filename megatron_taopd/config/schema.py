@@ -134,8 +134,19 @@ class ParallelSection:
         "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
         "`tp` times.",
     )
-    ep: int = key(
-        1, "Expert-parallel ranks, among the data-parallel ones; of a teacher only.", COUNT
+    ep: int = key(1, "Expert-parallel ranks, among the data-parallel ones.", COUNT)
+
+
+@dataclass(frozen=True)
+class MoeSection:
+    """The routers of a student that is a mixture of experts."""
+
+    router: Literal["train", "frozen"] = key("train", "`train`, or `frozen`: they do not learn.")
+    aux_loss: float = key(
+        0.0,
+        "Weight of the auxiliary loss that balances the experts' load (Switch Transformers', by "
+        "micro-batch); 0: off.",
+        NOT_NEGATIVE,
     )
 
 
@@ -147,6 +158,7 @@ class StudentSection:
         MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
     )
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    moe: MoeSection = field(default_factory=MoeSection)
 
 
 @dataclass(frozen=True)

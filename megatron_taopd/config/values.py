@@ -53,11 +53,6 @@ def check_values(config: Config, ranks: int | None = None) -> None:
 def check_sections(config: Config) -> None:
     """Compare values with their bounds and with each other. Raises as `check_values`."""
     check_bounds(config)
-    if (experts := config.student.parallel.ep) != 1:
-        raise ValueError(
-            f"student.parallel.ep: {experts}; it has to be 1: a mixture of experts can be a "
-            "teacher only"
-        )
     _check_context(config.teacher)
     _check_selection(config)
     _check_replay(config)
@@ -233,8 +228,8 @@ def _check_engines(config: Config) -> None:
     if rollout.sync.release_memory and rollout.ahead:
         raise ValueError(
             f"rollout.sync.release_memory: true with rollout.ahead {rollout.ahead}: servers that "
-            "generate while the student trains cannot give their memory back; one of them has to be "
-            "off"
+            "generate while the student trains cannot give their memory back; one of them has to "
+            "be off"
         )
     if rollout.partial:
         _check_partial(rollout)
