@@ -99,7 +99,7 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
             texts.vocab_map.read, prompts=own_prompts, max_tokens=teacher.longest_sequence
         ),
         engine=engine,
-        rollouts=open_rollouts(config, engine, texts, horizon, state["prompts_consumed"]),
+        rollouts=open_rollouts(config, engine, texts, horizon, state),
         observer=Observer(
             config, student, costs, horizon, texts.student.tokenizer, monitor, devices
         ),

@@ -509,7 +509,7 @@ def test_overrides_that_are_refused(user, override, parts):
             f"{GROWTH}start=4 {GROWTH}end=99999 {GROWTH}steps=2",
             ("rollout.horizon: 99999", "more than rollout.max_new_tokens"),
         ),
-        ("rollout.ahead=2", ("rollout.ahead: 2", "has to be 0 or 1")),
+        ("rollout.ahead=2", ("rollout.ahead: 2", "rollout.engine local", "has to be 0")),
         ("rollout.ahead=1", ("rollout.ahead: 1", "rollout.engine local", "has to be 0")),
         (
             f"{SERVERS}gpus=[6,7,7] {SERVERS}replicas=3",
@@ -619,6 +619,28 @@ def test_overrides_that_are_refused(user, override, parts):
         (
             f"{DRAFT}owner/draft rollout.sync.release_memory=true",
             ("rollout.sync.release_memory: true", "nobody would send again"),
+        ),
+        (
+            "rollout.engine=sglang rollout.ahead=3 rollout.sync.release_memory=true",
+            ("rollout.sync.release_memory: true", "rollout.ahead 3", "one of them has to be off"),
+        ),
+        ("rollout.partial=true", ("rollout.partial: true", "rollout.engine local")),
+        (
+            "rollout.engine=sglang rollout.partial=true",
+            ("rollout.partial: true with rollout.ahead 0", "give rollout.ahead 1 or more"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=4",
+            ("rollout.max_staleness: 4 with rollout.ahead 4", "give more than rollout.ahead"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=1 rollout.horizon=auto",
+            ("rollout.horizon: auto with rollout.partial: true", "one that grows"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=1 "
+            "data.response_column=says rollout.mix.dataset=0.2",
+            ("rollout.mix: {'dataset': 0.2} with rollout.partial: true", "leave it out"),
         ),
         # Names
         ("selection.selector=tipp", ("selection.selector: ", "'tipp'", "'tip', 'teachability'")),

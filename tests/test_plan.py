@@ -658,11 +658,39 @@ def test_time_follows_the_rates(setup_of):
     faster = time.step_phases(setup, replace(h800, nvlink_gb_s=800.0))
     ratio = faster["teacher"].parts["tensor parallel"] / phases["teacher"].parts["tensor parallel"]
     assert ratio == pytest.approx(0.5)
-    assert time.step_seconds(phases, ahead=1) == max(
-        phases["rollout"].seconds, time.step_seconds(phases) - phases["rollout"].seconds
+    # Servers that generate meanwhile lose an update's time, and training nothing.
+    rest = time.step_seconds(phases) - phases["rollout"].seconds
+    assert time.step_seconds(phases, waits=1) == max(
+        phases["rollout"].seconds + phases["sync"].seconds, rest
     )
     cut = time.step_phases(setup_of(trained_share=0.5), h800)
     assert cut["training"].parts["compute"] < 0.55 * phases["training"].parts["compute"]
+
+
+def test_what_nobody_waits_for(setup_of):
+    """A quarter of the longest response on average: it ends after the others, and alone."""
+    servers = ["rollout.engine=sglang", "rollout.servers={replicas: 8, concurrency: 64}"]
+    h800, short = CLUSTERS["h800"], 7168 // 4
+    setup = setup_of(*servers, response_tokens=short)
+    phases = time.step_phases(setup, h800)
+    parts = phases["rollout"].parts
+    token = setup.student.elements * 2 / (3350e9 * h800.hbm_fraction)
+    assert parts["longest response"] == pytest.approx(7168 * token - parts["decode"])
+    assert parts["longest response"] > 0 and "cache again" not in parts
+    rest = time.step_seconds(phases) - phases["rollout"].seconds
+    for waits in (1, 2, 9):
+        fair = (phases["rollout"].seconds + rest) / (waits + 1)
+        busy = parts["prefill"] + parts["decode"] + phases["sync"].seconds
+        assert time.step_seconds(phases, waits) == pytest.approx(max(rest, busy, fair))
+    ahead = setup_of(*servers, "rollout.ahead=2", response_tokens=short)
+    partial = setup_of(
+        *servers, "rollout.ahead=2", "rollout.partial=true", "rollout.sync.cache=keep"
+    )
+    assert (ahead.waits, partial.waits, setup.waits) == (2, 4, 0)
+    again = time.step_phases(ahead, h800)["rollout"].parts["cache again"]
+    half = torch.full((2 * 64,), ahead.workload.prompt + short // 2)
+    assert again == pytest.approx(ahead.student.cost.trunk(half) / (989e12 * h800.trunk_fraction))
+    assert "cache again" not in time.step_phases(partial, h800)["rollout"].parts
 
 
 # --------------------------------------------------------------------------------------- proposals

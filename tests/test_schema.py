@@ -36,7 +36,8 @@ NUMBERS = {
     "rollout.top_p": SHARE,
     "rollout.top_k": NOT_NEGATIVE,
     "rollout.batch_size": COUNT,
-    "rollout.ahead": ("-1", "2", "0 or 1"),
+    "rollout.ahead": NOT_NEGATIVE,
+    "rollout.max_staleness": COUNT,
     "rollout.sync.bucket_mib": COUNT,
     "rollout.sync.max_gap": POSITIVE,
     "teacher.ema": DECAY,
@@ -47,6 +48,7 @@ NUMBERS = {
     "loss.beta": INSIDE,
     "loss.alpha": INSIDE,
     "loss.gamma": POSITIVE,
+    "loss.max_ratio": POSITIVE,
     "train.steps": COUNT,
     "train.micro_batch_tokens": COUNT,
     "train.mini_batches": COUNT,
@@ -103,7 +105,7 @@ SWITCHES = {
         name: ("maybe", "bool")
         for name in (
             "teacher.offload", "data.shuffle", "data.deduplicate", "rollout.sync.release_memory",
-            "rollout.stream", "checkpoint.keep_best", "checkpoint.asynchronous",
+            "rollout.partial", "rollout.stream", "checkpoint.keep_best", "checkpoint.asynchronous",
             "checkpoint.trust", "checkpoint.export_hf", "eval.at_start", "log.tensorboard",
         )
     },
@@ -118,6 +120,7 @@ SWITCHES = {
     "data.template": ("jinja", "['auto', 'chat', 'plain']"),
     "rollout.engine": ("vllm", "['local', 'sglang']"),
     "rollout.sync.transport": ("ftp", "['distributed', 'tensor', 'disk']"),
+    "rollout.sync.cache": ("forget", "['recompute', 'keep']"),
     "loss.weights": ("iw", "['none', 'discrepancy']"),
     "train.schedule": ("once", "['two_pass', 'replay']"),
     "train.precision": ("fp8", "['fp32', 'bf16']"),

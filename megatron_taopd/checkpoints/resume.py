@@ -40,6 +40,7 @@ FIXED = {
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
     "teacher.source": "a run has one teacher",
+    "rollout.partial": "responses under way are kept with it, and begun again without",
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,

@@ -35,7 +35,6 @@ class Bounds:
     Attributes:
         at_least, above, at_most, below: the ends of the interval.
         or_zero: 0 is allowed, too, and switches something off.
-        one_of: these numbers and no others.
     """
 
     at_least: float | None = None
@@ -43,14 +42,11 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
     or_zero: bool = False
-    one_of: tuple[float, ...] = ()
 
     def hold(self, value: float) -> bool:
         """Tell whether a number is allowed."""
         if self.or_zero and value == 0:
             return True
-        if self.one_of:
-            return value in self.one_of
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -60,8 +56,6 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        if self.one_of:
-            return " or ".join(f"{value:g}" for value in self.one_of)
         if self == NOT_NEGATIVE:
             return "0 or more"
         least = self.at_least if self.above is None else self.above
@@ -363,6 +357,11 @@ class SyncSection:
     release_memory: bool = key(
         False, "Colocated servers give their device memory back while the student trains."
     )
+    cache: Literal["recompute", "keep"] = key(
+        "recompute",
+        "What becomes of the KV cache of responses that an update interrupts: computed anew with "
+        "the new weights, or kept as the old ones have made it, which saves that prefill.",
+    )
     max_gap: float = key(
         0.3,
         "Mean |Δ log p| of engine and trainer on a few tokens after a sync, above which the run "
@@ -408,9 +407,21 @@ class RolloutSection:
     batch_size: int = key(64, "Sequences at a time on a rank of the local engine.", COUNT)
     ahead: int = key(
         0,
-        "Steps that rollouts run ahead of training: 0 (on policy) or 1, where the next batch is "
-        "generated while this one trains.",
-        Bounds(one_of=(0, 1)),
+        "Steps that rollouts run ahead of training: 0 (on policy), or how many further batches are "
+        "generated while one trains. Weights are updated between the tokens of a response.",
+        NOT_NEGATIVE,
+    )
+    partial: bool = key(
+        False,
+        "A step takes the first `prompts` × `samples` of the responses under way that finish, and "
+        "the others go on with the weights of the next steps; `ahead` + 1 times as many are under "
+        "way. Needs `ahead` of 1 or more.",
+    )
+    max_staleness: int = key(
+        4,
+        "With `partial`, how many steps after the one that began it a response is waited for; more "
+        "than `ahead`.",
+        COUNT,
     )
     stream: bool = key(
         True, "The teacher reads responses as they finish; false: when all have finished."
@@ -461,6 +472,12 @@ class LossSection:
         "Beyond the paper: what each kept row counts in the mean. `discrepancy`: 1 + `gamma` at "
         "the start of a response, falling to 1 with the accumulated |log p_T − log p_S| of its "
         "tokens.",
+    )
+    max_ratio: float | None = key(
+        None,
+        "sampled_token: importance ratios (p of the student now ÷ p when the token was drawn) "
+        "count as at most this; null: as they are.",
+        POSITIVE,
     )
     gamma: float = key(
         0.5, "With `weights: discrepancy`, how much more a response's first token counts.", POSITIVE

@@ -22,6 +22,7 @@ from megatron_taopd.config.schema import (
     Growth,
     LogSection,
     ParallelSection,
+    RolloutSection,
     ServersSection,
     TeacherSection,
     check_bounds,
@@ -258,9 +259,12 @@ def _check_engines(config: Config) -> None:
         )
     if rollout.sync.release_memory and rollout.ahead:
         raise ValueError(
-            "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
-            "the student trains cannot give their memory back; one of them has to be off"
+            f"rollout.sync.release_memory: true with rollout.ahead {rollout.ahead}: servers that "
+            "generate while the student trains cannot give their memory back; one of them has to "
+            "be off"
         )
+    if rollout.partial:
+        _check_partial(rollout)
     if teacher.engine == "megatron":
         return
     _check_servers("teacher", teacher.servers)
@@ -279,6 +283,36 @@ def _check_engines(config: Config) -> None:
         raise ValueError(
             f"teacher.servers.gpus: {_listed(sorted(shared))} are also in rollout.servers.gpus; "
             "give each model its own"
+        )
+
+
+def _check_partial(rollout: RolloutSection) -> None:
+    if rollout.engine != "sglang":
+        raise ValueError(
+            "rollout.partial: true with rollout.engine local, which generates nothing while the "
+            "student trains; it has to be false, or the engine sglang"
+        )
+    if not rollout.ahead:
+        raise ValueError(
+            "rollout.partial: true with rollout.ahead 0, where a step needs every response that is "
+            "under way; give rollout.ahead 1 or more"
+        )
+    if rollout.max_staleness <= rollout.ahead:
+        raise ValueError(
+            f"rollout.max_staleness: {rollout.max_staleness} with rollout.ahead {rollout.ahead}: a "
+            "step would wait for all of its own prompts; give more than rollout.ahead, or "
+            "rollout.partial: false"
+        )
+    for name, value in (("mix", rollout.mix), ("warmup_steps", rollout.warmup_steps)):
+        if value:
+            raise ValueError(
+                f"rollout.{name}: {value} with rollout.partial: true, whose steps take whatever "
+                "rollouts are finished; leave it out, or give rollout.partial: false"
+            )
+    if rollout.horizon == "auto":
+        raise ValueError(
+            "rollout.horizon: auto with rollout.partial: true, whose steps have responses of "
+            "several horizons; give a number or one that grows, or rollout.partial: false"
         )
 
 

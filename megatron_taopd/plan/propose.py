@@ -114,7 +114,7 @@ def proposals(
         if (peak := peak_bytes(varied, cluster.memory_gib)) <= usable:
             found.append((varied, peak))
     ranked = [
-        Proposal(varied, step_seconds(step_phases(varied, cluster), setup.ahead), peak)
+        Proposal(varied, step_seconds(step_phases(varied, cluster), setup.waits), peak)
         for varied, peak in found
     ]
     return sorted(ranked, key=lambda proposal: (round(proposal.seconds, 3), proposal.peak))

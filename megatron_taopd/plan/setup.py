@@ -92,6 +92,9 @@ class Setup:
         columns_only: the teacher gives its top-K, so that no head of it is here.
         average: the teacher follows a moving average of the student (`teacher.source`).
         weighted: kept rows have weights of their own (`loss.weights`).
+        waits: steps after the one that begins a response in which it can still be used
+            (`rollout.ahead`, or with `rollout.partial` `max_staleness`).
+        keep_cache: responses under way keep their cache when weights come.
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
             device and its rows gather meanwhile. The in-process engine has finished by then.
@@ -106,6 +109,7 @@ class Setup:
     workload: Workload
     longest: int  # tokens of the longest sequence
     longest_response: int  # also of evaluations
+    horizon: int  # tokens of the longest response that is trained on
     itemsize: int
     recompute: str
     replay: bool
@@ -125,6 +129,8 @@ class Setup:
     sync_bucket: int
     release_memory: bool
     ahead: int
+    waits: int
+    keep_cache: bool
     stream: bool
     checkpoint_every: int
     used: Devices
@@ -172,10 +178,11 @@ class Setup:
         check_layouts(config, gpus, "--gpus")
         horizon = rollout.horizon["end"] if isinstance(rollout.horizon, dict) else rollout.horizon
         horizon = horizon if isinstance(horizon, int) else rollout.max_new_tokens
+        horizon = min(horizon, rollout.max_new_tokens)
         workload = Workload(
             rollout.prompts * rollout.samples,
             _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),
-            _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
+            _length("--response-tokens", response_tokens, horizon),
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
             max(0, config.teacher_prompt_tokens - config.data.max_prompt_tokens),
@@ -193,6 +200,7 @@ class Setup:
             workload=workload,
             longest=longest,
             longest_response=max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),
+            horizon=horizon,
             itemsize=4 if train.precision == "fp32" else 2,
             recompute=train.recompute,
             replay=train.schedule == "replay",
@@ -212,6 +220,8 @@ class Setup:
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
             ahead=rollout.ahead,
+            waits=rollout.max_staleness if rollout.partial else rollout.ahead,
+            keep_cache=rollout.sync.cache == "keep",
             stream=rollout.stream and rollout.engine == "sglang",
             checkpoint_every=config.checkpoint.every,
             used=Devices.of(config, gpus, min(gpus, gpus_per_node)),

@@ -86,7 +86,7 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
         "time/teacher": seconds["teacher"] + seconds["exchange"],
         "time/scoring": seconds["scoring"],
         "time/training": seconds["training"] + seconds["optimizer"],
-        "time/step": step_seconds(phases, setup.ahead),
+        "time/step": step_seconds(phases, setup.waits),
         "valid_rows": run.num_rows,
         "tokens_generated": (generated := int(run.generated.sum())),
         "tokens_rolled_out": setup.workload.sequences * setup.workload.length,
@@ -102,15 +102,21 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
     return throughput(record, setup.used, peak)
 
 
-def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
-    """Add a step's phases up, without checkpoints.
+def step_seconds(phases: dict[str, Phase], waits: int = 0) -> float:
+    """Return a step's time, without checkpoints.
+
+    Servers that generate while the student trains are kept from it by an update of the weights
+    alone, and the longest response has so many steps to end in, and the rollout of one more.
 
     Args:
-        ahead: steps that the rollout runs ahead of training, at the same time as it.
+        waits: `Setup.waits`; 0: one phase after the other.
     """
     generated = phases["rollout"].seconds
     rest = sum(p.seconds for name, p in phases.items() if name not in ("rollout", "checkpoint"))
-    return max(generated, rest) if ahead else generated + rest
+    if not waits:
+        return generated + rest
+    busy = generated - phases["rollout"].parts["longest response"] + phases["sync"].seconds
+    return max(rest, busy, (generated + rest) / (waits + 1))
 
 
 def is_replayed(setup: Setup) -> bool:
@@ -149,7 +155,11 @@ def pipeline_seconds(stage: float, last: float, pp: int, micro_batches: int) -> 
 
 
 def rollout(setup: Setup, cluster: Cluster) -> Phase:
-    """Estimate prefill by operations, decoding by the weights and cache read for every token."""
+    """Estimate prefill by operations, decoding by the weights and cache read for every token.
+
+    Where the average response is shorter than the longest, that one is waited for alone. What is
+    under way when weights come has its cache computed again, unless it is kept.
+    """
     model, work, served = setup.student, setup.workload, setup.rollout
     replicas, tp, at_once = setup.gpus, 1, setup.batch_size
     if served is not None:
@@ -175,7 +185,16 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
     )
     step = max((weights + cache) / memory_rate, operations / rate, layer_seconds * model.layers)
     decode = waves * work.response * step
-    return Phase(prefill + decode, {"prefill": prefill, "decode": decode})
+    alone = setup.horizon * max(weights / memory_rate, layer_seconds * model.layers)
+    parts = {
+        "prefill": prefill,
+        "decode": decode,
+        "longest response": max(0.0, alone - decode),
+    }
+    if setup.ahead and not setup.keep_cache:
+        half_done = torch.full((setup.ahead * pending,), work.prompt + work.response // 2)
+        parts["cache again"] = model.cost.trunk(half_done) / rate
+    return Phase(sum(parts.values()), parts)
 
 
 def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,34 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response, or what there is of it so far: n tokens.
+
+    Attributes:
+        tokens: [n] int32 ids.
+        log_probs: [n] float32.
+        versions: [n] int32, of the weights.
+        finished: nothing comes after them.
+        truncated: it was cut off at the longest length.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    versions: np.ndarray
+    finished: bool = True
+    truncated: bool = False
+
+    def followed_by(self, rest: Response) -> Response:
+        """Return this with the rest after it."""
+        names = ("tokens", "log_probs", "versions")
+        joined = [np.concatenate([getattr(self, name), getattr(rest, name)]) for name in names]
+        return Response(*joined, rest.finished, rest.truncated)
+
+
+NOTHING = Response(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int32), False)
 
 
 class Pending(Protocol):
@@ -83,7 +112,7 @@ class RolloutEngine(Protocol):
         """Begin to generate the responses to `prompts`.
 
         An engine with servers of its own returns at once, and generates while this process does
-        other things; weights may not be updated until the result has been taken.
+        other things. Weights may be updated meanwhile: what is not finished goes on with them.
 
         Args:
             prompts: token ids of each prompt.
@@ -128,6 +157,20 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Release the engine's memory and processes. The engine cannot be used afterwards."""
         ...
+
+
+def batch_of(
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], responses: Sequence[Response]
+) -> RolloutBatch:
+    """Call `make_rollout_batch` of N finished responses."""
+    return make_rollout_batch(
+        prompts,
+        indices,
+        [torch.from_numpy(r.tokens) for r in responses],
+        [torch.from_numpy(r.log_probs) for r in responses],
+        [r.truncated for r in responses],
+        [torch.from_numpy(r.versions) for r in responses],
+    )
 
 
 def make_rollout_batch(

@@ -16,6 +16,7 @@ import yaml
 ANY = "…"  # a value that the test chooses: a path, a port
 LOST: str | None = None  # a key that no test gets (tests/faults/lost_keys.py)
 
+GOES_ON = "test_partial.py::test_a_killed_run_loses_no_response_and_repeats_none"
 STEP = "test_keys_step.py::test_a_step_is_that_of_dense_float64"
 MINI_BATCHES = "test_keys_step.py::test_mini_batches_are_steps_with_their_own_means"
 WEIGHTS = "test_keys_step.py::test_rows_count_by_the_discrepancy_before_them"
@@ -135,6 +136,7 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.sync.bucket_mib": {"1": OWN},
     "rollout.sync.dir": {ANY: FOUND},
     "rollout.sync.release_memory": {"true": FOUND},
+    "rollout.sync.cache": {"keep": GOES_ON},
     "rollout.sync.max_gap": {"0.9": OWN},
     "rollout.gap_warning": {"1.0e-09": GAP},
     "rollout.prompts": {"4": ROLLOUT},
@@ -153,6 +155,8 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.stop_token_ids": {"[7]": ROLLOUT},
     "rollout.batch_size": {"5": ROLLOUT},
     "rollout.ahead": {"1": OWN},
+    "rollout.partial": {"true": GOES_ON},
+    "rollout.max_staleness": {"3": GOES_ON},
     "rollout.stream": {"false": STREAM},
     "rollout.mix": {"{dataset: 0.25}": MIX},
     "rollout.warmup_steps": {"1": MIX},
@@ -174,6 +178,7 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "loss.beta": {"0.2": STEP},
     "loss.alpha": {"0.4": STEP},
+    "loss.max_ratio": {"0.9": STEP},
     "loss.weights": {"discrepancy": WEIGHTS},
     "loss.gamma": {"2.0": WEIGHTS},
     "train.steps": {"3": ROLLOUT},
