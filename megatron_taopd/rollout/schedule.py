@@ -44,6 +44,7 @@ class RolloutSchedule:
         ahead: int = 0,
     ):
         self.engine, self.mix, self.stream = engine, mix, stream
+        self.token_ids = mix.prompts.token_ids
         self.sampling, self.horizon, self.ahead = sampling, horizon, ahead
         self.next: Begun | None = None
 
