@@ -340,6 +340,60 @@ def test_home_and_environment_and_other_keys_in_values(user, monkeypatch):
     assert config.checkpoint.every == 3
 
 
+ITSELF = YAML.replace("path: ../models/teacher", "source: student, context_column: hint")
+
+
+@pytest.mark.parametrize("source", ["student", "student_ema"])
+def test_a_teacher_that_is_the_student_has_its_path(user, source):
+    """Wherever that is written, and whatever it is relative to."""
+    user.ask("w1 w2 w3")
+    user.write(ITSELF)
+    for override in [], ["student.path=models/teacher"]:
+        config = user.check(f"teacher.source={source}", *override)
+        name = "teacher" if override else "student"
+        assert config.student.path == config.teacher.path == str(user.dir / "models" / name)
+        assert (config.teacher.source, config.teacher.ema) == (source, 0.99)
+        saved = user.dir / "saved.yaml"
+        saved.write_text(to_yaml(config))
+        assert load(saved) == config
+    hub = load("conf/run.yaml", ["student.path=Qwen/Qwen3-4B"])
+    assert hub.student.path == hub.teacher.path == "Qwen/Qwen3-4B"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["teacher.path=models/teacher"], ["teacher.path:", "models/teacher with teacher.source "
+         "student", "student.path", "models/student; leave one of them out"]),
+        (["teacher.ema=0.5"], ["teacher.ema: 0.5", "has no average", "source student_ema"]),
+        (["teacher.context_column=null"], ["teacher.source: student", "nothing to teach",
+         "name teacher.context_column"]),
+        (["teacher.source=student_ema", "teacher.engine=sglang"], ["teacher.source: student_ema",
+         "keep the weights", "teacher.engine megatron"]),
+        (["teacher.source=path"], ["teacher.path: required"]),
+        (["teacher.parallel.pp=4"], ["teacher.parallel: tp 1 × pp 4"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_teacher_that_is_the_student_and_something_else(user, overrides, parts):
+    user.write(ITSELF)
+    refused(lambda: user.check(*overrides), *parts)
+
+
+def test_each_of_two_variables_is_looked_at_though_the_models_are_one(user):
+    """The teacher's own are right."""
+    user.write(ITSELF)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mood }}"
+    (user.dir / "models" / "student" / "chat_template.jinja").write_text(template)
+    right = "teacher.template_kwargs={mood: w1}"
+    user.check(right, "data.template_kwargs={mood: w2}")
+    refused(
+        lambda: user.check(right, "data.template_kwargs={moot: w2}"),
+        "data.template_kwargs: the chat template of",
+        "moot",
+    )
+
+
 def test_the_written_configuration_is_read_back_the_same_from_anywhere(user, tmp_path):
     config = user.check("rollout.stop_token_ids=[3]")
     saved = tmp_path / "runs" / "demo" / "config.yaml"
@@ -834,6 +888,7 @@ def test_the_students_prompt_is_for_a_teacher_with_the_same_ids(user):
         (["teacher.prompt=student", "teacher.system=Hi"], ["teacher.system: 'Hi'", "take out one"]),
         (["teacher.prompt=student", "teacher.context_column=a"], ["teacher.context_column: 'a'"]),
         (["teacher.prompt=student", "teacher.max_prompt_tokens=9"], ["max_prompt_tokens: 9"]),
+        (["teacher.prompt=student", "teacher.template_kwargs={a: 1}"], ["kwargs: {'a': 1}"]),
         (["teacher.context_overflow=cut"], ["overflow: 'cut'", "name teacher.context_column"]),
         (["teacher.context_template=x"], ["template: 'x'", "name teacher.context_column"]),
         (
@@ -888,7 +943,9 @@ def test_shipped_configurations_load(path, monkeypatch):
     monkeypatch.setenv("TAOPD_DATA", "/data")
     config = load(path)
     assert config.selection.selector == "teachability"
-    assert Path(config.student.path).is_absolute() and config.student.path != config.teacher.path
+    assert Path(config.student.path).is_absolute()
+    itself = config.teacher.source != "path"
+    assert (config.student.path == config.teacher.path) == itself
 
 
 @pytest.mark.parametrize("warped", ["temperature=0.7", "top_p=0.9", "top_k=20"])

@@ -521,6 +521,40 @@ def test_an_offloaded_teacher_is_there_in_its_phase_only(setup_of):
     assert whole == pytest.approx(16 * elements / 32, rel=1e-3)
 
 
+def test_an_average_of_the_student_is_kept_and_on_its_way_before_the_teacher_reads(
+    setup_of, models
+):
+    """By hand: 4 bytes of each element that the optimizer owns, in every phase and in a save. On
+    its way it is gathered over DP32 and put back, and exported in between; the rank's own weights
+    are put aside, next to a bucket of the export, its shards and the embedding as a whole.
+    """
+    own = (f"teacher.path={models}/Qwen3-4B", "teacher.parallel.tp=2")
+    plain = setup_of(*own)
+    setup = setup_of(*own, "teacher.source=student_ema")
+    (place,) = memory.places(setup)
+    elements = items(setup, "training")["student weights"] // 2
+    for phase in memory.phases(setup, place, 79.0):
+        average = items(setup, phase)["moving average"]
+        assert average == pytest.approx(4 * elements / 32, rel=1e-3)
+        assert "moving average" not in items(plain, phase)
+    more = [memory.host_bytes(each, place)["a save"] for each in (setup, plain)]
+    assert more[0] - more[1] == average
+    whole = 2 * setup.student.largest
+    moved = average // 2 + whole // 2 + whole + whole
+    narrow = replace(setup, micro_batch_tokens=128, workload=replace(setup.workload, sequences=32))
+    assert items(narrow, "teacher")["average on its way"] == moved
+
+    cluster = CLUSTERS["h800"]
+    phases, before = time.step_phases(setup, cluster), time.step_phases(plain, cluster)
+    parts = phases["sync"].parts
+    expected = 2 * phases["optimizer"].parts["weights"]
+    expected += parts["over TP"] + parts["over the pipeline"]
+    added = phases["teacher"].seconds - before["teacher"].seconds
+    assert added == pytest.approx(expected) and expected > 0
+    written = [each["checkpoint"].parts["written"] for each in (phases, before)]
+    assert written[0] / written[1] == pytest.approx(18 / 14)
+
+
 def test_the_last_stage_has_both_heads_and_the_teachers_rows(setup_of):
     setup = setup_of("student.parallel.pp=4")
     first, last = memory.places(setup)[0], memory.places(setup)[-1]

@@ -354,13 +354,14 @@ def test_space(tmp_path, monkeypatch):
     free = 0
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
 
-    def check(sync_copy=False):
+    def check(sync_copy=False, average=False):
         # 14 bytes of a bf16 parameter and Adam's state, kept twice and written once, and an export
-        return storage.check_space(tmp_path / "run", 10**9, 2, 2, True, sync_copy)
+        return storage.check_space(tmp_path / "run", 10**9, 2, 2, True, sync_copy, average)
 
     free = 44 * 10**9
     found("ok", check(), "44.0 GB free", "take 44.00 GB")
     found("warning", check(sync_copy=True), "take 46.00 GB")
+    found("warning", check(average=True), "checkpoints of 18.00 GB", "take 56.00 GB")
     free = 20 * 10**9
     found("warning", check(), "checkpoint.keep_last")
     free = 13 * 10**9

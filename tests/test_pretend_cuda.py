@@ -347,7 +347,9 @@ RUNS = {
         "selection.selector=prefix_share",
     ],
     "DP2 | TP2, two passes, reverse_kl": [
-        "teacher.parallel={tp: 2, sequence: true}", "selection={selector: prefix, ratio: 0.5}",
+        "teacher.path={student}", "teacher={source: student_ema, ema: 0.5, system: so}",
+        "teacher={parallel: {tp: 2, sequence: true}, offload: true}",
+        "selection={selector: prefix, ratio: 0.5}",
         "train={mini_batches: 2, micro_batch_tokens: 80}", "loss={weights: discrepancy, gamma: 2}",
     ],
     "PP2 | served, two passes, skewed_reverse_kl": [
@@ -358,8 +360,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A mixture of experts, and a teacher with other ids that lacks some of the student's words;
-    and prompts with reference responses."""
+    """The student, experts, a teacher with other ids that lacks some of the student's words; and
+    prompts with reference responses."""
     return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
@@ -370,6 +372,7 @@ def make_teachers(directory):
         shutil.copy(TEACHER / file, directory / "experts")
     lacking = {word: word.upper() for word in ("well", "okay", "so", "then")}
     return {
+        "student": STUDENT,
         "experts": directory / "experts",
         "words": relabel_tiny_teacher(directory / "words", lacking, seed=6),
         "references": write_references(directory / "references.jsonl"),

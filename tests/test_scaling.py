@@ -43,6 +43,10 @@ CASES = {
         student=dict(tp=2, pp=2, sequence=True), teacher=dict(tp=4, pp=2, sequence=True),
         ranks=[0, 63], tied=False, precision="bf16", sequences=128,
     ),
+    "tp2-pp2, average": dict(
+        student=dict(tp=2, pp=2), teacher=dict(tp=1, pp=2), ranks=[0, 63], average=True,
+        export_bytes=150_000,
+    ),
 }  # fmt: skip
 
 

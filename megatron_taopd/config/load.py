@@ -68,6 +68,10 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         ) from None
     context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
+    teacher = tree.get("teacher", {})
+    is_student = "path" not in teacher and teacher.get("source") in ("student", "student_ema")
+    if is_student:
+        teacher["path"] = "${student.path}"
     try:
         values: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), tree), resolve=True, throw_on_missing=True
@@ -78,6 +82,8 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             if value := values[section][name]:
                 base = Path(path).parent if in_file else Path()
                 values[section][name] = _absolute(key, value, base)
+        if is_student:  # wherever that is written
+            values["teacher"]["path"] = values["student"]["path"]
         config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]

@@ -227,6 +227,18 @@ class TeacherSection:
     path: str = key(
         MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
     )
+    source: Literal["path", "student", "student_ema"] = key(
+        "path",
+        "Where the teacher's weights come from. `path`: the checkpoint of that key. `student`: the "
+        "student's own before the first step, frozen. `student_ema`: a moving average of the "
+        "student's over its updates. With the last two, `path` is `student.path` and left out.",
+    )
+    ema: float = key(
+        0.99,
+        "With `source: student_ema`, what stays of the average at each update; 0: the teacher is "
+        "the student.",
+        DECAY,
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )

@@ -53,6 +53,7 @@ def check_values(config: Config, ranks: int | None = None) -> None:
 def check_sections(config: Config) -> None:
     """Compare values with their bounds and with each other. Raises as `check_values`."""
     check_bounds(config)
+    _check_source(config)
     _check_context(config.teacher)
     _check_selection(config)
     _check_replay(config)
@@ -335,9 +336,38 @@ def _check_micro_batch(config: Config, model: str) -> None:
         )
 
 
+def _check_source(config: Config) -> None:
+    """Refuse a teacher that is the student and something else as well, or has nothing to teach."""
+    teacher, student = config.teacher, config.student
+    if teacher.source != "path" and teacher.path != student.path:
+        raise ValueError(
+            f"teacher.path: {teacher.path} with teacher.source {teacher.source}, which takes the "
+            f"weights of student.path {student.path}; leave one of them out"
+        )
+    if teacher.source == "student_ema":
+        if teacher.engine == "sglang":
+            raise ValueError(
+                "teacher.source: student_ema with teacher.engine sglang, whose servers keep the "
+                "weights that they start with; give teacher.engine megatron, or source student"
+            )
+    elif teacher.ema != TeacherSection.ema:
+        raise ValueError(
+            f"teacher.ema: {teacher.ema} with teacher.source {teacher.source}, which has no "
+            "average; give teacher.source student_ema, or leave it out"
+        )
+    own = teacher.context_column, teacher.system, teacher.template_kwargs
+    if teacher.source != "path" and own == (None, None, None):
+        raise ValueError(
+            f"teacher.source: {teacher.source}, and the teacher reads what the student reads, so "
+            "that it has nothing to teach; name teacher.context_column, or give it its own "
+            "teacher.system or teacher.template_kwargs"
+        )
+
+
 def _check_context(teacher: TeacherSection) -> None:
     """Refuse keys of a teacher's own reading that would have no effect."""
     own = {
+        "template_kwargs": teacher.template_kwargs,
         "system": teacher.system,
         "context_column": teacher.context_column,
         "max_prompt_tokens": teacher.max_prompt_tokens,

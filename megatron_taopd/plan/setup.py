@@ -90,6 +90,7 @@ class Setup:
     Attributes:
         teacher, teacher_grid: the grid is None of a served teacher.
         columns_only: the teacher gives its top-K, so that no head of it is here.
+        average: the teacher follows a moving average of the student (`teacher.source`).
         weighted: kept rows have weights of their own (`loss.weights`).
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
@@ -115,6 +116,7 @@ class Setup:
     k: int
     offload: bool
     columns_only: bool
+    average: bool
     weighted: bool
     batch_size: int
     rollout: Servers | None
@@ -201,6 +203,7 @@ class Setup:
             k=config.selection.k,
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
+            average=teacher.source == "student_ema",
             weighted=config.loss.weights != "none",
             batch_size=rollout.batch_size,
             rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,

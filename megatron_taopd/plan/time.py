@@ -211,6 +211,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
             resident * setup.itemsize / (cluster.pcie_gb_s * 1e9 * cluster.link_fraction)
         )
         seconds += parts["weights to the device"]
+    if setup.average:
+        # Gathered over the data-parallel ranks and put back; between that, as in `sync`.
+        parts["average"] = 2 * _gather_weights(setup, cluster) + sum(
+            _export(setup, cluster).values()
+        )
+        seconds += parts["average"]
     return Phase(seconds, parts)
 
 
@@ -316,16 +322,38 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
 def optimizer(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate Adam over a rank's share, and the weights' all-gather, which nothing overlaps."""
     model, grid = setup.student, setup.student_grid
-    update = gather = 0.0
+    update, gather = 0.0, _gather_weights(setup, cluster)
     for stage in range(grid.pp):
         buffers = student_buffers(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
-        moved = optimizer_elements(buffers, grid.dp) * (4 * 8 + setup.itemsize)
+        # An average reads the weight, and is read and written.
+        moved = optimizer_elements(buffers, grid.dp) * (
+            4 * (11 if setup.average else 8) + setup.itemsize
+        )
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
-        bytes_ = links.buffer_bytes(buffers, setup.itemsize)
-        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp))
     parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
     return Phase(sum(parts.values()), parts)
+
+
+def _gather_weights(setup: Setup, cluster: Cluster) -> float:
+    """Return the seconds of the weights' all-gather over the data-parallel ranks."""
+    grid = setup.student_grid
+    bytes_ = max(
+        links.buffer_bytes(student_buffers(setup.student, grid, stage), setup.itemsize)
+        for stage in range(grid.pp)
+    )
+    return bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp)
+
+
+def _export(setup: Setup, cluster: Cluster) -> dict[str, float]:
+    """Return the seconds until whole tensors are on every rank."""
+    shards = sum(p.shard for p in exported(setup.student, setup.student_grid))
+    grid = setup.student_grid
+    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
+    return {
+        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
+        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
+    }
 
 
 def sync(setup: Setup, cluster: Cluster) -> Phase:
@@ -334,14 +362,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
     The next bucket is gathered while this one is sent; what goes down the pipeline shares the
     network with what goes to servers.
     """
-    model, grid = setup.student, setup.student_grid
-    shards = sum(parameter.shard for parameter in exported(model, grid))
-    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
-    parts = {
-        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
-        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
-    }
-    whole = model.elements * setup.itemsize
+    parts = _export(setup, cluster)
+    whole = setup.student.elements * setup.itemsize
     if setup.rollout is None:
         parts["copy"] = 2 * whole / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction)
     elif setup.sync_way == "disk":
@@ -359,7 +381,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
 
 def checkpoint(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate writing weights and optimizer states to the file system, all ranks together."""
-    bytes_ = setup.student.elements * (setup.itemsize + (8 if setup.itemsize == 4 else 12))
+    state = (8 if setup.itemsize == 4 else 12) + 4 * setup.average
+    bytes_ = setup.student.elements * (setup.itemsize + state)
     seconds = bytes_ / (cluster.storage_gb_s * 1e9)
     return Phase(seconds, {"written": seconds})
 

@@ -249,6 +249,7 @@ def _check_space(config: Config) -> Iterator[Finding]:
         + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
+        config.teacher.source == "student_ema",
     )
 
 

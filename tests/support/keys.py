@@ -23,6 +23,8 @@ BF16 = "test_keys_step.py::test_everything_is_in_the_precision_of_the_run"
 RECOMPUTE = "test_keys_step.py::test_recomputation_runs_parts_of_the_layers_twice"
 BOUNDS = "test_keys_step.py::test_micro_batches_and_logits_stay_within_their_bounds"
 OFFLOAD = "test_keys_step.py::test_an_offloaded_teacher_moves"
+SELF = "test_keys_step.py::test_the_student_teaches_itself_with_its_first_weights"
+AVERAGE = "test_keys_step.py::test_the_teacher_is_an_average_of_the_student"
 ADAM = "test_keys_step.py::test_the_optimizer_is_adamw"
 ROLLOUT = "test_keys_rollout.py::test_prompts_and_responses_are_those_asked_for"
 SEED = "test_keys_rollout.py::test_the_seed_orders_prompts_and_draws_another_mask_each_step"
@@ -68,6 +70,8 @@ KEYS: dict[str, dict[str, str]] = {
     "student.moe.router": {"frozen": EXPERTS},
     "student.moe.aux_loss": {"0.3": EXPERTS},
     "teacher.path": {ANY: STEP},
+    "teacher.source": {"student": SELF, "student_ema": AVERAGE},
+    "teacher.ema": {"0.6": AVERAGE},
     "teacher.engine": {"sglang": OWN},
     "teacher.servers.urls": {ANY: FOUND},
     "teacher.servers.replicas": {"3": OWN},
