@@ -209,6 +209,8 @@ def test_attempts_that_a_file_leaves_open_have_to_be_given(user):
 
 GROWTH = "rollout.horizon."
 SERVERS = "rollout.engine=sglang rollout.servers."
+DRAFTS = "rollout.speculative."
+DRAFT = f"{SERVERS}tp=1 {DRAFTS}algorithm=STANDALONE {DRAFTS}draft_model_path="
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [((1, 1), 1), ((4, 2), 8), ((2, 2), 12)])
@@ -533,6 +535,90 @@ def test_overrides_that_are_refused(user, override, parts):
         (
             "rollout.engine=sglang rollout.ahead=1 rollout.sync.release_memory=true",
             ("rollout.sync.release_memory: true", "rollout.ahead 1", "one of them has to be off"),
+        ),
+        ("rollout.mix.data=0.2", ("rollout.mix.data: unknown key", "dataset")),
+        ("rollout.mix.dataset=0", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        ("rollout.mix.dataset=2", ("rollout.mix.dataset: 2.0", "in (0, 1]")),
+        ("rollout.mix.dataset=half", ("rollout.mix.dataset: ", "half")),
+        ("rollout.mix={}", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        (
+            "rollout.mix.dataset=0.2",
+            ("rollout.mix: {'dataset': 0.2} takes reference responses", "data.response_column"),
+        ),
+        ("rollout.warmup_steps=3", ("rollout.warmup_steps: 3 takes reference responses",)),
+        ("data.excluded_column=spans", ("data.excluded_column: 'spans'", "data.response_column")),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.mix.dataset=0.2",
+            ("loss.kind: sampled_token with rollout.mix", "no importance ratio"),
+        ),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.warmup_steps=1",
+            ("loss.kind: sampled_token with rollout.warmup_steps: 1", "no importance ratio"),
+        ),
+        (
+            f"{DRAFTS}algorithm=NGRAM",
+            ("rollout.speculative: {'algorithm': 'NGRAM'} with rollout.engine local", "sglang"),
+        ),
+        (
+            f"{DRAFTS}algorithm=NGRAM {SERVERS}urls=[http://node:30000]",
+            ("rollout.speculative: ", "with rollout.servers.urls", "start them with it"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=MEDUSA",
+            ("rollout.speculative.algorithm: 'MEDUSA'", "NGRAM, EAGLE, EAGLE3, STANDALONE"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}num_draft_tokens=4",
+            ("rollout.speculative.algorithm: None", "is needed"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}accept_threshold_acc=0.5",
+            ("rollout.speculative.accept_threshold_acc: unknown key", "known here: algorithm"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}num_draft_tokens=true",
+            ("rollout.speculative.num_draft_tokens: True", "whole number from 1 on"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}num_steps=3",
+            ("rollout.speculative.num_steps: 3", "not for the algorithm NGRAM"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}ngram_match_type=DFS",
+            ("rollout.speculative.ngram_match_type: 'DFS'", "BFS or PROB"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}ngram_min_bfs_breadth=11",
+            ("ngram_min_bfs_breadth: 11 is more than ngram_max_bfs_breadth 10",),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=EAGLE",
+            ("rollout.speculative.draft_model_path: None", "EAGLE needs one"),
+        ),
+        (
+            f"{DRAFT}/no/such/place",
+            ("rollout.speculative.draft_model_path: /no/such/place: no such directory",),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}num_steps=3 {DRAFTS}eagle_topk=1",
+            ("rollout.speculative.num_steps: 3 without all of", "all three or chooses"),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}num_steps=3 {DRAFTS}eagle_topk=1 "
+            f"{DRAFTS}num_draft_tokens=6",
+            ("rollout.speculative.num_draft_tokens: 6 with eagle_topk 1", "= 4; give that"),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}ngram_capacity=9",
+            ("rollout.speculative.ngram_capacity: 9", "not for the algorithm STANDALONE"),
+        ),
+        (
+            f"{DRAFT}owner/draft rollout.sync.transport=disk",
+            ("rollout.sync.transport: disk", "into the draft model", "has to be distributed"),
+        ),
+        (
+            f"{DRAFT}owner/draft rollout.sync.release_memory=true",
+            ("rollout.sync.release_memory: true", "nobody would send again"),
         ),
         # Names
         ("selection.selector=tipp", ("selection.selector: ", "'tipp'", "'tip', 'teachability'")),

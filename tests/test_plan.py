@@ -472,6 +472,29 @@ def test_a_teacher_that_reads_a_context_has_more_to_read(setup_of):
     assert passes[0] / passes[1] == pytest.approx(10240 / 8192, rel=0.02)
 
 
+def test_sequences_of_the_data_are_not_generated(setup_of):
+    """They are read, scored and trained all the same."""
+    cluster, data = CLUSTERS["h100"], "data.response_column=solution"
+    mixed = [data, "rollout.mix={dataset: 0.25}"]
+    setups = setup_of(), setup_of(*mixed), setup_of(data, "rollout.mix={dataset: 1.0}")
+    plain, quarter, everything = (time.step_phases(setup, cluster) for setup in setups)
+    for name in plain.keys() - {"rollout"}:
+        assert plain[name] == quarter[name] == everything[name], name
+    sequences = setups[0].workload.sequences
+    assert [s.workload.generated for s in setups] == [sequences, sequences * 3 // 4, 0]
+    fewer = replace(setups[0], workload=replace(setups[0].workload, sequences=sequences * 3 // 4))
+    assert quarter["rollout"] == time.step_phases(fewer, cluster)["rollout"]
+    assert quarter["rollout"].seconds < plain["rollout"].seconds
+    assert everything["rollout"].seconds == 0
+    of_step = [
+        time.step_throughput(setup, cluster, phases)
+        for setup, phases in zip(setups, (plain, quarter, everything), strict=True)
+    ]
+    rates = [found.get("perf/tokens_per_second_per_gpu_rollout") for found in of_step]
+    expected = 3 / 4 * plain["rollout"].seconds / quarter["rollout"].seconds
+    assert rates[1] / rates[0] == pytest.approx(expected) and rates[2] is None
+
+
 def test_replay_falls_back_where_the_outputs_do_not_fit(setup_of):
     replay = ("train.schedule=replay", "rollout.prompts=64")
     assert "kept layer outputs" in items(setup_of(*replay), "training")

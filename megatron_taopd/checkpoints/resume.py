@@ -33,6 +33,7 @@ FIXED = {
     "data.shuffle": _PROMPTS,
     "data.limit": _PROMPTS,
     "data.prompt_column": _PROMPTS,
+    "data.response_column": _PROMPTS,
     "data.template": _PROMPTS,
     "data.template_kwargs": _PROMPTS,
     "data.deduplicate": _PROMPTS,

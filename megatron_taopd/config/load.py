@@ -238,7 +238,7 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif _takes_mapping(types[name]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(
-                    f"{key}: {value!r}; a mapping, such as {{enable_thinking: false}}, is expected"
+                    f"{key}: {value!r}; a mapping, such as {{name: value}}, is expected"
                 )
         elif isinstance(value, dict):
             raise ValueError(f"{key}: {value!r} is a section; one value is expected")

@@ -39,6 +39,7 @@ class Workload:
         kept: share of response rows that is trained on.
         trained: share of tokens that training runs, after the cuts.
         context: tokens that the teacher reads besides the prompt (`teacher.context_column`).
+        references: share of the sequences that are not generated (`rollout.mix`).
     """
 
     sequences: int
@@ -47,6 +48,12 @@ class Workload:
     kept: float
     trained: float = 1.0
     context: int = 0
+    references: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        """Return how many of the sequences are the student's own."""
+        return round(self.sequences * (1 - self.references))
 
     @property
     def length(self) -> int:
@@ -172,6 +179,7 @@ class Setup:
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
             max(0, config.teacher_prompt_tokens - config.data.max_prompt_tokens),
+            (rollout.mix or {}).get("dataset", 0.0),
         )
         prompt = max(config.data.max_prompt_tokens, config.teacher_prompt_tokens)
         longest = prompt + rollout.max_new_tokens

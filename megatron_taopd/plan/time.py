@@ -71,6 +71,7 @@ def _work(setup: Setup) -> Work:
         kept_rows=max(1, round(work.kept * work.sequences * work.response)),
         replayed=is_replayed(setup),
         recompute=setup.recompute,
+        generated=(torch.arange(work.sequences) < work.generated) * work.response,
     )
 
 
@@ -86,13 +87,15 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
         "time/scoring": seconds["scoring"],
         "time/training": seconds["training"] + seconds["optimizer"],
         "time/step": step_seconds(phases, setup.ahead),
-        "rollout/tokens_per_second": run.num_rows / seconds["rollout"],
         "valid_rows": run.num_rows,
+        "tokens_generated": (generated := int(run.generated.sum())),
         "tokens_rolled_out": setup.workload.sequences * setup.workload.length,
         "tokens_read": int(run.read.sum()),
         "tokens_scored": int(run.scored.sum()),
         "tokens_trained": int(run.trained.sum()),
     }
+    if generated:
+        record["rollout/tokens_per_second"] = generated / seconds["rollout"]
     if setup.teacher_grid is None:
         record["teacher/tokens_per_second"] = record["tokens_read"] / seconds["teacher"]
     peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
@@ -154,7 +157,9 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
     layer_seconds = cluster.local_layer_us * 1e-6 if served is None else 0.0
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction) * tp
     memory_rate = cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction * tp
-    pending = -(-work.sequences // replicas)
+    pending = -(-work.generated // replicas)
+    if not pending:
+        return Phase(0.0, {"prefill": 0.0, "decode": 0.0})
     batch = min(at_once, pending)
     waves = -(-pending // batch)
     prompts = torch.full((pending,), work.prompt)

@@ -44,6 +44,8 @@ CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
 PROFILE = "test_profiling.py::test_a_trace_has_the_spans_of_the_step_that_was_asked_for"
 NO_CUDA = "test_profiling.py::test_profiles_of_cuda_are_refused_without_it"
+MIX = "test_mix.py::test_a_step_of_both_sources_is_that_of_dense_float64"
+DRAFTS = "test_speculative.py::test_drafts_are_refused_without_cuda"
 PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
@@ -103,6 +105,8 @@ KEYS: dict[str, dict[str, str]] = {
     "data.prompts": {ANY: ROLLOUT},
     "data.prompt_column": {"task.asks": ROLLOUT},
     "data.answer_column": {"task.says": ROLLOUT},
+    "data.response_column": {"solution": MIX},
+    "data.excluded_column": {"hidden": MIX},
     "data.template": {"plain": ROLLOUT, "chat": CHAT},
     "data.template_kwargs": {"{ends: gets}": KWARGS},
     "data.system": {"Tom has nuts .": ROLLOUT},
@@ -150,6 +154,9 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.batch_size": {"5": ROLLOUT},
     "rollout.ahead": {"1": OWN},
     "rollout.stream": {"false": STREAM},
+    "rollout.mix": {"{dataset: 0.25}": MIX},
+    "rollout.warmup_steps": {"1": MIX},
+    "rollout.speculative": {"{algorithm: NGRAM, num_draft_tokens: 8}": DRAFTS},
     "selection.selector": {
         name: STEP
         for name in (
