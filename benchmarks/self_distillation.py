@@ -4,7 +4,7 @@
 
 Runs `examples/self_distillation.yaml` in three ways on one rank each, what is finished not again:
 the teacher is the student as it was, the teacher is its moving average, and the student is one that
-has never seen a solution in front of a problem. docs/teachers.md has the outcome. Some 3 minutes of
+has never seen a solution in front of a problem. docs/teachers.md has the outcome. Some 50 s of
 one core a run.
 """
 

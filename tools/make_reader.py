@@ -10,7 +10,7 @@ worked solution in front,
     so 58 + 7 = 65 ; then 65 - 3 = 62 ; # 62 <eos>
 
 so that it has learned to use one. `examples/self_distillation.yaml` lets it teach itself what it
-knows with the solution in sight. About 4 minutes on one idle core; everything is drawn from --seed.
+knows with the solution in sight. About 2 minutes of one core; everything is drawn from --seed.
 """
 
 from __future__ import annotations
