@@ -136,9 +136,11 @@ class SlowServer:
                 gone = self._aborted > aborted or payload["rid"] in self._gone
                 return self._dead or gone or self.made(began, ticks) >= len(tokens)
 
-            timeout = None if self.token_s is None else self.token_s * len(tokens)
             while not over():
-                self._changed.wait(timeout)
+                left = None
+                if self.token_s is not None:
+                    left = max(0.001, began + self.token_s * len(tokens) - time.monotonic())
+                self._changed.wait(left)
             self.running -= 1
             if self._dead:
                 raise ConnectionAbortedError
