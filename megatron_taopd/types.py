@@ -206,8 +206,13 @@ class WantedRows:
         """
         if self.ids is None:
             return batch.rows_of(sequences)
-        first, end = (torch.searchsorted(self.ids, batch.cu_rows[sequences + i]) for i in (0, 1))
-        return self.ids[ranges(first, end - first)]
+        return self.between(batch.cu_rows[sequences], batch.cu_rows[sequences + 1])
+
+    def between(self, first: Tensor, end: Tensor) -> Tensor:
+        """[r] int64, the wanted rows known here of the runs [first, end) of rows, [n] each."""
+        assert self.ids is not None, "of all rows"
+        places = [torch.searchsorted(self.ids, rows) for rows in (first, end)]
+        return self.ids[ranges(places[0], places[1] - places[0])]
 
     def within(self, batch: Sequences, chosen: Tensor) -> WantedRows:
         """Want what this wants of some sequences; chosen: [N] bool."""

@@ -190,7 +190,9 @@ def gather_gradients(student):
     groups = student.layout.groups
     for buffer in student.model.buffers:
         for bucket in buffer.buckets:
-            share = bucket.grad_data.view(student.layout.dp, -1)[student.layout.dp_rank].clone()
+            share = bucket.grad_data.view(student.layout.data_ranks, -1)[
+                student.layout.data_rank
+            ].clone()
             dist.all_gather_into_tensor(bucket.grad_data, share, group=groups.dp_cp)
     exported = weights.export_weights(student.trunk, read=lambda p: p.main_grad.clone())
     return dict(exported)
