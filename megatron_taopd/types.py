@@ -195,6 +195,12 @@ class WantedRows:
         return cls(counts, lengths, ids)
 
     @property
+    def known_ids(self) -> Tensor:
+        """[k] int64, the wanted rows that are known here, where they are not all rows."""
+        assert self.ids is not None, "all rows are wanted"
+        return self.ids
+
+    @property
     def num_rows(self) -> int:
         """The wanted rows of all sequences."""
         return int(self.counts.sum())
@@ -210,9 +216,8 @@ class WantedRows:
 
     def between(self, first: Tensor, end: Tensor) -> Tensor:
         """[r] int64, the wanted rows known here of the runs [first, end) of rows, [n] each."""
-        assert self.ids is not None, "of all rows"
-        places = [torch.searchsorted(self.ids, rows) for rows in (first, end)]
-        return self.ids[ranges(places[0], places[1] - places[0])]
+        starts, ends = (torch.searchsorted(self.known_ids, rows) for rows in (first, end))
+        return self.known_ids[ranges(starts, ends - starts)]
 
     def within(self, batch: Sequences, chosen: Tensor) -> WantedRows:
         """Want what this wants of some sequences; chosen: [N] bool."""

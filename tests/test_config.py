@@ -407,8 +407,7 @@ def test_overrides_that_are_refused(user, override, parts):
     ("overrides", "parts"),
     [
         # Not offered
-        ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
-        ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
+        ("teacher.parallel.context=2", ("teacher.parallel.context: unknown key", "cp")),
         ("rollout.engine=vllm", ("rollout.engine", "'vllm'", "one of ['local', 'sglang']")),
         ("teacher.engine=vllm", ("teacher.engine", "'vllm'", "one of ['megatron', 'sglang']")),
         (
@@ -643,6 +642,18 @@ def test_sequence_parallel_padding_counts(user):
         "train.micro_batch_tokens: 49",
         "at least 50",
     )
+
+
+def test_padding_of_shared_sequences_counts(user):
+    """49 tokens in four equal chunks take 52, and 56 where TP2 halves those of a rank."""
+    overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
+    for keys, least in (("{tp: 1, cp: 2}", 52), ("{tp: 4, cp: 2, sequence: true}", 56)):
+        parallel = f"teacher.parallel={keys}"
+        refused(lambda p=parallel: user.check(*overrides, p), f"give at least {least}")
+    refused(
+        lambda: user.check("student.parallel={tp: 2, cp: 2}", world_size=2),
+        "student.parallel: tp 2 × cp 2 × pp 1 = 4 does not divide", "multiple of 4",
+    )  # fmt: skip
 
 
 # Models

@@ -319,3 +319,23 @@ def test_a_step_agrees_with_dense_float64(pair, oracle, name, replay):
     step = partial(step_on_ranks, replay=replay, micro_batch_tokens=TOKENS)
     for result in run_ranks(world_size, step, *pair, student, teacher, make_batch(SIZE), SIZE):
         assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_weights_of_shared_sequences_agree_with_dense_float64(pair, replay):
+    loss = {"kind": "reverse_kl", "weights": "discrepancy", "gamma": 3.0}
+    batch = make_batch(SIZE)
+    expected = dense_step(*pair, batch, SIZE, loss=loss)
+    step = partial(step_on_ranks, loss=loss, replay=replay, micro_batch_tokens=TOKENS)
+    layout = student_of(cp=2), teacher_of(cp=2)
+    for result in run_ranks(2, step, *pair, *layout, batch, SIZE):
+        assert_agrees(result, expected)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_recomputation_changes_nothing(pair, oracle, recompute, replay):
+    step = partial(step_on_ranks, recompute=recompute, replay=replay, micro_batch_tokens=TOKENS)
+    layout = student_of(tp=2, cp=2, sequence=True), teacher_of(cp=2)
+    for result in run_ranks(4, step, *pair, *layout, make_batch(SIZE), SIZE):
+        assert_agrees(result, oracle)

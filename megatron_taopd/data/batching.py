@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from math import lcm
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from megatron_taopd.data.chunks import Chunks, Pieces, chunk_tokens
 from megatron_taopd.parallel.copies import to_device
+from megatron_taopd.parallel.packing import shared_multiple
 from megatron_taopd.types import RolloutBatch, Sequences, WantedRows, ranges
 
 if TYPE_CHECKING:
-    from megatron_taopd.config.schema import ParallelSection
     from megatron_taopd.parallel.layout import Layout
 
 
@@ -147,7 +146,7 @@ def plan(
     lengths = lengths.tolist()
     shared = _deal_out([i for i, is_long in enumerate(long) if is_long], padded, world_size)
     shared_packs = [
-        pack(padded, part, micro_batch_tokens, _shared_multiple(multiple, cp)) for part in shared
+        pack(padded, part, micro_batch_tokens, shared_multiple(multiple, cp)) for part in shared
     ]
     loads = [sum(padded[i] for i in part) // cp for part in shared for _ in range(cp)]
     wanted = [i for i, length in enumerate(lengths) if length > 0 and not long[i]]
@@ -448,25 +447,12 @@ def _build(
     """Build a micro-batch of this rank, or its part of one that its group shares."""
     if not shared:
         return build_micro_batch(batch, packed, wanted, _multiple(layout))
-    multiple = _shared_multiple(_multiple(layout), layout.cp)
+    multiple = shared_multiple(_multiple(layout), layout.cp)
     whole = build_micro_batch(batch, packed, wanted, multiple, 2 * layout.cp)
     return share(whole, layout.cp, layout.cp_rank)
 
 
-def longest_sequence(micro_batch_tokens: int, layout: Layout | ParallelSection) -> int:
-    """Return the tokens of the longest sequence that micro-batches of a layout can hold."""
-    multiple = _multiple(layout)
-    if layout.cp > 1:
-        multiple = _shared_multiple(multiple, layout.cp)
-    return micro_batch_tokens // multiple * multiple
-
-
-def _shared_multiple(multiple: int, cp: int) -> int:
-    """Return what the tokens of a micro-batch that a group shares are padded to a multiple of."""
-    return cp * lcm(2, multiple)
-
-
-def _multiple(layout: Layout | ParallelSection) -> int:
+def _multiple(layout: Layout) -> int:
     """Return what the tokens of a rank's micro-batch are padded to a multiple of."""
     return layout.tp if layout.sequence else 1
 

@@ -61,8 +61,9 @@ class PackedAttention(torch.nn.Module):
     this tensor-parallel rank in, [T, heads × d] out. Half precision on CUDA takes torch's variable
     length flash attention, everything else `scaled_dot_product_attention` segment by segment.
 
-    Collectives, of sequences that a context-parallel group shares: an all-gather of keys and values
-    over it (2 · T · groups · d elements, T being all its tokens) forward, a reduce-scatter backward.
+    Collectives, of sequences that a context-parallel group shares: over it, forward an all-gather
+    of keys and values (2 · T · groups · d elements, T being all its tokens), backward a
+    reduce-scatter.
     """
 
     def __init__(self, config, softmax_scale: float | None = None, **_unused):

@@ -50,7 +50,7 @@ def check_grid(
         check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
     except ValueError as error:
         raise ValueError(f"{name}.parallel.{error}") from None
-    data_parallel = ranks // (parallel.tp * parallel.pp)
+    data_parallel = ranks // (parallel.tp * parallel.cp * parallel.pp)
     if data_parallel % parallel.ep:
         choices = divisors(math.gcd(num_experts(hf), data_parallel))
         raise ValueError(

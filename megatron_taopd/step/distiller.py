@@ -214,7 +214,8 @@ class Distiller:
         """Weigh the kept rows, if that is asked for (`RowWeights.by_discrepancy`)."""
         if self.loss.weights == "none":
             return None
-        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma)
+        shared = bool(scored.assigned.shared.any())
+        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma, shared)
 
     def train_on(self, scored: ScoredBatch, kept: WantedRows) -> dict[str, float]:
         """Take the optimizer steps of a batch (`training.train_on`).

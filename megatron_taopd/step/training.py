@@ -128,8 +128,7 @@ def backward(
     layout, batch, teacher_rows = student.layout, scored.batch, scored.teacher_rows
     if scored.kept_outputs is None:
         trainers, own = batching.deal(batch, kept, layout, micro_batch_tokens)
-        places = scored.assigned, trainers
-        kept, teacher_rows = _follow(teacher_rows, batch, kept, *places, layout)
+        kept, teacher_rows = _follow(teacher_rows, batch, kept, scored.assigned, trainers, layout)
         assigned = batching.build(batch, trainers, own, kept, layout)
         outputs = nullcontext()
     else:
@@ -149,7 +148,7 @@ def backward(
             teacher_rows.at(micro_batch.row_ids),
             micro_batch.targets,
             to_device(batch.log_probs[micro_batch.row_ids], device),
-            None if weights is None else to_device(weights.of(micro_batch.sequences), device),
+            None if weights is None else to_device(weights.of_rows(micro_batch), device),
         )
         count = torch.full((), len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
@@ -236,9 +235,9 @@ def _count(kept: WantedRows, first: Tensor, end: Tensor, here: Tensor) -> Tensor
         here: [p] bool, the runs that this rank counts.
     """
     runs = here.nonzero()[:, 0]
-    inside = torch.searchsorted(kept.ids, end[runs]) - torch.searchsorted(kept.ids, first[runs])
+    starts, ends = (torch.searchsorted(kept.known_ids, rows[runs]) for rows in (first, end))
     counts = torch.zeros(len(first), dtype=torch.int64)
-    counts[runs] = inside
+    counts[runs] = ends - starts
     counts = to_device(counts, platform.device())
     dist.all_reduce(counts)
     return counts.cpu()

@@ -20,6 +20,7 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.packing import batch_multiple
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import Sequences, WantedRows
 
@@ -64,7 +65,9 @@ class MegatronTeacher:
     @property
     def longest_sequence(self) -> int:
         """The longest sequence, in tokens, that a micro-batch and the model's positions take."""
-        capacity = batching.longest_sequence(self.micro_batch_tokens, self.layout)
+        layout = self.layout
+        multiple = batch_multiple(layout.tp, layout.cp, layout.sequence)
+        capacity = self.micro_batch_tokens // multiple * multiple
         return min(capacity, longest_sequence(self.trunk.hf))
 
     @torch.no_grad()
