@@ -317,8 +317,12 @@ def test_a_step_agrees_with_dense_float64(pair, oracle, name, replay):
     if replay and student[1] > 1:
         pytest.skip("replay is for one stage")
     step = partial(step_on_ranks, replay=replay, micro_batch_tokens=TOKENS)
-    for result in run_ranks(world_size, step, *pair, student, teacher, make_batch(SIZE), SIZE):
+    results = run_ranks(world_size, step, *pair, student, teacher, make_batch(SIZE), SIZE)
+    for result in results:
         assert_agrees(result, oracle)
+        # What is exported, and sent to engines, is the same everywhere.
+        for name, tensor in results[0]["weights"].items():
+            assert torch.equal(result["weights"][name], tensor), name
 
 
 @pytest.mark.parametrize("replay", [False, True])
