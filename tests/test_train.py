@@ -355,7 +355,7 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
         assert what_evaluations_leave(tmp_path / str(at_call)) == whole
 
 
-DP2 = ["student.parallel.tp=1", "teacher.parallel={tp: 2, pp: 1}"]
+DP2 = ["student.parallel={tp: 1, cp: 1}", "teacher.parallel={tp: 2, pp: 1, cp: 1}"]
 CP2 = ["student.parallel={tp: 1, cp: 2}", "teacher.parallel={pp: 1, cp: 2}"]
 
 

@@ -153,7 +153,7 @@ def exported(model: Architecture, grid: Grid) -> list[Exported]:
 class Grid:
     """One model's layout, without ranks and groups; `parallel.layout.Layout` has those.
 
-    Ranks are numbered tensor first, then data, then pipeline.
+    Ranks are numbered tensor first, then context, data and pipeline.
     """
 
     tp: int = 1
@@ -161,9 +161,20 @@ class Grid:
     dp: int = 1
     sequence: bool = False
     ep: int = 1
+    cp: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.cp
+
+    def data_rank(self, rank: int) -> int:
+        return rank // self.tp % self.data_ranks
+
+    def cp_rank(self, rank: int) -> int:
+        return self.data_rank(rank) % self.cp
 
     def stage(self, rank: int) -> int:
-        return rank // (self.tp * self.dp)
+        return rank // (self.tp * self.data_ranks)
 
     @property
     def shards(self) -> int:
@@ -171,9 +182,10 @@ class Grid:
         return self.tp if self.sequence else 1
 
     def __str__(self) -> str:
+        context = f"-CP({self.cp})" if self.cp > 1 else ""
         experts = f"-EP({self.ep})" if self.ep > 1 else ""
         sequence = "-SP" if self.sequence else ""
-        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){experts}{sequence}"
+        return f"TP({self.tp}){context}-PP({self.pp})-DP({self.dp}){experts}{sequence}"
 
 
 @cache
@@ -268,7 +280,8 @@ def default_bucket_size(dp: int, stage: int) -> int | None:
 def student_buckets(model: Architecture, grid: Grid, stage: int) -> tuple[Bucket, ...]:
     """Lay out the buffer of a student's rank."""
     sizes = parameter_sizes(model, grid, stage)
-    return gradient_buckets(sizes, grid.dp, default_bucket_size(grid.dp, stage))
+    ranks = grid.data_ranks
+    return gradient_buckets(sizes, ranks, default_bucket_size(ranks, stage))
 
 
 def buffer_elements(buckets: tuple[Bucket, ...]) -> int:

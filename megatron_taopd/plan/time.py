@@ -113,9 +113,9 @@ def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
 
 def is_replayed(setup: Setup) -> bool:
     """Tell whether training replays the layers' outputs: asked for, and within their memory."""
-    work, grid = setup.workload, setup.student_grid
-    tokens = work.sequences_of(grid.dp) * work.length
-    outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)
+    grid = setup.student_grid
+    share = setup.workload.share(grid, setup.micro_batch_tokens)
+    outputs = replay_bytes(setup.student, grid, share.tokens, setup.itemsize)
     return setup.replay and outputs <= setup.replay_memory
 
 
@@ -193,7 +193,9 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
         operations += (grid.tp - 1) * inner * work.sequences * work.length
     forward = _forward(setup, cluster, model, grid, operations)
     parts = {"compute": forward.compute, "tensor parallel": forward.tensor}
-    stage = forward.compute + forward.tensor + forward.pipeline
+    stage = forward.compute + forward.tensor + forward.pipeline + forward.context
+    if grid.cp > 1:
+        parts["context parallel"] = forward.context
     if grid.ep > 1:
         bytes_ = links.expert_bytes(
             forward.tokens // grid.shards, model.hidden, model.layers // grid.pp, setup.itemsize,
@@ -221,10 +223,10 @@ def exchange(setup: Setup, cluster: Cluster) -> Phase:
     width = setup.teacher.hidden
     if setup.columns_only:
         width = (2 * setup.k + 1) * 4 // setup.itemsize
-    teacher_dp, teacher_tp = (own.dp, own.tp) if own is not None else (1, 1)
+    readers, teacher_tp = (own.data_ranks, own.tp) if own is not None else (1, 1)
     rows = work.sequences * work.response
     sent, received = links.hidden_state_bytes(
-        rows, width, setup.itemsize, grid.tp, grid.dp, teacher_dp, teacher_tp
+        rows, width, setup.itemsize, grid.tp, grid.data_ranks, readers, teacher_tp
     )
     seconds = max(sent, received) / _link_rate(setup, cluster, setup.gpus)
     return Phase(seconds, {"all-to-all": seconds})
@@ -235,14 +237,14 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
     model, grid, work = setup.student, setup.student_grid, setup.workload
     lengths = torch.full((work.sequences,), work.length - 1)
     forward = _forward(setup, cluster, model, grid, model.cost.trunk(lengths))
-    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    rows = work.share(grid, setup.micro_batch_tokens).rows_at_a_time
     per_row = model.cost.per_row + (0 if setup.columns_only else setup.teacher.cost.per_row)
     heads = rows * per_row / grid.tp / _compute_rate(setup, cluster, cluster.head_fraction)
     collective = links.score_bytes(rows, setup.k, grid.tp) + links.pick_rows_bytes(
         forward.tokens, rows, model.hidden, setup.itemsize, grid.tp, grid.sequence, backward=False
     )
     heads += collective / _link_rate(setup, cluster, grid.tp)
-    stage = forward.compute + forward.tensor + forward.pipeline
+    stage = forward.compute + forward.tensor + forward.pipeline + forward.context
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, forward.micro_batches)
     count = forward.micro_batches
     return Phase(
@@ -250,6 +252,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
         {
             "compute": count * forward.compute,
             "tensor parallel": count * forward.tensor,
+            **({"context parallel": count * forward.context} if grid.cp > 1 else {}),
             "heads": count * heads,
             "bubble": seconds - count * (stage + heads),
         },
@@ -276,14 +279,17 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     ) + links.trunk_backward_bytes(tokens, model.hidden, layers, e, grid.tp, grid.sequence)
     tensor = tensor_bytes / _link_rate(setup, cluster, grid.tp)
     count = forward.micro_batches
-    rows = -(-kept // (grid.dp * count))
-    heads = head_operations / (grid.dp * grid.tp * count)
+    rows = -(-kept // (grid.data_ranks * count))
+    heads = head_operations / (grid.data_ranks * grid.tp * count)
     heads /= _compute_rate(setup, cluster, cluster.head_fraction)
     picked = links.pick_rows_bytes(
         tokens, rows, model.hidden, e, grid.tp, grid.sequence, backward=True
     )
     heads += (links.loss_bytes(rows, grid.tp) + picked) / _link_rate(setup, cluster, grid.tp)
-    stage = forward.compute + tensor + 2 * forward.pipeline * work.trained
+    # Keys and values are gathered for the attention that is computed again, too, and their
+    # gradients reduced.
+    context = 3 * forward.context * work.trained
+    stage = forward.compute + tensor + context + 2 * forward.pipeline * work.trained
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, count)
     bubble = seconds - count * (stage + heads)
 
@@ -292,8 +298,8 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     reduce, exposed = 0.0, 0.0
     for index in range(grid.pp):
         buckets = student_buckets(model, grid, index)
-        bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.dp)
-        own = bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp)
+        bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.data_ranks)
+        own = bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
         hidden = own * (1 - 1 / len(buckets)) if index == 0 else 0.0
         reduce = max(reduce, own)
         exposed = max(exposed, own - min(hidden, stage * 2 / 3) - index * stage * 2 / 3)
@@ -303,6 +309,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
         {
             "compute": count * forward.compute,
             "tensor parallel": count * tensor,
+            **({"context parallel": count * context} if grid.cp > 1 else {}),
             "heads": count * heads,
             "bubble": bubble,
             "gradients, not overlapped": setup.mini_batches * reduce,
@@ -318,10 +325,11 @@ def optimizer(setup: Setup, cluster: Cluster) -> Phase:
     for stage in range(grid.pp):
         buckets = student_buckets(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
-        moved = optimizer_elements(buckets, grid.dp) * (4 * 8 + setup.itemsize)
+        moved = optimizer_elements(buckets, grid.data_ranks) * (4 * 8 + setup.itemsize)
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
-        bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.dp)
-        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp))
+        ranks = grid.data_ranks
+        bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, ranks)
+        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * ranks))
     parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
     return Phase(sum(parts.values()), parts)
 
@@ -374,6 +382,7 @@ class _Forward:
     compute: float
     tensor: float
     pipeline: float
+    context: float
 
 
 def _forward(
@@ -385,17 +394,23 @@ def _forward(
         operations: of a pass over the whole batch, over all ranks.
     """
     work, e = setup.workload, setup.itemsize
-    count = work.micro_batches(grid.dp, setup.micro_batch_tokens)
-    tokens = -(-work.sequences_of(grid.dp) * work.length // count)
+    share = work.share(grid, setup.micro_batch_tokens)
+    count = share.micro_batches
+    tokens = -(-share.tokens // count)
     # The rank that has most sequences sets the pace.
-    uneven = work.sequences_of(grid.dp) * grid.dp / work.sequences
+    uneven = share.sequences * share.ranks / work.sequences
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction)
     bytes_ = links.trunk_forward_bytes(tokens, model.hidden, model.layers // grid.pp, e, grid.tp)
+    layers = model.layers // grid.pp
+    keys = links.key_value_bytes(
+        tokens, model.keys // min(grid.tp, model.groups), layers, e, share.cp
+    )
     between = links.pipeline_bytes(tokens, model.hidden, e, grid.shards) if grid.pp > 1 else 0.0
     return _Forward(
         micro_batches=count,
         tokens=tokens,
-        compute=uneven * operations / (grid.tp * grid.pp * grid.dp * count * rate),
+        compute=uneven * operations / (grid.tp * grid.pp * grid.data_ranks * count * rate),
         tensor=bytes_ / _link_rate(setup, cluster, grid.tp),
         pipeline=between / _link_rate(setup, cluster, setup.gpus),
+        context=keys / _link_rate(setup, cluster, grid.tp * grid.cp),
     )

@@ -79,7 +79,7 @@ def score(
     Collectives: the trunk's forward; those of the heads' scores, 24K+28 bytes (12K+12 of top-K
     rows) per row and rank over TP, and 12 with `sampled`; an all-reduce of 4 bytes per probed row
     and 4 more over all ranks. The scores stay where they are; those of a sequence that a
-    context-parallel group shares go to its first rank, in all-to-alls of 36 bytes a row (40 with
+    context-parallel group shares go to its first rank, in all-to-alls of 32 bytes a row (36 with
     `sampled`).
     """
     layout = student.layout
