@@ -12,10 +12,17 @@ from support.families import CONFIGS, save_random
 from support.ranks import run_ranks
 from support.step import dense_step, make_batch, make_model, step_on_ranks
 from test_step import assert_agrees
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.scaling.fake import make_setup
+from benchmarks.scaling.step import kept_rows
+from benchmarks.scaling.step import make_batch as made_up
 from megatron_taopd.data.batching import assign, plan, shorten
 from megatron_taopd.data.chunks import Chunks
+from megatron_taopd.plan import links, memory
+from megatron_taopd.plan.collectives import step_collectives, teacher_row
+from megatron_taopd.plan.setup import rows_by_rank
+from megatron_taopd.plan.shapes import Architecture, Grid
 from megatron_taopd.types import WantedRows
 
 # ------------------------------------------------------------------------------------------ chunks
@@ -343,3 +350,122 @@ def test_recomputation_changes_nothing(pair, oracle, recompute, replay):
     layout = student_of(tp=2, cp=2, sequence=True), teacher_of(cp=2)
     for result in run_ranks(4, step, *pair, *layout, make_batch(SIZE), SIZE):
         assert_agrees(result, oracle)
+
+
+# ------------------------------------------------------------------------------------------ a plan
+
+
+SIZES = Qwen3Config(
+    vocab_size=512, max_position_embeddings=512, num_hidden_layers=2, hidden_size=64,
+    intermediate_size=192, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
+    tie_word_embeddings=True,
+)  # fmt: skip
+LONG = 64  # tokens of a sequence: the CPU has a mask of its square, which CUDA has not
+
+
+def saved_on_ranks(cp, recompute, dtype):
+    """(bytes that autograd keeps of this rank's chunks, the most that a forward pass has alive)."""
+    from megatron.core import parallel_state
+
+    from megatron_taopd.models import gpt
+    from megatron_taopd.parallel import platform
+    from megatron_taopd.parallel.layout import student_layout
+    from megatron_taopd.parallel.memory import peak_memory
+
+    platform.emulate_cuda()
+    try:
+        layout = student_layout(1, 1, cp=cp)
+        trunk = gpt.Trunk(SIZES, gpt.transformer_config(SIZES, layout, dtype, recompute), layout)
+        chunks = Chunks(torch.tensor([LONG]), cp)
+        own = chunks.of(layout.cp_rank) if cp > 1 else torch.arange(LONG)
+        pieces = chunks.pieces(layout.cp_rank) if cp > 1 else None
+        given = trunk, torch.zeros_like(own), own, torch.tensor([0, LONG]).int(), LONG, pieces
+        known = {p.untyped_storage().data_ptr() for p in (*trunk.parameters(), *trunk.buffers())}
+        saved = {}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in known:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            gpt.packed_forward(*given).sum()
+        kept = sum(storage.nbytes() for storage in saved.values())
+        peaks = []
+        for _ in range(5):  # gloo's threads let go of what they have sent at their leisure
+            with torch.no_grad(), peak_memory() as memory:
+                gpt.packed_forward(*given)
+            peaks.append(memory.peak)
+        return kept, min(peaks)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_activations_fall_as_the_ranks_that_share_them(recompute, dtype):
+    """Within 15 %; and so are those that are planned, and what a forward pass has alive."""
+    model = Architecture.of(SIZES)
+    (whole, _), *_ = run_ranks(
+        1, saved_on_ranks, 1, memory.recomputed(recompute, Grid(cp=2)), dtype
+    )
+    for cp in (2, 4):
+        grid, tokens = Grid(cp=cp), LONG // cp
+        planned = memory.stage_activation_bytes(
+            model, grid, 0, tokens, dtype.itemsize, memory.recomputed(recompute, grid), cuda=False
+        )
+        forward = memory.forward_bytes(model, grid, tokens, dtype.itemsize, cp)
+        for kept, alive in run_ranks(cp, saved_on_ranks, cp, recompute, dtype):
+            print(f"CP{cp} {recompute} {dtype}: {kept * cp / whole:.3f}, {planned / kept - 1:+.1%}")
+            assert kept == pytest.approx(whole / cp, rel=0.15)
+            assert planned == pytest.approx(kept, rel=0.15)
+            print(f"  forward {forward / alive - 1:+.1%}")
+            assert forward == pytest.approx(alive, rel=0.15)
+
+
+@pytest.mark.parametrize(("prompt", "response", "cp"), [(6, 10, 2), (1024, 31744, 8), (9, 100, 4)])
+def test_rows_are_counted_by_rank(prompt, response, cp):
+    """Against the chunk of each position; of a long response the most is near an equal part."""
+    length = prompt + response - 1
+    positions = torch.arange(prompt - 1, length)
+    chunk = positions // -(-length // (2 * cp))
+    counts = torch.minimum(chunk, 2 * cp - 1 - chunk).bincount(minlength=cp).tolist()
+    assert rows_by_rank(length, prompt - 1, cp) == counts
+    if prompt == 1024:
+        assert max(counts) <= 1.15 * response / cp
+
+
+@pytest.mark.parametrize("trained", [1.0, 0.75, 0.4])
+def test_planned_moves_of_kept_rows_are_those_of_the_placements(tmp_path, trained):
+    """DP2 × CP4, by the routes that a step computes; at 40 % a cut sequence fits a rank."""
+    from megatron_taopd.data.batching import Placement
+    from megatron_taopd.parallel.exchange import Routes
+
+    case = dict(
+        student=dict(tp=1, pp=1, cp=4), sequences=4, prompt=6, response=42, trained=trained,
+        micro_batch_tokens=96,
+    )  # fmt: skip
+    setup, *_ = make_setup(tmp_path, 8, case)
+    batch = made_up(setup)
+    kept = kept_rows(setup, batch)
+    layout = SimpleNamespace(dp=2, cp=4, data_ranks=8, data_rank=0, cp_rank=0, tp=1, sequence=False)
+    scorers, trainers = (
+        Placement(a.lengths, a.owner, a.shared, a.cp)
+        for a in (assign(batch, w, layout, 96) for w in (WantedRows.all(batch), kept))
+    )
+    routes = Routes.between(batch.num_rows, scorers.runs(batch), trainers.runs(batch))
+    ids = kept.known_ids
+    run = torch.searchsorted(routes.first, ids, right=True) - 1
+    leaves = routes.source[run] != routes.destination[run]
+    row = teacher_row(setup) + 8
+    for rank in range(8):
+        found = {c.op: c for c in step_collectives(setup, rank) if c.phase == "training"}
+        if trained == 1.0:
+            assert "all_to_all" not in found
+            continue
+        sent = int((leaves & (routes.source[run] == rank)).sum())
+        assert found["all_to_all"].bytes == sent * row
+        told = links.all_reduce_bytes(8 * len(routes.first), 8)
+        assert found["all_reduce"].bytes == told
+    assert bool(leaves.any()) == (trained < 1)
+    assert bool(trainers.shared.any()) == (trained > 0.5)

@@ -83,11 +83,7 @@ class PackedAttention(torch.nn.Module):
         packing = packed_seq_params
         query, key = (_rotate(x, *packing.rotation) for x in (query, key))
         if packing.keys is not None:
-            both = gather_from_sequence_parallel_region(
-                torch.cat([key, value], dim=1), tensor_parallel_output_grad=True,
-                group=packing.cp_group,
-            )  # fmt: skip
-            key, value = both.index_select(0, packing.keys).chunk(2, dim=1)
+            key, value = _gather(key, value, packing)
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             # A segment's mask is aligned at its end, as flash attention has it.
             out = varlen_attn(
@@ -119,6 +115,14 @@ class PackedAttention(torch.nn.Module):
             )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
+
+
+def _gather(key: Tensor, value: Tensor, packing: Packing) -> list[Tensor]:
+    """Return the keys and values of this rank's segments, from all ranks of the group."""
+    gathered = gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=1), tensor_parallel_output_grad=True, group=packing.cp_group
+    )
+    return gathered.index_select(0, packing.keys).chunk(2, dim=1)
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
