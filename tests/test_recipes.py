@@ -78,9 +78,8 @@ def test_fits_its_gpus(path, places):
     setup = Setup.of(configuration.load(path, options), ranks)
     plan = Plan.of(setup, CLUSTERS["h800"])
     assert plan.problems() == []
-    # A response of 128k tokens takes a server longer than all else.
-    decoding = plan.time["rollout"].seconds if "_128k" in path.stem else 0
-    assert 0 < plan.seconds - decoding < 600
+    # The servers are ahead, and take longest: 10 ms for each of 128k tokens.
+    assert 0 < plan.seconds < (1200 if "_128k" in path.stem else 600)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
