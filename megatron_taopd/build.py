@@ -128,4 +128,5 @@ def open_student(config: Config, before: Before, texts: Texts) -> Student:
         before.last_update(config.train),
         common_vocabulary=texts.vocab_map.size,
         absent=texts.vocab_map.absent,
+        moe=config.student.moe,
     )

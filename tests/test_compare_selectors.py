@@ -13,6 +13,7 @@ import pytest
 from support.commands import run_python
 
 from megatron_taopd.cli.compare import arms, paired, selectors
+from megatron_taopd.diagnostics.table import MEASURES, PLACE
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "compare_selectors.py"
@@ -170,6 +171,36 @@ def test_a_margin_is_written_before_the_runs_and_stays(trained, capsys):
     message = capsys.readouterr().err
     assert "protocol.json: margin was 0.02 before the runs and is 0.05 now" in message
     assert len(trained.runs) == before
+
+
+def test_rates_are_chosen_by_the_gain_on_a_bank(trained, monkeypatch):
+    """By accuracy the best rates are BEST; forward KL, 2 before, is the less the lower η is."""
+
+    def score(scorer, student, out):
+        run = trained.runs.get(str(Path(student).parent))
+        forward_kl = 1000 * float(run["optimizer.lr"]) if run else 2.0
+        columns = {name: [0, 0, 1, 1, 2, 2] for name in PLACE}
+        columns |= dict.fromkeys(MEASURES, np.full(6, forward_kl))
+        about = {"bank": "b", "teacher_fingerprint": "t", "checkpoint": student}
+        about["teacher_prompt"] = scorer.teacher_prompt
+        pq.write_table(pa.table(columns).replace_schema_metadata(about), out)
+
+    monkeypatch.setattr(arms.Scorer, "_score", score)
+    grid = ["--lrs", "5e-4", "1e-3", "--bank", "bank", "--lr-by", "gain", "--seeds", "0", "1"]
+    status, rows = trained(*grid, "--set", "teacher.prompt=student")
+    assert status == 0
+    for row in rows:
+        assert row["settings"] == ["optimizer.lr=0.0005"]
+        assert row["gain"] == 2 - 0.5 and row["against"]["gain"]["estimate"] == 0
+    about = pq.read_schema(trained.out / "prefix-1" / "gain.parquet").metadata
+    assert about[b"teacher_prompt"] == b"student"
+    assert not list(trained.out.rglob("after.parquet"))
+
+
+def test_a_gain_needs_a_bank(trained, capsys):
+    (trained.out.parent / "figures.json").write_text("{}")
+    assert trained("--lrs", "1e-3", "--lr-by", "gain")[0] == 2
+    assert "--lr-by: gain needs --bank" in capsys.readouterr().err
 
 
 def test_a_tuning_seed_is_none_of_the_seeds(trained, capsys):

@@ -617,20 +617,34 @@ def test_experts_decide_which_columns_tensor_parallelism_cuts(user):
     )
 
 
-def test_expert_parallelism_is_for_a_teacher_that_has_experts(user):
+def test_expert_parallelism_is_for_a_model_that_has_experts(user):
     refused(
         lambda: user.check("teacher.parallel={pp: 1, ep: 2}"),
         "teacher.parallel.ep: 2 with", "models/teacher, which has no experts", "has to be 1",
     )  # fmt: skip
     refused(
         lambda: user.check("student.parallel={tp: 1, ep: 2}"),
-        "student.parallel.ep: 2; it has to be 1", "teacher only",
+        "student.parallel.ep: 2 with", "models/student, which has no experts", "has to be 1",
     )  # fmt: skip
 
 
-def test_a_mixture_of_experts_is_no_student(user):
+@pytest.mark.parametrize("setting", ["router: frozen", "aux_loss: 0.1"])
+def test_routers_are_of_a_student_that_has_experts(user, setting):
+    refused(
+        lambda: user.check(f"student.moe={{{setting}}}"),
+        f"student.moe.{setting} with", "models/student, which has no experts",
+    )  # fmt: skip
     user.model("student", Qwen3MoeConfig, **EXPERTS)
-    refused(user.check, "student.path", "a mixture of experts is supported as a teacher only")
+    user.check(f"student.moe={{{setting}}}", "student.parallel={tp: 1}")
+
+
+def test_a_student_of_experts_needs_sequence_parallelism_with_tensor_parallelism(user):
+    user.model("student", Qwen3MoeConfig, **EXPERTS)
+    refused(
+        lambda: user.check("student.parallel={tp: 2}"),
+        "student.parallel.sequence: false with tp 2", "set it to true",
+    )  # fmt: skip
+    user.check("student.parallel={tp: 2, sequence: true}")
 
 
 def test_sequence_parallel_padding_counts(user):

@@ -14,7 +14,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from support.families import CONFIGS, save_random
 from support.keys import (
     CHECKPOINTS,
@@ -35,6 +37,8 @@ from support.patience import wait_for
 from support.ranks import run_ranks
 from test_guard import faulty_train
 from transformers import AutoTokenizer
+
+MODELS = ("student", "teacher")
 
 # ---------------------------------------------------------------------------------------- layouts
 
@@ -90,16 +94,35 @@ def test_ranks_share_long_sequences(tmp_path, sharing):
 
 
 def test_experts_lie_on_several_ranks(tmp_path):
+    """Of both models. Routers that are frozen stay, and are saved, too; all else learns, through
+    the engine's own experts; a resumed run goes on from there on another layout."""
     keys = given(EXPERTS)
     config = copy(CONFIGS["qwen3_moe"])
     config.vocab_size, config.eos_token_id = 1152, 1
-    save_random(config, tmp_path / "teacher")
-    AutoTokenizer.from_pretrained(TEACHER).save_pretrained(tmp_path / "teacher")
-    options = [f"run.dir={tmp_path}/run", f"teacher.path={tmp_path}/teacher"]
-    for seen in observe([*options, *written(keys)], shapes, world_size=2):
+    for name in ("student", "teacher"):
+        save_random(config, tmp_path / name)
+        AutoTokenizer.from_pretrained(TEACHER).save_pretrained(tmp_path / name)
+    options = [f"run.dir={tmp_path}/run", *(f"{m}.path={tmp_path}/{m}" for m in MODELS)]
+    options += ["checkpoint={every: 1, export_hf: true}", *written(keys)]
+    for seen in observe(options, shapes, world_size=2):
         assert seen.status == 0
-        experts = config.num_experts // value(keys["teacher.parallel.ep"])
-        assert seen.found["teacher"][2] == experts
+        for name in MODELS:
+            experts = config.num_experts // value(keys[f"{name}.parallel.ep"])
+            assert seen.found[name][2] == experts
+    assert seen.records == [] or seen.records[-1]["moe/aux_loss"] > 0.9
+    before = load_file(tmp_path / "student" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "student" / "model.safetensors")
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    of_experts = {name for name in before if ".experts." in name}
+    assert same - of_experts == {name for name in before if name.endswith("mlp.gate.weight")}
+    learned = {int(name.split(".")[5]) for name in of_experts - same}  # not all had tokens
+    assert learned & {0, 1, 2, 3} and learned & {4, 5, 6, 7}
+
+    elsewhere = ["student.parallel={tp: 2, sequence: true, ep: 1}", "train.steps=2"]
+    first, _ = observe([*options, *elsewhere], shapes, world_size=2)
+    assert first.status == 0 and "resuming after step 1" in first.printed
+    assert first.found["student"][2] == config.num_experts
 
 
 # ------------------------------------------------------------------------------------ checkpoints

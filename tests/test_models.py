@@ -24,7 +24,7 @@ def hf_dirs(tmp_path_factory):
 def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths, ep=1):
     """On every rank: packed logits of the last stage (None elsewhere), and the exported tensors.
 
-    Under expert parallelism data-parallel ranks run the lengths rotated, and nothing is exported.
+    Under expert parallelism data-parallel ranks run the lengths rotated.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -65,7 +65,7 @@ def trunk_on_ranks(hf_dir, tp, pp, sequence, lengths, ep=1):
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        exported = exports(model) if ep == 1 else None
+        exported = exports(model)
         return (outputs[0] if outputs else None), exported, str(layout)
     finally:
         parallel_state.destroy_model_parallel()
@@ -144,8 +144,12 @@ def assert_agrees_with_transformers(hf_dir, tp, pp, sequence):
     logits = torch.cat(shards, dim=-1)[:, : expected.shape[-1]]
     assert (logits - expected).abs().max() < 1e-4
 
+    assert_exports([exported for _, exported, _ in results], hf_dir)
+
+
+def assert_exports(exports, hf_dir):
     original = load_file(f"{hf_dir}/model.safetensors")
-    for _, exported, _ in results:
+    for exported in exports:
         assert exported.keys() == original.keys()
         for name, tensor in original.items():
             assert torch.equal(exported[name], tensor), name
@@ -174,6 +178,7 @@ def test_logits_of_experts_on_several_ranks(hf_dirs, family, tp, pp, sequence, e
         expected = transformers_logits(hf_dirs[family], rotated)
         own = torch.cat(shards[dp_rank * tp : (dp_rank + 1) * tp], dim=-1)
         assert (own[:, : expected.shape[-1]] - expected).abs().max() < 1e-4
+    assert_exports([exported for _, exported, _ in results], hf_dirs[family])
 
 
 def layouts_on_ranks(ep):

@@ -132,6 +132,20 @@ def test_updates_are_those_of_adamw(student_dir, parallel):
         assert error < 2e-6  # each setting's mistake is larger than 1e-4
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [(1, 1, False, 0, 2), (2, 1, True, 0, 2), (1, 2, False, 0, 2)],
+    ids=["EP2 DP2", "TP2 SP EP2", "PP2 EP2"],
+)
+def test_updates_of_experts_are_those_of_adamw(tmp_path, parallel):
+    """Two optimizers clip by one norm, in which every expert counts once."""
+    student = make_model(tmp_path, 128, 32, layers=2, seed=0, tied=False, experts=4)
+    for taken, error in run_ranks(4, whole_schedule, student, parallel, namespace()):
+        norms = [norm for norm, _rate in taken]
+        assert min(norms) < 1 and max(norms) > 2
+        assert error < 2e-6
+
+
 def namespace(**changed):
     return SimpleNamespace(**SETTINGS | changed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,13 @@ def built(path, parallel, dtype):
     for optimizer in student.optimizer.chained_optimizers:
         for group in optimizer.shard_fp32_from_float16_groups:
             states += group
+    buffers = student.model.buffers + student.model.expert_parallel_buffers
     return (
         layout.pp_rank,
         layout.dp_rank,
         sum(p.numel() * p.element_size() for p in student.trunk.parameters()),
-        sum(b.param_data.nbytes for b in student.model.buffers),
-        sum(b.grad_data.nbytes for b in student.model.buffers),
+        sum(b.param_data.nbytes for b in buffers),
+        sum(b.grad_data.nbytes for b in buffers),
         sum(tensor.nbytes for tensor in states),
     )
 
@@ -79,18 +81,34 @@ LAYOUTS = {
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_gradients_and_optimizer_states_are_exact(tmp_path, layout, family, dtype):
-    world_size, parallel = LAYOUTS[layout]
+    assert_exact(tmp_path, *LAYOUTS[layout], family, dtype)
+
+
+def assert_exact(tmp_path, world_size, parallel, family, dtype):
     save_random(CONFIGS[family], tmp_path)
     model = Architecture.of(CONFIGS[family])
     grid = Grid(**parallel, dp=world_size // (parallel["tp"] * parallel["pp"]))
     measured = run_ranks(world_size, built, str(tmp_path), parallel, dtype)
     for stage, dp_rank, weights, weight_buffer, gradient_buffer, states in measured:
-        buckets = shapes.student_buckets(model, grid, stage)
-        owned = shapes.optimizer_elements(buckets, grid.dp, dp_rank)
+        buffers = shapes.student_buffers(model, grid, stage)
+        owned = shapes.optimizer_elements(buffers, grid.dp, dp_rank)
         assert weights == shapes.parameter_elements(model, grid, stage) * dtype.itemsize
-        assert weight_buffer == shapes.buffer_elements(buckets) * dtype.itemsize
-        assert gradient_buffer == shapes.buffer_elements(buckets) * 4
+        assert weight_buffer == shapes.buffer_elements(buffers) * dtype.itemsize
+        assert gradient_buffer == shapes.buffer_elements(buffers) * 4
         assert states == shapes.optimizer_bytes(owned, dtype.itemsize)
+
+
+EXPERT_LAYOUTS = {
+    "ep2-dp2": dict(tp=1, pp=1, ep=2),
+    "tp2-ep2": dict(tp=2, pp=1, sequence=True, ep=2),
+    "pp2-ep2": dict(tp=1, pp=2, ep=2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_experts_lie_in_buffers_of_their_own(tmp_path, layout, dtype):
+    assert_exact(tmp_path, 4, EXPERT_LAYOUTS[layout], "qwen3_moe", dtype)
 
 
 def teacher_built(path, parallel, dtype, columns):
@@ -156,6 +174,12 @@ SHAPES = {
 }  # fmt: skip
 
 
+EXPERTS = Qwen3MoeConfig(
+    **SIZES, hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=16, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64,
+)  # fmt: skip
+
+
 def saved_bytes(config, parallel, recompute, lengths, dtype):
     """What autograd keeps of one packed micro-batch: its saved tensors' storages, each once, but
     not the parameters'."""
@@ -185,10 +209,15 @@ def saved_bytes(config, parallel, recompute, lengths, dtype):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", ["TP(1)", "TP(2)", "TP(2)-SP"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        *product(SHAPES, ("TP(1)", "TP(2)", "TP(2)-SP")),
+        *product(["experts"], ("TP(1)", "TP(2)-SP")),  # which a student of experts has with TP
+    ],
+)
 def test_activations_are_within_15_percent(shape, layout, recompute):
-    config, lengths = SHAPES[shape], [70, 40, 18]
+    config, lengths = SHAPES.get(shape, EXPERTS), [70, 40, 18]
     tp, sequence = (2 if "2" in layout else 1), "SP" in layout
     model, grid = Architecture.of(config), Grid(tp=tp, sequence=sequence)
     for dtype in (torch.float32, torch.bfloat16):
@@ -216,12 +245,6 @@ def peak_of_forward(config, dtype, tokens):
     with torch.no_grad(), peak_memory() as memory:
         gpt.packed_forward(trunk, torch.zeros_like(positions), positions, cu_seqlens, tokens)
     return memory.peak
-
-
-EXPERTS = Qwen3MoeConfig(
-    **SIZES, hidden_size=64, intermediate_size=192, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=16, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -279,6 +302,18 @@ def peak_of_training(path, setup, dtype):
     return measured.temporaries
 
 
+TRAINED = Qwen3Config(
+    **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
+)  # fmt: skip
+TRAINED_EXPERTS = Qwen3MoeConfig(
+    **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
+    num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [TRAINED, TRAINED_EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     ("recompute", "schedule", "precision"),
     [
@@ -289,11 +324,7 @@ def peak_of_training(path, setup, dtype):
         ("none", "replay", "fp32"),
     ],
 )
-def test_a_training_pass_peaks_within_15_percent(tmp_path, recompute, schedule, precision):
-    config = Qwen3Config(
-        **{**SIZES, "num_hidden_layers": 4}, hidden_size=128, intermediate_size=384,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=16, tie_word_embeddings=True,
-    )  # fmt: skip
+def test_a_training_pass_peaks_within_15_percent(tmp_path, config, recompute, schedule, precision):
     save_random(config, tmp_path)
     (tmp_path / "run.yaml").write_text("""
         run: {dir: run}
@@ -347,12 +378,12 @@ def test_64_ranks_of_the_real_pair_are_exact(models):
     measured = json.loads(done.stdout.splitlines()[-1])
     assert [m["stage"] for m in measured] == [0, 2, 3]
     for rank in measured:
-        buckets = shapes.student_buckets(small, own, rank["stage"])
-        owned = shapes.optimizer_elements(buckets, own.dp, rank["dp_rank"])
-        assert rank["buckets"] == len(buckets)
+        buffers = shapes.student_buffers(small, own, rank["stage"])
+        owned = shapes.optimizer_elements(buffers, own.dp, rank["dp_rank"])
+        assert rank["buckets"] == sum(len(b.buckets) for b in buffers)
         assert rank["weights"] == 2 * shapes.parameter_elements(small, own, rank["stage"])
-        assert rank["weight_buffer"] == 2 * shapes.buffer_elements(buckets)
-        assert rank["gradients"] == 4 * shapes.buffer_elements(buckets)
+        assert rank["weight_buffer"] == 2 * shapes.buffer_elements(buffers)
+        assert rank["gradients"] == 4 * shapes.buffer_elements(buffers)
         assert rank["states"] == shapes.optimizer_bytes(owned, 2)
         stage = rank["teacher_stage"]
         assert rank["teacher"] == 2 * shapes.parameter_elements(large, theirs, stage, head=False)

@@ -190,6 +190,34 @@ def test_ranks_of_experts_that_read_nothing(expert_pair):
         assert_agrees(result, oracle)
 
 
+@pytest.fixture(scope="module")
+def expert_student(tmp_path_factory, pair):
+    """A student of experts, its teacher, and what a step of theirs is."""
+    path = tmp_path_factory.mktemp("experts")
+    student = make_model(path, SIZE, 32, layers=4, seed=5, tied=False, experts=4)
+    return (student, pair[1]), dense_step(student, pair[1], make_batch(SIZE), SIZE)
+
+
+STUDENTS_OF_EXPERTS = {  # world size, student (tp, pp, sequence, seed, ep), teacher
+    "one rank": (1, (1, 1, False, 0, 1), (1, 1, False)),
+    "EP2": (2, (1, 1, False, 0, 2), (1, 1, False)),
+    "DP2": (2, (1, 1, False, 0, 1), (1, 2, False)),
+    "TP2 SP EP2": (4, (2, 1, True, 0, 2), (1, 2, False)),
+    "PP2 EP2": (4, (1, 2, False, 0, 2), (2, 1, False)),
+    "EP2 DP2": (4, (1, 1, False, 0, 2), (1, 4, False)),
+}
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("name", STUDENTS_OF_EXPERTS)
+def test_a_student_of_experts_agrees_with_dense_float64(expert_student, name, replay):
+    pair, oracle = expert_student
+    world_size, *layout = STUDENTS_OF_EXPERTS[name]
+    step = partial(step_on_ranks, replay=replay)
+    for result in run_ranks(world_size, step, *pair, *layout, make_batch(SIZE), SIZE):
+        assert_agrees(result, oracle)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 def test_ranks_that_share_a_key_value_head(tmp_path, sequence):
     """TP4 with two key-value heads in the student; and in a teacher with groups of its own."""

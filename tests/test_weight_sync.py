@@ -13,7 +13,9 @@ import threading
 import time
 import zlib
 from contextlib import ExitStack, suppress
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import httpx
@@ -21,13 +23,14 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from support.families import CONFIGS, save_random
 from support.patience import patience
 from support.ranks import run_ranks
 from support.sglang_server import generate, serve
 from support.step import OPTIMIZER
 from torch.multiprocessing import reductions
 from torch.nn.functional import log_softmax
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.receiver import Receiver
 from megatron_taopd.parallel.compat import torch_internals
@@ -91,15 +94,15 @@ async def send(replica, path, payload, timeout):
     return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
 
-def on_student(body, tp, pp, dtype, *args):
+def on_student(body, tp, pp, dtype, *args, hf_dir=STUDENT, ep=1):
     """On every rank: body(student, *args)."""
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import platform
     from megatron_taopd.parallel.layout import student_layout
 
     platform.emulate_cuda()
-    layout = student_layout(tp, pp)
-    return body(Student(STUDENT, layout, dtype, "none", OPTIMIZER, 1, VOCABULARY), *args)
+    layout = student_layout(tp, pp, ep=ep)
+    return body(Student(hf_dir, layout, dtype, "none", OPTIMIZER, 1, VOCABULARY), *args)
 
 
 def perturb(student):
@@ -115,13 +118,13 @@ def perturb(student):
 def restore(student):
     from megatron_taopd.models.weights import load_weights
 
-    load_weights(student.trunk, STUDENT)
+    load_weights(student.trunk, student.hf_dir)
 
 
-def make_sync(way, directory, **kwargs):
+def make_sync(way, directory, hf_dir=STUDENT, **kwargs):
     if way == "disk":
-        return DiskSync(STUDENT, BUCKET, directory=directory, **kwargs)
-    return {"distributed": DistributedSync, "tensor": TensorSync}[way](STUDENT, BUCKET, **kwargs)
+        return DiskSync(hf_dir, BUCKET, directory=directory, **kwargs)
+    return {"distributed": DistributedSync, "tensor": TensorSync}[way](hf_dir, BUCKET, **kwargs)
 
 
 def push(sync, student, url, version, post=None, tp=1):
@@ -142,7 +145,7 @@ def push(sync, student, url, version, post=None, tp=1):
 
 
 def there_and_back(student, way, url, directory):
-    sync = make_sync(way, directory)
+    sync = make_sync(way, directory, student.hf_dir)
     states = []
     for version, change in enumerate([restore, perturb, restore], start=1):
         change(student)
@@ -167,6 +170,25 @@ def test_server_has_the_students_weights(server, tmp_path, way, tp, pp):
     [answer] = generate(server.url, [[5]], {"max_new_tokens": 1})
     assert answer["meta_info"]["weight_version"] == "3"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_of_several_ranks_reach_a_server(tmp_path):
+    """Each rank has half of them; the server has one tensor for all of a layer."""
+    student, sync_dir = tmp_path / "student", tmp_path / "sync"
+    config = copy(CONFIGS["qwen3_moe"])
+    config.vocab_size, config.eos_token_id = VOCABULARY, 1
+    save_random(config, student)
+    AutoTokenizer.from_pretrained(STUDENT).save_pretrained(student)
+    on_experts = partial(on_student, hf_dir=str(student), ep=2)
+    sync_dir.mkdir()
+    with serve(student) as server:
+        for way in WAYS:
+            rest = there_and_back, 1, 1, torch.float32, way, server.url, str(sync_dir)
+            states, _ = run_ranks(2, on_experts, *rest)
+            engine, trainer, _ = zip(*states, strict=True)
+            for ours, servers in zip(trainer, engine, strict=True):
+                torch.testing.assert_close(servers, ours, atol=1e-4, rtol=0)
+            assert (engine[1] - engine[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -29,6 +29,7 @@ _PROMPTS = "prompts and their order follow from it"
 # Keys whose value has to stay, and why.
 FIXED = {
     "run.seed": "rollouts and the order of the prompts follow from it",
+    "student.moe.router": "the optimizer that is resumed has moments of routers or none",
     "data.shuffle": _PROMPTS,
     "data.limit": _PROMPTS,
     "data.prompt_column": _PROMPTS,

@@ -272,7 +272,8 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         _check_pickles(folder)
     optimizer.allocate(student)
     with progress.phase(f"loading {folder}"):
-        loaded = dist_checkpointing.load({"owned": shards.of_optimizer(student)}, folder)
+        wanted = {"owned": shards.of_optimizer(student), "frozen": shards.of_frozen(student)}
+        loaded = dist_checkpointing.load(wanted, folder)
     optimizer.go_on_from(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
     run = loaded["run"]
@@ -284,10 +285,10 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
 def _state(student: Student) -> dict:
     """Everything of the student that is saved: what this rank owns, and what is saved once."""
     model = weights.sharded_weights(student.trunk)
-    (distributed,) = student.optimizer.chained_optimizers
     return {
-        "model": weights.extra_states(model) | {"owned": shards.of_weights(student)},
-        "optimizer": distributed.state_dict()
+        "model": weights.extra_states(model)
+        | {"owned": shards.of_weights(student), "frozen": shards.of_frozen(student)},
+        "optimizer": optimizer.settings(student)
         | {"param_state": shards.of_optimizer(student), "param_state_sharding_type": _FORMAT},
         "scheduler": student.scheduler.state_dict(),
         "content_metadata": {"distrib_optim_sharding_type": _FORMAT},

@@ -51,13 +51,27 @@ def of_weights(student: Student) -> list[ShardedTensor]:
     ]
 
 
+def of_frozen(student: Student) -> list[ShardedTensor]:
+    """Describe the weights that do not learn, which no optimizer owns: each is written once.
+
+    They are the model's own memory, and every rank reads its part of them.
+    """
+    frozen = {id(p) for p in student.trunk.parameters() if not p.requires_grad}
+    return [whole for data, whole in _described(student).items() if data in frozen]
+
+
+def _described(student: Student) -> dict[int, ShardedTensor]:
+    """Return Megatron's words for each whole parameter, by the identity of its data."""
+    model = weights.without_extra_states(weights.sharded_weights(student.trunk))
+    return {id(whole.data): whole for whole in model.values()}
+
+
 def _owned(student: Student) -> Iterator[tuple[slice, dict[str, Tensor], ShardedTensor]]:
     """Yield what is owned of each parameter, its flat state, and Megatron's words for the whole."""
-    model = weights.without_extra_states(weights.sharded_weights(student.trunk))
-    described = {id(whole.data): whole for whole in model.values()}
-    (distributed,) = student.optimizer.chained_optimizers
-    for parameter, owned, states in owned_states(distributed):
-        yield owned, states, described[id(parameter)]
+    described = _described(student)
+    for distributed in student.optimizer.chained_optimizers:
+        for parameter, owned, states in owned_states(distributed):
+            yield owned, states, described[id(parameter)]
 
 
 def _cut(

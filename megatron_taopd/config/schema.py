@@ -148,15 +148,26 @@ class ParallelSection:
         "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
         "`tp` times.",
     )
-    ep: int = key(
-        1, "Expert-parallel ranks, among the data-parallel ones; of a teacher only.", COUNT
-    )
+    ep: int = key(1, "Expert-parallel ranks, among the data-parallel ones.", COUNT)
 
     @property
     def sizes(self) -> str:
         """Write out what divides the ranks."""
         context = f"cp {self.cp} × " if self.cp > 1 else ""
         return f"tp {self.tp} × {context}pp {self.pp}"
+
+
+@dataclass(frozen=True)
+class MoeSection:
+    """The routers of a student that is a mixture of experts."""
+
+    router: Literal["train", "frozen"] = key("train", "`train`, or `frozen`: they do not learn.")
+    aux_loss: float = key(
+        0.0,
+        "Weight of the auxiliary loss that balances the experts' load (Switch Transformers', by "
+        "micro-batch); 0: off.",
+        NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,7 @@ class StudentSection:
         MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
     )
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    moe: MoeSection = field(default_factory=MoeSection)
 
 
 @dataclass(frozen=True)

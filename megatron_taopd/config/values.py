@@ -53,11 +53,6 @@ def check_values(config: Config, ranks: int | None = None) -> None:
 def check_sections(config: Config) -> None:
     """Compare values with their bounds and with each other. Raises as `check_values`."""
     check_bounds(config)
-    if (experts := config.student.parallel.ep) != 1:
-        raise ValueError(
-            f"student.parallel.ep: {experts}; it has to be 1: a mixture of experts can be a "
-            "teacher only"
-        )
     _check_context(config.teacher)
     _check_selection(config)
     _check_replay(config)

@@ -273,6 +273,10 @@ class Parameter:
         return self.index[0] if self.index else None
 
     @property
+    def expert(self) -> int | None:
+        return self.index[1] if len(self.index) == 2 else None
+
+    @property
     def key_in_layer(self) -> str:
         """The key where each layer has its own tensor ("non-homogeneous layers")."""
         if self.layer is None:

@@ -142,7 +142,7 @@ def _experts(hf: PretrainedConfig, layout: Layout) -> dict:
         # Softmax over all experts and then the top-K of it, or the softmax of the top-K, which is
         # the same normalised to 1.
         moe_router_pre_softmax=not hf.norm_topk_prob,
-        moe_router_load_balancing_type="none",
+        moe_router_load_balancing_type="aux_loss",  # whose weight is 0, unless a student sets it
         moe_router_dtype="fp32",
         moe_grouped_gemm=use_transformer_engine(),
         expert_model_parallel_size=layout.ep,

@@ -17,10 +17,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_taopd.config.schema import OptimizerSection
+from megatron_taopd.config.schema import MoeSection, OptimizerSection
 from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.formats.hf import load_config
-from megatron_taopd.models import gpt, pipeline, replay, weights
+from megatron_taopd.models import experts, gpt, pipeline, replay, weights
 from megatron_taopd.parallel.compat.megatron_internals import keep_norms_on_the_device
 from megatron_taopd.parallel.faults import Fault, by_rank, listed
 from megatron_taopd.parallel.layout import Layout
@@ -109,6 +109,7 @@ class Student(FrozenStudent):
         steps: optimizer steps of the whole run, the end of the learning-rate decay.
         common_vocabulary: ids from here on never take part (the teacher does not have them).
         absent: [n] int64, ids below that do not either.
+        moe: how the routers of a mixture of experts learn; None: as by default.
     """
 
     def __init__(
@@ -121,8 +122,15 @@ class Student(FrozenStudent):
         steps: int,
         common_vocabulary: int,
         absent: Tensor | None = None,
+        moe: MoeSection | None = None,
     ):
         self._open(hf_dir, layout, dtype, recompute)
+        self.moe, self.expert_load = moe or MoeSection(), None
+        if self.config.num_moe_experts:
+            self.expert_load = experts.ExpertLoad(self.trunk)
+            if self.moe.router == "frozen":
+                for router in experts.routers(self.trunk):
+                    router.requires_grad_(False)
         self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
         self.version = 0  # the run's step whose weights these are; the loop counts
         self.last_step = steps
@@ -174,8 +182,15 @@ class Student(FrozenStudent):
         self.scheduler.num_steps = updates
         self.scheduler.step(increment=0)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], loss: Callable) -> list:
-        """Run `pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones."""
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], loss: Callable, rows: int = 0, tokens: int = 0
+    ) -> list:
+        """Run `pipeline.forward_backward`, from zeroed gradients to reduced and normalised ones.
+
+        Args:
+            rows, tokens: of the step over all ranks; they weigh the routers' auxiliary loss.
+        """
+        experts.weigh_aux_loss(self.config, self.moe.aux_loss, rows, tokens)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         return pipeline.forward_backward(self.model, self.layout, micro_batches, loss)
@@ -213,11 +228,11 @@ class Student(FrozenStudent):
         return self._not_finite("student weights", lambda parameter: parameter)
 
     def _not_finite(self, what: str, of: Callable[[Tensor], Tensor]) -> Fault | None:
-        """Say on which ranks and of which parameters `of(parameter)` is not finite.
+        """Say on which ranks and of which parameters that learn `of(parameter)` is not finite.
 
         Collectives: an all-gather of their names (`guard.by_rank`).
         """
-        named = list(weights.named_parameters(self.trunk))
+        named = [(n, p) for n, p in weights.named_parameters(self.trunk) if p.requires_grad]
         finite = torch.stack([of(parameter).isfinite().all() for _, parameter in named])
         found = by_rank([n for (n, _), ok in zip(named, finite.tolist(), strict=True) if not ok])
         if not found:

@@ -149,11 +149,12 @@ def export_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's tensors under their Hugging Face names, whole, on **every** rank.
 
-    Every rank has to run the iterator to its end. Models without expert parallelism only.
+    Every rank has to run the iterator to its end.
 
-    Parameters of one stage travel together, up to `packing.EXPORT_BYTES` of whole ones; a larger
-    one goes alone. First the shards of its stage go to the ranks of the same tensor-parallel rank
-    in the others, so that little goes between nodes; then each stage gathers them over TP.
+    Parameters of one owner travel together, up to `packing.EXPORT_BYTES` of whole ones; a larger
+    one goes alone. An owner is a pipeline stage and, of experts, an expert-parallel rank. First the
+    shards go to the ranks of the same tensor-parallel rank, of the same stage and then in the other
+    ones, so that little goes between nodes; then each stage gathers them over TP.
 
     Args:
         read: picks what is exported of a parameter, of its shape and dtype: its value, or say its
@@ -161,19 +162,18 @@ def export_weights(
 
     Memory: a bucket of whole parameters and this rank's shards of it, and one whole parameter.
 
-    Collectives, per bucket: a broadcast over the pipeline group of this rank's shards, and an
-    all-gather of them over the TP group. A parameter that TP does not cut goes along.
+    Collectives, per bucket: a broadcast of this rank's shards over the pipeline group and, of
+    experts, before it over the EP group; and an all-gather of them over the TP group. A parameter
+    that TP does not cut goes along.
     """
-    layout = model.layout
-    assert layout.ep == 1, layout
     own = {name: read(parameter) for name, parameter in named_parameters(model)}
     known = hf_map.parameters(model.hf)
     if not hasattr(model, "whole_shapes"):  # they never change
         model.whole_shapes = whole_shapes(model.hf, known)
     dtype, parameters = dtype_of(model), list(known.values())
     sizes = [prod(model.whole_shapes[p.name]) * dtype.itemsize for p in parameters]
-    stages = [_stage(parameter, model) for parameter in parameters]
-    for start, stop in packing.pack(sizes, stages, packing.EXPORT_BYTES):
+    owners = [_owner(parameter, model) for parameter in parameters]
+    for start, stop in packing.pack(sizes, owners, packing.EXPORT_BYTES):
         together = parameters[start:stop]
         for parameter, shards in zip(together, _shards(together, own, model), strict=True):
             watchdog.heartbeat()
@@ -186,29 +186,32 @@ def export_weights(
 def _shards(
     parameters: Sequence[hf_map.Parameter], own: Mapping[str, Tensor], model: Trunk
 ) -> Iterator[list[Tensor]]:
-    """Yield, for each of these parameters of one stage, what every tensor-parallel rank has of it.
+    """Yield, for each of these parameters of one owner, what every tensor-parallel rank has of it.
 
     Args:
         own: this rank's parameters by name, those of its stage.
     """
-    layout = model.layout
-    if layout.tp * layout.pp == 1:
+    layout, groups = model.layout, model.layout.groups
+    if layout.tp * layout.pp * layout.ep == 1:
         yield from ([own[parameter.name]] for parameter in parameters)
         return
     shapes = [_shard_shape(p.mapping, model.whole_shapes[p.name], layout.tp) for p in parameters]
     ends = list(accumulate(map(prod, shapes)))
-    stage = _stage(parameters[0], model)
-    if layout.pp_rank == stage:
+    stage, expert_rank = _owner(parameters[0], model)
+    if parameters[0].name in own:
         flat = torch.cat([own[parameter.name].reshape(-1) for parameter in parameters])
     else:
         flat = torch.empty(ends[-1], dtype=dtype_of(model), device=platform.device())
+    if expert_rank is not None and layout.ep > 1 and layout.pp_rank == stage:
+        source = dist.get_process_group_ranks(groups.ep)[expert_rank]
+        dist.broadcast(flat, src=source, group=groups.ep)
     if layout.pp > 1:
-        source = dist.get_process_group_ranks(layout.groups.pp)[stage]
-        dist.broadcast(flat, src=source, group=layout.groups.pp)
+        source = dist.get_process_group_ranks(groups.pp)[stage]
+        dist.broadcast(flat, src=source, group=groups.pp)
     every = flat[None]
     if layout.tp > 1:
         every = flat.new_empty(layout.tp, len(flat))
-        dist.all_gather_into_tensor(every.view(-1), flat, group=layout.groups.tp)
+        dist.all_gather_into_tensor(every.view(-1), flat, group=groups.tp)
     del flat
     for shape, end in zip(shapes, ends, strict=True):
         yield [row[end - prod(shape) : end].view(shape) for row in every]
@@ -226,11 +229,15 @@ def dtype_of(model: torch.nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _stage(parameter: hf_map.Parameter, model: Trunk) -> int:
-    """Return the pipeline stage that holds a parameter."""
-    if parameter.layer is not None:
-        return parameter.layer // (model.config.num_layers // model.layout.pp)
-    return 0 if parameter.name.startswith("embedding") else model.layout.pp - 1
+def _owner(parameter: hf_map.Parameter, model: Trunk) -> tuple[int, int | None]:
+    """Return the pipeline stage that holds a parameter and, of an expert's, its EP rank."""
+    layout, last = model.layout, model.layout.pp - 1
+    if parameter.layer is None:
+        return (0 if parameter.name.startswith("embedding") else last), None
+    stage = parameter.layer // (model.config.num_layers // layout.pp)
+    if parameter.expert is None:
+        return stage, None
+    return stage, parameter.expert // (hf_map.num_experts(model.hf) // layout.ep)
 
 
 def save_hf(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 EXPORT_BYTES = 64 << 20  # of whole parameters that one collective of an export of weights moves
 
 
-def pack(sizes: Sequence[int], kinds: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+def pack(sizes: Sequence[int], kinds: Sequence[Hashable], limit: int) -> Iterator[tuple[int, int]]:
     """Yield [start, stop) of neighbours of one kind whose sizes add up to the limit at most.
 
     One that is larger by itself is alone.

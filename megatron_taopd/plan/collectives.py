@@ -21,9 +21,8 @@ from megatron_taopd.plan.setup import Servers, Setup, Workload, rows_by_rank
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
-    buffer_elements,
     exported,
-    student_buckets,
+    student_buffers,
 )
 from megatron_taopd.serving.sources import deal, share_out
 
@@ -179,11 +178,32 @@ class _Pass:
         return [self.over_tp(phase, op, 1, self.activations, who)] if self.stage == 0 else []
 
     def through_layers(self, phase: str, who: str = "student") -> list[Collective]:
+        if self.model.experts:
+            return self._through_layers_of_experts(phase, who)
         if not self.grid.sequence:
             return [self.over_tp(phase, "all_reduce", 2 * self.layers, self.activations, who)]
         return [
             self.over_tp(phase, op, 2 * self.layers, self.activations, who)
             for op in ("all_gather", "reduce_scatter")
+        ]
+
+    def _through_layers_of_experts(self, phase: str, who: str) -> list[Collective]:
+        """List those of attention, and of tokens on their way to evenly loaded experts and back.
+
+        They travel over EP, and then to all of TP, whose ranks have a part of each expert. Without
+        sequence parallelism every rank of TP sends all of them.
+        """
+        model, grid, both = self.model, self.grid, ("all_gather", "reduce_scatter")
+        routed = links.routed_bytes(self.activations, model.experts_per_token, grid)
+        attention = [("all_reduce", self.activations)]
+        if grid.sequence:
+            attention = [(op, self.activations) for op in both]
+        over_tp = [*attention, *((op, grid.tp * routed) for op in both)]
+        span, calls = grid.tp * grid.ep, 2 * self.layers * self.micro_batches
+        over_ep = links.expert_bytes(routed, self.layers, grid.ep)
+        return [
+            *(self.over_tp(phase, op, self.layers, total, who) for op, total in over_tp),
+            Collective(phase, "all_to_all", f"{who} ep", grid.ep, span, calls, over_ep),
         ]
 
     def picked(self, phase: str, who: str) -> list[Collective]:
@@ -194,12 +214,14 @@ class _Pass:
     def backward(self, phase: str) -> list[Collective]:
         """List those of the backward pass: as in the forward one, inputs gathered once more.
 
-        Attention over shared sequences is always computed again.
+        Attention over shared sequences is always computed again. Experts' inputs are kept as they
+        have come.
         """
         found = self.through_layers(phase)
         found += [self.over_cp(phase, op) for op in ("all_gather", "reduce_scatter")]
         if self.grid.sequence:
-            found.append(self.over_tp(phase, "all_gather", 2 * self.layers, self.activations))
+            again = (1 if self.model.experts else 2) * self.layers
+            found.append(self.over_tp(phase, "all_gather", again, self.activations))
             if self.last:
                 found.append(self.over_tp(phase, "reduce_scatter", 1, self.activations))
             if self.stage == 0:
@@ -238,18 +260,6 @@ def _teacher(setup: Setup, rank: int) -> list[Collective]:
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
         found = read.forward("teacher", "teacher")
-        if grid.ep > 1:
-            shards = read.tokens // grid.shards
-            bytes_ = links.expert_bytes(
-                shards, read.model.hidden, read.layers, read.itemsize,
-                read.model.experts_per_token, grid.ep,
-            )  # fmt: skip
-            calls = 2 * read.layers * read.micro_batches
-            found.append(
-                Collective(
-                    "teacher", "all_to_all", "teacher ep", grid.ep, grid.tp * grid.ep, calls, bytes_
-                )
-            )
     world = setup.gpus
     moved = rows_moved(setup)
     sent = moved.sent[rank] * teacher_row(setup)
@@ -407,6 +417,10 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     trained = _Pass.of(setup, setup.student, grid, rank, int(length), kept)
     a_row = 4 * setup.k + 8 if setup.columns_only else 20  # `links.loss_bytes`
     found = trained.forward("training")
+    if setup.student.experts:  # `ExpertLoad.take`
+        told = 8 * (setup.student.layers * setup.student.experts + 3)
+        told = links.all_reduce_bytes(told, world)
+        found.append(Collective("training", "all_reduce", "world", world, world, 1, told))
     if setup.weighted:  # every rank learns those of all kept rows, and which rows are shared
         shared = work.share(grid, setup.micro_batch_tokens).cp > 1
         told = links.all_reduce_bytes((4 + 8 * shared) * work.sequences * kept, world)
@@ -462,13 +476,11 @@ def _gradients(setup: Setup, rank: int) -> list[Collective]:
     model, grid = setup.student, setup.student_grid
     stage = grid.stage(rank)
     last = stage == grid.pp - 1
-    buckets = student_buckets(model, grid, stage)
-    bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.data_ranks)
-    found = [_over_dp(setup, "gradients", "reduce_scatter", len(buckets), bytes_)]
+    found = _over_dp(setup, rank, "gradients", "reduce_scatter", 4)
     # What every rank of the TP group has whole, and has seen a part of the tokens or heads for.
     norms = model.layers // grid.pp * 2 * model.head_dim * model.qk_norm
     if grid.sequence:
-        norms += model.layers // grid.pp * 2 * model.hidden + last * model.hidden
+        norms += model.layers // grid.pp * (2 + model.experts) * model.hidden + last * model.hidden
     if norms:
         bytes_ = links.all_reduce_bytes(4 * norms, grid.tp)
         found.append(
@@ -481,16 +493,24 @@ def _gradients(setup: Setup, rank: int) -> list[Collective]:
 
 
 def _optimizer(setup: Setup, rank: int) -> list[Collective]:
-    grid = setup.student_grid
-    buckets = student_buckets(setup.student, grid, grid.stage(rank))
-    bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, grid.data_ranks)
-    return [_over_dp(setup, "optimizer", "all_gather", len(buckets), bytes_)]
+    return _over_dp(setup, rank, "optimizer", "all_gather", setup.itemsize)
 
 
-def _over_dp(setup: Setup, phase: str, op: str, calls: int, bytes_: float) -> Collective:
+def _over_dp(setup: Setup, rank: int, phase: str, op: str, itemsize: int) -> list[Collective]:
+    """List those of each buffer of the student, a call a bucket and optimizer step."""
     grid, steps = setup.student_grid, setup.mini_batches
-    ranks, calls, bytes_ = grid.data_ranks, steps * calls, steps * bytes_
-    return Collective(phase, op, "student dp", ranks, grid.tp * ranks, calls, bytes_)
+    return [
+        Collective(
+            phase,
+            op,
+            "student dp" if buffer.apart == 1 else "student experts' dp",
+            buffer.ranks,
+            grid.tp * grid.data_ranks,
+            steps * len(buffer.buckets),
+            steps * links.gather_bytes(itemsize * buffer.elements, buffer.ranks),
+        )
+        for buffer in student_buffers(setup.student, grid, grid.stage(rank))
+    ]
 
 
 def _sync(setup: Setup, rank: int) -> list[Collective]:
@@ -498,11 +518,20 @@ def _sync(setup: Setup, rank: int) -> list[Collective]:
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     parameters = exported(model, grid)
     sizes = [e * p.elements for p in parameters]
-    calls = len([*packing.pack(sizes, [p.stage for p in parameters], packing.EXPORT_BYTES)])
+    calls = len([*packing.pack(sizes, [p.owner for p in parameters], packing.EXPORT_BYTES)])
     shards = sum(p.shard for p in parameters)
     over_tp, over_pp = links.export_bytes(shards, e, grid.tp, grid.pp)
     span = grid.tp * grid.data_ranks * grid.pp
+    stage = grid.stage(rank)
+    own = [p for p in parameters if p.owner[0] == stage and p.owner[1] is not None]
+    of_experts = len(
+        [*packing.pack([e * p.elements for p in own], [p.owner for p in own], packing.EXPORT_BYTES)]
+    )
+    over_ep = e * sum(p.shard for p in own)
     found = [
+        Collective(
+            "sync", "broadcast", "student ep", grid.ep, grid.tp * grid.ep, of_experts, over_ep
+        ),
         Collective("sync", "broadcast", "student pp", grid.pp, span, calls, over_pp),
         Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
     ]

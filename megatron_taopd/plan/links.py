@@ -6,6 +6,8 @@ all-gather or a reduce-scatter of n bytes over p ranks sends n·(p−1)/p, an al
 
 from __future__ import annotations
 
+from megatron_taopd.plan.shapes import Buffer, Grid
+
 
 def gather_bytes(total: float, ranks: int) -> float:
     """Count an all-gather to, or a reduce-scatter from, `total` bytes on every rank."""
@@ -57,11 +59,14 @@ def pipeline_bytes(tokens: int, hidden: int, itemsize: int, shards: int) -> floa
     return tokens * hidden * itemsize / shards
 
 
-def expert_bytes(
-    tokens: int, hidden: int, layers: int, itemsize: int, experts_per_token: int, ep: int
-) -> float:
-    """Count a forward pass of routed experts: tokens to experts and back, if evenly routed."""
-    return layers * 2 * gather_bytes(tokens * experts_per_token * hidden * itemsize, ep)
+def routed_bytes(activations: float, experts_per_token: int, grid: Grid) -> float:
+    """Count what a rank sends to all experts of a layer, those on itself included."""
+    return activations * experts_per_token / grid.shards
+
+
+def expert_bytes(routed: float, layers: int, ep: int) -> float:
+    """Count a stage's forward pass over EP: tokens to experts and back, if evenly routed."""
+    return layers * 2 * gather_bytes(routed, ep)
 
 
 def score_bytes(rows: int, k: int, tp: int) -> float:
@@ -87,14 +92,9 @@ def hidden_state_bytes(
     return sent, -(-rows // student_dp) * row
 
 
-def gradient_bytes(buffer_elements: int, dp: int) -> float:
-    """Count the reduce-scatter of fp32 gradients."""
-    return gather_bytes(4 * buffer_elements, dp)
-
-
-def parameter_bytes(buffer_elements: int, itemsize: int, dp: int) -> float:
-    """Count the all-gather of updated weights."""
-    return gather_bytes(itemsize * buffer_elements, dp)
+def buffer_bytes(buffers: tuple[Buffer, ...], itemsize: int) -> float:
+    """Count the reduce-scatter of gradients (itemsize 4), or the all-gather of updated weights."""
+    return sum(gather_bytes(itemsize * buffer.elements, buffer.ranks) for buffer in buffers)
 
 
 def export_bytes(shards: int, itemsize: int, tp: int, pp: int) -> tuple[float, float]:

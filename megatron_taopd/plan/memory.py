@@ -24,7 +24,7 @@ from megatron_taopd.plan.shapes import (
     optimizer_bytes,
     optimizer_elements,
     parameter_elements,
-    student_buckets,
+    student_buffers,
 )
 from megatron_taopd.rollout.engine import CACHE_ROOM
 
@@ -104,9 +104,9 @@ def phases(
     tokens = share.tokens_at_a_time
     last = place.stage == grid.pp - 1
 
-    buckets = student_buckets(student, grid, place.stage)
-    elements = buffer_elements(buckets)
-    owned = optimizer_elements(buckets, grid.data_ranks)
+    buffers = student_buffers(student, grid, place.stage)
+    elements = buffer_elements(buffers)
+    owned = optimizer_elements(buffers, grid.data_ranks)
     resident = {
         "student weights": elements * e,
         "gradients": elements * 4,
@@ -209,7 +209,7 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
     (`parallel.copies.HostCopies`).
     """
     student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
-    owned = optimizer_elements(student_buckets(student, grid, place.stage), grid.data_ranks)
+    owned = optimizer_elements(student_buffers(student, grid, place.stage), grid.data_ranks)
     found = {"a save": owned * (12 + setup.itemsize)}
     if own is not None and setup.offload:
         elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
@@ -279,7 +279,13 @@ def activation_bytes(
     if recompute == "none":
         per_token += 4 * heads + (0 if cuda else queries * e)
     per_token += norm(hidden, 1 / grid.shards) + hidden * e
-    per_token += 5 * model.ffn // tp * e  # gate and up, SiLU, up + 0, their product
+    if model.experts:
+        # The router's logits and choices; of each choice the token, gate and up, SiLU, up + 0,
+        # their product, that times its probability, and where it came from.
+        per_choice = (model.hidden + 6 * model.ffn // tp) * e + 4 + 2 * 8
+        per_token += 4 * model.experts + model.experts_per_token * (8 + per_choice)
+    else:
+        per_token += 5 * model.ffn // tp * e  # gate and up, SiLU, up + 0, their product
     return round(tokens * per_token)
 
 
@@ -346,11 +352,15 @@ def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int, c
 def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int, cp: int = 1) -> int:
     """Count the bytes of gradients that a layer has alive in addition to what autograd kept.
 
-    In the MLP these are the output's, the residual's, and those of gate and up; in attention over
-    shared sequences gathered keys and values, and their gradients.
+    In the MLP these are the output's, the residual's, and those of gate and up; with experts, the
+    last of each choice of a token, and its own; in attention over shared sequences gathered keys
+    and values, and their gradients.
     """
     gathered = model.hidden if grid.sequence else 0
-    inner = max(2 * model.ffn // grid.tp, 2 * shared_keys(model, grid, cp))
+    mlp = 2 * model.ffn // grid.tp
+    if model.experts:
+        mlp = model.experts_per_token * (model.hidden + mlp)
+    inner = max(mlp, 2 * shared_keys(model, grid, cp))
     return tokens * (2 * model.hidden // grid.shards + gathered + inner) * itemsize
 
 

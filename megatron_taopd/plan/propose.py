@@ -30,6 +30,7 @@ class Proposal:
             "student.parallel.tp": self.setup.student_grid.tp,
             "student.parallel.pp": self.setup.student_grid.pp,
             "student.parallel.sequence": self.setup.student_grid.sequence,
+            "student.parallel.ep": self.setup.student_grid.ep,
         }
         if own := self.setup.teacher_grid:
             found |= {
@@ -72,7 +73,8 @@ def proposals(
     """List all that fits, the fastest first; of equally fast ones the one with most memory left.
 
     Varied are both layouts, recomputation, micro-batches of one, two and four of the longest
-    sequences, and the teacher's offloading. A teacher with TP runs sequence parallel.
+    sequences, and the teacher's offloading. A teacher with TP runs sequence parallel, and so does a
+    student of experts.
 
     Args:
         teacher: None of a served one.
@@ -80,6 +82,8 @@ def proposals(
     usable = (cluster.memory_gib - cluster.reserve_gib) * GIB
     own = list(grids(student, setup.gpus, setup.gpus_per_node))
     own = [grid for grid in own if grid.dp <= setup.workload.sequences]
+    if setup.student.experts:
+        own = [grid for grid in own if grid.sequence or grid.tp == 1]
     if setup.replay:
         own = [grid for grid in own if grid.pp == 1]
     theirs: list[Grid | None] = [None]

@@ -39,8 +39,8 @@ class Architecture:
     Attributes:
         layer: (name, elements, cut over TP, held by one expert) of a layer's parameters; all layers
             are alike, and an expert stands for all.
-        exported: (elements, cut over TP) of a layer's parameters, all experts', in the order in
-            which `models.weights.export_weights` has them.
+        exported: (elements, cut over TP, expert's number or None) of a layer's parameters, in the
+            order in which `models.weights.export_weights` has them.
         largest: elements of the largest parameter.
     """
 
@@ -56,7 +56,7 @@ class Architecture:
     experts: int
     experts_per_token: int
     layer: tuple[tuple[str, int, bool, bool], ...]
-    exported: tuple[tuple[int, bool], ...]
+    exported: tuple[tuple[int, bool, int | None], ...]
     largest: int
     cost: ModelCost
 
@@ -94,7 +94,7 @@ class Architecture:
             experts_per_token=hf.num_experts_per_tok if experts else 1,
             layer=layer,
             exported=tuple(
-                (prod(shapes[name]), parameter.mapping.sharded)
+                (prod(shapes[name]), parameter.mapping.sharded, parameter.expert)
                 for name, parameter in known.items()
                 if parameter.layer is not None
             ),
@@ -127,23 +127,26 @@ class Exported(NamedTuple):
 
     Attributes:
         shard: elements of a tensor-parallel rank; all of them where TP does not cut it.
+        owner: the stage and, of an expert's, the expert-parallel rank that have it.
     """
 
     elements: int
     shard: int
-    stage: int
+    owner: tuple[int, int | None]
 
 
 def exported(model: Architecture, grid: Grid) -> list[Exported]:
     """List the parameters in the order in which `models.weights.export_weights` has them."""
 
-    def one(elements: int, cut: bool, stage: int) -> Exported:
-        return Exported(elements, elements // grid.tp if cut else elements, stage)
+    def one(elements: int, cut: bool, expert: int | None, stage: int) -> Exported:
+        shard = elements // grid.tp if cut else elements
+        owner = None if expert is None else expert // (model.experts // grid.ep)
+        return Exported(elements, shard, (stage, owner))
 
     inside = model.layers // grid.pp
-    last = [(model.hidden, False)] + [(model.embedding, True)] * (not model.tied)
+    last = [(model.hidden, False, None)] + [(model.embedding, True, None)] * (not model.tied)
     return [
-        one(model.embedding, True, 0),
+        one(model.embedding, True, None, 0),
         *(one(*size, layer // inside) for layer in range(model.layers) for size in model.exported),
         *(one(*size, grid.pp - 1) for size in last),
     ]
@@ -192,17 +195,20 @@ class Grid:
 def parameter_sizes(
     model: Architecture, grid: Grid, stage: int, head: bool = True
 ) -> tuple[tuple[int, bool], ...]:
-    """List (elements, in a bucket of its own) of every parameter of a rank, front to back.
+    """List (elements, in a bucket of its own) of a rank's parameters, front to back.
+
+    Those of experts, which lie in a buffer of their own, are `expert_sizes`.
 
     Args:
         head: with the output projection, as a student; a teacher's trunk is without.
     """
     first, last = stage == 0, stage == grid.pp - 1
     columns = model.embedding // grid.tp
-    layer = []
-    for _, elements, cut, expert in model.layer:
-        copies = model.experts // grid.ep if expert else 1
-        layer += [(elements // grid.tp if cut else elements, False)] * copies
+    layer = [
+        (elements // grid.tp if cut else elements, False)
+        for _, elements, cut, expert in model.layer
+        if not expert
+    ]
     found = []
     if first:
         # Stages that share an embedding keep it in a bucket of its own.
@@ -215,9 +221,16 @@ def parameter_sizes(
     return tuple(found)
 
 
+def expert_sizes(model: Architecture, grid: Grid) -> tuple[tuple[int, bool], ...]:
+    """List a rank's parameters of experts as `parameter_sizes` does; a dense model has none."""
+    one = [(elements // grid.tp, False) for _, elements, _, expert in model.layer if expert]
+    return tuple(one * (model.experts // grid.ep) * (model.layers // grid.pp))
+
+
 def parameter_elements(model: Architecture, grid: Grid, stage: int, head: bool = True) -> int:
     """Count the parameters' elements on a rank of a stage; head: as in `parameter_sizes`."""
-    return sum(elements for elements, _ in parameter_sizes(model, grid, stage, head))
+    sizes = parameter_sizes(model, grid, stage, head) + expert_sizes(model, grid)
+    return sum(elements for elements, _ in sizes)
 
 
 @dataclass(frozen=True)
@@ -277,23 +290,54 @@ def default_bucket_size(dp: int, stage: int) -> int | None:
     return max(40_000_000, 1_000_000 * dp) if stage == 0 else None
 
 
-def student_buckets(model: Architecture, grid: Grid, stage: int) -> tuple[Bucket, ...]:
-    """Lay out the buffer of a student's rank."""
-    sizes = parameter_sizes(model, grid, stage)
-    ranks = grid.data_ranks
-    return gradient_buckets(sizes, ranks, default_bucket_size(ranks, stage))
+@dataclass(frozen=True)
+class Buffer:
+    """The weights' buffer, and the gradients', of the parameters that the same ranks share.
+
+    Attributes:
+        ranks: data-parallel ranks that have these parameters; of experts dp / ep, of all others dp.
+        apart: of the data-parallel ranks, how many a rank is from the next of these.
+    """
+
+    buckets: tuple[Bucket, ...]
+    ranks: int
+    apart: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Count the elements, padding included."""
+        return sum(bucket.size for bucket in self.buckets)
+
+    def share(self, dp_rank: int) -> int:
+        """Count the parameter elements that a data-parallel rank updates."""
+        rank = dp_rank // self.apart
+        return sum(bucket.share(self.ranks, rank) for bucket in self.buckets)
 
 
-def buffer_elements(buckets: tuple[Bucket, ...]) -> int:
-    """Count the elements of the weights' and of the gradients' buffer, padding included."""
-    return sum(bucket.size for bucket in buckets)
+def student_buffers(model: Architecture, grid: Grid, stage: int) -> tuple[Buffer, ...]:
+    """Lay out the buffers of a student's rank: that of experts, if it has some, comes last."""
+    found = []
+    for sizes, apart in (
+        (parameter_sizes(model, grid, stage), 1),
+        (expert_sizes(model, grid), grid.ep),
+    ):
+        if sizes:
+            ranks = grid.data_ranks // apart
+            bucket_size = default_bucket_size(ranks, stage)
+            found.append(Buffer(gradient_buckets(sizes, ranks, bucket_size), ranks, apart))
+    return tuple(found)
+
+
+def buffer_elements(buffers: tuple[Buffer, ...]) -> int:
+    """Count the elements of all buffers, padding included."""
+    return sum(buffer.elements for buffer in buffers)
 
 
 @cache
-def optimizer_elements(buckets: tuple[Bucket, ...], dp: int, dp_rank: int | None = None) -> int:
+def optimizer_elements(buffers: tuple[Buffer, ...], dp: int, dp_rank: int | None = None) -> int:
     """Count the parameter elements that a data-parallel rank updates; None: the most of any."""
     ranks = range(dp) if dp_rank is None else (dp_rank,)
-    return max(sum(bucket.share(dp, rank) for bucket in buckets) for rank in ranks)
+    return max(sum(buffer.share(rank) for buffer in buffers) for rank in ranks)
 
 
 def optimizer_bytes(elements: int, itemsize: int) -> int:

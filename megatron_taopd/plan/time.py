@@ -20,11 +20,10 @@ from megatron_taopd.plan.setup import Setup
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
-    buffer_elements,
     exported,
     optimizer_elements,
     parameter_elements,
-    student_buckets,
+    student_buffers,
 )
 
 
@@ -193,16 +192,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
         operations += (grid.tp - 1) * inner * work.sequences * work.length
     forward = _forward(setup, cluster, model, grid, operations)
     parts = {"compute": forward.compute, "tensor parallel": forward.tensor}
-    stage = forward.compute + forward.tensor + forward.pipeline + forward.context
     if grid.cp > 1:
         parts["context parallel"] = forward.context
     if grid.ep > 1:
-        bytes_ = links.expert_bytes(
-            forward.tokens // grid.shards, model.hidden, model.layers // grid.pp, setup.itemsize,
-            model.experts_per_token, grid.ep,
-        )  # fmt: skip
-        parts["experts"] = bytes_ / _link_rate(setup, cluster, grid.tp * grid.ep)
-        stage += parts["experts"]
+        parts["experts"] = forward.experts
+    stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage, grid.pp, forward.micro_batches)
     parts = {name: forward.micro_batches * value for name, value in parts.items()}
     parts["bubble"] = seconds - forward.micro_batches * stage
@@ -244,7 +239,8 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
         forward.tokens, rows, model.hidden, setup.itemsize, grid.tp, grid.sequence, backward=False
     )
     heads += collective / _link_rate(setup, cluster, grid.tp)
-    stage = forward.compute + forward.tensor + forward.pipeline + forward.context
+    stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, forward.micro_batches)
     count = forward.micro_batches
     return Phase(
@@ -253,6 +249,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
             "compute": count * forward.compute,
             "tensor parallel": count * forward.tensor,
             **({"context parallel": count * forward.context} if grid.cp > 1 else {}),
+            **({"experts": count * forward.experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": seconds - count * (stage + heads),
         },
@@ -289,7 +286,8 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     # Keys and values are gathered for the attention that is computed again, too, and their
     # gradients reduced.
     context = 3 * forward.context * work.trained
-    stage = forward.compute + tensor + context + 2 * forward.pipeline * work.trained
+    experts = (2 + again) * forward.experts * work.trained  # forward, again, and backward
+    stage = forward.compute + tensor + experts + context + 2 * forward.pipeline * work.trained
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, count)
     bubble = seconds - count * (stage + heads)
 
@@ -297,10 +295,10 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     # stage only; the others wait for all of it, while the pipeline runs empty.
     reduce, exposed = 0.0, 0.0
     for index in range(grid.pp):
-        buckets = student_buckets(model, grid, index)
-        bytes_ = links.gradient_bytes(buffer_elements(buckets), grid.data_ranks)
-        own = bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
-        hidden = own * (1 - 1 / len(buckets)) if index == 0 else 0.0
+        buffers = student_buffers(model, grid, index)
+        own = links.buffer_bytes(buffers, 4) / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
+        buckets = sum(len(buffer.buckets) for buffer in buffers)
+        hidden = own * (1 - 1 / buckets) if index == 0 else 0.0
         reduce = max(reduce, own)
         exposed = max(exposed, own - min(hidden, stage * 2 / 3) - index * stage * 2 / 3)
     exposed *= setup.mini_batches
@@ -310,6 +308,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
             "compute": count * forward.compute,
             "tensor parallel": count * tensor,
             **({"context parallel": count * context} if grid.cp > 1 else {}),
+            **({"experts": count * experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": bubble,
             "gradients, not overlapped": setup.mini_batches * reduce,
@@ -323,13 +322,12 @@ def optimizer(setup: Setup, cluster: Cluster) -> Phase:
     model, grid = setup.student, setup.student_grid
     update = gather = 0.0
     for stage in range(grid.pp):
-        buckets = student_buckets(model, grid, stage)
+        buffers = student_buffers(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
-        moved = optimizer_elements(buckets, grid.data_ranks) * (4 * 8 + setup.itemsize)
+        moved = optimizer_elements(buffers, grid.data_ranks) * (4 * 8 + setup.itemsize)
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
-        ranks = grid.data_ranks
-        bytes_ = links.parameter_bytes(buffer_elements(buckets), setup.itemsize, ranks)
-        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * ranks))
+        bytes_ = links.buffer_bytes(buffers, setup.itemsize)
+        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks))
     parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
     return Phase(sum(parts.values()), parts)
 
@@ -381,6 +379,7 @@ class _Forward:
     tokens: int
     compute: float
     tensor: float
+    experts: float
     pipeline: float
     context: float
 
@@ -405,12 +404,15 @@ def _forward(
     keys = links.key_value_bytes(
         tokens, model.keys // min(grid.tp, model.groups), layers, e, share.cp
     )
+    routed = links.routed_bytes(tokens * model.hidden * e, model.experts_per_token, grid)
+    to_experts = links.expert_bytes(routed, model.layers // grid.pp, grid.ep)
     between = links.pipeline_bytes(tokens, model.hidden, e, grid.shards) if grid.pp > 1 else 0.0
     return _Forward(
         micro_batches=count,
         tokens=tokens,
         compute=uneven * operations / (grid.tp * grid.pp * grid.data_ranks * count * rate),
         tensor=bytes_ / _link_rate(setup, cluster, grid.tp),
+        experts=to_experts / _link_rate(setup, cluster, grid.tp * grid.ep),
         pipeline=between / _link_rate(setup, cluster, setup.gpus),
         context=keys / _link_rate(setup, cluster, grid.tp * grid.cp),
     )

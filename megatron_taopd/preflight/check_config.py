@@ -47,6 +47,8 @@ def _check_model(model: str, config: Config, world_size: int) -> None:
     if not served:
         rules.check_model(model, path, hf)
         rules.check_grid(model, path, parallel, hf, world_size)
+        if model == "student":
+            rules.check_routers(section, hf)
     else:
         hf = hf.get_text_config()
         if section.form == "hidden_states":

@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 def fewest_ranks(config: Config) -> int:
     """Return how many ranks the layouts of both models take at least."""
     student, teacher = config.student.parallel, config.teacher.parallel
-    return math.lcm(student.tp * student.pp, teacher.tp * teacher.pp * teacher.ep)
+    return math.lcm(student.tp * student.pp * student.ep, teacher.tp * teacher.pp * teacher.ep)
 
 
 def examine(config: Config, ranks: int, quick: bool) -> Iterator[tuple[str, list[Finding]]]:

@@ -6,7 +6,7 @@ import math
 
 from transformers import PretrainedConfig
 
-from megatron_taopd.config.schema import ParallelSection
+from megatron_taopd.config.schema import MoeSection, ParallelSection, StudentSection
 from megatron_taopd.formats.hf_map import (
     check_architecture,
     check_layout,
@@ -17,7 +17,7 @@ from megatron_taopd.formats.hf_map import (
 
 
 def check_model(name: str, path: str, hf: PretrainedConfig) -> None:
-    """Refuse a model that no trunk computes, and experts in a student.
+    """Refuse a model that no trunk computes.
 
     Args:
         name: student or teacher.
@@ -29,10 +29,20 @@ def check_model(name: str, path: str, hf: PretrainedConfig) -> None:
         check_architecture(hf)
     except ValueError as error:
         raise ValueError(f"{name}.path: {path}: {error}") from None
-    if num_experts(hf) and name == "student":
-        raise ValueError(
-            f"{name}.path: {path}: a mixture of experts is supported as a teacher only"
-        )
+
+
+def check_routers(student: StudentSection, hf: PretrainedConfig) -> None:
+    """Refuse what is said of routers where there are none.
+
+    Raises:
+        ValueError: one line with the key, its value and the path.
+    """
+    for name, value in vars(student.moe).items():
+        if value != getattr(MoeSection(), name) and not num_experts(hf):
+            raise ValueError(
+                f"student.moe.{name}: {value} with {student.path}, which has no experts; leave it "
+                "out"
+            )
 
 
 def check_grid(
@@ -50,6 +60,15 @@ def check_grid(
         check_layout(hf, path, parallel.tp, parallel.pp, parallel.ep)
     except ValueError as error:
         raise ValueError(f"{name}.parallel.{error}") from None
+    if name == "student" and num_experts(hf) and parallel.tp > 1 and not parallel.sequence:
+        raise ValueError(
+            f"student.parallel.sequence: false with tp {parallel.tp} and the experts of {path}, "
+            "whose gradients would count each token more than once; set it to true"
+        )
+    if name == "student" and num_experts(hf) and parallel.cp > 1:
+        raise ValueError(
+            f"student.parallel.cp: {parallel.cp} with the experts of {path}; it has to be 1"
+        )
     data_parallel = ranks // (parallel.tp * parallel.cp * parallel.pp)
     if data_parallel % parallel.ep:
         choices = divisors(math.gcd(num_experts(hf), data_parallel))

@@ -169,7 +169,7 @@ class LocalEngine:
     @torch.no_grad()
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`. Either name of a tied weight, or both, will do."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(checkpoint_parameters(self.model))
         updated = set()
         for name, tensor in named_tensors:
             if name not in parameters:
@@ -194,6 +194,23 @@ class LocalEngine:
 
     def close(self) -> None:
         del self.model
+
+
+def checkpoint_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters under the names that checkpoints have.
+
+    transformers holds the experts of a layer in two parameters, [E, 2 I, D] and [E, D, I]; a
+    checkpoint has gate, up and down projections of each expert. Tied weights come under each name.
+    """
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        prefix, experts, projection = name.partition("mlp.experts.")
+        if not experts:
+            yield name, parameter
+            continue
+        names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+        for expert, weight in enumerate(parameter):
+            for part, piece in zip(names, weight.chunk(len(names)), strict=True):
+                yield f"{prefix}{experts}{expert}.{part}.weight", piece
 
 
 class Generated:

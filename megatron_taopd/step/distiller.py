@@ -221,12 +221,17 @@ class Distiller:
         """Take the optimizer steps of a batch (`training.train_on`).
 
         Returns:
-            With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight.
+            With `loss.weights` also `loss/weight_mean`, the kept rows' mean weight; of a student of
+            experts also what `ExpertLoad.take` says.
         """
         train, loss, weights = self.train, self.loss, self.weigh(scored, kept)
         models = self.student, self.heads
         metrics = train_on(scored, kept, *models, train, loss, self.guard, weights)
-        return metrics | ({"loss/weight_mean": weights.mean} if weights else {})
+        if weights:
+            metrics["loss/weight_mean"] = weights.mean
+        if self.student.expert_load:
+            metrics |= self.student.expert_load.take()
+        return metrics
 
 
 def replay_mib(student: Student, assigned: batching.Assignment) -> float:

@@ -138,6 +138,7 @@ def backward(
         outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
+    num_rows, num_tokens = kept.num_rows, int(assigned.lengths.sum())
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
@@ -154,8 +155,7 @@ def backward(
         return total, count, {"loss": total.detach(), **metrics}
 
     with outputs:
-        sums = student.forward_backward(assigned.micro_batches, loss_func)
-    num_rows = kept.num_rows
+        sums = student.forward_backward(assigned.micro_batches, loss_func, num_rows, num_tokens)
     names = "loss", *metric_names(loss.kind)
     totals = _global_sums(sums, names, layout)
     means = {name: total / max(num_rows, 1) for name, total in zip(names, totals, strict=True)}
@@ -164,7 +164,7 @@ def backward(
     return {
         **means,
         "kept_rows": num_rows,
-        "tokens_trained": int(assigned.lengths.sum()),
+        "tokens_trained": num_tokens,
         "head_rows": assigned.most_rows(kept),
     }
 

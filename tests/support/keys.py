@@ -64,10 +64,9 @@ KEYS: dict[str, dict[str, str]] = {
     "student.parallel.pp": {"2": LAYOUT},
     "student.parallel.cp": {"2": SHARED},
     "student.parallel.sequence": {"true": LAYOUT},
-    # No other value can run.
-    "student.parallel.ep": {
-        "2": "test_config.py::test_expert_parallelism_is_for_a_teacher_that_has_experts"
-    },
+    "student.parallel.ep": {"2": EXPERTS},
+    "student.moe.router": {"frozen": EXPERTS},
+    "student.moe.aux_loss": {"0.3": EXPERTS},
     "teacher.path": {ANY: STEP},
     "teacher.engine": {"sglang": OWN},
     "teacher.servers.urls": {ANY: FOUND},

@@ -32,6 +32,12 @@ MODELS = {
         **QWEN3, hidden_size=5120, num_hidden_layers=64, num_attention_heads=64,
         intermediate_size=25600, tie_word_embeddings=False,
     ),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        **{**QWEN3, "num_key_value_heads": 4, "architectures": ["Qwen3MoeForCausalLM"]},
+        hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, intermediate_size=6144,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, decoder_sparse_step=1,
+        norm_topk_prob=True, tie_word_embeddings=False,
+    ),
     "Qwen3-235B-A22B": Qwen3MoeConfig(
         **{**QWEN3, "num_key_value_heads": 4, "architectures": ["Qwen3MoeForCausalLM"]},
         hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, intermediate_size=12288,
@@ -56,6 +62,7 @@ BILLIONS = {
     "Qwen3-8B": 8.19,
     "Qwen3-14B": 14.77,
     "Qwen3-32B": 32.76,
+    "Qwen3-30B-A3B": 30.53,
     "Qwen3-235B-A22B": 235.09,
     "Qwen2.5-3B": 3.09,
     "DeepSeek-R1-Distill-Qwen-14B": 14.77,

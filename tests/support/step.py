@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from megatron_taopd.config.schema import (
     LossSection,
+    MoeSection,
     OptimizerSection,
     SelectionSection,
     TrainSection,
@@ -92,6 +93,7 @@ def step_on_ranks(
     vocab_map=None,
     teacher_prompts=None,
     replay=False,
+    moe=None,
 ):
     """Score, select and back-propagate one batch; on every rank the global results.
 
@@ -116,7 +118,7 @@ def step_on_ranks(
     try:
         distiller = open_distiller(
             (student_dir, student_parallel), (teacher_dir, teacher_parallel), vocab_map, train,
-            chunk_rows, offload,
+            chunk_rows, offload, MoeSection(**(moe or {})),
         )  # fmt: skip
         distiller.selection = SelectionSection(ratio=ratio, k=5)
         distiller.loss = LossSection(**(loss or {}))
@@ -158,7 +160,7 @@ def whole_mask(kept, num_rows):
     return mask.bool()
 
 
-def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False):
+def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=False, moe=None):
     """The product's step on two checkpoints in fp32, (directory, layout) each."""
     from megatron_taopd.models.student import Student
     from megatron_taopd.parallel import layout as layouts
@@ -171,7 +173,7 @@ def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=Fal
     teacher_dir, teacher_parallel = teacher
     model = Student(
         student_dir, layouts.student_layout(*student_parallel), torch.float32, train.recompute,
-        OPTIMIZER, 100, vocab_map.size, vocab_map.absent,
+        OPTIMIZER, 100, vocab_map.size, vocab_map.absent, moe,
     )  # fmt: skip
     reader = MegatronTeacher(
         teacher_dir, layouts.forward_layout(*teacher_parallel), torch.float32,
@@ -188,13 +190,17 @@ def gather_gradients(student):
     from megatron_taopd.models import weights
 
     groups = student.layout.groups
-    for buffer in student.model.buffers:
-        for bucket in buffer.buckets:
-            share = bucket.grad_data.view(student.layout.data_ranks, -1)[
-                student.layout.data_rank
-            ].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, share, group=groups.dp_cp)
-    exported = weights.export_weights(student.trunk, read=lambda p: p.main_grad.clone())
+    model = student.model
+    for buffers, group in (
+        (model.buffers, groups.dp_cp),
+        (model.expert_parallel_buffers, groups.expt_dp),
+    ):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+            share = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
+    exported = weights.export_weights(
+        student.trunk, lambda p: p.main_grad.clone() if p.requires_grad else torch.zeros_like(p)
+    )
     return dict(exported)
 
 
@@ -212,7 +218,9 @@ def row_logits(
     vocab_map = vocab_map or VocabMap(torch.arange(size))
     teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
-    student = AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype)
+    student = AutoModelForCausalLM.from_pretrained(
+        student_dir, dtype=dtype, experts_implementation="eager"
+    )
     teacher = AutoModelForCausalLM.from_pretrained(
         teacher_dir, dtype=dtype, experts_implementation="eager"
     )
@@ -237,12 +245,30 @@ def dense_gradients(loss, *models_and_batch, **vocabularies):
         z_s, z_t, student = row_logits(*models_and_batch, **vocabularies, dtype=dtype)
         value = loss(z_s, z_t)
         value.backward()
-        return value.item(), {name: p.grad for name, p in student.named_parameters()}
+        return value.item(), gradients_by_name(student)
 
     value, exact = back_propagated(torch.float64)
     with dense.in_float32():
         _, plain = back_propagated(torch.float32)
     return value, exact, relative_error(plain, exact)
+
+
+def gradients_by_name(model):
+    """Gradients by the names of a checkpoint, where each expert's projections are apart."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        prefix, experts, projection = name.partition("mlp.experts.")
+        if projection == "gate_up_proj":
+            for expert, gate_up in enumerate(parameter.grad):
+                gate, up = gate_up.split(len(gate_up) // 2)
+                named[f"{prefix}{experts}{expert}.gate_proj.weight"] = gate
+                named[f"{prefix}{experts}{expert}.up_proj.weight"] = up
+        elif projection == "down_proj":
+            for expert, down in enumerate(parameter.grad):
+                named[f"{prefix}{experts}{expert}.down_proj.weight"] = down
+        else:
+            named[name] = parameter.grad
+    return named
 
 
 def relative_error(gradients, expected) -> float:

@@ -1,5 +1,7 @@
 """What is compared: selectors and what is more than one, on equal terms, each at its own rate.
 
+Each run is judged by its last evaluation, and by its gain on a bank where there is one.
+
 Terms are numbers of steps. What a step of an arm supervises and costs is measured by two short runs
 of each arm, whose difference has neither the start of a process nor an evaluation in it.
 """
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from megatron_taopd.diagnostics.table import write_gain
 from megatron_taopd.formats.files import file_written_aside
 
 ONE_RANK = [f"{model}.parallel={{tp: 1, pp: 1}}" for model in ("student", "teacher")]
@@ -71,6 +74,46 @@ class Trainer:
         return directory
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """Scores the students of runs on one bank.
+
+    Attributes:
+        bank: of `taopd diagnose bank`.
+        teacher, teacher_prompt: of the runs.
+        before: the table of the student before training; made if it is not there.
+    """
+
+    bank: Path
+    teacher: str
+    teacher_prompt: str
+    before: Path
+
+    def begin(self, student: str) -> None:
+        """Score the student that every run begins with."""
+        if not self.before.is_file():
+            self._score(student, self.before)
+
+    def __call__(self, run: Path) -> None:
+        """Write `gain.parquet` of a finished run, unless it is there."""
+        if (run / "gain.parquet").is_file():
+            return
+        self._score(str(run / "student"), run / "after.parquet")
+        write_gain(self.before, run / "after.parquet", run / "gain.parquet")
+        (run / "after.parquet").unlink()
+
+    def _score(self, student: str, out: Path) -> None:
+        command = [
+            *(sys.executable, "-m", "megatron_taopd", "diagnose", "score"),
+            *("--bank", str(self.bank), "--checkpoint", student, "--teacher", self.teacher),
+            *("--teacher-prompt", self.teacher_prompt, "--out", str(out)),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        scored = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if scored.returncode:
+            raise SystemExit(f"{out}: not scored; {scored.stderr.strip()}")
+
+
 def records_of(directory: Path) -> list[dict]:
     """Read what a run has logged."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -113,6 +156,6 @@ def equal_steps(
     return {arm: max(1, round(whole / rate[equal])) for arm, rate in rates.items()}
 
 
-def best_rate(accuracies: dict[float, float]) -> float:
-    """Return the learning rate with the best accuracy; of equally good ones the lowest."""
-    return max(sorted(accuracies), key=lambda lr: accuracies[lr])
+def best_rate(outcomes: dict[float, float]) -> float:
+    """Return the learning rate with the best outcome; of equally good ones the lowest."""
+    return max(sorted(outcomes), key=lambda lr: outcomes[lr])

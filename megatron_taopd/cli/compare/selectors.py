@@ -13,14 +13,17 @@ Two arms are more than a selector: `teachability_horizon` also has `rollout.hori
 `discrepancy` trains on all rows with `loss.weights: discrepancy`. --equal gives each arm the steps
 in which it supervises as many rows, or takes as many processor seconds, as the reference does in
 `train.steps`. With --lrs each arm has the learning rate that is best for it with --tuning-seed,
-which is none of --seeds. What is to be compared, and the margin within which an arm counts as not
-inferior to the reference, is written to protocol.json before the first run, and stays.
+which is none of --seeds: by its last accuracy, or with --lr-by gain by its fixed-context gain on
+--bank, for which every run's student is scored there. What is to be compared, and the margin within
+which an arm counts as not inferior to the reference, is written to protocol.json before the first
+run, and stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -43,6 +46,7 @@ SELECTORS = (
     "teachability",
     "teachability_entropy",
 )
+OUTCOMES = {"accuracy": "after", "gain": "gain"}  # by which a rate is chosen → of `read`
 BY = "run.name"
 GAIN_MARGIN = 0.05  # of the reference's gain
 
@@ -58,6 +62,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--reference", help="arm; default: full where it is compared, or the first")
     parser.add_argument("--lrs", nargs="+", type=float, default=[], help="learning rates to try")
     parser.add_argument("--tuning-seed", type=int, default=1000)
+    parser.add_argument("--lr-by", choices=OUTCOMES, default="accuracy")
+    parser.add_argument("--bank", type=Path, help="to measure the gain of each run's student on")
     parser.add_argument("--margin", type=float, default=0.02, help="of accuracy")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     common.add_json(parser)
@@ -76,16 +82,20 @@ def work(arguments: argparse.Namespace) -> int:
             f"--tuning-seed: {arguments.tuning_seed} is one of --seeds; learning rates are chosen "
             "on another one"
         )
+    if arguments.lr_by == "gain" and not arguments.bank:
+        raise ValueError("--lr-by: gain needs --bank, on which it is measured")
     write_protocol(arguments, reference)
-    train = arms.Trainer(arguments.config, arguments.set)
+    train, score = arms.Trainer(arguments.config, arguments.set), scorer_of(arguments)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        settings = settle(arguments, reference, train, pool)
+        settings = settle(arguments, reference, train, score, pool)
 
         def run(job: tuple[str, int]) -> dict:
             arm, seed = job
+            directory = out / f"{arm}-{seed}"
             name = [f"run.seed={seed}", f"run.name={arm}"]
-            options = [*arms.overrides_of(arm), *settings[arm], *name]
-            return read(train(out / f"{arm}-{seed}", options))
+            train(directory, [*arms.overrides_of(arm), *settings[arm], *name])
+            score(directory)
+            return read(directory)
 
         jobs = list(product(names, seeds))
         results = dict(zip(jobs, pool.map(run, jobs), strict=True))
@@ -118,6 +128,7 @@ def write_protocol(arguments: argparse.Namespace, reference: str) -> None:
         "gain_margin": GAIN_MARGIN,
         "lrs": arguments.lrs,
         "tuning_seed": arguments.tuning_seed,
+        "lr_by": arguments.lr_by,
         "set": arguments.set,
     }
     path = arguments.out / "protocol.json"
@@ -135,10 +146,24 @@ def write_protocol(arguments: argparse.Namespace, reference: str) -> None:
             )
 
 
+def scorer_of(arguments: argparse.Namespace) -> Callable[[Path], None]:
+    """Return what scores a run's student on --bank; without one, what does nothing."""
+    if not arguments.bank:
+        return lambda _: None
+    overrides = ["run.dir=unused", *arguments.set]
+    config = configuration.load(arguments.config, overrides)
+    score = arms.Scorer(
+        arguments.bank, config.teacher.path, config.teacher.prompt, arguments.out / "before.parquet"
+    )
+    score.begin(config.student.path)
+    return score
+
+
 def settle(
     arguments: argparse.Namespace,
     reference: str,
     train: arms.Trainer,
+    score: Callable[[Path], None],
     pool: ThreadPoolExecutor,
 ) -> dict[str, list[str]]:
     """Find each arm's steps, and then its learning rate; return the overrides that set them."""
@@ -156,12 +181,15 @@ def settle(
             arm, lr = job
             options = [f"optimizer.lr={lr}", f"run.seed={arguments.tuning_seed}"]
             options = [*arms.overrides_of(arm), *settings[arm], *options]
-            return read(train(out / "tuning" / f"{arm}-{lr:g}", options))["after"]
+            directory = train(out / "tuning" / f"{arm}-{lr:g}", options)
+            if arguments.lr_by == "gain":
+                score(directory)
+            return read(directory)[OUTCOMES[arguments.lr_by]]
 
         jobs = list(product(names, arguments.lrs))
-        accuracy = dict(zip(jobs, pool.map(tried, jobs), strict=True))
+        outcomes = dict(zip(jobs, pool.map(tried, jobs), strict=True))
         for arm in names:
-            best = arms.best_rate({lr: accuracy[arm, lr] for lr in arguments.lrs})
+            best = arms.best_rate({lr: outcomes[arm, lr] for lr in arguments.lrs})
             settings[arm].append(f"optimizer.lr={best}")
     return settings
 
@@ -171,10 +199,12 @@ def read(directory: Path) -> dict:
     records = arms.records_of(directory)
     steps = [record for record in records if record.get("grad_norm") is not None]
     accuracies = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
+    gained = paired.gains([directory])
     return {
         "before": accuracies[0],
         "after": accuracies[-1],
         "worst": min(accuracies),
+        "gain": gained and float(gained[0].sum() / gained[1].sum()),
         "grad_norm": mean(r["grad_norm"] for r in steps),
         "kept_rows": mean(r["kept_rows"] for r in steps),
         "tokens_trained": sum(r["tokens_trained"] for r in steps)
@@ -218,6 +248,7 @@ def summarize(selector: str, runs: list[dict]) -> dict:
         "mean": mean(after),
         "std": stdev(after) if len(after) > 1 else None,
         "worst": min(run["worst"] for run in runs),
+        "gain": _mean_known([run["gain"] for run in runs]),
         "grad_norm": mean(run["grad_norm"] for run in runs),
         "kept_rows": mean(run["kept_rows"] for run in runs),
         "tokens_trained": mean(run["tokens_trained"] for run in runs),
@@ -267,10 +298,11 @@ def as_comparison(rows: list[dict], reference: str, margin: float) -> Table:
     """Lay out each arm's differences from the reference."""
     [own] = [row for row in rows if row["selector"] == reference]
     number, seconds = _spent(own)
+    gain = "" if own["gain"] is None else f", gain {own['gain']:.4f}"
     table = Table(
         box=SIMPLE,
-        title=f"minus {reference} ({' '.join([*own['settings'], number])} rows, {seconds} CPU s): "
-        "paired over seeds and problems, 95 %",
+        title=f"minus {reference} ({' '.join([*own['settings'], number])} rows, {seconds} CPU s"
+        f"{gain}): paired over seeds and problems, 95 %",
         caption=f"not inferior: above −{margin:g} of accuracy, −{GAIN_MARGIN:.0%} of {reference}'s "
         "gain, as protocol.json has it from before the runs; rows trained on and processor "
         "seconds, start and evaluations included, are means over seeds",
