@@ -647,6 +647,14 @@ def test_a_student_of_experts_needs_sequence_parallelism_with_tensor_parallelism
     user.check("student.parallel={tp: 2, sequence: true}")
 
 
+def test_ranks_do_not_share_sequences_of_a_student_of_experts(user):
+    user.model("student", Qwen3MoeConfig, **EXPERTS)
+    refused(
+        lambda: user.check("student.parallel={tp: 1, cp: 2}", world_size=4),
+        "student.parallel.cp: 2 with the experts of", "has to be 1",
+    )  # fmt: skip
+
+
 def test_sequence_parallel_padding_counts(user):
     """49 tokens fit 49, but TP2 with sequence parallelism runs even numbers of them."""
     overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
