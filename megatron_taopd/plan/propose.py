@@ -51,8 +51,8 @@ class Proposal:
 def grids(hf: PretrainedConfig, gpus: int, gpus_per_node: int, stages: int = 8) -> Iterator[Grid]:
     """Yield the layouts that divide a model and the GPUs.
 
-    TP stays inside a node; there is no context parallelism; there are a few stages and, of a mixture of experts, every EP. With TP,
-    a layout comes with and without sequence parallelism.
+    TP stays inside a node; nothing is context parallel; there are a few stages and, of a mixture of
+    experts, every EP. With TP, a layout comes with and without sequence parallelism.
     """
     for tp, pp in product(divisors(gpus_per_node), range(1, stages + 1)):
         if gpus % (tp * pp):
