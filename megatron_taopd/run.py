@@ -210,7 +210,7 @@ class Run:
         records = [*self.monitor.records]
         if metrics:
             records.append({"step": step, **metrics})
-        return model_card(self.config, records, step, len(self.rollouts.token_ids))
+        return model_card(self.config, records, step, len(self.rollouts.mix.prompts))
 
     def _save(
         self,
@@ -236,7 +236,7 @@ class Run:
             "horizon": self.observer.horizon.state(),
             "guard": self.guard.state(),
             "schedule_step": self.student.last_step - (train.steps - step) * train.mini_batches,
-            "num_prompts": len(self.rollouts.token_ids),
+            "num_prompts": len(self.rollouts.mix.prompts),
             "start": self.start,
         }
         card = self._card(step, metrics)

@@ -55,6 +55,10 @@ CASES = {
         student=dict(tp=2, pp=2, cp=4, sequence=True), teacher=dict(tp=1, pp=1, cp=4),
         ranks=[0, 21, 43, 63], trained=1.0,
     ),
+    "tp2-pp2, average": dict(
+        student=dict(tp=2, pp=2), teacher=dict(tp=1, pp=2), ranks=[0, 63], average=True,
+        export_bytes=150_000,
+    ),
 }  # fmt: skip
 
 

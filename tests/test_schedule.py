@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_taopd.config.schema import RolloutSection
 from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.mix import Mix
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.step.extensions.horizon import Horizon
 
@@ -25,11 +27,13 @@ class Recorder:
         return SimpleNamespace(result=lambda: self.log.append(("end", step)))
 
 
-def schedule(ahead, consumed=0, horizon=32):
+def schedule(ahead, consumed=0, horizon=32, **keys):
+    prompts = SimpleNamespace(token_ids=PROMPTS, references=[[5]] * len(PROMPTS), valid=None)
+    mix = Mix(RolloutSection(prompts=2, **keys), prompts, seed=0)
     stream = PromptStream(len(PROMPTS), shuffle=False, consumed=consumed)
     sampling = Sampling(max_new_tokens=32)
     rule = Horizon(horizon, longest=32, floor=1, prompt_weight=0.5)
-    return RolloutSchedule(Recorder(), PROMPTS, stream, 2, sampling, rule, ahead)
+    return RolloutSchedule(Recorder(), mix, stream, sampling, rule, ahead)
 
 
 def test_on_policy_a_batch_is_generated_in_its_step():
@@ -74,3 +78,22 @@ def test_an_interrupted_step_gives_its_prompts_back(ahead):
     rollouts.run_ahead(2)
     rollouts.rewind(before)
     assert (rollouts.consumed, rollouts.next) == (2, None)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_steps_that_take_more_prompts_are_given_back_and_resumed_as_well(ahead):
+    """With a share of the data, and two samples, steps take 2, 3, 2, 3 prompts."""
+    keys = {"samples": 2, "mix": {"dataset": 0.25}}
+    rollouts = schedule(ahead, **keys)
+    taken = []
+    for step in (1, 2, 3):
+        rollouts.take(step)
+        rollouts.run_ahead(step)
+        taken.append(rollouts.consumed)
+        resumed = schedule(ahead, consumed=taken[-1], **keys)
+        resumed.take(step + 1)
+        resumed.run_ahead(step + 1)
+        assert resumed.consumed == [5, 7, 10][step - 1]
+    assert taken == [2, 5, 7]
+    rollouts.rewind(5)
+    assert (rollouts.consumed, rollouts.next) == (5, None)

@@ -30,6 +30,7 @@ NUMBERS = {
     "rollout.samples": COUNT,
     "rollout.max_new_tokens": COUNT,
     "rollout.horizon_floor": COUNT,
+    "rollout.warmup_steps": NOT_NEGATIVE,
     "rollout.horizon_prompt_weight": NOT_NEGATIVE,
     "rollout.temperature": POSITIVE,
     "rollout.top_p": SHARE,
@@ -38,6 +39,7 @@ NUMBERS = {
     "rollout.ahead": ("-1", "2", "0 or 1"),
     "rollout.sync.bucket_mib": COUNT,
     "rollout.sync.max_gap": POSITIVE,
+    "teacher.ema": DECAY,
     "teacher.topk": COUNT,
     "selection.ratio": SHARE,
     "selection.k": COUNT,
@@ -108,6 +110,8 @@ SWITCHES = {
         )
     },
     **{f"{name}.template_kwargs": ("5", "mapping") for name in ("data", "teacher")},
+    **{f"rollout.{name}": ("NGRAM", "mapping") for name in ("speculative", "mix")},
+    "teacher.source": ("itself", "['path', 'student', 'student_ema']"),
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),
@@ -136,8 +140,8 @@ SWITCHES = {
 # Any text will do; what it names is looked at later.
 TEXTS = {
     "run.dir", "run.name", "student.path", "teacher.path", "data.prompts", "data.prompt_column",
-    "data.answer_column", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
-    "rollout.horizon",
+    "data.answer_column", "data.response_column", "data.excluded_column", "data.system",
+    "data.cache_dir", "eval.prompts", "rollout.sync.dir", "rollout.horizon",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",
     "teacher.servers.api_key_env", "teacher.system", "teacher.context_column",

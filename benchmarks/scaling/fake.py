@@ -131,7 +131,7 @@ def _bytes_sent(op: str, args, group) -> float:
 CONFIG = """
 run: {{dir: run}}
 student: {{path: {student_dir}, parallel: {student}}}
-teacher: {{path: {teacher_dir}, parallel: {teacher}}}
+teacher: {{path: {teacher_dir}, parallel: {teacher}, source: {source}}}
 data: {{prompts: none.jsonl, max_prompt_tokens: {prompt}}}
 rollout: {{prompts: {sequences}, max_new_tokens: {response}}}
 selection: {{ratio: 0.3, k: {k}}}
@@ -160,11 +160,14 @@ def make_setup(directory: Path, world_size: int, case: dict) -> tuple[Setup, str
     paths = str(directory / "student"), str(directory / "teacher")
     for config, path in zip((small, large), paths, strict=True):
         config.save_pretrained(path)
+    if case.get("average"):
+        paths = paths[0], paths[0]
     text = CONFIG.format(
         student_dir=paths[0],
         teacher_dir=paths[1],
         student=json.dumps(case["student"]),
         teacher=json.dumps(case.get("teacher", {"tp": 1, "pp": 1})),
+        source="student_ema" if case.get("average") else "path",
         sequences=case.get("sequences", world_size),
         prompt=case.get("prompt", 6),
         response=case.get("response", 10),

@@ -109,6 +109,9 @@ class Step:
             chunk = rows_within(setup.head_memory, columns)
             self.heads = NamedOutputHeads(self.student.head_weight, head, shard, chunk)
             object.__setattr__(self.heads, "phase", phase)  # frozen
+        if setup.average:
+            head = self.heads and self.heads.teacher
+            self.teacher.follow(self.student.keep_average(0.99), head)
         self.batch = make_batch(setup)
         self.kept = kept_rows(setup, self.batch)
         self.distiller = Distiller(

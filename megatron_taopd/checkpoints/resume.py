@@ -33,11 +33,13 @@ FIXED = {
     "data.shuffle": _PROMPTS,
     "data.limit": _PROMPTS,
     "data.prompt_column": _PROMPTS,
+    "data.response_column": _PROMPTS,
     "data.template": _PROMPTS,
     "data.template_kwargs": _PROMPTS,
     "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
+    "teacher.source": "a run has one teacher",
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,
@@ -46,6 +48,8 @@ FIXED = {
     "teacher.context_overflow": _PROMPTS,
     "teacher.max_prompt_tokens": _PROMPTS,
 }
+# What keys were before they existed.
+_ONCE = {"teacher.source": "path"}
 # Keys whose files have to stay as they were, wherever they lie, and why.
 FIXED_FILES = {
     "student.path": "the weights that are resumed are that one's",
@@ -148,7 +152,7 @@ def refusals(
         before, now: as `start_of` gives them. What either does not know is not compared.
     """
     for key, reason in FIXED.items():
-        old, new = value(before["config"], key), value(now["config"], key)
+        old, new = (_fixed_value(start["config"], key) for start in (before, now))
         if old is not _UNKNOWN and old != new:
             yield (
                 f"{key}: {_written(new)}, and {_written(old)} when {run_dir} was begun: {reason}",
@@ -187,6 +191,12 @@ def value(config: Mapping[str, Any], key: str) -> Any:
         return tree.get(name, _UNKNOWN) if isinstance(tree, Mapping) else _UNKNOWN
 
     return reduce(inside, key.split("."), config)
+
+
+def _fixed_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key of FIXED, whether or not it existed when the configuration was read."""
+    found = value(config, key)
+    return _ONCE.get(key, _UNKNOWN) if found is _UNKNOWN else found
 
 
 def _written(setting: Any) -> str:

@@ -67,6 +67,10 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             f"{' '.join(overrides)}: a list for what is a mapping in {path}; write {{…}} there"
         ) from None
     _check_keys(tree, Config)
+    teacher = tree.get("teacher", {})
+    is_student = "path" not in teacher and teacher.get("source") in ("student", "student_ema")
+    if is_student:
+        teacher["path"] = "${student.path}"
     try:
         values: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), tree), resolve=True, throw_on_missing=True
@@ -77,6 +81,8 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             if value := values[section][name]:
                 base = Path(path).parent if in_file else Path()
                 values[section][name] = _absolute(key, value, base)
+        if is_student:  # wherever that is written
+            values["teacher"]["path"] = values["student"]["path"]
         config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -211,7 +217,7 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif _takes_mapping(types[name]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(
-                    f"{key}: {value!r}; a mapping, such as {{enable_thinking: false}}, is expected"
+                    f"{key}: {value!r}; a mapping, such as {{name: value}}, is expected"
                 )
         elif isinstance(value, dict):
             raise ValueError(f"{key}: {value!r} is a section; one value is expected")

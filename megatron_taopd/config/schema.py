@@ -241,6 +241,18 @@ class TeacherSection:
     path: str = key(
         MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
     )
+    source: Literal["path", "student", "student_ema"] = key(
+        "path",
+        "Where the teacher's weights come from. `path`: the checkpoint of that key. `student`: the "
+        "student's own before the first step, frozen. `student_ema`: a moving average of the "
+        "student's over its updates. With the last two, `path` is `student.path` and left out.",
+    )
+    ema: float = key(
+        0.99,
+        "With `source: student_ema`, what stays of the average at each update; 0: the teacher is "
+        "the student.",
+        DECAY,
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )
@@ -309,6 +321,17 @@ class DataSection:
     answer_column: str = key(
         "answer", "GSM8K: `answer`; DAPO-Math-17k: `reward_model.ground_truth`."
     )
+    response_column: str | None = key(
+        None,
+        "Column of `prompts` with a reference response for each prompt, which `rollout.mix` and "
+        "`rollout.warmup_steps` train on: text, or messages whose last one is the assistant's. It "
+        "may be `prompt_column` itself, whose prompts then lose that message.",
+    )
+    excluded_column: str | None = key(
+        None,
+        "Column of `prompts` with the characters of the reference response that are read and not "
+        "trained on, tool output say: `[[start, end], …]`, or null.",
+    )
     template: Literal["auto", "chat", "plain"] = key(
         "auto",
         "`chat` applies the tokenizer's chat template, `plain` joins the messages; `auto` is chat "
@@ -329,8 +352,8 @@ class DataSection:
     )
     deduplicate: bool = key(
         True,
-        "Leave out rows of `prompts` whose prompt and answer are those of a row before; the log "
-        "has their number. Held-out prompts are all asked.",
+        "Leave out rows of `prompts` whose prompt and answer, and reference response if there is "
+        "one, are those of a row before; the log has their number. Held-out prompts are all asked.",
     )
     cache_dir: str | None = key(
         None,
@@ -405,6 +428,20 @@ class RolloutSection:
     )
     stream: bool = key(
         True, "The teacher reads responses as they finish; false: when all have finished."
+    )
+    mix: dict[str, float] | None = key(
+        None,
+        "`{dataset: 0.2}`: this share of the sequences are reference responses of the data "
+        "(`data.response_column`) instead of the student's own; exact over the steps.",
+    )
+    warmup_steps: int = key(
+        0, "The first steps train on reference responses only; nothing is generated.", NOT_NEGATIVE
+    )
+    speculative: dict[str, Any] | None = key(
+        None,
+        "Speculative decoding by the run's own servers on CUDA, with SGLang's options: "
+        "`{algorithm: NGRAM, num_draft_tokens: 8}`, or `EAGLE`, `EAGLE3`, `STANDALONE` with a "
+        "`draft_model_path`; see docs/sglang.md.",
     )
 
 

@@ -26,6 +26,7 @@ from megatron_taopd.config.schema import (
     TeacherSection,
     check_bounds,
 )
+from megatron_taopd.config.speculative import check_speculative
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hub import is_model
@@ -53,6 +54,7 @@ def check_values(config: Config, ranks: int | None = None) -> None:
 def check_sections(config: Config) -> None:
     """Compare values with their bounds and with each other. Raises as `check_values`."""
     check_bounds(config)
+    _check_source(config)
     _check_context(config.teacher)
     _check_selection(config)
     _check_replay(config)
@@ -120,6 +122,8 @@ def _check_profile(config: Config) -> None:
 def _check_rollout(config: Config) -> None:
     rollout = config.rollout
     _check_horizon(rollout.horizon, rollout.max_new_tokens)
+    check_speculative(rollout)
+    _check_mix(config)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -128,6 +132,34 @@ def _check_rollout(config: Config) -> None:
                     f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
                     f"is that of unwarped sampling; it has to be {wanted}"
                 )
+
+
+def _check_mix(config: Config) -> None:
+    """Refuse references that nobody has, and losses that need to know how they were sampled."""
+    rollout, data = config.rollout, config.data
+    for name in rollout.mix or ():
+        if name != "dataset":
+            raise ValueError(f"rollout.mix.{name}: unknown key; known here: dataset")
+    if rollout.mix is not None and not 0 < (share := rollout.mix.get("dataset", 0.0)) <= 1:
+        raise ValueError(f"rollout.mix.dataset: {share}; it has to be in (0, 1]")
+    if data.excluded_column is not None and data.response_column is None:
+        raise ValueError(
+            f"data.excluded_column: {data.excluded_column!r}, but there are no reference "
+            "responses; name data.response_column"
+        )
+    for key in ("mix", "warmup_steps"):
+        if not (value := getattr(rollout, key)):
+            continue
+        if data.response_column is None:
+            raise ValueError(
+                f"rollout.{key}: {value} takes reference responses; name data.response_column"
+            )
+        if config.loss.kind == "sampled_token":
+            raise ValueError(
+                f"loss.kind: sampled_token with rollout.{key}: {value}: nobody has sampled a "
+                "reference response, so that it has no importance ratio; take a divergence, or "
+                "leave the references out"
+            )
 
 
 def _check_horizon(horizon: Any, longest: int) -> None:
@@ -305,9 +337,38 @@ def _check_micro_batch(config: Config, model: str) -> None:
         )
 
 
+def _check_source(config: Config) -> None:
+    """Refuse a teacher that is the student and something else as well, or has nothing to teach."""
+    teacher, student = config.teacher, config.student
+    if teacher.source != "path" and teacher.path != student.path:
+        raise ValueError(
+            f"teacher.path: {teacher.path} with teacher.source {teacher.source}, which takes the "
+            f"weights of student.path {student.path}; leave one of them out"
+        )
+    if teacher.source == "student_ema":
+        if teacher.engine == "sglang":
+            raise ValueError(
+                "teacher.source: student_ema with teacher.engine sglang, whose servers keep the "
+                "weights that they start with; give teacher.engine megatron, or source student"
+            )
+    elif teacher.ema != TeacherSection.ema:
+        raise ValueError(
+            f"teacher.ema: {teacher.ema} with teacher.source {teacher.source}, which has no "
+            "average; give teacher.source student_ema, or leave it out"
+        )
+    own = teacher.context_column, teacher.system, teacher.template_kwargs
+    if teacher.source != "path" and own == (None, None, None):
+        raise ValueError(
+            f"teacher.source: {teacher.source}, and the teacher reads what the student reads, so "
+            "that it has nothing to teach; name teacher.context_column, or give it its own "
+            "teacher.system or teacher.template_kwargs"
+        )
+
+
 def _check_context(teacher: TeacherSection) -> None:
     """Refuse keys of a teacher's own reading that would have no effect."""
     own = {
+        "template_kwargs": teacher.template_kwargs,
         "system": teacher.system,
         "context_column": teacher.context_column,
         "max_prompt_tokens": teacher.max_prompt_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from math import lcm
 from pathlib import Path
@@ -20,6 +20,7 @@ from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache
 from megatron_taopd.data.context import TeacherContext, longest_that_fits
 from megatron_taopd.data.records import content_of
+from megatron_taopd.data.references import ReferenceReader
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.data.rows import Row, Rows
 from megatron_taopd.data.sources import Source, sources_of
@@ -44,6 +45,9 @@ class Prompts:
         contexts: how many of the prompts have a context for the teacher.
         cut: how many of these contexts have lost their end.
         parts: of files with weights, in their order: (how many of the prompts are its own, weight).
+        references: the ids of each prompt's reference response, its end included; None where no
+            column has them.
+        valid: which of these tokens are valid; None where all are.
     """
 
     token_ids: Sequence[list[int]]
@@ -56,6 +60,8 @@ class Prompts:
     contexts: int = 0
     cut: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    references: cache.Ragged[list[int]] | None = None
+    valid: cache.Ragged[list[bool]] | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -114,8 +120,19 @@ def tokenised(
     data: DataSection,
     answer_column: str | None = None,
     teacher: TeacherReader | None = None,
+    end: int | None = None,
 ) -> Path:
-    """Return the cache entry of prompts, which is made if need be; see `load_prompts`."""
+    """Return the cache entry of prompts, which is made if need be; see `load_prompts`.
+
+    Args:
+        end: the id that ends a reference response; None: `data.response_column` is not read.
+
+    Raises:
+        ValueError: also where a prompt has no reference response and `end` is given; how many have
+            none, and the first of them.
+    """
+    if end is None:
+        data = replace(data, response_column=None)
     renderers = [Renderer(tokenizer, data.template, data.template_kwargs)]
     context, limits = TeacherContext(), [data.max_prompt_tokens]
     if teacher is not None:
@@ -141,6 +158,7 @@ def tokenised(
             "weights": [str(source.weight) for source in sources],
             "renderers": fingerprints[: len(renderers)],
             "columns": [data.prompt_column, data.answer_column, answer_column],
+            "references": [data.response_column, data.excluded_column, end],
             "context": astuple(context),
             "deduplicate": data.deduplicate,
             "system": data.system,
@@ -152,7 +170,8 @@ def tokenised(
     entry = cache.place(data.cache_dir) / key
     if cache.about(entry) is None:
         with cache.written(entry) as (aside, about):
-            writer = _Writer(aside, renderers, limits, data, answer_column, context)
+            reader = None if end is None else ReferenceReader(tokenizer, end)
+            writer = _Writer(aside, renderers, limits, data, answer_column, context, reader)
             for source, own in zip(sources, files, strict=True):
                 writer.add(source, own)
             about |= writer.close([source.weight for source in sources])
@@ -172,6 +191,7 @@ class _Writer:
     Args:
         renderers: of the student, and of the teacher if it reads something else.
         limits: tokens of the longest prompt for each of them.
+        reader: of reference responses; None: none are asked for.
     """
 
     def __init__(
@@ -182,7 +202,9 @@ class _Writer:
         data: DataSection,
         answer_column: str | None,
         context: TeacherContext,
+        reader: ReferenceReader | None = None,
     ):
+        self.reader, self.masked = reader, reader is not None and data.excluded_column is not None
         self.renderers, self.limits, self.context = renderers, limits, context
         self.data, self.answer_column = data, answer_column
         self.sizes = list[int]()
@@ -194,6 +216,8 @@ class _Writer:
         self.answers = None
         if answer_column is not None:
             self.answers = cache.Column(directory, "answers", "u1")
+        self.references = cache.Column(directory, "references", "<i4") if reader else None
+        self.valid = cache.Column(directory, "valid", "u1") if self.masked else None
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
@@ -207,14 +231,23 @@ class _Writer:
                     _rendered(renderer, batch, messages)
                     for renderer, messages in zip(self.renderers, told, strict=False)
                 ]
+                fitting = []
                 for row, *renderings in zip(batch, *ids, strict=True):
                     contexts += row.context is not None
                     if not self._fit(row, renderings):
                         dropped += 1
                         continue
                     found += 1
+                    fitting.append(row)
                     self._write(row, renderings)
+                self._write_references(fitting)
                 shown.advance(rows.read - shown.done)
+        if rows.unanswered:
+            raise ValueError(
+                f"{rows.unanswered[0]}: column {self.data.response_column!r} "
+                f"(data.response_column) has no reference response, and so it is with "
+                f"{len(rows.unanswered)} of {rows.read} rows; give each one, or take them out"
+            )
         if not rows.read:
             raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
         if not found:
@@ -274,10 +307,20 @@ class _Writer:
         if self.answers is not None and row.answer is not None:
             self.answers.append(row.answer.encode())
 
+    def _write_references(self, rows: Sequence[Row]) -> None:
+        references = [row.reference for row in rows if row.reference is not None]
+        if self.reader is None or self.references is None or not references:
+            return
+        for ids, valid in self.reader(references):
+            self.references.append(ids)
+            if self.valid is not None:
+                self.valid.append(bytes(valid))
+
     def close(self, weights: Sequence[Any]) -> dict[str, Any]:
         """Return what is to be known of the entry."""
-        for column in (*self.ids, self.messages, *([self.answers] if self.answers else [])):
-            column.close()
+        for column in (*self.ids, self.messages, self.answers, self.references, self.valid):
+            if column is not None:
+                column.close()
         parts = []
         if len(weights) > 1:
             whole = lcm(*(weight.denominator for weight in weights))
@@ -287,6 +330,8 @@ class _Writer:
             "parts": parts,
             "teacher": self.differ,
             "answers": self.answers is not None,
+            "references": self.references is not None,
+            "valid": self.valid is not None,
         }
 
 
@@ -319,6 +364,11 @@ def open_prompts(entry: Path) -> Prompts:
     teacher = None
     if about["teacher"]:
         teacher = cache.column(entry, "teacher_ids", "<i4", np.ndarray.tolist)
+    references = valid = None
+    if about["references"]:
+        references = cache.column(entry, "references", "<i4", np.ndarray.tolist)
+    if about["valid"]:
+        valid = cache.column(entry, "valid", "u1", _flags)
     return Prompts(
         token_ids=ids,
         texts=cache.Ragged(messages.values, messages.offsets, _last_text),
@@ -330,7 +380,13 @@ def open_prompts(entry: Path) -> Prompts:
         contexts=about["contexts"],
         cut=about["cut"],
         parts=tuple((size, weight) for size, weight in about["parts"]),
+        references=references,
+        valid=valid,
     )
+
+
+def _flags(values: np.ndarray) -> list[bool]:
+    return values.astype(bool).tolist()
 
 
 def _text(values: np.ndarray) -> str:

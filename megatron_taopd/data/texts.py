@@ -40,6 +40,11 @@ class Texts:
             if teacher.max_prompt_tokens is not None:
                 limits += " or teacher.max_prompt_tokens"
             yield f"{prompts.dropped} prompts dropped: over {limits}"
+        if prompts.references is not None:
+            longest = config.rollout.max_new_tokens
+            over = int((prompts.references.lengths() > longest).sum())
+            cut = f"; {over} of them are cut at rollout.max_new_tokens {longest}" if over else ""
+            yield f"{len(prompts)} reference responses in {config.data.response_column!r}{cut}"
         if teacher.context_column is not None:
             cut = f"; {prompts.cut} of these are cut" if prompts.cut else ""
             yield (
@@ -100,8 +105,17 @@ def held_out_prompts(config: Config, student: Vocabulary) -> Prompts:
 
 
 def _training(config: Config, student: Vocabulary, teacher: Vocabulary) -> Path:
-    reader = teacher_reader(config.teacher, teacher)
-    return tokenised(config.data.prompts, student.tokenizer, config.data, teacher=reader)
+    reader, data = teacher_reader(config.teacher, teacher), config.data
+    end = None
+    if data.response_column is not None:
+        end = student.ending_at(config.rollout.stop_token_ids).roles().get("end of turn")
+        if end is None:
+            raise ValueError(
+                f"data.response_column: {data.response_column!r}: no special token ends a response "
+                "of the student, so that a reference response would have no end; name one in "
+                "rollout.stop_token_ids"
+            )
+    return tokenised(data.prompts, student.tokenizer, data, teacher=reader, end=end)
 
 
 def teacher_reader(section: TeacherSection, teacher: Vocabulary) -> TeacherReader | None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, TeacherSection
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.evaluation.in_loop import grader_name
 from megatron_taopd.formats.hf import CARD
@@ -53,7 +53,7 @@ def model_card(
     records = [record for record in records if record["step"] <= step]
     before, now = (_evaluation(records, at) for at in (0, step))
     name = config.run.name or Path(config.run.dir).name
-    student, teacher = hub_name(config.student.path), hub_name(config.teacher.path)
+    student = hub_name(config.student.path)
     held_out = ", ".join(_data_names(config.eval.prompts)) if config.eval.prompts else None
     data_sets = [name for name in _data_names(config.data.prompts) if "/" in name]
     data = ModelCardData(
@@ -72,7 +72,7 @@ def model_card(
         str(_TEMPLATE),
         name=name,
         student=student,
-        teacher=teacher,
+        teacher=_teacher(config.teacher),
         step=step,
         steps=config.train.steps,
         held_out=held_out,
@@ -88,6 +88,15 @@ def model_card(
         versions=_versions(config),
     )
     return card.content
+
+
+def _teacher(section: TeacherSection) -> str:
+    """Name the teacher, or say which of the student's own weights it has."""
+    if section.source == "student":
+        return "its own weights before training"
+    if section.source == "student_ema":
+        return f"a moving average of its own weights ({section.ema:g} stays at each update)"
+    return hub_name(section.path)
 
 
 def hub_name(path: str) -> str:
@@ -161,7 +170,7 @@ def _training(
     if total["kept_rows"] is not None and total["valid_rows"]:
         budget += f": the loss fell on {total['kept_rows']:,} of {total['valid_rows']:,}"
     return [
-        ("teacher", hub_name(config.teacher.path)),
+        ("teacher", _teacher(config.teacher)),
         ("student before", hub_name(config.student.path)),
         ("data", f"{', '.join(_data_names(config.data.prompts))}, {num_prompts:,} prompts"),
         ("steps", f"{total['steps']:,} of {train.steps:,}"),

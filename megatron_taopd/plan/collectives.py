@@ -256,15 +256,23 @@ def _rollout(setup: Setup) -> list[Collective]:
 
 
 def _teacher(setup: Setup, rank: int) -> list[Collective]:
-    found, grid, work = [], setup.teacher_grid, setup.workload.as_read
+    found, grid, work = _average(setup, rank), setup.teacher_grid, setup.workload.as_read
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
-        found = read.forward("teacher", "teacher")
+        found += read.forward("teacher", "teacher")
     world = setup.gpus
     moved = rows_moved(setup)
     sent = moved.sent[rank] * teacher_row(setup)
     calls = exchange.rounds(moved.most)
     return [*found, Collective("exchange", "all_to_all", "world", world, world, calls, sent)]
+
+
+def _average(setup: Setup, rank: int) -> list[Collective]:
+    """List those of `models.average.WeightAverage.fill`."""
+    if not setup.average:
+        return []
+    there_and_back = _over_dp(setup, rank, "teacher", "all_gather", setup.itemsize, times=2)
+    return [*there_and_back, *_export(setup, rank, "teacher")]
 
 
 def teacher_row(setup: Setup) -> int:
@@ -476,7 +484,7 @@ def _gradients(setup: Setup, rank: int) -> list[Collective]:
     model, grid = setup.student, setup.student_grid
     stage = grid.stage(rank)
     last = stage == grid.pp - 1
-    found = _over_dp(setup, rank, "gradients", "reduce_scatter", 4)
+    found = _over_dp(setup, rank, "gradients", "reduce_scatter", 4, setup.mini_batches)
     # What every rank of the TP group has whole, and has seen a part of the tokens or heads for.
     norms = model.layers // grid.pp * 2 * model.head_dim * model.qk_norm
     if grid.sequence:
@@ -493,12 +501,14 @@ def _gradients(setup: Setup, rank: int) -> list[Collective]:
 
 
 def _optimizer(setup: Setup, rank: int) -> list[Collective]:
-    return _over_dp(setup, rank, "optimizer", "all_gather", setup.itemsize)
+    return _over_dp(setup, rank, "optimizer", "all_gather", setup.itemsize, setup.mini_batches)
 
 
-def _over_dp(setup: Setup, rank: int, phase: str, op: str, itemsize: int) -> list[Collective]:
-    """List those of each buffer of the student, a call a bucket and optimizer step."""
-    grid, steps = setup.student_grid, setup.mini_batches
+def _over_dp(
+    setup: Setup, rank: int, phase: str, op: str, itemsize: int, times: int
+) -> list[Collective]:
+    """List those of each buffer of the student, so many times a call a bucket."""
+    grid = setup.student_grid
     return [
         Collective(
             phase,
@@ -506,15 +516,15 @@ def _over_dp(setup: Setup, rank: int, phase: str, op: str, itemsize: int) -> lis
             "student dp" if buffer.apart == 1 else "student experts' dp",
             buffer.ranks,
             grid.tp * grid.data_ranks,
-            steps * len(buffer.buckets),
-            steps * links.gather_bytes(itemsize * buffer.elements, buffer.ranks),
+            times * len(buffer.buckets),
+            times * links.gather_bytes(itemsize * buffer.elements, buffer.ranks),
         )
         for buffer in student_buffers(setup.student, grid, grid.stage(rank))
     ]
 
 
-def _sync(setup: Setup, rank: int) -> list[Collective]:
-    """List those of `models.weights.export_weights`, and of a rank's groups with its servers."""
+def _export(setup: Setup, rank: int, phase: str) -> list[Collective]:
+    """List those of `models.weights.export_weights`."""
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     parameters = exported(model, grid)
     sizes = [e * p.elements for p in parameters]
@@ -528,15 +538,20 @@ def _sync(setup: Setup, rank: int) -> list[Collective]:
         [*packing.pack([e * p.elements for p in own], [p.owner for p in own], packing.EXPORT_BYTES)]
     )
     over_ep = e * sum(p.shard for p in own)
-    found = [
+    return [
         Collective(
-            "sync", "broadcast", "student ep", grid.ep, grid.tp * grid.ep, of_experts, over_ep
+            phase, "broadcast", "student ep", grid.ep, grid.tp * grid.ep, of_experts, over_ep
         ),
-        Collective("sync", "broadcast", "student pp", grid.pp, span, calls, over_pp),
-        Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
+        Collective(phase, "broadcast", "student pp", grid.pp, span, calls, over_pp),
+        Collective(phase, "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
     ]
+
+
+def _sync(setup: Setup, rank: int) -> list[Collective]:
+    """List those of the weights' export, and of a rank's groups with its servers."""
+    found = _export(setup, rank, "sync")
     if servers := sources(setup)[rank]:
-        whole = e * model.elements
+        whole = setup.itemsize * setup.student.elements
         calls = servers * -(-whole // setup.sync_bucket)
         ranks = setup.rollout.tp + 1  # a group with each server
         found.append(

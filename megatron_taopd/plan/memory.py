@@ -35,6 +35,8 @@ REMEDIES = {
     "student weights": "student.parallel.tp or pp",
     "gradients": "student.parallel.tp or pp",
     "optimizer states": "student.parallel.tp or pp, or more GPUs",
+    "moving average": "student.parallel.tp or pp, or more GPUs",
+    "average on its way": "student.parallel.tp or pp, or more GPUs",
     "gather buffer": "train.micro_batch_tokens",
     "teacher trunk": "teacher.parallel.tp, pp or ep, or teacher.offload: true",
     "teacher head": "student.parallel.tp",
@@ -112,6 +114,8 @@ def phases(
         "gradients": elements * 4,
         "optimizer states": optimizer_bytes(owned, e),
     }
+    if setup.average:
+        resident["moving average"] = owned * 4
     if grid.sequence:  # one buffer for all layers' gathered inputs, which Megatron keeps
         resident["gather buffer"] = tokens * student.hidden * e
     if last and not setup.columns_only:
@@ -149,8 +153,11 @@ def phases(
         # Servers give memory back once every answer is read (`engine.offload`), streamed or not.
         by_teacher = work.as_read.share(own, setup.micro_batch_tokens)
         at_a_time = by_teacher.tokens_at_a_time
-        forward = {"forward pass": forward_bytes(teacher, own, at_a_time, e, by_teacher.cp)}
-        found["teacher"] = resident | servers | read | forward
+        at_hand = {"forward pass": forward_bytes(teacher, own, at_a_time, e, by_teacher.cp)}
+        # Before it, the student's own weights are put aside.
+        if setup.average and (moved := owned * e + _export(setup)) > at_hand["forward pass"]:
+            at_hand = {"average on its way": moved}
+        found["teacher"] = resident | servers | read | at_hand
     most = max(sends * reads, *scored.values(), row) // row
     in_transit = sends * reads // rounds(most)
     found["exchange"] = resident | {"rows read": reads} | scored | {"rows in transit": in_transit}
@@ -204,13 +211,13 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
     """Count what a rank holds in the memory of its host, by item.
 
     A save keeps 12 bytes of every element that the rank's optimizer owns, its fp32 weight and
-    moments, and the model's own weight (`checkpoints.shards`), in pinned memory that stays for the
-    next one. An offloaded teacher stays in pinned memory for the whole run. Neither is rounded up
-    (`parallel.copies.HostCopies`).
+    moments, 4 more of a moving average, and the model's own weight (`checkpoints.shards`), in
+    pinned memory that stays for the next one. An offloaded teacher stays in pinned memory for the
+    whole run. Neither is rounded up (`parallel.copies.HostCopies`).
     """
     student, grid, own = setup.student, setup.student_grid, setup.teacher_grid
     owned = optimizer_elements(student_buffers(student, grid, place.stage), grid.data_ranks)
-    found = {"a save": owned * (12 + setup.itemsize)}
+    found = {"a save": owned * (12 + 4 * setup.average + setup.itemsize)}
     if own is not None and setup.offload:
         elements = parameter_elements(setup.teacher, own, place.teacher_stage, head=False)
         found["offloaded teacher"] = elements * setup.itemsize
@@ -424,11 +431,8 @@ def _rollout(setup: Setup) -> dict[str, int]:
     }
 
 
-def _sync(setup: Setup) -> dict[str, int]:
-    """Count the bytes of a bucket of the export, its shards and a whole parameter, and of buckets.
-
-    A rank that broadcasts to servers has two of these: one on its way, one being filled.
-    """
+def _export(setup: Setup) -> int:
+    """Count the bytes of a bucket of the export, its shards and a whole parameter."""
     e, grid = setup.itemsize, setup.student_grid
     whole = setup.student.largest * e
     together = min(max(whole, EXPORT_BYTES), setup.student.elements * e)
@@ -437,9 +441,18 @@ def _sync(setup: Setup) -> dict[str, int]:
         found += together // grid.tp
     if grid.tp > 1:
         found += together + whole
+    return found
+
+
+def _sync(setup: Setup) -> dict[str, int]:
+    """Count the bytes of the export, and of buckets on their way to servers.
+
+    A rank that broadcasts to servers has two of these: one on its way, one being filled.
+    """
+    found = _export(setup)
     if setup.rollout is not None:
         buckets = 1 + (setup.sync_way == "distributed")
-        found += buckets * min(setup.sync_bucket, setup.student.elements * e)
+        found += buckets * min(setup.sync_bucket, setup.student.elements * setup.itemsize)
     return {"whole tensors": found}
 
 

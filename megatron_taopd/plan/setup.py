@@ -39,6 +39,7 @@ class Workload:
         kept: share of response rows that is trained on.
         trained: share of tokens that training runs, after the cuts.
         context: tokens that the teacher reads besides the prompt (`teacher.context_column`).
+        references: share of the sequences that are not generated (`rollout.mix`).
     """
 
     sequences: int
@@ -47,6 +48,12 @@ class Workload:
     kept: float
     trained: float = 1.0
     context: int = 0
+    references: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        """Return how many of the sequences are the student's own."""
+        return round(self.sequences * (1 - self.references))
 
     @property
     def length(self) -> int:
@@ -125,6 +132,7 @@ class Setup:
     Attributes:
         teacher, teacher_grid: the grid is None of a served teacher.
         columns_only: the teacher gives its top-K, so that no head of it is here.
+        average: the teacher follows a moving average of the student (`teacher.source`).
         weighted: kept rows have weights of their own (`loss.weights`).
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
@@ -150,6 +158,7 @@ class Setup:
     k: int
     offload: bool
     columns_only: bool
+    average: bool
     weighted: bool
     batch_size: int
     rollout: Servers | None
@@ -212,6 +221,7 @@ class Setup:
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
             max(0, config.teacher_prompt_tokens - config.data.max_prompt_tokens),
+            (rollout.mix or {}).get("dataset", 0.0),
         )
         prompt = max(config.data.max_prompt_tokens, config.teacher_prompt_tokens)
         longest = prompt + rollout.max_new_tokens
@@ -235,6 +245,7 @@ class Setup:
             k=config.selection.k,
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
+            average=teacher.source == "student_ema",
             weighted=config.loss.weights != "none",
             batch_size=rollout.batch_size,
             rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,

@@ -71,6 +71,7 @@ def _work(setup: Setup) -> Work:
         kept_rows=max(1, round(work.kept * work.sequences * work.response)),
         replayed=is_replayed(setup),
         recompute=setup.recompute,
+        generated=(torch.arange(work.sequences) < work.generated) * work.response,
     )
 
 
@@ -86,13 +87,15 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
         "time/scoring": seconds["scoring"],
         "time/training": seconds["training"] + seconds["optimizer"],
         "time/step": step_seconds(phases, setup.ahead),
-        "rollout/tokens_per_second": run.num_rows / seconds["rollout"],
         "valid_rows": run.num_rows,
+        "tokens_generated": (generated := int(run.generated.sum())),
         "tokens_rolled_out": setup.workload.sequences * setup.workload.length,
         "tokens_read": int(run.read.sum()),
         "tokens_scored": int(run.scored.sum()),
         "tokens_trained": int(run.trained.sum()),
     }
+    if generated:
+        record["rollout/tokens_per_second"] = generated / seconds["rollout"]
     if setup.teacher_grid is None:
         record["teacher/tokens_per_second"] = record["tokens_read"] / seconds["teacher"]
     peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
@@ -154,7 +157,9 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
     layer_seconds = cluster.local_layer_us * 1e-6 if served is None else 0.0
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction) * tp
     memory_rate = cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction * tp
-    pending = -(-work.sequences // replicas)
+    pending = -(-work.generated // replicas)
+    if not pending:
+        return Phase(0.0, {"prefill": 0.0, "decode": 0.0})
     batch = min(at_once, pending)
     waves = -(-pending // batch)
     prompts = torch.full((pending,), work.prompt)
@@ -209,6 +214,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
             resident * setup.itemsize / (cluster.pcie_gb_s * 1e9 * cluster.link_fraction)
         )
         seconds += parts["weights to the device"]
+    if setup.average:
+        # Gathered over the data-parallel ranks and put back; between that, as in `sync`.
+        parts["average"] = 2 * _gather_weights(setup, cluster) + sum(
+            _export(setup, cluster).values()
+        )
+        seconds += parts["average"]
     return Phase(seconds, parts)
 
 
@@ -320,16 +331,38 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
 def optimizer(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate Adam over a rank's share, and the weights' all-gather, which nothing overlaps."""
     model, grid = setup.student, setup.student_grid
-    update = gather = 0.0
+    update, gather = 0.0, _gather_weights(setup, cluster)
     for stage in range(grid.pp):
         buffers = student_buffers(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
-        moved = optimizer_elements(buffers, grid.data_ranks) * (4 * 8 + setup.itemsize)
+        # An average reads the weight, and is read and written.
+        moved = optimizer_elements(buffers, grid.data_ranks) * (
+            4 * (11 if setup.average else 8) + setup.itemsize
+        )
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
-        bytes_ = links.buffer_bytes(buffers, setup.itemsize)
-        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks))
     parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
     return Phase(sum(parts.values()), parts)
+
+
+def _gather_weights(setup: Setup, cluster: Cluster) -> float:
+    """Return the seconds of the weights' all-gather over the data-parallel ranks."""
+    grid = setup.student_grid
+    bytes_ = max(
+        links.buffer_bytes(student_buffers(setup.student, grid, stage), setup.itemsize)
+        for stage in range(grid.pp)
+    )
+    return bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
+
+
+def _export(setup: Setup, cluster: Cluster) -> dict[str, float]:
+    """Return the seconds until whole tensors are on every rank."""
+    shards = sum(p.shard for p in exported(setup.student, setup.student_grid))
+    grid = setup.student_grid
+    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
+    return {
+        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
+        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
+    }
 
 
 def sync(setup: Setup, cluster: Cluster) -> Phase:
@@ -338,14 +371,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
     The next bucket is gathered while this one is sent; what goes down the pipeline shares the
     network with what goes to servers.
     """
-    model, grid = setup.student, setup.student_grid
-    shards = sum(parameter.shard for parameter in exported(model, grid))
-    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
-    parts = {
-        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
-        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
-    }
-    whole = model.elements * setup.itemsize
+    parts = _export(setup, cluster)
+    whole = setup.student.elements * setup.itemsize
     if setup.rollout is None:
         parts["copy"] = 2 * whole / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction)
     elif setup.sync_way == "disk":
@@ -363,7 +390,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
 
 def checkpoint(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate writing weights and optimizer states to the file system, all ranks together."""
-    bytes_ = setup.student.elements * (setup.itemsize + (8 if setup.itemsize == 4 else 12))
+    state = (8 if setup.itemsize == 4 else 12) + 4 * setup.average
+    bytes_ = setup.student.elements * (setup.itemsize + state)
     seconds = bytes_ / (cluster.storage_gb_s * 1e9)
     return Phase(seconds, {"written": seconds})
 

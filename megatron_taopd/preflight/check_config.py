@@ -110,17 +110,12 @@ def _check_vocabulary(config: Config) -> None:
             f"{config.teacher.path}; it has to be own"
         )
     data, own = config.data, config.teacher.template_kwargs
-    rendering = {config.student.path: (student, data.template_kwargs, "data")}
+    rendering = [(config.student.path, student, data.template_kwargs, "data")]
     if (reader := teacher_reader(config.teacher, teacher)) is not None:
         reader.context.check()
         kwargs = data.template_kwargs if own is None else own
-        rendering[config.teacher.path] = (teacher, kwargs, "teacher")
-    elif own is not None:
-        raise ValueError(
-            f"teacher.template_kwargs: {own}, but the teacher reads the student's rendering "
-            "(teacher.prompt: student); take it out"
-        )
-    for path, (vocabulary, kwargs, section) in rendering.items():
+        rendering.append((config.teacher.path, teacher, kwargs, "teacher"))
+    for path, vocabulary, kwargs, section in rendering:
         if data.template == "chat" and not vocabulary.tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"

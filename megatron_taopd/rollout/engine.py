@@ -137,6 +137,7 @@ def make_rollout_batch(
     log_probs: Sequence[Tensor],
     truncated: Sequence[bool],
     weight_versions: Sequence[Tensor],
+    valid: Sequence[Tensor] | None = None,
 ) -> RolloutBatch:
     """Lay N sequences end to end.
 
@@ -145,6 +146,7 @@ def make_rollout_batch(
         responses: N tensors [n] of token ids.
         log_probs: N tensors [n], the log-probability of each of these tokens.
         weight_versions: N tensors [n], the weights that generated it.
+        valid: N tensors [n] bool, the tokens that have rows; None: all.
     """
     pieces = [
         piece
@@ -152,12 +154,15 @@ def make_rollout_batch(
         for piece in (torch.tensor(prompt, dtype=torch.int64), response.to("cpu", torch.int64))
     ]
     lengths = torch.tensor([0] + [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    mask = None if valid is None else torch.cat([*valid])
+    rows = slice(None) if mask is None else mask
     return RolloutBatch(
         tokens=torch.cat(pieces),
         cu_seqlens=lengths.cumsum(0),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
-        log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs]),
+        log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs])[rows],
         truncated=torch.tensor(truncated, dtype=torch.bool),
         prompts=torch.tensor(prompt_indices, dtype=torch.int64),
-        weight_versions=torch.cat([versions.long() for versions in weight_versions]),
+        weight_versions=torch.cat([versions.long() for versions in weight_versions])[rows],
+        valid=mask,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_taopd.config.schema import Config, RolloutSection
+from megatron_taopd.config.speculative import server_args
 from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.data.texts import Texts
 from megatron_taopd.formats.hf import DTYPES
@@ -17,6 +18,7 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.rollout import weight_sync
 from megatron_taopd.rollout.engine import RolloutEngine, Sampling
 from megatron_taopd.rollout.local import LocalEngine
+from megatron_taopd.rollout.mix import Mix
 from megatron_taopd.rollout.schedule import RolloutSchedule
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving.begin import api_key_of, begin_servers, open_own, wait_for_servers
@@ -48,6 +50,7 @@ def begin_rollout_servers(config: Config, fixed_weights: bool = False) -> Future
         DTYPES[config.train.precision],
         Path(config.run.dir) / "servers" / "rollout",
         fixed_weights=fixed_weights,
+        args=server_args(config.rollout.speculative),
     )
 
 
@@ -115,7 +118,5 @@ def open_rollouts(
     stream = PromptStream(
         len(prompts), config.run.seed, config.data.shuffle, consumed, prompts.parts
     )
-    sampling = sampling_of(section)
-    return RolloutSchedule(
-        engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead
-    )
+    mix = Mix(section, prompts, config.run.seed)
+    return RolloutSchedule(engine, mix, stream, sampling_of(section), horizon, section.ahead)

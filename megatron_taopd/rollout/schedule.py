@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.rollout.engine import Pending, RolloutEngine, Sampling
+from megatron_taopd.rollout.mix import Mix
 from megatron_taopd.step.extensions.horizon import Horizon
 
 
@@ -17,34 +17,34 @@ class Begun:
     Attributes:
         step: that trains on it.
         length: the longest response, where the horizon has it.
+        consumed: prompts before those of this batch.
     """
 
     step: int
     pending: Pending
     length: int
+    consumed: int
 
 
 class RolloutSchedule:
     """Batches in the order of the prompts, begun `ahead` steps before they are trained on.
 
     Args:
-        token_ids: of every prompt.
-        prompts: per step.
+        mix: says how many prompts a step takes, and who answers them.
         ahead: 0, on policy, or 1: a batch is one step old when it is trained on.
     """
 
     def __init__(
         self,
         engine: RolloutEngine,
-        token_ids: Sequence[Sequence[int]],
+        mix: Mix,
         stream: PromptStream,
-        prompts: int,
         sampling: Sampling,
         horizon: Horizon,
         ahead: int = 0,
     ):
-        self.engine, self.token_ids, self.stream = engine, token_ids, stream
-        self.prompts, self.sampling, self.horizon, self.ahead = prompts, sampling, horizon, ahead
+        self.engine, self.mix, self.stream = engine, mix, stream
+        self.sampling, self.horizon, self.ahead = sampling, horizon, ahead
         self.next: Begun | None = None
 
     @property
@@ -53,7 +53,7 @@ class RolloutSchedule:
 
         A batch that is only begun does not count: a run that resumes begins it again.
         """
-        return self.stream.consumed - (self.prompts if self.next else 0)
+        return self.next.consumed if self.next else self.stream.consumed
 
     def take(self, step: int) -> Begun:
         """Return the batch of this step, begun now or ahead."""
@@ -77,8 +77,9 @@ class RolloutSchedule:
         self.stream.consumed, self.next = consumed, None
 
     def _begin(self, step: int) -> Begun:
-        indices = self.stream.take(self.prompts)
+        consumed = self.stream.consumed
+        indices = self.stream.take(self.mix.prompts_of(step))
         length = self.horizon.length(step)
         sampling = replace(self.sampling, max_new_tokens=length)
-        prompts = [self.token_ids[i] for i in indices]
-        return Begun(step, self.engine.submit(prompts, indices, step, sampling), length)
+        pending = self.mix.submit(self.engine, indices, step, sampling)
+        return Begun(step, pending, length, consumed)

@@ -334,7 +334,10 @@ class SGLangEngine:
             return {}
         counts, self.counts = self.counts, Counter()
         counts.update(self.replicas.take_counts())
-        return {
+        accepted = {}
+        if counts["verifications"]:
+            accepted["rollout/acceptance_length"] = counts["tokens"] / counts["verifications"]
+        return accepted | {
             "rollout/retries": counts["retries"],
             "rollout/timeouts": counts["timeouts"],
             "rollout/restarts": counts["restarts"],

@@ -26,7 +26,7 @@ from megatron_taopd.types import RolloutBatch
 
 POLL_S = 0.1  # how often rank 0 looks for what other ranks have, and replicas without weights
 COUNTS = (
-    *("tokens", "prompt", "cached", "retractions", "milliseconds"),
+    *("tokens", "prompt", "cached", "retractions", "verifications", "milliseconds"),
     *("retries", "timeouts", "restarts"),
 )
 FAILED = -1  # instead of a number of responses
@@ -307,6 +307,7 @@ class Generating:
             prompt=meta.prompt_tokens,
             cached=meta.cached_tokens,
             retractions=meta.num_retractions,
+            verifications=meta.spec_verify_ct,
             milliseconds=round(1000 * (time.monotonic() - self.started)),
         )
         return response, counts

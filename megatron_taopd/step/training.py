@@ -29,6 +29,8 @@ from megatron_taopd.step.output_heads import OutputHeads, TopkOutputHeads
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.types import RolloutBatch, WantedRows
 
+OF_REFERENCES = "loss_of_references"
+
 
 def train_on(
     scored: ScoredBatch,
@@ -116,7 +118,8 @@ def backward(
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
-        every rank. `head_rows`, the most rows of a micro-batch on this data-parallel rank.
+        every rank. Of a batch with references also OF_REFERENCES, what their rows add to the loss.
+        `head_rows`, the most rows of a micro-batch on this data-parallel rank.
 
     Raises:
         Fault: the loss is not finite, on every rank alike.
@@ -142,21 +145,37 @@ def backward(
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
-        total, metrics = kept_row_loss(
-            loss,
-            heads,
-            pick_rows(hidden_states, micro_batch.rows, layout),
-            teacher_rows.at(micro_batch.row_ids),
-            micro_batch.targets,
-            to_device(batch.log_probs[micro_batch.row_ids], device),
-            None if weights is None else to_device(weights.of_rows(micro_batch), device),
-        )
+        hidden = pick_rows(hidden_states, micro_batch.rows, layout)
+        read = teacher_rows.at(micro_batch.row_ids)
+        log_probs = to_device(batch.log_probs[micro_batch.row_ids], device)
+        own = None if weights is None else to_device(weights.of_rows(micro_batch), device)
+
+        def over(rows: Tensor | slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return kept_row_loss(
+                loss,
+                heads,
+                hidden[rows],
+                read[rows],
+                micro_batch.targets[rows],
+                log_probs[rows],
+                None if own is None else own[rows],
+            )
+
+        if batch.references is None:
+            total, metrics = over(slice(None))
+        else:  # one source after the other, so that the loss of each is known
+            of_data = batch.references[batch.sequences_of(micro_batch.row_ids)]
+            ours, _ = over(to_device((~of_data).nonzero()[:, 0], device))
+            theirs, _ = over(to_device(of_data.nonzero()[:, 0], device))
+            total, metrics = ours + theirs, {OF_REFERENCES: theirs.detach()}
         count = torch.full((), len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
 
     with outputs:
         sums = student.forward_backward(assigned.micro_batches, loss_func, num_rows, num_tokens)
     names = "loss", *metric_names(loss.kind)
+    if batch.references is not None:
+        names = *names, OF_REFERENCES
     totals = _global_sums(sums, names, layout)
     means = {name: total / max(num_rows, 1) for name, total in zip(names, totals, strict=True)}
     if not math.isfinite(means["loss"]):

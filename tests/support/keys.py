@@ -23,6 +23,8 @@ BF16 = "test_keys_step.py::test_everything_is_in_the_precision_of_the_run"
 RECOMPUTE = "test_keys_step.py::test_recomputation_runs_parts_of_the_layers_twice"
 BOUNDS = "test_keys_step.py::test_micro_batches_and_logits_stay_within_their_bounds"
 OFFLOAD = "test_keys_step.py::test_an_offloaded_teacher_moves"
+SELF = "test_keys_step.py::test_the_student_teaches_itself_with_its_first_weights"
+AVERAGE = "test_keys_step.py::test_the_teacher_is_an_average_of_the_student"
 ADAM = "test_keys_step.py::test_the_optimizer_is_adamw"
 ROLLOUT = "test_keys_rollout.py::test_prompts_and_responses_are_those_asked_for"
 SEED = "test_keys_rollout.py::test_the_seed_orders_prompts_and_draws_another_mask_each_step"
@@ -43,6 +45,8 @@ CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
 PROFILE = "test_profiling.py::test_a_trace_has_the_spans_of_the_step_that_was_asked_for"
 NO_CUDA = "test_profiling.py::test_profiles_of_cuda_are_refused_without_it"
+MIX = "test_mix.py::test_a_step_of_both_sources_is_that_of_dense_float64"
+DRAFTS = "test_speculative.py::test_drafts_are_refused_without_cuda"
 PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
@@ -68,6 +72,8 @@ KEYS: dict[str, dict[str, str]] = {
     "student.moe.router": {"frozen": EXPERTS},
     "student.moe.aux_loss": {"0.3": EXPERTS},
     "teacher.path": {ANY: STEP},
+    "teacher.source": {"student": SELF, "student_ema": AVERAGE},
+    "teacher.ema": {"0.6": AVERAGE},
     "teacher.engine": {"sglang": OWN},
     "teacher.servers.urls": {ANY: FOUND},
     "teacher.servers.replicas": {"3": OWN},
@@ -102,6 +108,8 @@ KEYS: dict[str, dict[str, str]] = {
     "data.prompts": {ANY: ROLLOUT},
     "data.prompt_column": {"task.asks": ROLLOUT},
     "data.answer_column": {"task.says": ROLLOUT},
+    "data.response_column": {"solution": MIX},
+    "data.excluded_column": {"hidden": MIX},
     "data.template": {"plain": ROLLOUT, "chat": CHAT},
     "data.template_kwargs": {"{ends: gets}": KWARGS},
     "data.system": {"Tom has nuts .": ROLLOUT},
@@ -149,6 +157,9 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.batch_size": {"5": ROLLOUT},
     "rollout.ahead": {"1": OWN},
     "rollout.stream": {"false": STREAM},
+    "rollout.mix": {"{dataset: 0.25}": MIX},
+    "rollout.warmup_steps": {"1": MIX},
+    "rollout.speculative": {"{algorithm: NGRAM, num_draft_tokens: 8}": DRAFTS},
     "selection.selector": {
         name: STEP
         for name in (
