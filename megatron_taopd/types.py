@@ -273,6 +273,12 @@ class WantedRows:
         return cls(counts, lengths, ids)
 
     @property
+    def known_ids(self) -> Tensor:
+        """[k] int64, the wanted rows that are known here, where they are not all rows."""
+        assert self.ids is not None, "all rows are wanted"
+        return self.ids
+
+    @property
     def num_rows(self) -> int:
         """The wanted rows of all sequences."""
         return int(self.counts.sum())
@@ -284,8 +290,12 @@ class WantedRows:
         """
         if self.ids is None:
             return batch.rows_of(sequences)
-        first, end = (torch.searchsorted(self.ids, batch.cu_rows[sequences + i]) for i in (0, 1))
-        return self.ids[ranges(first, end - first)]
+        return self.between(batch.cu_rows[sequences], batch.cu_rows[sequences + 1])
+
+    def between(self, first: Tensor, end: Tensor) -> Tensor:
+        """[r] int64, the wanted rows known here of the runs [first, end) of rows, [n] each."""
+        starts, ends = (torch.searchsorted(self.known_ids, rows) for rows in (first, end))
+        return self.known_ids[ranges(starts, ends - starts)]
 
     def within(self, batch: Sequences, chosen: Tensor) -> WantedRows:
         """Want what this wants of some sequences; chosen: [N] bool."""

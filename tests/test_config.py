@@ -463,8 +463,7 @@ def test_overrides_that_are_refused(user, override, parts):
     ("overrides", "parts"),
     [
         # Not offered
-        ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
-        ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
+        ("teacher.parallel.context=2", ("teacher.parallel.context: unknown key", "cp")),
         ("rollout.engine=vllm", ("rollout.engine", "'vllm'", "one of ['local', 'sglang']")),
         ("teacher.engine=vllm", ("teacher.engine", "'vllm'", "one of ['megatron', 'sglang']")),
         (
@@ -810,6 +809,14 @@ def test_a_student_of_experts_needs_sequence_parallelism_with_tensor_parallelism
     user.check("student.parallel={tp: 2, sequence: true}")
 
 
+def test_ranks_do_not_share_sequences_of_a_student_of_experts(user):
+    user.model("student", Qwen3MoeConfig, **EXPERTS)
+    refused(
+        lambda: user.check("student.parallel={tp: 1, cp: 2}", world_size=4),
+        "student.parallel.cp: 2 with the experts of", "has to be 1",
+    )  # fmt: skip
+
+
 def test_sequence_parallel_padding_counts(user):
     """49 tokens fit 49, but TP2 with sequence parallelism runs even numbers of them."""
     overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
@@ -819,6 +826,18 @@ def test_sequence_parallel_padding_counts(user):
         "train.micro_batch_tokens: 49",
         "at least 50",
     )
+
+
+def test_padding_of_shared_sequences_counts(user):
+    """49 tokens in four equal chunks take 52, and 56 where TP2 halves those of a rank."""
+    overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
+    for keys, least in (("{tp: 1, cp: 2}", 52), ("{tp: 4, cp: 2, sequence: true}", 56)):
+        parallel = f"teacher.parallel={keys}"
+        refused(lambda p=parallel: user.check(*overrides, p), f"give at least {least}")
+    refused(
+        lambda: user.check("student.parallel={tp: 2, cp: 2}", world_size=2),
+        "student.parallel: tp 2 × cp 2 × pp 1 = 4 does not divide", "multiple of 4",
+    )  # fmt: skip
 
 
 # Models

@@ -95,7 +95,9 @@ NUMBERS = {
         }.items()
     },
     **{
-        f"{m}.parallel.{name}": COUNT for m in ("student", "teacher") for name in ("tp", "pp", "ep")
+        f"{m}.parallel.{name}": COUNT
+        for m in ("student", "teacher")
+        for name in ("tp", "pp", "cp", "ep")
     },
 }
 # Of each key that is no number, something of another type or another name, and the words.

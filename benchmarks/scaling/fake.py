@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -178,7 +179,7 @@ def make_setup(directory: Path, world_size: int, case: dict) -> tuple[Setup, str
     )
     (directory / "run.yaml").write_text(text)
     config = configuration.load(directory / "run.yaml", [])
-    setup = Setup.of(config, world_size, trained_share=0.75)
+    setup = Setup.of(config, world_size, trained_share=case.get("trained", 0.75))
     # By default more than one chunk of rows in each micro-batch of scoring.
     columns = setup.student.vocab // setup.student_grid.tp
     budget = logits_bytes(1 << 20, case.get("chunk_rows", 6), columns)
@@ -198,8 +199,9 @@ def record(setup: Setup, paths: tuple[str, str], rank: int) -> Recorder:
             ("scoring", setup.student, setup.student_grid, work.length - 1),
             ("training", setup.student, setup.student_grid, trained),
         ):
-            together = min(work.sequences_of(grid.dp), micro // length)
-            tokens = -(-together * length // grid.shards)
+            share = replace(work, prompt=length, response=0).share(grid, micro)
+            multiple = grid.shards if share.cp == 1 else lcm(2, grid.shards)
+            tokens = -(-share.tokens_at_a_time // multiple) * multiple // grid.shards
             recorder.shapes[phase] = (tokens, 1, model.hidden)
         with recorder, named_backward(recorder):
             step.run()

@@ -100,7 +100,7 @@ def _size(
         work.sequences,
         str(grid),
         str(setup.teacher_grid or "served"),
-        work.micro_batches(grid.dp, setup.micro_batch_tokens),
+        work.share(grid, setup.micro_batch_tokens).micro_batches,
         seconds,
         step,
         efficiency,
@@ -138,7 +138,8 @@ def _seconds(
         # As if all answers came at once, when the last one is generated.
         "client": CLIENT_S * rows / 1e6 / max(1, len(clients(setup))) * bool(setup.rollout),
         "selection": sum(c.bytes for c in collectives if c.phase == "selection") / rate,
-        "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.dp) / 1e6,
+        "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.data_ranks)
+        / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),
     }
 

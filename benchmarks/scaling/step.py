@@ -89,8 +89,8 @@ class Step:
         self.setup, self.phase = setup, phase
         grid, own = setup.student_grid, setup.teacher_grid
         dtype = torch.float32 if setup.itemsize == 4 else torch.bfloat16
-        self.layout = student_layout(grid.tp, grid.pp, grid.sequence)
-        teacher_layout = forward_layout(own.tp, own.pp, own.sequence)
+        self.layout = student_layout(grid.tp, grid.pp, grid.sequence, cp=grid.cp)
+        teacher_layout = forward_layout(own.tp, own.pp, own.sequence, cp=own.cp)
         load, weights.load_weights = weights.load_weights, draw_weights
         try:
             self.student = megatron_taopd.models.student.Student(

@@ -66,7 +66,6 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         raise ValueError(
             f"{' '.join(overrides)}: a list for what is a mapping in {path}; write {{…}} there"
         ) from None
-    context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
     teacher = tree.get("teacher", {})
     is_student = "path" not in teacher and teacher.get("source") in ("student", "student_ema")
@@ -92,13 +91,6 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         elif isinstance(error, InterpolationResolutionError | InterpolationKeyError):
             reason += "; set it, or write the value itself"
         raise ValueError(f"{error.full_key}: {reason}") from None
-    if context_parallel:
-        tokens, prompt = config.train.micro_batch_tokens, config.data.max_prompt_tokens
-        raise ValueError(
-            f"{context_parallel}: context parallelism is not offered; without it the longest "
-            f"response is train.micro_batch_tokens {tokens} − data.max_prompt_tokens {prompt} = "
-            f"{tokens - prompt} tokens"
-        )
     return config
 
 
@@ -205,19 +197,6 @@ def _read_overrides(overrides: Sequence[str]):
     except yaml.YAMLError as error:
         message = f"{' '.join(overrides)}: a value is not YAML: {' '.join(str(error).split())}"
         raise ValueError(message) from None
-
-
-def _pop_context_parallel(tree: dict) -> str | None:
-    """Take every key that asks for context parallelism out of the tree; return the first."""
-    found = []
-    for model in ("student", "teacher"):
-        parallel = tree[model].get("parallel") if isinstance(tree.get(model), dict) else None
-        if not isinstance(parallel, dict):
-            continue
-        for name in list(parallel):
-            if name == "cp" or str(name).startswith("context"):
-                found.append(f"{model}.parallel.{name}: {parallel.pop(name)}")
-    return found[0] if found else None
 
 
 def _check_keys(tree: dict, section: type, prefix: str = "") -> None:

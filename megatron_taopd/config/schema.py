@@ -129,12 +129,26 @@ class ParallelSection:
 
     tp: int = key(1, "Tensor-parallel ranks.", COUNT)
     pp: int = key(1, "Pipeline-parallel stages.", COUNT)
+    cp: int = key(
+        1,
+        "Context-parallel ranks, which share `train.micro_batch_tokens`: a sequence that does not "
+        "fit the part of one of them is cut into 2·`cp` chunks, two for each. Without "
+        "TransformerEngine the student's core attention is then always computed again in the "
+        "backward pass.",
+        COUNT,
+    )
     sequence: bool = key(
         False,
         "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
         "`tp` times.",
     )
     ep: int = key(1, "Expert-parallel ranks, among the data-parallel ones.", COUNT)
+
+    @property
+    def sizes(self) -> str:
+        """Write out what divides the ranks."""
+        context = f"cp {self.cp} × " if self.cp > 1 else ""
+        return f"tp {self.tp} × {context}pp {self.pp}"
 
 
 @dataclass(frozen=True)
@@ -502,7 +516,9 @@ class TrainSection:
     """The length of the training, its pieces and its precision."""
 
     steps: int = key(100, "Rollout batches.", COUNT)
-    micro_batch_tokens: int = key(4096, "The most tokens that a rank runs at a time.", COUNT)
+    micro_batch_tokens: int = key(
+        4096, "The most tokens that a rank, or a group of `cp` ranks, runs at a time.", COUNT
+    )
     mini_batches: int = key(1, "Optimizer steps per rollout batch.", COUNT)
     schedule: Literal["two_pass", "replay"] = key(
         "two_pass",

@@ -31,6 +31,7 @@ from megatron_taopd.config.speculative import check_speculative
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hub import is_model
+from megatron_taopd.parallel.packing import batch_multiple
 
 
 def check_values(config: Config, ranks: int | None = None) -> None:
@@ -358,7 +359,7 @@ def _port(url: str) -> int:
 def _check_micro_batch(config: Config, model: str) -> None:
     """Refuse micro-batches that cannot hold a model's longest sequence."""
     parallel: ParallelSection = getattr(config, model).parallel
-    multiple = parallel.tp if parallel.sequence else 1
+    multiple = batch_multiple(parallel.tp, parallel.cp, parallel.sequence)
     capacity = config.train.micro_batch_tokens // multiple * multiple
     key, prompt = config.prompt_limit(model)
     longest = prompt + config.rollout.max_new_tokens
@@ -443,16 +444,16 @@ def check_layouts(config: Config, ranks: int | None, whose: str = "the number of
     for model in ("student", "teacher"):
         parallel = getattr(config, model).parallel
         _check_micro_batch(config, model)
-        size = parallel.tp * parallel.pp
+        size = parallel.tp * parallel.cp * parallel.pp
         if ranks is not None and ranks % size:
             raise ValueError(
-                f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {size} does not divide "
+                f"{model}.parallel: {parallel.sizes} = {size} does not divide "
                 f"{whose} {ranks}; start a multiple of {size}"
             )
     if ranks is None:
         return
     rollout, parallel = config.rollout, config.student.parallel
-    data_parallel = ranks // (parallel.tp * parallel.pp)
+    data_parallel = ranks // (parallel.tp * parallel.cp * parallel.pp)
     if rollout.prompts * rollout.samples < data_parallel:
         raise ValueError(
             f"rollout.prompts: {rollout.prompts} × rollout.samples {rollout.samples} are fewer "

@@ -170,7 +170,7 @@ class Pair:
         """
         layout = self.student.layout
         assigned = batching.assign(batch, WantedRows.all(batch), layout, self.micro_batch_tokens)
-        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned.owner)
+        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
             chunks = compare_hidden(

@@ -64,23 +64,65 @@ class Workload:
         """Return the same step as the teacher's trunk reads it."""
         return replace(self, prompt=self.prompt + self.context, context=0)
 
-    def sequences_of(self, dp: int) -> int:
-        """Count the sequences of the data-parallel rank that has most."""
-        return -(-self.sequences // dp)
+    def share(self, grid: Grid, micro_batch_tokens: int) -> Share:
+        """Say what the data rank that has most has of this step (`data.batching.plan`)."""
+        capacity = micro_batch_tokens // grid.cp
+        if grid.cp == 1 or self.length <= capacity // grid.shards * grid.shards:
+            sequences = -(-self.sequences // grid.data_ranks)
+            together = min(sequences, max(1, capacity // self.length))
+            return Share(grid.data_ranks, 1, sequences, together, self.length, self.response)
+        padded = -(-self.length // (2 * grid.cp)) * 2 * grid.cp
+        sequences = -(-self.sequences // grid.dp)
+        together = min(sequences, max(1, micro_batch_tokens // padded))
+        rows = max(rows_by_rank(self.length - 1, self.prompt - 1, grid.cp))
+        return Share(grid.dp, grid.cp, sequences, together, padded // grid.cp, rows)
 
-    def rows_of(self, dp: int) -> int:
-        return self.sequences_of(dp) * self.response
 
-    def micro_batches(self, dp: int, capacity: int) -> int:
-        """Count a data-parallel rank's micro-batches, sequences being packed whole."""
-        return -(-self.sequences_of(dp) // max(1, capacity // self.length))
+@dataclass(frozen=True)
+class Share:
+    """What a data rank has of a pass over sequences of one length, packed whole or in chunks.
 
-    def rows_at_a_time(self, dp: int, capacity: int) -> int:
-        """Count the response rows of the fullest micro-batch."""
-        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.response
+    Attributes:
+        ranks: data ranks, or groups of them that share sequences, to which sequences are dealt.
+        cp: ranks of such a group; 1: sequences are whole.
+        sequences: that it runs, or its part of.
+        together: of the fullest micro-batch.
+        length, response: tokens and rows of each that are here.
+    """
 
-    def tokens_at_a_time(self, dp: int, capacity: int) -> int:
-        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.length
+    ranks: int
+    cp: int
+    sequences: int
+    together: int
+    length: int
+    response: int
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.response
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.sequences // self.together)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        return self.together * self.response
+
+    @property
+    def tokens_at_a_time(self) -> int:
+        return self.together * self.length
+
+
+def rows_by_rank(length: int, first: int, cp: int) -> list[int]:
+    """Count the rows from position `first` to the end of a sequence that each rank has of it."""
+    chunk = -(-length // (2 * cp))
+    counts = [max(0, min((k + 1) * chunk, length) - max(k * chunk, first)) for k in range(2 * cp)]
+    return [counts[rank] + counts[-1 - rank] for rank in range(cp)]
 
 
 @dataclass(frozen=True)
@@ -245,7 +287,7 @@ def _read_model(name: str, path: str, served: bool):
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
     dp = rules.check_grid(name, section.path, parallel, hf, gpus)
-    return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
+    return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep, parallel.cp)
 
 
 def _length(key: str, given: int | None, longest: int) -> int:

@@ -121,9 +121,9 @@ def step_seconds(phases: dict[str, Phase], waits: int = 0) -> float:
 
 def is_replayed(setup: Setup) -> bool:
     """Tell whether training replays the layers' outputs: asked for, and within their memory."""
-    work, grid = setup.workload, setup.student_grid
-    tokens = work.sequences_of(grid.dp) * work.length
-    outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)
+    grid = setup.student_grid
+    share = setup.workload.share(grid, setup.micro_batch_tokens)
+    outputs = replay_bytes(setup.student, grid, share.tokens, setup.itemsize)
     return setup.replay and outputs <= setup.replay_memory
 
 
@@ -216,9 +216,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
         operations += (grid.tp - 1) * inner * work.sequences * work.length
     forward = _forward(setup, cluster, model, grid, operations)
     parts = {"compute": forward.compute, "tensor parallel": forward.tensor}
+    if grid.cp > 1:
+        parts["context parallel"] = forward.context
     if grid.ep > 1:
         parts["experts"] = forward.experts
     stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage, grid.pp, forward.micro_batches)
     parts = {name: forward.micro_batches * value for name, value in parts.items()}
     parts["bubble"] = seconds - forward.micro_batches * stage
@@ -245,10 +248,10 @@ def exchange(setup: Setup, cluster: Cluster) -> Phase:
     width = setup.teacher.hidden
     if setup.columns_only:
         width = (2 * setup.k + 1) * 4 // setup.itemsize
-    teacher_dp, teacher_tp = (own.dp, own.tp) if own is not None else (1, 1)
+    readers, teacher_tp = (own.data_ranks, own.tp) if own is not None else (1, 1)
     rows = work.sequences * work.response
     sent, received = links.hidden_state_bytes(
-        rows, width, setup.itemsize, grid.tp, grid.dp, teacher_dp, teacher_tp
+        rows, width, setup.itemsize, grid.tp, grid.data_ranks, readers, teacher_tp
     )
     seconds = max(sent, received) / _link_rate(setup, cluster, setup.gpus)
     return Phase(seconds, {"all-to-all": seconds})
@@ -259,7 +262,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
     model, grid, work = setup.student, setup.student_grid, setup.workload
     lengths = torch.full((work.sequences,), work.length - 1)
     forward = _forward(setup, cluster, model, grid, model.cost.trunk(lengths))
-    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    rows = work.share(grid, setup.micro_batch_tokens).rows_at_a_time
     per_row = model.cost.per_row + (0 if setup.columns_only else setup.teacher.cost.per_row)
     heads = rows * per_row / grid.tp / _compute_rate(setup, cluster, cluster.head_fraction)
     collective = links.score_bytes(rows, setup.k, grid.tp) + links.pick_rows_bytes(
@@ -267,6 +270,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
     )
     heads += collective / _link_rate(setup, cluster, grid.tp)
     stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, forward.micro_batches)
     count = forward.micro_batches
     return Phase(
@@ -274,6 +278,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
         {
             "compute": count * forward.compute,
             "tensor parallel": count * forward.tensor,
+            **({"context parallel": count * forward.context} if grid.cp > 1 else {}),
             **({"experts": count * forward.experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": seconds - count * (stage + heads),
@@ -301,15 +306,18 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     ) + links.trunk_backward_bytes(tokens, model.hidden, layers, e, grid.tp, grid.sequence)
     tensor = tensor_bytes / _link_rate(setup, cluster, grid.tp)
     count = forward.micro_batches
-    rows = -(-kept // (grid.dp * count))
-    heads = head_operations / (grid.dp * grid.tp * count)
+    rows = -(-kept // (grid.data_ranks * count))
+    heads = head_operations / (grid.data_ranks * grid.tp * count)
     heads /= _compute_rate(setup, cluster, cluster.head_fraction)
     picked = links.pick_rows_bytes(
         tokens, rows, model.hidden, e, grid.tp, grid.sequence, backward=True
     )
     heads += (links.loss_bytes(rows, grid.tp) + picked) / _link_rate(setup, cluster, grid.tp)
+    # Keys and values are gathered for the attention that is computed again, too, and their
+    # gradients reduced.
+    context = 3 * forward.context * work.trained
     experts = (2 + again) * forward.experts * work.trained  # forward, again, and backward
-    stage = forward.compute + tensor + experts + 2 * forward.pipeline * work.trained
+    stage = forward.compute + tensor + experts + context + 2 * forward.pipeline * work.trained
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, count)
     bubble = seconds - count * (stage + heads)
 
@@ -318,7 +326,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     reduce, exposed = 0.0, 0.0
     for index in range(grid.pp):
         buffers = student_buffers(model, grid, index)
-        own = links.buffer_bytes(buffers, 4) / _link_rate(setup, cluster, grid.tp * grid.dp)
+        own = links.buffer_bytes(buffers, 4) / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
         buckets = sum(len(buffer.buckets) for buffer in buffers)
         hidden = own * (1 - 1 / buckets) if index == 0 else 0.0
         reduce = max(reduce, own)
@@ -329,6 +337,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
         {
             "compute": count * forward.compute,
             "tensor parallel": count * tensor,
+            **({"context parallel": count * context} if grid.cp > 1 else {}),
             **({"experts": count * experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": bubble,
@@ -346,7 +355,7 @@ def optimizer(setup: Setup, cluster: Cluster) -> Phase:
         buffers = student_buffers(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
         # An average reads the weight, and is read and written.
-        moved = optimizer_elements(buffers, grid.dp) * (
+        moved = optimizer_elements(buffers, grid.data_ranks) * (
             4 * (11 if setup.average else 8) + setup.itemsize
         )
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
@@ -361,7 +370,7 @@ def _gather_weights(setup: Setup, cluster: Cluster) -> float:
         links.buffer_bytes(student_buffers(setup.student, grid, stage), setup.itemsize)
         for stage in range(grid.pp)
     )
-    return bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp)
+    return bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
 
 
 def _export(setup: Setup, cluster: Cluster) -> dict[str, float]:
@@ -419,6 +428,7 @@ class _Forward:
     tensor: float
     experts: float
     pipeline: float
+    context: float
 
 
 def _forward(
@@ -430,20 +440,26 @@ def _forward(
         operations: of a pass over the whole batch, over all ranks.
     """
     work, e = setup.workload, setup.itemsize
-    count = work.micro_batches(grid.dp, setup.micro_batch_tokens)
-    tokens = -(-work.sequences_of(grid.dp) * work.length // count)
+    share = work.share(grid, setup.micro_batch_tokens)
+    count = share.micro_batches
+    tokens = -(-share.tokens // count)
     # The rank that has most sequences sets the pace.
-    uneven = work.sequences_of(grid.dp) * grid.dp / work.sequences
+    uneven = share.sequences * share.ranks / work.sequences
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction)
     bytes_ = links.trunk_forward_bytes(tokens, model.hidden, model.layers // grid.pp, e, grid.tp)
+    layers = model.layers // grid.pp
+    keys = links.key_value_bytes(
+        tokens, model.keys // min(grid.tp, model.groups), layers, e, share.cp
+    )
     routed = links.routed_bytes(tokens * model.hidden * e, model.experts_per_token, grid)
     to_experts = links.expert_bytes(routed, model.layers // grid.pp, grid.ep)
     between = links.pipeline_bytes(tokens, model.hidden, e, grid.shards) if grid.pp > 1 else 0.0
     return _Forward(
         micro_batches=count,
         tokens=tokens,
-        compute=uneven * operations / (grid.tp * grid.pp * grid.dp * count * rate),
+        compute=uneven * operations / (grid.tp * grid.pp * grid.data_ranks * count * rate),
         tensor=bytes_ / _link_rate(setup, cluster, grid.tp),
         experts=to_experts / _link_rate(setup, cluster, grid.tp * grid.ep),
         pipeline=between / _link_rate(setup, cluster, setup.gpus),
+        context=keys / _link_rate(setup, cluster, grid.tp * grid.cp),
     )

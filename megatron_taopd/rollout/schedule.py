@@ -75,7 +75,6 @@ class RolloutSchedule:
         ahead: int = 0,
     ):
         self.engine, self.mix, self.stream = engine, mix, stream
-        self.token_ids = mix.prompts.token_ids
         self.sampling, self.horizon, self.ahead = sampling, horizon, ahead
         self.begun: deque[Begun] = deque()
         self.taken: Begun | None = None  # by the last step that took its batch

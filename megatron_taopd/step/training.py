@@ -103,7 +103,8 @@ def backward(
 ) -> dict[str, float]:
     """Form the gradients of the mean loss over the kept rows of the **whole** batch (Eq. 6–7).
 
-    With the layers' outputs of the scoring pass the sequences stay where they are, and only the
+    With the layers' outputs of the scoring pass the sequences stay where they are (those that a
+    context-parallel group shares, in the group, where they are cut into chunks anew), and only the
     backward pass runs the layers; without, the kept tokens are balanced and packed anew and run
     forward and backward.
 
@@ -123,19 +124,20 @@ def backward(
     Raises:
         Fault: the loss is not finite, on every rank alike.
 
-    Collectives: where a sequence is trained on another rank than scored, all-to-alls that take the
+    Collectives: where a row is trained on another rank than scored, all-to-alls that take the
     kept teacher rows (D_t elements and a number of 8 bytes each, per TP rank) there; the trunk's
     and the loss's own.
     """
     layout, batch, teacher_rows = student.layout, scored.batch, scored.teacher_rows
     if scored.kept_outputs is None:
-        trainer, own = batching.deal(batch, kept, layout, micro_batch_tokens)
-        owners = scored.assigned.owner, trainer
-        kept, teacher_rows = _follow(teacher_rows, batch, kept, *owners, layout)
-        assigned = batching.build(batch, trainer, own, kept, layout)
+        trainers, own = batching.deal(batch, kept, layout, micro_batch_tokens)
+        kept, teacher_rows = _follow(teacher_rows, batch, kept, scored.assigned, trainers, layout)
+        assigned = batching.build(batch, trainers, own, kept, layout)
         outputs = nullcontext()
     else:
         assigned, places = batching.shorten(batch, scored.assigned, kept, layout)
+        # A cut sequence that a context-parallel group shares has other chunks.
+        _, teacher_rows = _follow(teacher_rows, batch, kept, scored.assigned, assigned, layout)
         outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
@@ -146,7 +148,7 @@ def backward(
         hidden = pick_rows(hidden_states, micro_batch.rows, layout)
         read = teacher_rows.at(micro_batch.row_ids)
         log_probs = to_device(batch.log_probs[micro_batch.row_ids], device)
-        own = None if weights is None else to_device(weights.of(micro_batch.sequences), device)
+        own = None if weights is None else to_device(weights.of_rows(micro_batch), device)
 
         def over(rows: Tensor | slice) -> tuple[Tensor, dict[str, Tensor]]:
             return kept_row_loss(
@@ -205,32 +207,59 @@ def _follow(
     held: RowShard,
     batch: RolloutBatch,
     kept: WantedRows,
-    owner: Tensor,
-    trainer: Tensor,
+    scorers: batching.Placement,
+    trainers: batching.Placement,
     layout: Layout,
 ) -> tuple[WantedRows, RowShard]:
-    """Send the kept teacher rows to the data-parallel rank that trains their sequence.
+    """Send the kept teacher rows to the data rank that trains them.
 
     Returns:
         The kept rows, of which those are known here that this rank trains, and what the teacher
-        says of them. Where no sequence has moved that is what was given.
+        says of them. Where none has moved that is what was given.
+
+    Collectives, besides those that move rows: of sequences that a context-parallel group shares, an
+    all-reduce of 8 bytes for each run of rows, of which each has 4·cp at most.
     """
-    trained = kept.counts > 0
-    if torch.equal(owner[trained], trainer[trained]):
+    routes = Routes.between(batch.num_rows, scorers.runs(batch), trainers.runs(batch))
+    sequences = batch.sequences_of(routes.first)
+    of_kept = kept.counts[sequences] > 0
+    if torch.equal(routes.source[of_kept], routes.destination[of_kept]):
         return kept, held
-    sequences, tp_ranks = trained.nonzero()[:, 0], range(layout.tp)
+    first, end, source, destination = (
+        x[of_kept] for x in (routes.first, routes.end, routes.source, routes.destination)
+    )
+    rows = kept.counts[sequences[of_kept]]
+    if scorers.shared.any() or trainers.shared.any():
+        rows = _count(kept, first, end, layout.last_stage_rank(source, 0) == layout.rank)
+    tp_ranks = range(layout.tp)
     routes = Routes(
-        sequences.repeat(layout.tp),
-        torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
-        torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
-        kept.counts[sequences].repeat(layout.tp),
+        first.repeat(layout.tp),
+        end.repeat(layout.tp),
+        torch.cat([layout.last_stage_rank(source, tp) for tp in tp_ranks]),
+        torch.cat([layout.last_stage_rank(destination, tp) for tp in tp_ranks]),
+        rows.repeat(layout.tp),
     )
     leaving, counts = routes.outgoing()
-    outgoing = Traffic(kept.of(batch, leaving), counts)
+    outgoing = Traffic(kept.between(routes.first[leaving], routes.end[leaving]), counts)
     incoming = tell_ids(outgoing, routes.incoming()[1])
     # Later mini-batches need what is here.
-    rows = send_rows([held], outgoing, incoming, routes.rounds)
-    return replace(kept, ids=incoming.ids.sort().values), rows
+    found = send_rows([held], outgoing, incoming, routes.rounds)
+    return replace(kept, ids=incoming.ids.sort().values), found
+
+
+def _count(kept: WantedRows, first: Tensor, end: Tensor, here: Tensor) -> Tensor:
+    """Return [p] int64: the kept rows of each run, of which each is known to the rank it is on.
+
+    Args:
+        here: [p] bool, the runs that this rank counts.
+    """
+    runs = here.nonzero()[:, 0]
+    starts, ends = (torch.searchsorted(kept.known_ids, rows[runs]) for rows in (first, end))
+    counts = torch.zeros(len(first), dtype=torch.int64)
+    counts[runs] = ends - starts
+    counts = to_device(counts, platform.device())
+    dist.all_reduce(counts)
+    return counts.cpu()
 
 
 def _global_sums(

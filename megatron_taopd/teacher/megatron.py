@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.data import batching
+from megatron_taopd.data.batching import Placement
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.models import gpt, weights
@@ -20,6 +21,7 @@ from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.packing import batch_multiple
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import Sequences, WantedRows
 
@@ -69,16 +71,17 @@ class MegatronTeacher:
     @property
     def longest_sequence(self) -> int:
         """The longest sequence, in tokens, that a micro-batch and the model's positions take."""
-        multiple = self.layout.tp if self.layout.sequence else 1
+        layout = self.layout
+        multiple = batch_multiple(layout.tp, layout.cp, layout.sequence)
         capacity = self.micro_batch_tokens // multiple * multiple
         return min(capacity, longest_sequence(self.trunk.hf))
 
     @torch.no_grad()
-    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
+    def hidden_states(self, batch: Sequences, student: Layout, scorers: Placement) -> RowShard:
         """Run `read` and `dispatch` for a batch that is whole."""
         with self.resident():
             parts = [(torch.arange(batch.num_sequences), self.read(batch))]
-        return dispatch(parts, batch, student, owner)
+        return dispatch(parts, batch, student, scorers)
 
     @torch.no_grad()
     def read(self, sequences: Sequences) -> ReadRows:
@@ -99,7 +102,8 @@ class MegatronTeacher:
         own = batching.assign(
             sequences, everything, self.layout, self.micro_batch_tokens, self.rows_held
         )
-        self.rows_held += batching.rows_by_rank(sequences, own.owner, self.layout.dp)
+        ranks = own.owner // self.layout.cp
+        self.rows_held += batching.rows_by_rank(sequences, ranks, self.layout.dp)
         self._await_weights()
         if self._followed is not None and self._is_behind:
             average, head = self._followed
@@ -107,8 +111,9 @@ class MegatronTeacher:
             self._is_behind = False
         held = self._forward(own.micro_batches)
         tp_ranks = torch.arange(self.layout.tp)
-        holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
-        return ReadRows(held, holders)
+        starts, data_ranks = own.runs(sequences)
+        holders = self.layout.last_stage_rank(data_ranks[:, None], tp_ranks)
+        return ReadRows(held, holders, starts)
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> RowShard:
         """Copy each micro-batch's rows to where they stay, so that there is one copy of them."""

@@ -40,6 +40,7 @@ PROMPT = "test_keys_rollout.py::test_a_teacher_reads_the_students_prompt"
 GRADER = "test_keys_rollout.py::test_the_grader_that_was_asked_for"
 STREAM = "test_keys_rollout.py::test_without_streaming_the_teacher_reads_once"
 LAYOUT = "test_keys_run.py::test_models_lie_in_their_layouts"
+SHARED = "test_keys_run.py::test_ranks_share_long_sequences"
 EXPERTS = "test_keys_run.py::test_experts_lie_on_several_ranks"
 CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
@@ -66,6 +67,7 @@ KEYS: dict[str, dict[str, str]] = {
     "student.path": {ANY: STEP},
     "student.parallel.tp": {"2": LAYOUT},
     "student.parallel.pp": {"2": LAYOUT},
+    "student.parallel.cp": {"2": SHARED},
     "student.parallel.sequence": {"true": LAYOUT},
     "student.parallel.ep": {"2": EXPERTS},
     "student.moe.router": {"frozen": EXPERTS},
@@ -100,6 +102,7 @@ KEYS: dict[str, dict[str, str]] = {
     "teacher.max_prompt_tokens": {"26": CONTEXT},
     "teacher.parallel.tp": {"2": LAYOUT},
     "teacher.parallel.pp": {"2": LAYOUT},
+    "teacher.parallel.cp": {"2": SHARED},
     "teacher.parallel.sequence": {"true": LAYOUT},
     "teacher.parallel.ep": {"2": EXPERTS},
     "teacher.offload": {"true": OFFLOAD},
