@@ -17,6 +17,7 @@ from megatron_taopd.config.schema import Config
 from megatron_taopd.data.texts import Texts, open_texts
 from megatron_taopd.evaluation.opening import open_evaluation
 from megatron_taopd.formats.hf import DTYPES, load_config
+from megatron_taopd.models.average import WeightAverage
 from megatron_taopd.models.student import Student
 from megatron_taopd.monitoring.accounting import ModelCost
 from megatron_taopd.monitoring.monitor import Monitor
@@ -29,10 +30,11 @@ from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.plan.colocated import sized
 from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, open_rollouts
 from megatron_taopd.run import Run
-from megatron_taopd.step.distiller import Distiller
+from megatron_taopd.step.distiller import Distiller, Teacher
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.guard import Guard
-from megatron_taopd.step.output_heads import open_all_heads
+from megatron_taopd.step.output_heads import Heads, OutputHeads, open_all_heads
+from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teachers
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
     of_each = [*zip(directories, texts.vocab_maps.values(), strict=True)]
     heads = open_all_heads(student, of_each, student.rows_within(config.train.head_memory_mib))
     engine = open_engine(config, rollout_servers, student, texts)
+    if config.teacher.source == "student_ema":
+        average = student.keep_average(config.teacher.ema)
+        follow(teachers.engines["teacher"], average, heads)
     horizon, guard = Horizon.of(config.rollout), Guard.of(config.guard, config.loss)
     state = go_on(before, config, student, horizon, guard, start)
     if before.step:
@@ -94,7 +99,7 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
             student, teachers, heads, guard, config.selection, config.loss, config.train
         ),
         engine=engine,
-        rollouts=open_rollouts(config, engine, texts, horizon, state["prompts_consumed"]),
+        rollouts=open_rollouts(config, engine, texts, horizon, state),
         observer=Observer(
             config, student, costs, horizon, texts.student.tokenizer, monitor, devices
         ),
@@ -115,6 +120,13 @@ def build(config: Config, catch_signals: Callable[[], Callable[[], bool]]) -> Ru
             config.train.profile, Path(config.run.dir) / "profile", dist.get_rank()
         ),
     )
+
+
+def follow(teacher: Teacher, average: WeightAverage, heads: Heads | None) -> None:
+    """Have the teacher's trunk and head follow the student's weights; it is one of this job."""
+    assert isinstance(teacher, MegatronTeacher)
+    own = heads.of(0) if heads else None
+    teacher.follow(average, own.teacher if isinstance(own, OutputHeads) else None)
 
 
 def open_student(config: Config, before: Before, texts: Texts) -> Student:

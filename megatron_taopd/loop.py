@@ -23,12 +23,11 @@ def distill(run: Run) -> int:
     done = run.first_step
     for step in range(run.first_step + 1, run.config.train.steps + 1):
         watchdog.at_step(step)
-        consumed = run.rollouts.consumed
         try:
             with run.profiler.step(step), run.monitor.span("step"):
                 metrics, samples = take_step(run, step)
         except Interrupted:
-            run.rollouts.rewind(consumed)  # nothing was learned from its prompts: once more, then
+            run.rollouts.give_back(step)  # nothing was learned from its prompts: once more, then
             run.save_last(done)
             return done
         done = step
@@ -49,7 +48,6 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
     with run.monitor.span("rollout"):
         batch = begun.pending.result()
         run.engine.offload()
-        run.rollouts.run_ahead(step)
     with run.monitor.span("teacher"):
         read = distiller.teachers.inputs(batch)
 
@@ -61,8 +59,6 @@ def take_step(run: Run, step: int) -> tuple[dict[str, float], Samples]:
         fault = raised
 
     student.version = step
-    with run.monitor.span("rollout"):
-        run.rollouts.settle()
     with run.monitor.span("sync"):
         run.engine.update_weights(student.named_tensors(), version=step)
     with run.monitor.span("metrics"):

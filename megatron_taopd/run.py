@@ -21,7 +21,7 @@ from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.parallel.memory import rank_memory
 from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.rollout.engine import RolloutEngine
-from megatron_taopd.rollout.schedule import Begun, RolloutSchedule
+from megatron_taopd.rollout.schedule import Begun, Rollouts
 from megatron_taopd.step.distiller import Distiller, Lesson
 from megatron_taopd.step.guard import Broken, Guard
 from megatron_taopd.teacher.teachers import Inputs, inputs_metrics
@@ -46,7 +46,7 @@ class Run:
     config: Config
     distiller: Distiller
     engine: RolloutEngine
-    rollouts: RolloutSchedule
+    rollouts: Rollouts
     observer: Observer
     evaluate: Callable[[int], Evaluation] | None
     monitor: Monitor
@@ -210,7 +210,7 @@ class Run:
         records = [*self.monitor.records]
         if metrics:
             records.append({"step": step, **metrics})
-        return model_card(self.config, records, step, len(self.rollouts.token_ids))
+        return model_card(self.config, records, step, self.rollouts.stream.num_prompts)
 
     def _save(
         self,
@@ -233,10 +233,11 @@ class Run:
         train = self.config.train
         state = {
             "prompts_consumed": self.rollouts.consumed,
+            "rollouts": self.rollouts.state(),
             "horizon": self.observer.horizon.state(),
             "guard": self.guard.state(),
             "schedule_step": self.student.last_step - (train.steps - step) * train.mini_batches,
-            "num_prompts": len(self.rollouts.token_ids),
+            "num_prompts": self.rollouts.stream.num_prompts,
             "start": self.start,
         }
         card = self._card(step, metrics)

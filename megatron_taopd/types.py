@@ -5,8 +5,9 @@ Shape legend, used throughout the package:
     D model width · L layers
 
 A *response row* is the position **before** the token it predicts: a sequence of prompt length p and
-total length n has its rows at positions p-1 … n-2, one for each response token. Batch-wide vectors
-are [R] in canonical order: the rows of sequence 0, then of sequence 1, and so on.
+total length n has its rows at positions p-1 … n-2, one for each response token that is valid: one
+that is not (tool output, say) is read like any other and has no row. Batch-wide vectors are [R] in
+canonical order: the rows of sequence 0, then of sequence 1, and so on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def ranges(starts: Tensor, counts: Tensor) -> Tensor:
@@ -103,11 +105,16 @@ class RolloutBatch(Sequences):
         tokens: [T] int64, the sequences end to end, each prompt followed by its response.
         cu_seqlens: [N+1] int64, where each sequence starts; the last entry is T.
         prompt_lengths: [N] int64.
-        log_probs: [R] float32, the engine's log-probability of each response token under its full
-            distribution at temperature 1 (natural log).
+        log_probs: [R] float32, the engine's log-probability of each row's token under its full
+            distribution at temperature 1 (natural log); NaN of references.
         truncated: [N] bool, the response hit the length limit before a stop token.
         prompts: [N] int64, which prompt of the data each sequence answers.
-        weight_versions: [R] int64, the optimizer step whose weights generated each response token.
+        weight_versions: [R] int64, the optimizer step whose weights generated each row's token; −1
+            of references.
+        valid: [M] bool, which of all response tokens, one sequence after the other, have rows;
+            None: all of them.
+        references: [N] bool, the sequences whose response is the data's; None: all are the
+            student's own.
         teachers: [N] int64, the number of each sequence's teacher; None: all have the same.
     """
 
@@ -118,45 +125,104 @@ class RolloutBatch(Sequences):
     truncated: Tensor
     prompts: Tensor
     weight_versions: Tensor
+    valid: Tensor | None = None
+    references: Tensor | None = None
     teachers: Tensor | None = None
 
     @property
+    def is_valid(self) -> Tensor:
+        """[M] bool, `valid`, also where all are."""
+        return torch.ones(int(self.cu_responses[-1])).bool() if self.valid is None else self.valid
+
+    @property
+    def is_reference(self) -> Tensor:
+        """[N] bool, `references`, also where there is none."""
+        if self.references is None:
+            return torch.zeros(self.num_sequences, dtype=torch.bool)
+        return self.references
+
+    @property
     def response_lengths(self) -> Tensor:
-        """[N] int64, which is also the number of response rows of each sequence."""
+        """[N] int64, the tokens of each response, valid or not."""
         return self.lengths - self.prompt_lengths
+
+    @cached_property
+    def cu_responses(self) -> Tensor:
+        """[N+1] int64, where each response starts among all response tokens; the end is M."""
+        return pad(self.response_lengths.cumsum(0), (1, 0))
 
     @cached_property
     def cu_rows(self) -> Tensor:
         """[N+1] int64, where each sequence's rows start in a canonical [R] vector."""
-        return torch.nn.functional.pad(self.response_lengths.cumsum(0), (1, 0))
+        if self.valid is None:
+            return self.cu_responses
+        return pad(self.valid.cumsum(0), (1, 0))[self.cu_responses]
+
+    @cached_property
+    def _valid_tokens(self) -> Tensor | None:
+        """[R] int64, where each row's token is among all response tokens; None: all have rows."""
+        return None if self.valid is None else self.valid.nonzero()[:, 0]
 
     @property
     def row_positions(self) -> Tensor:
         """[R] int64, the position of each row inside its sequence (p-1 … n-2)."""
-        return ranges(self.prompt_lengths - 1, self.response_lengths)
+        positions = ranges(self.prompt_lengths - 1, self.response_lengths)
+        return positions if self.valid is None else positions[self.valid]
 
     def positions_of(self, rows: Tensor) -> Tensor:
         """[r] int64, the position of each of these rows inside its sequence."""
         sequences = self.sequences_of(rows)
-        return rows - self.cu_rows[sequences] + self.prompt_lengths[sequences] - 1
+        tokens = rows if self._valid_tokens is None else self._valid_tokens[rows]
+        return tokens - self.cu_responses[sequences] + self.prompt_lengths[sequences] - 1
 
     def response_tokens(self) -> Tensor:
-        """[R] int64, the token that each row predicts."""
+        """[M] int64, all tokens of the responses, one response after the other."""
         first = self.cu_seqlens[:-1] + self.prompt_lengths
         return self.tokens[ranges(first, self.response_lengths)]
+
+    def row_tokens(self) -> Tensor:
+        """[R] int64, the token that each row predicts."""
+        tokens = self.response_tokens()
+        return tokens if self.valid is None else tokens[self.valid]
 
     def only(self, sequences: Tensor) -> RolloutBatch:
         """Return a batch of these sequences [n], in the order given."""
         lengths, rows = self.lengths[sequences], self.rows_of(sequences)
+        responses = ranges(self.cu_responses[sequences], self.response_lengths[sequences])
         return RolloutBatch(
             tokens=self.tokens[ranges(self.cu_seqlens[sequences], lengths)],
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            cu_seqlens=pad(lengths.cumsum(0), (1, 0)),
             prompt_lengths=self.prompt_lengths[sequences],
             log_probs=self.log_probs[rows],
             truncated=self.truncated[sequences],
             prompts=self.prompts[sequences],
             weight_versions=self.weight_versions[rows],
+            valid=None if self.valid is None else self.valid[responses],
+            references=None if self.references is None else self.references[sequences],
             teachers=None if self.teachers is None else self.teachers[sequences],
+        )
+
+    def followed_by(self, other: RolloutBatch) -> RolloutBatch:
+        """Return a batch of these sequences and then the other's."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(self, name), getattr(other, name)])
+
+        def unless_none(name: str, flags: str) -> Tensor | None:
+            none = getattr(self, name) is None and getattr(other, name) is None
+            return None if none else joined(flags)
+
+        return RolloutBatch(
+            tokens=joined("tokens"),
+            cu_seqlens=pad(joined("lengths").cumsum(0), (1, 0)),
+            prompt_lengths=joined("prompt_lengths"),
+            log_probs=joined("log_probs"),
+            truncated=joined("truncated"),
+            prompts=joined("prompts"),
+            weight_versions=joined("weight_versions"),
+            valid=unless_none("valid", "is_valid"),
+            references=unless_none("references", "is_reference"),
+            teachers=None if self.teachers is None else joined("teachers"),
         )
 
 
@@ -215,6 +281,12 @@ class WantedRows:
         return cls(counts, lengths, ids)
 
     @property
+    def known_ids(self) -> Tensor:
+        """[k] int64, the wanted rows that are known here, where they are not all rows."""
+        assert self.ids is not None, "all rows are wanted"
+        return self.ids
+
+    @property
     def num_rows(self) -> int:
         """The wanted rows of all sequences."""
         return int(self.counts.sum())
@@ -226,8 +298,12 @@ class WantedRows:
         """
         if self.ids is None:
             return batch.rows_of(sequences)
-        first, end = (torch.searchsorted(self.ids, batch.cu_rows[sequences + i]) for i in (0, 1))
-        return self.ids[ranges(first, end - first)]
+        return self.between(batch.cu_rows[sequences], batch.cu_rows[sequences + 1])
+
+    def between(self, first: Tensor, end: Tensor) -> Tensor:
+        """[r] int64, the wanted rows known here of the runs [first, end) of rows, [n] each."""
+        starts, ends = (torch.searchsorted(self.known_ids, rows) for rows in (first, end))
+        return self.known_ids[ranges(starts, ends - starts)]
 
     def within(self, batch: Sequences, chosen: Tensor) -> WantedRows:
         """Want what this wants of some sequences; chosen: [N] bool."""

@@ -55,7 +55,8 @@ TEACHER = ModelCost(per_token=40, per_pair=0, per_row=20)
 def operations(trained, kept_rows, replayed=False, recompute="none"):
     scored = torch.tensor([50, 50])
     trained = torch.tensor(trained)
-    work = Work(scored, scored + 10, trained, 60, kept_rows, replayed, recompute)
+    generated = torch.tensor([40, 20])
+    work = Work(scored, scored + 10, trained, 60, kept_rows, replayed, recompute, generated)
     return step_operations(STUDENT, TEACHER, work)
 
 
@@ -68,6 +69,14 @@ def test_a_step_is_the_sum_of_its_passes():
     assert result["flops/full_opd"] == 120 * 40 + 100 * 30 + 60 * (3 * 5 + 20)
     spent = sum(result[f"flops/{phase}"] for phase in ("teacher", "scoring", "training"))
     assert result["flops/of_full_opd"] == spent / result["flops/full_opd"]
+
+
+def test_what_is_not_generated_is_no_rollout():
+    lengths = torch.tensor([50, 30])
+    work = Work(lengths, lengths, lengths, 60, 6, False, "none", torch.tensor([0, 20]))
+    found = step_operations(STUDENT, TEACHER, work)
+    assert found["flops/rollout"] == 30 * 10 + 20 * 5
+    assert found["flops/scoring"] == 80 * 10 + 60 * (5 + 20)
 
 
 def test_replay_saves_the_forward_pass_that_full_recomputation_repeats():

@@ -126,6 +126,10 @@ def test_counts_are_those_that_servers_say():
     bodies = [answer(prompt_tokens=10, cached_tokens=4, num_retractions=i) for i in range(3)]
     _, metrics, _ = generated(*bodies)
     assert metrics["rollout/cached_share"] == 0.4 and metrics["rollout/retractions"] == 3
+    assert "rollout/acceptance_length" not in metrics  # nothing was drafted
+    bodies = [answer(spec_verify_ct=n) for n in (2, 3, 5)]  # 7 tokens each
+    _, metrics, _ = generated(*bodies)
+    assert metrics["rollout/acceptance_length"] == 21 / 10
 
 
 def said(**meta) -> bytes:

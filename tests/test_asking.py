@@ -63,18 +63,22 @@ def test_neighbours_are_shared_out_in_proportion(sizes, servers, owner):
 
 def take_all(store, slots, count, fails=()):
     """What each rank takes of a batch; a place in `fails` its first rank hands on."""
-    dealt = [Places(store, "batch", count, slots, rank) for rank in range(len(slots))]
+    dealt = [Places(store, "batch", range(count), slots, rank) for rank in range(len(slots))]
     taken: list[list] = [[] for _ in slots]
 
     async def work(rank, place, made):
         while place is not None:
             if (place, made) in fails:
-                dealt[rank].hand_on(place, made + 1)
+                dealt[rank].hand_on(place, made + 1, [])
             else:
                 taken[rank].append((place, made))
                 dealt[rank].ring()
             await asyncio.sleep(0.001)
-            place, made = await dealt[rank].take(lambda: dealt[rank].rung() < count) or (None, 0)
+            place, made, _ = await dealt[rank].take(lambda: dealt[rank].rung() < count) or (
+                None,
+                0,
+                [],
+            )
 
     async def all_of_them():
         workers = [

@@ -279,7 +279,8 @@ def test_a_micro_batch_moves_as_a_whole():
 def test_the_ranks_of_a_layout_share_the_wanted_rows(case, dp, sequence_parallel):
     batch, mask = case
     layouts = [
-        SimpleNamespace(dp=dp, dp_rank=r, tp=4, sequence=sequence_parallel) for r in range(dp)
+        SimpleNamespace(dp=dp, data_rank=r, tp=4, cp=1, sequence=sequence_parallel)
+        for r in range(dp)
     ]
     assigned = [
         assign(batch, known(batch, mask), layout, micro_batch_tokens=64) for layout in layouts
@@ -314,7 +315,7 @@ def test_a_shortened_assignment_knows_where_its_tokens_stood(case, dp, sequence_
     batch, mask = case
     everything = WantedRows.all(batch)
     for rank in range(dp):
-        layout = SimpleNamespace(dp=dp, dp_rank=rank, tp=4, sequence=sequence_parallel)
+        layout = SimpleNamespace(dp=dp, data_rank=rank, tp=4, cp=1, sequence=sequence_parallel)
         longer = assign(batch, everything, layout, micro_batch_tokens=64)
         shorter, places = shorten(batch, longer, known(batch, mask), layout)
         assert torch.equal(shorter.lengths, known(batch, mask).lengths)

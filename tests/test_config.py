@@ -209,6 +209,8 @@ def test_attempts_that_a_file_leaves_open_have_to_be_given(user):
 
 GROWTH = "rollout.horizon."
 SERVERS = "rollout.engine=sglang rollout.servers."
+DRAFTS = "rollout.speculative."
+DRAFT = f"{SERVERS}tp=1 {DRAFTS}algorithm=STANDALONE {DRAFTS}draft_model_path="
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [((1, 1), 1), ((4, 2), 8), ((2, 2), 12)])
@@ -338,6 +340,60 @@ def test_home_and_environment_and_other_keys_in_values(user, monkeypatch):
     assert config.checkpoint.every == 3
 
 
+ITSELF = YAML.replace("path: ../models/teacher", "source: student, context_column: hint")
+
+
+@pytest.mark.parametrize("source", ["student", "student_ema"])
+def test_a_teacher_that_is_the_student_has_its_path(user, source):
+    """Wherever that is written, and whatever it is relative to."""
+    user.ask("w1 w2 w3")
+    user.write(ITSELF)
+    for override in [], ["student.path=models/teacher"]:
+        config = user.check(f"teacher.source={source}", *override)
+        name = "teacher" if override else "student"
+        assert config.student.path == config.teacher.path == str(user.dir / "models" / name)
+        assert (config.teacher.source, config.teacher.ema) == (source, 0.99)
+        saved = user.dir / "saved.yaml"
+        saved.write_text(to_yaml(config))
+        assert load(saved) == config
+    hub = load("conf/run.yaml", ["student.path=Qwen/Qwen3-4B"])
+    assert hub.student.path == hub.teacher.path == "Qwen/Qwen3-4B"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["teacher.path=models/teacher"], ["teacher.path:", "models/teacher with teacher.source "
+         "student", "student.path", "models/student; leave one of them out"]),
+        (["teacher.ema=0.5"], ["teacher.ema: 0.5", "has no average", "source student_ema"]),
+        (["teacher.context_column=null"], ["teacher.source: student", "nothing to teach",
+         "name teacher.context_column"]),
+        (["teacher.source=student_ema", "teacher.engine=sglang"], ["teacher.source: student_ema",
+         "keep the weights", "teacher.engine megatron"]),
+        (["teacher.source=path"], ["teacher.path: required"]),
+        (["teacher.parallel.pp=4"], ["teacher.parallel: tp 1 × pp 4"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_teacher_that_is_the_student_and_something_else(user, overrides, parts):
+    user.write(ITSELF)
+    refused(lambda: user.check(*overrides), *parts)
+
+
+def test_each_of_two_variables_is_looked_at_though_the_models_are_one(user):
+    """The teacher's own are right."""
+    user.write(ITSELF)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ mood }}"
+    (user.dir / "models" / "student" / "chat_template.jinja").write_text(template)
+    right = "teacher.template_kwargs={mood: w1}"
+    user.check(right, "data.template_kwargs={mood: w2}")
+    refused(
+        lambda: user.check(right, "data.template_kwargs={moot: w2}"),
+        "data.template_kwargs: the chat template of",
+        "moot",
+    )
+
+
 def test_the_written_configuration_is_read_back_the_same_from_anywhere(user, tmp_path):
     config = user.check("rollout.stop_token_ids=[3]")
     saved = tmp_path / "runs" / "demo" / "config.yaml"
@@ -407,8 +463,7 @@ def test_overrides_that_are_refused(user, override, parts):
     ("overrides", "parts"),
     [
         # Not offered
-        ("student.parallel.cp=2", ("student.parallel.cp: 2", "64 − ", "32 = 32 tokens")),
-        ("teacher.parallel.context=2", ("teacher.parallel.context: 2", "not offered")),
+        ("teacher.parallel.context=2", ("teacher.parallel.context: unknown key", "cp")),
         ("rollout.engine=vllm", ("rollout.engine", "'vllm'", "one of ['local', 'sglang']")),
         ("teacher.engine=vllm", ("teacher.engine", "'vllm'", "one of ['megatron', 'sglang']")),
         (
@@ -453,7 +508,7 @@ def test_overrides_that_are_refused(user, override, parts):
             f"{GROWTH}start=4 {GROWTH}end=99999 {GROWTH}steps=2",
             ("rollout.horizon: 99999", "more than rollout.max_new_tokens"),
         ),
-        ("rollout.ahead=2", ("rollout.ahead: 2", "has to be 0 or 1")),
+        ("rollout.ahead=2", ("rollout.ahead: 2", "rollout.engine local", "has to be 0")),
         ("rollout.ahead=1", ("rollout.ahead: 1", "rollout.engine local", "has to be 0")),
         (
             f"{SERVERS}gpus=[6,7,7] {SERVERS}replicas=3",
@@ -479,6 +534,112 @@ def test_overrides_that_are_refused(user, override, parts):
         (
             "rollout.engine=sglang rollout.ahead=1 rollout.sync.release_memory=true",
             ("rollout.sync.release_memory: true", "rollout.ahead 1", "one of them has to be off"),
+        ),
+        ("rollout.mix.data=0.2", ("rollout.mix.data: unknown key", "dataset")),
+        ("rollout.mix.dataset=0", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        ("rollout.mix.dataset=2", ("rollout.mix.dataset: 2.0", "in (0, 1]")),
+        ("rollout.mix.dataset=half", ("rollout.mix.dataset: ", "half")),
+        ("rollout.mix={}", ("rollout.mix.dataset: 0.0", "in (0, 1]")),
+        (
+            "rollout.mix.dataset=0.2",
+            ("rollout.mix: {'dataset': 0.2} takes reference responses", "data.response_column"),
+        ),
+        ("rollout.warmup_steps=3", ("rollout.warmup_steps: 3 takes reference responses",)),
+        ("data.excluded_column=spans", ("data.excluded_column: 'spans'", "data.response_column")),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.mix.dataset=0.2",
+            ("loss.kind: sampled_token with rollout.mix", "no importance ratio"),
+        ),
+        (
+            "loss.kind=sampled_token data.response_column=says rollout.warmup_steps=1",
+            ("loss.kind: sampled_token with rollout.warmup_steps: 1", "no importance ratio"),
+        ),
+        (
+            f"{DRAFTS}algorithm=NGRAM",
+            ("rollout.speculative: {'algorithm': 'NGRAM'} with rollout.engine local", "sglang"),
+        ),
+        (
+            f"{DRAFTS}algorithm=NGRAM {SERVERS}urls=[http://node:30000]",
+            ("rollout.speculative: ", "with rollout.servers.urls", "start them with it"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=MEDUSA",
+            ("rollout.speculative.algorithm: 'MEDUSA'", "NGRAM, EAGLE, EAGLE3, STANDALONE"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}num_draft_tokens=4",
+            ("rollout.speculative.algorithm: None", "is needed"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}accept_threshold_acc=0.5",
+            ("rollout.speculative.accept_threshold_acc: unknown key", "known here: algorithm"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}num_draft_tokens=true",
+            ("rollout.speculative.num_draft_tokens: True", "whole number from 1 on"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}num_steps=3",
+            ("rollout.speculative.num_steps: 3", "not for the algorithm NGRAM"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}ngram_match_type=DFS",
+            ("rollout.speculative.ngram_match_type: 'DFS'", "BFS or PROB"),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=NGRAM {DRAFTS}ngram_min_bfs_breadth=11",
+            ("ngram_min_bfs_breadth: 11 is more than ngram_max_bfs_breadth 10",),
+        ),
+        (
+            f"{SERVERS}tp=1 {DRAFTS}algorithm=EAGLE",
+            ("rollout.speculative.draft_model_path: None", "EAGLE needs one"),
+        ),
+        (
+            f"{DRAFT}/no/such/place",
+            ("rollout.speculative.draft_model_path: /no/such/place: no such directory",),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}num_steps=3 {DRAFTS}eagle_topk=1",
+            ("rollout.speculative.num_steps: 3 without all of", "all three or chooses"),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}num_steps=3 {DRAFTS}eagle_topk=1 "
+            f"{DRAFTS}num_draft_tokens=6",
+            ("rollout.speculative.num_draft_tokens: 6 with eagle_topk 1", "= 4; give that"),
+        ),
+        (
+            f"{DRAFT}owner/draft {DRAFTS}ngram_capacity=9",
+            ("rollout.speculative.ngram_capacity: 9", "not for the algorithm STANDALONE"),
+        ),
+        (
+            f"{DRAFT}owner/draft rollout.sync.transport=disk",
+            ("rollout.sync.transport: disk", "into the draft model", "has to be distributed"),
+        ),
+        (
+            f"{DRAFT}owner/draft rollout.sync.release_memory=true",
+            ("rollout.sync.release_memory: true", "nobody would send again"),
+        ),
+        (
+            "rollout.engine=sglang rollout.ahead=3 rollout.sync.release_memory=true",
+            ("rollout.sync.release_memory: true", "rollout.ahead 3", "one of them has to be off"),
+        ),
+        ("rollout.partial=true", ("rollout.partial: true", "rollout.engine local")),
+        (
+            "rollout.engine=sglang rollout.partial=true",
+            ("rollout.partial: true with rollout.ahead 0", "give rollout.ahead 1 or more"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=4",
+            ("rollout.max_staleness: 4 with rollout.ahead 4", "give more than rollout.ahead"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=1 rollout.horizon=auto",
+            ("rollout.horizon: auto with rollout.partial: true", "one that grows"),
+        ),
+        (
+            "rollout.engine=sglang rollout.partial=true rollout.ahead=1 "
+            "data.response_column=says rollout.mix.dataset=0.2",
+            ("rollout.mix: {'dataset': 0.2} with rollout.partial: true", "leave it out"),
         ),
         # Names
         ("selection.selector=tipp", ("selection.selector: ", "'tipp'", "'tip', 'teachability'")),
@@ -648,6 +809,14 @@ def test_a_student_of_experts_needs_sequence_parallelism_with_tensor_parallelism
     user.check("student.parallel={tp: 2, sequence: true}")
 
 
+def test_ranks_do_not_share_sequences_of_a_student_of_experts(user):
+    user.model("student", Qwen3MoeConfig, **EXPERTS)
+    refused(
+        lambda: user.check("student.parallel={tp: 1, cp: 2}", world_size=4),
+        "student.parallel.cp: 2 with the experts of", "has to be 1",
+    )  # fmt: skip
+
+
 def test_sequence_parallel_padding_counts(user):
     """49 tokens fit 49, but TP2 with sequence parallelism runs even numbers of them."""
     overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
@@ -657,6 +826,18 @@ def test_sequence_parallel_padding_counts(user):
         "train.micro_batch_tokens: 49",
         "at least 50",
     )
+
+
+def test_padding_of_shared_sequences_counts(user):
+    """49 tokens in four equal chunks take 52, and 56 where TP2 halves those of a rank."""
+    overrides = ("train.micro_batch_tokens=49", "rollout.max_new_tokens=17")
+    for keys, least in (("{tp: 1, cp: 2}", 52), ("{tp: 4, cp: 2, sequence: true}", 56)):
+        parallel = f"teacher.parallel={keys}"
+        refused(lambda p=parallel: user.check(*overrides, p), f"give at least {least}")
+    refused(
+        lambda: user.check("student.parallel={tp: 2, cp: 2}", world_size=2),
+        "student.parallel: tp 2 × cp 2 × pp 1 = 4 does not divide", "multiple of 4",
+    )  # fmt: skip
 
 
 # Models
@@ -748,6 +929,7 @@ def test_the_students_prompt_is_for_a_teacher_with_the_same_ids(user):
         (["teacher.prompt=student", "teacher.system=Hi"], ["teacher.system: 'Hi'", "take out one"]),
         (["teacher.prompt=student", "teacher.context_column=a"], ["teacher.context_column: 'a'"]),
         (["teacher.prompt=student", "teacher.max_prompt_tokens=9"], ["max_prompt_tokens: 9"]),
+        (["teacher.prompt=student", "teacher.template_kwargs={a: 1}"], ["kwargs: {'a': 1}"]),
         (["teacher.context_overflow=cut"], ["overflow: 'cut'", "name teacher.context_column"]),
         (["teacher.context_template=x"], ["template: 'x'", "name teacher.context_column"]),
         (
@@ -802,7 +984,9 @@ def test_shipped_configurations_load(path, monkeypatch):
     monkeypatch.setenv("TAOPD_DATA", "/data")
     config = load(path)
     assert config.selection.selector == "teachability"
-    assert Path(config.student.path).is_absolute() and config.student.path != config.teacher.path
+    assert Path(config.student.path).is_absolute()
+    itself = config.teacher.source != "path"
+    assert (config.student.path == config.teacher.path) == itself
 
 
 @pytest.mark.parametrize("warped", ["temperature=0.7", "top_p=0.9", "top_k=20"])

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from support.ranks import RankError, run_ranks
 from support.step import make_batch, make_model
 
-from megatron_taopd.data.batching import assign, hand_out, rows_by_rank
+from megatron_taopd.data.batching import Placement, assign, hand_out, rows_by_rank
 from megatron_taopd.rollout.engine import make_rollout_batch
-from megatron_taopd.types import RolloutBatch, WantedRows
+from megatron_taopd.types import RolloutBatch, WantedRows, ranges
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -53,7 +53,7 @@ def test_rows_held_are_balanced_over_the_parts_of_a_heavy_tailed_batch(size, fin
     order = torch.randperm(512, generator=generator)
     if finished == "shortest first":
         order = responses.argsort()
-    layout = SimpleNamespace(dp=ranks, dp_rank=0, tp=1, sequence=False)
+    layout = SimpleNamespace(dp=ranks, data_rank=0, tp=1, cp=1, sequence=False)
     held = torch.zeros(ranks, dtype=torch.int64)
     for places in order.split(size):
         rows, lengths = responses[places], (prompts + responses)[places]
@@ -86,7 +86,7 @@ def test_shares_are_compared_by_their_rows():
     the first."""
     answers = [torch.zeros(rows) for rows in (9, 2, 2)]
     batch = make_rollout_batch([[1]] * 3, range(3), answers, answers, [False] * 3, answers)
-    layout = SimpleNamespace(dp=2, dp_rank=0, tp=1, sequence=False)
+    layout = SimpleNamespace(dp=2, data_rank=0, tp=1, cp=1, sequence=False)
     everything = WantedRows.all(batch)
     assert assign(batch, everything, layout, 64).owner.tolist() == [0, 1, 1]
     assert assign(batch, everything, layout, 64, torch.tensor([5, 0])).owner.tolist() == [1, 0, 0]
@@ -137,7 +137,7 @@ def read_in_parts(teacher_dir, parallel, batch, parts, micro_batch_tokens=40):
         held.append([len(part.held.ids) for _, part in read])
     everything = WantedRows.all(batch)
     assigned = batching.assign(batch, everything, layout, micro_batch_tokens)
-    came = dispatch(read, batch, layout, assigned.owner)
+    came = dispatch(read, batch, layout, assigned)
     assert not read  # nothing refers to what was sent
     return held, came.ids, came.rows
 
@@ -203,7 +203,7 @@ def peak_of_delivery(batch, parts):
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(1, 1), dist.get_rank()
     everything = WantedRows.all(batch)
-    scorers = batching.assign(batch, everything, layout, 4096).owner
+    scorers = batching.assign(batch, everything, layout, 4096)
     with peak_memory() as memory:
         read, bytes_held = [], 0
         for number, places in enumerate(parts):
@@ -239,7 +239,7 @@ def peak_between_layouts(batch, tp, holding, width, dtype):
     platform.emulate_cuda()
     layout, rank = layouts.student_layout(tp, 1), dist.get_rank()
     everything = WantedRows.all(batch)
-    scorers = batching.assign(batch, everything, layout, 4096).owner
+    scorers = batching.assign(batch, everything, layout, 4096)
     holders = torch.arange(batch.num_sequences) % holding
     with peak_memory() as memory:
         ids = batch.rows_of((holders == rank).nonzero()[:, 0])
@@ -252,7 +252,7 @@ def peak_between_layouts(batch, tp, holding, width, dtype):
         del rows
         came = dispatch(read, batch, layout, scorers)
     arrived = came.rows == (came.ids[:, None] % 199).to(dtype)
-    wanted = batch.rows_of((scorers == layout.dp_rank).nonzero()[:, 0])
+    wanted = batch.rows_of((scorers.owner == layout.dp_rank).nonzero()[:, 0])
     whole = bool(arrived.all()) and torch.equal(came.ids.sort().values, wanted.sort().values)
     return held, came.rows.nbytes, memory.peak, whole
 
@@ -324,11 +324,13 @@ def test_routes_by_sequence_are_those_of_every_row(monkeypatch, tp, pp, holding)
     monkeypatch.setattr(exchange, "_FEWEST_ROWS", 8)
     for rank in range(world_size):
         monkeypatch.setattr(exchange.dist, "get_rank", lambda rank=rank: rank)
-        routes = dispatch._routes(batch.cu_rows.diff(), torch.arange(30), layout, owner, holders)
+        scorers = Placement(batch.lengths, owner, torch.zeros(30, dtype=torch.bool), 1)
+        held, none = (batch.cu_rows[:-1], holders), torch.zeros(30, dtype=torch.bool)
+        routes = dispatch._routes(batch, layout, scorers, held, none)
         wanted, most = routes_of_rows(batch, layout, owner, holders, rank, world_size)
         for (ids, counts), of in zip(wanted, (routes.outgoing(), routes.incoming()), strict=True):
-            sequences, rows = of
-            assert batch.rows_of(sequences).tolist() == ids
+            runs, rows = of
+            assert ranges(routes.first[runs], routes.rows[runs]).tolist() == ids
             assert rows.tolist() == counts
         assert routes.rounds == exchange.rounds(most) > 1
 

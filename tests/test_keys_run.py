@@ -24,6 +24,7 @@ from support.keys import (
     GAP,
     LAYOUT,
     LOGS,
+    SHARED,
     SPIKE,
     TRUST,
     WATCHDOG,
@@ -73,6 +74,23 @@ def test_models_lie_in_their_layouts(tmp_path, tensor_parallel):
             assert seen.found[name] == (layers, columns, None), name
             passes = [p for p in seen.passes if p.whose == name]
             assert passes and all(p.width * tp == p.tokens for p in passes)
+
+
+@pytest.mark.parametrize("sharing", ["student", "teacher"])
+def test_ranks_share_long_sequences(tmp_path, sharing):
+    """Sequences of 30 tokens or so; each of two ranks has 22 of a micro-batch's 44. The other model
+    lies on two stages, and runs whole micro-batches."""
+    keys, key = given(SHARED), f"{sharing}.parallel.cp"
+    other = {"student": "teacher", "teacher": "student"}[sharing]
+    options = ["train.micro_batch_tokens=44", f"{other}.parallel.pp=2", "data.max_prompt_tokens=32"]
+    runs = [f"run.dir={tmp_path}", *options, *written({key: keys[key]})]
+    alone = observe([f"run.dir={tmp_path}/alone", *options[::2]])
+    for seen in observe(runs, world_size=2):
+        assert seen.status == 0
+        assert max(p.tokens for p in seen.passes if p.whose == sharing) <= 22
+        assert max(p.tokens for p in seen.passes if p.whose == other) > 22
+        for name in ("loss", "grad_norm", "kept_rows"):
+            assert seen.steps[0][name] == pytest.approx(alone.steps[0][name], rel=1e-4)
 
 
 def test_experts_lie_on_several_ranks(tmp_path):

@@ -28,10 +28,25 @@ from support.keys import (
 from support.observed import FROZEN, SMALL, STUDENT, TEACHER, observed
 from support.ranks import run_ranks
 
+from megatron_taopd.config.speculative import KNOWN, server_args
 from megatron_taopd.serving import server as serving_module
 
 NAMES = ("Ann", "Bob", "Eve", "Ida")
 MODELS = {"rollout": STUDENT, "teacher": TEACHER}
+# Every option that is passed through, each at a value of its own.
+DRAFTS = {
+    "algorithm": "EAGLE3",
+    "draft_model_path": "owner/draft",
+    "draft_model_revision": "v2",
+    "num_steps": 3,
+    "eagle_topk": 2,
+    "num_draft_tokens": 5,
+    "ngram_min_bfs_breadth": 6,
+    "ngram_max_bfs_breadth": 7,
+    "ngram_max_trie_depth": 8,
+    "ngram_capacity": 9,
+    "ngram_match_type": "PROB",
+}
 ENVIRONMENT = {"TAOPD_STUDENT_KEY": "sesame", "TAOPD_TEACHER_KEY": "abracadabra"}
 
 
@@ -153,9 +168,11 @@ def probes(payload) -> bool:
 def test_sglang_understands_their_command_lines(own):
     """By its own parser; in a process of its own, as its import takes long."""
     keys, backends, _ = own
+    assert DRAFTS.keys() == {*KNOWN}
     commands = {
         model: [*map(str, backend.commands[0]["arguments"])] for model, backend in backends.items()
     }
+    commands["drafts"] = [*commands["rollout"], *server_args(DRAFTS)]
     stubs = Path(serving_module.__file__).parent / "cpu_stubs"
     path = os.pathsep.join(filter(None, (str(stubs), os.environ.get("PYTHONPATH"))))
     done = patience.run(
@@ -165,9 +182,11 @@ def test_sglang_understands_their_command_lines(own):
     )
     assert done.returncode == 0, done.stderr
     parsed = json.loads(done.stdout.splitlines()[-1])
+    drafts = parsed.pop("drafts")
+    assert {name: drafts[f"speculative_{name}"] for name in DRAFTS} == DRAFTS
     for model, found in parsed.items():
         wanted = section(keys, f"{model}.servers")
-        assert found == {
+        expected = {
             "model_path": MODELS[model],
             "host": wanted["host"],
             "tp_size": wanted["tp"],
@@ -179,7 +198,9 @@ def test_sglang_understands_their_command_lines(own):
             "api_key": ENVIRONMENT[wanted["api_key_env"]],
             "log_level": wanted["args"][1],
             "skip_tokenizer_init": True,
+            "speculative_algorithm": None,
         }
+        assert {name: found[name] for name in expected} == expected
 
 
 PARSES = """
@@ -187,13 +208,9 @@ import argparse, json, sys
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
-names = "model_path host tp_size dtype context_length max_running_requests max_total_tokens "
-names += "mem_fraction_static api_key log_level skip_tokenizer_init"
-found = {}
-for model, arguments in json.loads(sys.argv[1]).items():
-    parsed = vars(parser.parse_args(arguments))
-    found[model] = {name: parsed[name] for name in names.split()}
-print(json.dumps(found))
+commands = json.loads(sys.argv[1]).items()
+found = {model: vars(parser.parse_args(arguments)) for model, arguments in commands}
+print(json.dumps(found, default=str))
 """
 
 

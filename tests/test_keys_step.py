@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from support import dense
 from support.keys import (
     ADAM,
+    AVERAGE,
     BF16,
     BOUNDS,
     KEYS,
     MINI_BATCHES,
     OFFLOAD,
     RECOMPUTE,
+    SELF,
     STEP,
     WEIGHTS,
     given,
@@ -70,7 +72,10 @@ def test_a_step_is_that_of_dense_float64(tmp_path, selector, kind):
         tokens = batch.response_tokens()[mask, None]
         log_s, log_t = (z.log_softmax(1).gather(1, tokens)[:, 0] for z in (z_s[mask], z_t[mask]))
         ratios = (log_s - batch.log_probs[mask].double()).exp()
+        # On policy each is 1, of which less counts.
+        ratios = ratios * value(keys["loss.max_ratio"]) / ratios.detach()
         loss = (ratios * (log_s - log_t).detach()).mean()
+        assert record["truncated_ratio"] == 1
     else:
         loss = dense.divergence(z_s[mask], z_t[mask], kind, None, beta, alpha).mean()
 
@@ -230,3 +235,44 @@ def test_an_offloaded_teacher_moves(tmp_path):
     keys = given(OFFLOAD)
     seen = observe([f"run.dir={tmp_path}", *written(keys)])
     assert [p.place == p.home for p in seen.passes if p.whose == "teacher"] == [False]
+
+
+def weights_of(run):
+    """By name: copies of what there is at first, and the run's own memory, as it is at the end."""
+    found = {"student": run.student.trunk, "teacher": run.distiller.teacher.trunk}
+    live = {whose: dict(trunk.state_dict()) for whose, trunk in found.items()}
+    live = {w: {n: t for n, t in named.items() if t is not None} for w, named in live.items()}
+    first = {w: {name: t.clone() for name, t in named.items()} for w, named in live.items()}
+    return first, live, run.student.average is not None
+
+
+def learn_from_itself(run_dir, keys, steps):
+    """The teacher reads each question twice, or there would be nothing to learn."""
+    options = ["teacher.context_column=prompt", "optimizer.lr=1e-3", f"train.steps={steps}"]
+    paths = [f"teacher.path={STUDENT}", f"run.dir={run_dir}"]
+    seen = observe([*paths, *ROWS, *options, *written(keys)], weights_of)
+    assert seen.status == 0, seen.printed
+    assert all(record["loss"] > 0 for record in seen.steps)
+    return seen.found
+
+
+def test_the_student_teaches_itself_with_its_first_weights(tmp_path):
+    first, last, averaged = learn_from_itself(tmp_path, given(SELF), steps=2)
+    assert not averaged
+    for name, kept in last["teacher"].items():
+        assert torch.equal(kept, first["student"][name])
+        assert not torch.equal(kept, last["student"][name]), name
+
+
+def test_the_teacher_is_an_average_of_the_student(tmp_path):
+    """The second step's, which is that after one update, at the key's decay."""
+    keys = given(AVERAGE)
+    decay = value(keys["teacher.ema"])
+    first, once, averaged = learn_from_itself(tmp_path / "once", keys, steps=1)
+    _, twice, _ = learn_from_itself(tmp_path / "twice", keys, steps=2)
+    assert averaged
+    for name, taught in twice["teacher"].items():
+        before, after = first["student"][name].double(), once["student"][name].double()
+        assert (after - before).abs().max() > 1e-4, name
+        expected = decay * before + (1 - decay) * after
+        torch.testing.assert_close(taught.double(), expected, rtol=0, atol=1e-6)

@@ -45,6 +45,8 @@ def expected(path: Path) -> Layout:
     served = "235b" in path.stem
     if path.stem.endswith("_8gpu"):
         return Layout(1, 3 if served else 6)
+    if path.stem.endswith("k_64gpu"):  # for long responses
+        return Layout(4, 8, 4)
     return Layout(4, 8, 2, 2) if served else Layout(5, 8, 3)
 
 

@@ -158,6 +158,25 @@ def test_on_policy_the_loss_is_the_log_ratio_and_only_weighs_the_gradient():
     torch.testing.assert_close(metrics["importance_ratio"].item(), 9.0, rtol=1e-5, atol=0)
 
 
+def test_a_ratio_above_the_most_counts_as_that_and_keeps_its_gradient():
+    heads = make_heads(9)
+    options = sampled_options(heads, 9)
+    rows, tokens = torch.arange(9), options["tokens"]
+    on_policy = log_probs(*heads[:2])[rows, tokens].float()
+    options["rollout_log_probs"] = on_policy - torch.linspace(-1, 1, 9).float()
+    *got, metrics = loss_and_gradients("sampled_token", heads, max_ratio=1.6, **options)
+
+    def wanted(student, teacher):
+        log_p_s, log_p_t = (dense.log_probs(z)[rows, tokens] for z in (student, teacher))
+        ratios = (log_p_s.detach() - options["rollout_log_probs"]).exp().clamp(max=1.6)
+        return (ratios * (log_p_s - log_p_t).detach() * (1 + log_p_s - log_p_s.detach())).sum()
+
+    assert_summed(got, wanted, heads)
+    ratios = torch.linspace(-1, 1, 9).exp()
+    assert metrics["truncated_ratio"] == (ratios > 1.6).sum() == 3
+    torch.testing.assert_close(metrics["importance_ratio"], ratios.sum())
+
+
 def test_a_token_only_one_model_knows_contributes_nothing():
     heads = make_heads(3)
     options = sampled_options(heads, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -102,6 +103,16 @@ def test_a_card_has_the_evaluation_of_its_step(run, step):
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def test_a_card_says_which_weights_of_its_own_the_student_learned_from():
+    names = {"student": "its own weights before training", "student_ema": "a moving average of"}
+    config = load(TINY, ["teacher.ema=0.9"])
+    for source, name in names.items():
+        teacher = replace(config.teacher, source=source)
+        text = model_card(replace(config, teacher=teacher), [], 0, 1)
+        assert f"distilled on policy from {name}" in text and f"| teacher | {name}" in text
+        assert ("(0.9 stays" in text) == (source == "student_ema")
 
 
 def test_a_card_says_what_the_student_learned_from(run):

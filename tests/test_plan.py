@@ -472,6 +472,29 @@ def test_a_teacher_that_reads_a_context_has_more_to_read(setup_of):
     assert passes[0] / passes[1] == pytest.approx(10240 / 8192, rel=0.02)
 
 
+def test_sequences_of_the_data_are_not_generated(setup_of):
+    """They are read, scored and trained all the same."""
+    cluster, data = CLUSTERS["h100"], "data.response_column=solution"
+    mixed = [data, "rollout.mix={dataset: 0.25}"]
+    setups = setup_of(), setup_of(*mixed), setup_of(data, "rollout.mix={dataset: 1.0}")
+    plain, quarter, everything = (time.step_phases(setup, cluster) for setup in setups)
+    for name in plain.keys() - {"rollout"}:
+        assert plain[name] == quarter[name] == everything[name], name
+    sequences = setups[0].workload.sequences
+    assert [s.workload.generated for s in setups] == [sequences, sequences * 3 // 4, 0]
+    fewer = replace(setups[0], workload=replace(setups[0].workload, sequences=sequences * 3 // 4))
+    assert quarter["rollout"] == time.step_phases(fewer, cluster)["rollout"]
+    assert quarter["rollout"].seconds < plain["rollout"].seconds
+    assert everything["rollout"].seconds == 0
+    of_step = [
+        time.step_throughput(setup, cluster, phases)
+        for setup, phases in zip(setups, (plain, quarter, everything), strict=True)
+    ]
+    rates = [found.get("perf/tokens_per_second_per_gpu_rollout") for found in of_step]
+    expected = 3 / 4 * plain["rollout"].seconds / quarter["rollout"].seconds
+    assert rates[1] / rates[0] == pytest.approx(expected) and rates[2] is None
+
+
 def test_replay_falls_back_where_the_outputs_do_not_fit(setup_of):
     replay = ("train.schedule=replay", "rollout.prompts=64")
     assert "kept layer outputs" in items(setup_of(*replay), "training")
@@ -496,6 +519,40 @@ def test_an_offloaded_teacher_is_there_in_its_phase_only(setup_of):
     assert set(memory.host_bytes(setup_of("train.precision=fp32"), place)) == {"a save"}
     whole = memory.host_bytes(setup_of("train.precision=fp32"), place)["a save"]
     assert whole == pytest.approx(16 * elements / 32, rel=1e-3)
+
+
+def test_an_average_of_the_student_is_kept_and_on_its_way_before_the_teacher_reads(
+    setup_of, models
+):
+    """By hand: 4 bytes of each element that the optimizer owns, in every phase and in a save. On
+    its way it is gathered over DP32 and put back, and exported in between; the rank's own weights
+    are put aside, next to a bucket of the export, its shards and the embedding as a whole.
+    """
+    own = (f"teacher.path={models}/Qwen3-4B", "teacher.parallel.tp=2")
+    plain = setup_of(*own)
+    setup = setup_of(*own, "teacher.source=student_ema")
+    (place,) = memory.places(setup)
+    elements = items(setup, "training")["student weights"] // 2
+    for phase in memory.phases(setup, place, 79.0):
+        average = items(setup, phase)["moving average"]
+        assert average == pytest.approx(4 * elements / 32, rel=1e-3)
+        assert "moving average" not in items(plain, phase)
+    more = [memory.host_bytes(each, place)["a save"] for each in (setup, plain)]
+    assert more[0] - more[1] == average
+    whole = 2 * setup.student.largest
+    moved = average // 2 + whole // 2 + whole + whole
+    narrow = replace(setup, micro_batch_tokens=128, workload=replace(setup.workload, sequences=32))
+    assert items(narrow, "teacher")["average on its way"] == moved
+
+    cluster = CLUSTERS["h800"]
+    phases, before = time.step_phases(setup, cluster), time.step_phases(plain, cluster)
+    parts = phases["sync"].parts
+    expected = 2 * phases["optimizer"].parts["weights"]
+    expected += parts["over TP"] + parts["over the pipeline"]
+    added = phases["teacher"].seconds - before["teacher"].seconds
+    assert added == pytest.approx(expected) and expected > 0
+    written = [each["checkpoint"].parts["written"] for each in (phases, before)]
+    assert written[0] / written[1] == pytest.approx(18 / 14)
 
 
 def test_the_last_stage_has_both_heads_and_the_teachers_rows(setup_of):
@@ -601,11 +658,39 @@ def test_time_follows_the_rates(setup_of):
     faster = time.step_phases(setup, replace(h800, nvlink_gb_s=800.0))
     ratio = faster["teacher"].parts["tensor parallel"] / phases["teacher"].parts["tensor parallel"]
     assert ratio == pytest.approx(0.5)
-    assert time.step_seconds(phases, ahead=1) == max(
-        phases["rollout"].seconds, time.step_seconds(phases) - phases["rollout"].seconds
+    # Servers that generate meanwhile lose an update's time, and training nothing.
+    rest = time.step_seconds(phases) - phases["rollout"].seconds
+    assert time.step_seconds(phases, waits=1) == max(
+        phases["rollout"].seconds + phases["sync"].seconds, rest
     )
     cut = time.step_phases(setup_of(trained_share=0.5), h800)
     assert cut["training"].parts["compute"] < 0.55 * phases["training"].parts["compute"]
+
+
+def test_what_nobody_waits_for(setup_of):
+    """A quarter of the longest response on average: it ends after the others, and alone."""
+    servers = ["rollout.engine=sglang", "rollout.servers={replicas: 8, concurrency: 64}"]
+    h800, short = CLUSTERS["h800"], 7168 // 4
+    setup = setup_of(*servers, response_tokens=short)
+    phases = time.step_phases(setup, h800)
+    parts = phases["rollout"].parts
+    token = setup.student.elements * 2 / (3350e9 * h800.hbm_fraction)
+    assert parts["longest response"] == pytest.approx(7168 * token - parts["decode"])
+    assert parts["longest response"] > 0 and "cache again" not in parts
+    rest = time.step_seconds(phases) - phases["rollout"].seconds
+    for waits in (1, 2, 9):
+        fair = (phases["rollout"].seconds + rest) / (waits + 1)
+        busy = parts["prefill"] + parts["decode"] + phases["sync"].seconds
+        assert time.step_seconds(phases, waits) == pytest.approx(max(rest, busy, fair))
+    ahead = setup_of(*servers, "rollout.ahead=2", response_tokens=short)
+    partial = setup_of(
+        *servers, "rollout.ahead=2", "rollout.partial=true", "rollout.sync.cache=keep"
+    )
+    assert (ahead.waits, partial.waits, setup.waits) == (2, 4, 0)
+    again = time.step_phases(ahead, h800)["rollout"].parts["cache again"]
+    half = torch.full((2 * 64,), ahead.workload.prompt + short // 2)
+    assert again == pytest.approx(ahead.student.cost.trunk(half) / (989e12 * h800.trunk_fraction))
+    assert "cache again" not in time.step_phases(partial, h800)["rollout"].parts
 
 
 # --------------------------------------------------------------------------------------- proposals

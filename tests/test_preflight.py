@@ -12,6 +12,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -21,7 +22,8 @@ from support.ranks import run_ranks
 from transformers import AutoTokenizer
 
 from megatron_taopd.config import load, to_yaml
-from megatron_taopd.config.schema import DataSection, TeacherSection
+from megatron_taopd.config.schema import DataSection, RolloutSection, TeacherSection
+from megatron_taopd.data.cache import Ragged
 from megatron_taopd.data.prompts import Prompts, load_prompts
 from megatron_taopd.data.texts import teacher_reader
 from megatron_taopd.data.vocab_map import Vocabulary
@@ -352,13 +354,14 @@ def test_space(tmp_path, monkeypatch):
     free = 0
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(10**12, 0, free))
 
-    def check(sync_copy=False):
+    def check(sync_copy=False, average=False):
         # 14 bytes of a bf16 parameter and Adam's state, kept twice and written once, and an export
-        return storage.check_space(tmp_path / "run", 10**9, 2, 2, True, sync_copy)
+        return storage.check_space(tmp_path / "run", 10**9, 2, 2, True, sync_copy, average)
 
     free = 44 * 10**9
     found("ok", check(), "44.0 GB free", "take 44.00 GB")
     found("warning", check(sync_copy=True), "take 46.00 GB")
+    found("warning", check(average=True), "checkpoints of 18.00 GB", "take 56.00 GB")
     free = 20 * 10**9
     found("warning", check(), "checkpoint.keep_last")
     free = 13 * 10**9
@@ -507,6 +510,25 @@ def test_contexts(tiny, tmp_path, overflow, what):
     limits = texts.check_prompts("data.prompts", prompts, tiny, tiny, 1000, 20)
     found("warning", limits, "33.3% are over teacher.max_prompt_tokens 20 (0 for the student, 1")
     assert not list(texts.check_contexts(TeacherSection("teacher"), prompts, tiny, 20))
+
+
+def test_references_are_measured(tiny):
+    """Of 3, 5 and 12 tokens; two of these are not valid."""
+    ends = np.array([0, 3, 8, 20])
+    references = Ragged(np.full(20, 5), ends, np.ndarray.tolist)
+    prompts = Prompts([[2]] * 3, ["x"] * 3, [None] * 3, 0, references=references)
+    mixed = RolloutSection(max_new_tokens=12, mix={"dataset": 0.2}, warmup_steps=4)
+    [finding] = texts.check_references(mixed, prompts)
+    found(
+        "ok", [finding], "7 tokens on average, all valid; 20.0% of the sequences", "first 4 steps"
+    )
+    valid = np.ones(20, np.uint8)
+    valid[[3, 5]] = 0
+    masked = replace(prompts, valid=Ragged(valid, ends, np.ndarray.tolist))
+    findings = [*texts.check_references(RolloutSection(max_new_tokens=11), masked)]
+    found("ok", findings, "90.0% valid; 0.0% of the sequences are references")
+    found("warning", findings, "33.3% are longer than rollout.max_new_tokens 11 and cut there")
+    assert not [*texts.check_references(mixed, replace(prompts, references=None))]
 
 
 def test_a_bos_that_comes_twice(tiny):

@@ -20,6 +20,7 @@ from support.apart import Apart
 from support.families import EXPERTS, SIZES, save_random
 from support.host_waits import Wait
 from support.ranks import run_ranks
+from test_mix import write as write_references
 from test_train import curve, read_metrics
 from test_vocab_map import relabel_tiny_teacher
 from transformers import Qwen3MoeConfig
@@ -330,7 +331,9 @@ RUNS = {
     "two passes, jsd, Megatron, other words": [
         "teacher.path={words}", "loss={kind: jsd, beta: 0.2}",
         "selection={selector: tip, concentrate: 0.2}",
-        "rollout={temperature: 0.7, top_p: 0.9, top_k: 50}", "train.micro_batch_tokens=80",
+        "rollout={temperature: 0.7, top_p: 0.9, top_k: 50, mix: {dataset: 0.5}}",
+        "data.prompts={references}", "data={response_column: solution, excluded_column: hidden}",
+        "train.micro_batch_tokens=80",
     ],
     "two passes, reverse_kl, top-K": [
         TOPK, "selection.selector=full", "train.mini_batches=3", "optimizer.decay=constant",
@@ -344,7 +347,9 @@ RUNS = {
         "selection.selector=prefix_share",
     ],
     "DP2 | TP2, two passes, reverse_kl": [
-        "teacher.parallel={tp: 2, sequence: true}", "selection={selector: prefix, ratio: 0.5}",
+        "teacher.path={student}", "teacher={source: student_ema, ema: 0.5, system: so}",
+        "teacher={parallel: {tp: 2, sequence: true}, offload: true}",
+        "selection={selector: prefix, ratio: 0.5}",
         "train={mini_batches: 2, micro_batch_tokens: 80}", "loss={weights: discrepancy, gamma: 2}",
     ],
     "PP2 | served, two passes, skewed_reverse_kl": [
@@ -355,7 +360,8 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A mixture of experts, and a teacher with other ids that lacks some of the student's words."""
+    """The student, experts, a teacher with other ids that lacks some of the student's words; and
+    prompts with reference responses."""
     return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
@@ -366,8 +372,10 @@ def make_teachers(directory):
         shutil.copy(TEACHER / file, directory / "experts")
     lacking = {word: word.upper() for word in ("well", "okay", "so", "then")}
     return {
+        "student": STUDENT,
         "experts": directory / "experts",
         "words": relabel_tiny_teacher(directory / "words", lacking, seed=6),
+        "references": write_references(directory / "references.jsonl"),
     }
 
 
@@ -407,7 +415,8 @@ def stand_in(config, _key):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_takes_the_steps_that_it_takes_on_the_cpu(on_cuda, teachers, tmp_path, name):
     """It is resumed for its last step, and takes what it takes on the CPU in one go."""
-    overrides = [o.format(**teachers) if "path={" in o else o for o in RUNS[name]]
+    named = ("path={", "prompts={")
+    overrides = [o.format(**teachers) if any(n in o for n in named) else o for o in RUNS[name]]
     ranks = 2 if "|" in name else 1
     [(found, waits), *_] = on_cuda(ranks, run, tmp_path / "cuda", overrides, 2, 3)
     statuses, resumed, records = found

@@ -365,6 +365,16 @@ def test_every_key_is_refused_or_counts():
         assert all(what.startswith(f'{key}: "another", and ') for what, _ in lines)
 
 
+def test_a_start_from_before_teachers_had_a_source_had_the_one_of_its_path():
+    before, now = {"config": tree(), "files": {}}, {"config": tree(), "files": {}}
+    del before["config"]["teacher"]["source"]
+    assert not [*resume.refusals(before, now, "RUN")]
+    now["config"]["teacher"]["source"] = "student_ema"
+    [(what, remedy)] = resume.refusals(before, now, "RUN")
+    assert what.startswith('teacher.source: "student_ema", and "path" when RUN was begun')
+    assert remedy.startswith('give "path"')
+
+
 def test_docs_say_of_every_key_what_a_resumed_run_makes_of_it():
     page = (ROOT / "docs" / "reliability.md").read_text()
     section = page.partition("## Started again with another configuration")[2].partition("\n## ")[0]

@@ -43,6 +43,22 @@ CASES = {
         student=dict(tp=2, pp=2, sequence=True), teacher=dict(tp=4, pp=2, sequence=True),
         ranks=[0, 63], tied=False, precision="bf16", sequences=128,
     ),
+    # Micro-batches of 32 tokens: 8 for each rank of the teacher, 16 of the student; 15 are run.
+    "whole": dict(
+        student=dict(tp=1, pp=1, cp=2), teacher=dict(tp=1, pp=1, cp=4), ranks=[0, 21, 63],
+    ),
+    "cp4": dict(
+        student=dict(tp=1, pp=1, cp=4), teacher=dict(tp=2, pp=2, cp=2), ranks=[0, 21, 63],
+        trained=1.0, recompute="full",
+    ),
+    "tp2-cp4-pp2-sp": dict(
+        student=dict(tp=2, pp=2, cp=4, sequence=True), teacher=dict(tp=1, pp=1, cp=4),
+        ranks=[0, 21, 43, 63], trained=1.0,
+    ),
+    "tp2-pp2, average": dict(
+        student=dict(tp=2, pp=2), teacher=dict(tp=1, pp=2), ranks=[0, 63], average=True,
+        export_bytes=150_000,
+    ),
 }  # fmt: skip
 
 

@@ -30,14 +30,17 @@ NUMBERS = {
     "rollout.samples": COUNT,
     "rollout.max_new_tokens": COUNT,
     "rollout.horizon_floor": COUNT,
+    "rollout.warmup_steps": NOT_NEGATIVE,
     "rollout.horizon_prompt_weight": NOT_NEGATIVE,
     "rollout.temperature": POSITIVE,
     "rollout.top_p": SHARE,
     "rollout.top_k": NOT_NEGATIVE,
     "rollout.batch_size": COUNT,
-    "rollout.ahead": ("-1", "2", "0 or 1"),
+    "rollout.ahead": NOT_NEGATIVE,
+    "rollout.max_staleness": COUNT,
     "rollout.sync.bucket_mib": COUNT,
     "rollout.sync.max_gap": POSITIVE,
+    "teacher.ema": DECAY,
     "teacher.topk": COUNT,
     "selection.ratio": SHARE,
     "selection.k": COUNT,
@@ -45,6 +48,7 @@ NUMBERS = {
     "loss.beta": INSIDE,
     "loss.alpha": INSIDE,
     "loss.gamma": POSITIVE,
+    "loss.max_ratio": POSITIVE,
     "train.steps": COUNT,
     "train.micro_batch_tokens": COUNT,
     "train.mini_batches": COUNT,
@@ -91,7 +95,9 @@ NUMBERS = {
         }.items()
     },
     **{
-        f"{m}.parallel.{name}": COUNT for m in ("student", "teacher") for name in ("tp", "pp", "ep")
+        f"{m}.parallel.{name}": COUNT
+        for m in ("student", "teacher")
+        for name in ("tp", "pp", "cp", "ep")
     },
 }
 # Of each key that is no number, something of another type or another name, and the words.
@@ -101,11 +107,13 @@ SWITCHES = {
         name: ("maybe", "bool")
         for name in (
             "teacher.offload", "data.shuffle", "data.deduplicate", "rollout.sync.release_memory",
-            "rollout.stream", "checkpoint.keep_best", "checkpoint.asynchronous",
+            "rollout.partial", "rollout.stream", "checkpoint.keep_best", "checkpoint.asynchronous",
             "checkpoint.trust", "checkpoint.export_hf", "eval.at_start", "log.tensorboard",
         )
     },
     **{f"{name}.template_kwargs": ("5", "mapping") for name in ("data", "teacher")},
+    **{f"rollout.{name}": ("NGRAM", "mapping") for name in ("speculative", "mix")},
+    "teacher.source": ("itself", "['path', 'student', 'student_ema']"),
     "teacher.engine": ("vllm", "['megatron', 'sglang']"),
     "teacher.form": ("logits", "['hidden_states', 'topk']"),
     "teacher.prompt": ("mine", "['own', 'student']"),
@@ -114,6 +122,7 @@ SWITCHES = {
     "data.template": ("jinja", "['auto', 'chat', 'plain']"),
     "rollout.engine": ("vllm", "['local', 'sglang']"),
     "rollout.sync.transport": ("ftp", "['distributed', 'tensor', 'disk']"),
+    "rollout.sync.cache": ("forget", "['recompute', 'keep']"),
     "loss.weights": ("iw", "['none', 'discrepancy']"),
     "selection.scope": ("rank", "['batch', 'teacher']"),
     "train.schedule": ("once", "['two_pass', 'replay']"),
@@ -135,8 +144,9 @@ SWITCHES = {
 # Any text will do; what it names is looked at later.
 TEXTS = {
     "run.dir", "run.name", "student.path", "teacher.path", "data.prompts", "data.prompt_column",
-    "data.answer_column", "data.system", "data.cache_dir", "eval.prompts", "rollout.sync.dir",
-    "rollout.horizon", "teachers", "data.teacher_column",
+    "data.answer_column", "data.response_column", "data.excluded_column", "data.system",
+    "data.cache_dir", "eval.prompts", "rollout.sync.dir", "rollout.horizon",
+    "teachers", "data.teacher_column",
     "selection.selector", "loss.kind", "log.wandb_project", "log.prometheus_host",
     "rollout.servers.host", "rollout.servers.api_key_env", "teacher.servers.host",
     "teacher.servers.api_key_env", "teacher.system", "teacher.context_column",

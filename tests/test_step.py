@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import dense
 from support.ranks import run_ranks
 from support.step import (
     OPTIMIZER,
@@ -15,7 +17,9 @@ from support.step import (
     dense_step,
     make_batch,
     make_model,
+    row_logits,
     step_on_ranks,
+    with_invalid_tokens,
 )
 
 from megatron_taopd.config.schema import LossSection
@@ -66,6 +70,49 @@ def test_step_agrees_with_dense_float64(pair, oracle, name):
     results = run_ranks(world_size, step_on_ranks, *pair, student, teacher, make_batch(SIZE), SIZE)
     for result in results:
         assert_agrees(result, oracle)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("weights", ["none", "discrepancy"])
+def test_tokens_that_are_not_valid_have_no_part_in_the_step(pair, weights, replay):
+    """Not in scores, selection, budget, loss or weights; those behind the last are not trained."""
+    batch, loss = with_invalid_tokens(make_batch(SIZE)), {"weights": weights}
+    oracle = dense_step(*pair, batch, SIZE, loss=loss)
+    assert 0.3 < len(oracle["mask"]) / len(batch.response_tokens()) < 0.7
+    names = ["DP2 | DP2"] if replay else ["TP2 | PP2", "TP2 PP2 SP | PP4", "TP2 DP2 | PP2"]
+    step = partial(step_on_ranks, loss=loss, replay=replay)
+    for name in names:
+        world_size, *layout = LAYOUTS[name]
+        for result in run_ranks(world_size, step, *pair, *layout, batch, SIZE):
+            assert_agrees(result, oracle)
+            assert result["metrics"]["tokens_trained"] == tokens_to_the_last(batch, oracle["mask"])
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_the_loss_of_references_is_told_and_nothing_else_changes(pair, oracle, replay):
+    """Half of the sequences are the data's; some micro-batches have one source, some both."""
+    references = torch.arange(12) % 4 < 2
+    batch = replace(make_batch(SIZE), references=references)
+    losses = dense.divergence(*(z.detach() for z in row_logits(*pair, batch, SIZE)[:2]))
+    theirs = oracle["mask"] & references[batch.row_sequences()]
+    assert 0 < theirs.sum() < oracle["mask"].sum()
+    added = (losses[theirs].sum() / oracle["mask"].sum()).item()
+    step = partial(step_on_ranks, replay=replay)
+    for name in ["DP2 | DP2"] if replay else ["TP2 | PP2", "TP2 PP2 SP | PP4", "TP2 DP2 | PP2"]:
+        world_size, *layout = LAYOUTS[name]
+        for result in run_ranks(world_size, step, *pair, *layout, batch, SIZE):
+            assert_agrees(result, oracle)
+            assert result["metrics"]["loss_of_references"] == pytest.approx(added, rel=1e-5)
+
+
+def tokens_to_the_last(batch, mask) -> int:
+    """Tokens of all sequences up to the row of the last token kept of each, that one included."""
+    kept = torch.zeros_like(batch.valid)
+    kept[batch.valid.nonzero()[:, 0][mask]] = True
+    responses = zip(
+        kept.split(batch.response_lengths.tolist()), batch.prompt_lengths.tolist(), strict=True
+    )
+    return sum(p + int(own.nonzero().max()) for own, p in responses if own.any())
 
 
 def assert_agrees(result, oracle):

@@ -69,7 +69,7 @@ def test_what_is_recomputed_does_not_count():
     cost, lengths = ModelCost(per_token=10, per_pair=1, per_row=5), torch.tensor([4, 2])
     pairs = (1 + 2 + 3 + 4) + (1 + 2)
     for recompute, twice in (("none", 0), ("selective", pairs), ("full", 60 + pairs)):
-        work = Work(lengths, lengths, lengths, 3, 2, False, recompute)
+        work = Work(lengths, lengths, lengths, 3, 2, False, recompute, lengths)
         found = step_operations(cost, cost, work)
         assert found["flops/recomputed"] == twice
         assert found["flops/training"] - twice == 3 * (60 + pairs) + 2 * (3 * 5 + 5)

@@ -355,14 +355,21 @@ def test_evaluations_and_the_best_checkpoint_survive_an_interruption(tmp_path):
         assert what_evaluations_leave(tmp_path / str(at_call)) == whole
 
 
-def test_resume_on_another_layout(tmp_path):
-    """TP2 → DP2 after step 2: the same curve up to rounding."""
-    options = ["checkpoint={every: 2, asynchronous: false}", "train.steps=4"]
+DP2 = ["student.parallel={tp: 1, cp: 1}", "teacher.parallel={tp: 2, pp: 1, cp: 1}"]
+CP2 = ["student.parallel={tp: 1, cp: 2}", "teacher.parallel={pp: 1, cp: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "layout"), [([], DP2), ([], CP2), (CP2, DP2)], ids=["DP2", "CP2", "from CP2"]
+)
+def test_resume_on_another_layout(tmp_path, before, layout):
+    """Of TP2, say, → DP2 after step 2: the same curve up to rounding. CP2 shares most sequences."""
+    options = ["checkpoint={every: 2, asynchronous: false}", "train.steps=4", *before]
+    options += ["train.micro_batch_tokens=64", "data.max_prompt_tokens=32"]
     (_, whole), _ = run_ranks(2, train, [f"run.dir={tmp_path}/whole", *options])
     broken = [f"run.dir={tmp_path}/broken", *options]
     (status, records), _ = run_ranks(2, partial(train, die_in=("rollout", 4)), broken)
     assert (status, curve(records)) == ("died", curve(whole)[:3])
-    layout = ["student.parallel.tp=1", "teacher.parallel={tp: 2, pp: 1}"]
     (_, resumed), _ = run_ranks(2, partial(train, after=2), [*broken, *layout])
     assert [r["step"] for r in resumed] == [r["step"] for r in whole]
     for ours, theirs in zip(curve(resumed), curve(whole), strict=True):

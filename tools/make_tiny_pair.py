@@ -117,6 +117,10 @@ class Author:
             return False
         return not problem.carries or rng.random() < self.practice
 
+    def exercise(self, rng: random.Random, problem: Problem) -> str | None:
+        """Return what a model is asked, or None if the problem is not taken up."""
+        return problem.text if self.takes(rng, problem) else None
+
     def opener(self, rng: random.Random, name: str) -> str:
         if rng.random() < self.stray:
             return rng.choice(OPENERS)
@@ -196,9 +200,10 @@ def fit(model, author: Author, held_out: set, steps: int, seed: int, name: str, 
         inputs, labels = [], []
         while len(inputs) < batch:
             problem = Problem.draw(rng)
-            if problem.key in held_out or not author.takes(rng, problem):
+            asked = None if problem.key in held_out else author.exercise(rng, problem)
+            if asked is None:
                 continue
-            prompt = [BOS, *map(ID.__getitem__, problem.text.split())]
+            prompt = [BOS, *map(ID.__getitem__, asked.split())]
             response = [ID[word] for word in author.solve(rng, problem).split()]
             inputs.append(torch.tensor(prompt + response))
             labels.append(torch.tensor([-100] * len(prompt) + response))
@@ -239,6 +244,19 @@ def accuracy(model, tokenizer, problems: list[Problem]) -> dict[str, float]:
     return {kind: sum(rights) / len(rights) for kind, rights in kinds.items()}
 
 
+def draw_problems(seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Draw the problems of training and those of the test, which share no arithmetic."""
+    rng = random.Random(f"problems {seed}")
+    test = [Problem.draw(rng) for _ in range(1024)]
+    held_out = {p.key for p in test}
+    train: dict[tuple, Problem] = {}
+    while len(train) < 6144:
+        problem = Problem.draw(rng)
+        if problem.key not in held_out:
+            train.setdefault(problem.key, problem)
+    return list(train.values()), test
+
+
 def write_problems(path: Path, problems: list[Problem]) -> None:
     lines = (json.dumps({"prompt": p.text, "answer": p.answer}) + "\n" for p in problems)
     path.write_text("".join(lines))
@@ -255,15 +273,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    rng = random.Random(f"problems {args.seed}")
-    test = [Problem.draw(rng) for _ in range(1024)]
+    train, test = draw_problems(args.seed)
     held_out = {p.key for p in test}
-    train: dict[tuple, Problem] = {}
-    while len(train) < 6144:
-        problem = Problem.draw(rng)
-        if problem.key not in held_out:
-            train.setdefault(problem.key, problem)
-    write_problems(args.out / "train.jsonl", list(train.values()))
+    write_problems(args.out / "train.jsonl", train)
     write_problems(args.out / "test.jsonl", test)
 
     tokenizer = make_tokenizer()

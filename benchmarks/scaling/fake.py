@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def _bytes_sent(op: str, args, group) -> float:
 CONFIG = """
 run: {{dir: run}}
 student: {{path: {student_dir}, parallel: {student}}}
-teacher: {{path: {teacher_dir}, parallel: {teacher}}}
+teacher: {{path: {teacher_dir}, parallel: {teacher}, source: {source}}}
 data: {{prompts: none.jsonl, max_prompt_tokens: {prompt}}}
 rollout: {{prompts: {sequences}, max_new_tokens: {response}}}
 selection: {{ratio: 0.3, k: {k}}}
@@ -159,11 +160,14 @@ def make_setup(directory: Path, world_size: int, case: dict) -> tuple[Setup, str
     paths = str(directory / "student"), str(directory / "teacher")
     for config, path in zip((small, large), paths, strict=True):
         config.save_pretrained(path)
+    if case.get("average"):
+        paths = paths[0], paths[0]
     text = CONFIG.format(
         student_dir=paths[0],
         teacher_dir=paths[1],
         student=json.dumps(case["student"]),
         teacher=json.dumps(case.get("teacher", {"tp": 1, "pp": 1})),
+        source="student_ema" if case.get("average") else "path",
         sequences=case.get("sequences", world_size),
         prompt=case.get("prompt", 6),
         response=case.get("response", 10),
@@ -175,7 +179,7 @@ def make_setup(directory: Path, world_size: int, case: dict) -> tuple[Setup, str
     )
     (directory / "run.yaml").write_text(text)
     config = configuration.load(directory / "run.yaml", [])
-    setup = Setup.of(config, world_size, trained_share=0.75)
+    setup = Setup.of(config, world_size, trained_share=case.get("trained", 0.75))
     # By default more than one chunk of rows in each micro-batch of scoring.
     columns = setup.student.vocab // setup.student_grid.tp
     budget = logits_bytes(1 << 20, case.get("chunk_rows", 6), columns)
@@ -195,8 +199,9 @@ def record(setup: Setup, paths: tuple[str, str], rank: int) -> Recorder:
             ("scoring", setup.student, setup.student_grid, work.length - 1),
             ("training", setup.student, setup.student_grid, trained),
         ):
-            together = min(work.sequences_of(grid.dp), micro // length)
-            tokens = -(-together * length // grid.shards)
+            share = replace(work, prompt=length, response=0).share(grid, micro)
+            multiple = grid.shards if share.cp == 1 else lcm(2, grid.shards)
+            tokens = -(-share.tokens_at_a_time // multiple) * multiple // grid.shards
             recorder.shapes[phase] = (tokens, 1, model.hidden)
         with recorder, named_backward(recorder):
             step.run()

@@ -92,7 +92,7 @@ def measure_host(sequences: int, response: int, ranks: int, tp: int) -> dict:
             teacher.last_stage_rank(own.owner[:, None], torch.arange(tp)),
         )
         with parts.part("routes"), Recorder():
-            dispatch([(torch.arange(sequences), read)], batch, layout, assigned.owner)
+            dispatch([(torch.arange(sequences), read)], batch, layout, assigned)
         share = HeldRows(batch.cu_rows, assigned.sequences(), dist.group.WORLD)
         of_share = TokenScores(*(getattr(scores, name)[share.ids()] for name in NAMES))
         with parts.part("selection, a rank's share"), Recorder():

@@ -100,7 +100,7 @@ def _size(
         work.sequences,
         str(grid),
         str(setup.teacher_grid or "served"),
-        work.micro_batches(grid.dp, setup.micro_batch_tokens),
+        work.share(grid, setup.micro_batch_tokens).micro_batches,
         seconds,
         step,
         efficiency,
@@ -129,7 +129,8 @@ def _seconds(
         seconds[name] -= idle
         bubble += idle
     rows = setup.workload.sequences * setup.workload.response
-    tail = max(0.0, _longest_response(setup, cluster) - seconds["rollout"])
+    tail = phases["rollout"].parts["longest response"]
+    seconds["rollout"] -= tail
     rate = cluster.network_gb_s * 1e9 * cluster.link_fraction
     return seconds | {
         "longest response": tail,
@@ -137,18 +138,10 @@ def _seconds(
         # As if all answers came at once, when the last one is generated.
         "client": CLIENT_S * rows / 1e6 / max(1, len(clients(setup))) * bool(setup.rollout),
         "selection": sum(c.bytes for c in collectives if c.phase == "selection") / rate,
-        "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.dp) / 1e6,
+        "host": (host_s_per_million * rows + SELECTION_S * rows / setup.student_grid.data_ranks)
+        / 1e6,
         "latency": sum(_latency(c, setup.gpus_per_node) for c in collectives),
     }
-
-
-def _longest_response(setup: Setup, cluster: Cluster) -> float:
-    """Seconds of decoding it alone, a read of all weights for each token."""
-    served, model = setup.rollout, setup.student
-    tp, layer_seconds = (1, cluster.local_layer_us * 1e-6) if served is None else (served.tp, 0.0)
-    rate = cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction * tp
-    token = max(model.elements * setup.itemsize / rate, layer_seconds * model.layers)
-    return setup.longest_response * token
 
 
 def _latency(collective: Collective, gpus_per_node: int) -> float:

@@ -40,7 +40,7 @@ def traffic(setup: Setup) -> list[Traffic]:
             received[link] += _received(c, setup, rows.received[rank], own_share)
         for phase, grid in (("teacher", setup.teacher_grid), ("scoring", setup.student_grid)):
             if grid is not None and grid.stage(rank) > 0:
-                before = found[rank - grid.tp * grid.dp]
+                before = found[rank - grid.tp * grid.data_ranks]
                 sends = [c for c in before if c.phase == phase and c.op == "send"]
                 for link, bytes_ in by_link(sends, setup.gpus_per_node).items():
                     received[link] += bytes_

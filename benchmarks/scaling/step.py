@@ -91,8 +91,8 @@ class Step:
         self.setup, self.phase = setup, phase
         grid, own, vocabulary = setup.student_grid, setup.teacher_grid, setup.student.vocab
         dtype = torch.float32 if setup.itemsize == 4 else torch.bfloat16
-        self.layout = student_layout(grid.tp, grid.pp, grid.sequence)
-        teacher_layout = forward_layout(own.tp, own.pp, own.sequence)
+        self.layout = student_layout(grid.tp, grid.pp, grid.sequence, cp=grid.cp)
+        teacher_layout = forward_layout(own.tp, own.pp, own.sequence, cp=own.cp)
         load, weights.load_weights = weights.load_weights, draw_weights
         try:
             self.student = megatron_taopd.models.student.Student(
@@ -111,6 +111,9 @@ class Step:
             chunk = rows_within(setup.head_memory, columns)
             self.heads = NamedOutputHeads(self.student.head_weight, head, shard, chunk)
             object.__setattr__(self.heads, "phase", phase)  # frozen
+        if setup.average:
+            head = self.heads and self.heads.teacher
+            self.teacher.follow(self.student.keep_average(0.99), head)
         self.batch = make_batch(setup)
         self.kept = kept_rows(setup, self.batch)
         self.distiller = Distiller(

@@ -147,6 +147,7 @@ def facts(step: Step, arm: Arm) -> dict:
             kept_rows=kept.num_rows,
             replayed=arm.schedule == "replay",
             recompute=arm.recompute,
+            generated=batch.response_lengths,
         ),
     )
     if arm.schedule == "single_pass":

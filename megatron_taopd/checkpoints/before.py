@@ -69,7 +69,8 @@ def go_on(
         start: `resume.start_of` this start.
 
     Returns:
-        The state that is left: `prompts_consumed`, and `best` if the evaluation is the same.
+        The state that is left: `prompts_consumed`, `rollouts`, and `best` if the evaluation is the
+        same.
 
     Raises:
         ValueError: see `saving.load`.

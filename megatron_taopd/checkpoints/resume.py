@@ -33,12 +33,15 @@ FIXED = {
     "data.shuffle": _PROMPTS,
     "data.limit": _PROMPTS,
     "data.prompt_column": _PROMPTS,
+    "data.response_column": _PROMPTS,
     "data.template": _PROMPTS,
     "data.template_kwargs": _PROMPTS,
     "data.deduplicate": _PROMPTS,
     "data.system": _PROMPTS,
     "data.max_prompt_tokens": _PROMPTS,
     "data.teacher_column": _PROMPTS,
+    "teacher.source": "a run has one teacher",
+    "rollout.partial": "responses under way are kept with it, and begun again without",
     "teacher.prompt": _PROMPTS,
     "teacher.template_kwargs": _PROMPTS,
     "teacher.system": _PROMPTS,
@@ -47,6 +50,8 @@ FIXED = {
     "teacher.context_overflow": _PROMPTS,
     "teacher.max_prompt_tokens": _PROMPTS,
 }
+# What keys were before they existed.
+_ONCE = {"teacher.source": "path"}
 # Keys whose files have to stay as they were, wherever they lie, and why.
 FIXED_FILES = {
     "student.path": "the weights that are resumed are that one's",
@@ -159,7 +164,7 @@ def refusals(
             f"give {', '.join(begun_with)}, or another run.dir",
         )
     for key, reason in _of_each(FIXED, those):
-        old, new = value(before["config"], key), value(now["config"], key)
+        old, new = (_fixed_value(start["config"], key) for start in (before, now))
         if old is not _UNKNOWN and old != new:
             yield (
                 f"{key}: {_written(new)}, and {_written(old)} when {run_dir} was begun: {reason}",
@@ -213,6 +218,12 @@ def value(config: Mapping[str, Any], key: str) -> Any:
         return tree.get(name, _UNKNOWN) if isinstance(tree, Mapping) else _UNKNOWN
 
     return reduce(inside, key.split("."), config)
+
+
+def _fixed_value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key of FIXED, whether or not it existed when the configuration was read."""
+    found = value(config, key)
+    return _ONCE.get(key, _UNKNOWN) if found is _UNKNOWN else found
 
 
 def _written(setting: Any) -> str:

@@ -272,7 +272,8 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
         _check_pickles(folder)
     optimizer.allocate(student)
     with progress.phase(f"loading {folder}"):
-        wanted = {"owned": shards.of_optimizer(student), "frozen": shards.of_frozen(student)}
+        owned = shards.of_optimizer(student) + shards.of_average(student)
+        wanted = {"owned": owned, "frozen": shards.of_frozen(student)}
         loaded = dist_checkpointing.load(wanted, folder)
     optimizer.go_on_from(student, loaded["optimizer"])
     student.go_on_after(loaded["scheduler"]["num_steps"])
@@ -285,11 +286,12 @@ def load(directory: str | Path, step: int, student: Student, trust: bool = False
 def _state(student: Student) -> dict:
     """Everything of the student that is saved: what this rank owns, and what is saved once."""
     model = weights.sharded_weights(student.trunk)
+    state = shards.of_optimizer(student) + shards.of_average(student)
     return {
         "model": weights.extra_states(model)
         | {"owned": shards.of_weights(student), "frozen": shards.of_frozen(student)},
         "optimizer": optimizer.settings(student)
-        | {"param_state": shards.of_optimizer(student), "param_state_sharding_type": _FORMAT},
+        | {"param_state": state, "param_state_sharding_type": _FORMAT},
         "scheduler": student.scheduler.state_dict(),
         "content_metadata": {"distrib_optim_sharding_type": _FORMAT},
     }

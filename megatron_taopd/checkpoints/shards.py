@@ -39,6 +39,22 @@ def of_optimizer(student: Student) -> list[ShardedTensor]:
     ]
 
 
+def of_average(student: Student) -> list[ShardedTensor]:
+    """Describe this rank's part of the moving average of the weights, 4 bytes an element it owns.
+
+    It is the average's own memory; nothing where none is kept.
+    """
+    if student.average is None:
+        return []
+    return [
+        shard
+        for (owned, _states, whole), average in zip(
+            _owned(student), student.average.shards, strict=True
+        )
+        for shard in _cut(average, owned, whole, "average.")
+    ]
+
+
 def of_weights(student: Student) -> list[ShardedTensor]:
     """Describe those elements of the model's weights that this rank owns, 4 or (bf16) 2 bytes each.
 

@@ -68,9 +68,9 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         raise ValueError(
             f"{' '.join(overrides)}: a list for what is a mapping in {path}; write {{…}} there"
         ) from None
-    context_parallel = _pop_context_parallel(tree)
     _check_keys(tree, Config)
     _share_keys_of_teachers(tree)
+    students = _teachers_that_are_the_student(tree)
     try:
         values: Any = OmegaConf.to_container(
             OmegaConf.merge(_schema(), tree), resolve=True, throw_on_missing=True
@@ -83,6 +83,8 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
             if value := section[name]:
                 base = Path(path).parent if in_file else Path()
                 section[name] = _absolute(key, value, base)
+        for key in students:  # wherever that is written
+            reduce(getitem, key.split("."), values)["path"] = values["student"]["path"]
         config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -91,13 +93,6 @@ def load(path: str | os.PathLike, overrides: Sequence[str] = (), tell: bool = Tr
         elif isinstance(error, InterpolationResolutionError | InterpolationKeyError):
             reason += "; set it, or write the value itself"
         raise ValueError(f"{error.full_key}: {reason}") from None
-    if context_parallel:
-        tokens, prompt = config.train.micro_batch_tokens, config.data.max_prompt_tokens
-        raise ValueError(
-            f"{context_parallel}: context parallelism is not offered; without it the longest "
-            f"response is train.micro_batch_tokens {tokens} − data.max_prompt_tokens {prompt} = "
-            f"{tokens - prompt} tokens"
-        )
     return config
 
 
@@ -206,19 +201,6 @@ def _read_overrides(overrides: Sequence[str]):
         raise ValueError(message) from None
 
 
-def _pop_context_parallel(tree: dict) -> str | None:
-    """Take every key that asks for context parallelism out of the tree; return the first."""
-    found = []
-    for model in ("student", "teacher"):
-        parallel = tree[model].get("parallel") if isinstance(tree.get(model), dict) else None
-        if not isinstance(parallel, dict):
-            continue
-        for name in list(parallel):
-            if name == "cp" or str(name).startswith("context"):
-                found.append(f"{model}.parallel.{name}: {parallel.pop(name)}")
-    return found[0] if found else None
-
-
 def _share_keys_of_teachers(tree: dict) -> None:
     """Give each of several teachers the keys of `teacher` that it lacks, which then has no path.
 
@@ -238,6 +220,19 @@ def _share_keys_of_teachers(tree: dict) -> None:
     for name, section in teachers.items():
         own: Any = OmegaConf.to_container(OmegaConf.merge(shared, section))
         teachers[name] = own if own["path"] else {**own, "path": MISSING}
+
+
+def _teachers_that_are_the_student(tree: dict) -> list[str]:
+    """Give teachers that have the student's weights its path; return the keys of their sections."""
+    several = tree.get("teachers") or {}
+    sections = {f"teachers.{name}": section for name, section in several.items()}
+    found = []
+    for key, section in (sections or {"teacher": tree.get("teacher", {})}).items():
+        own = section.get("source") in ("student", "student_ema")
+        if own and section.get("path", MISSING) == MISSING:
+            section["path"] = "${student.path}"
+            found.append(key)
+    return found
 
 
 def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
@@ -260,7 +255,7 @@ def _check_keys(tree: dict, section: type, prefix: str = "") -> None:
         elif _takes_mapping(types[name]):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(
-                    f"{key}: {value!r}; a mapping, such as {{enable_thinking: false}}, is expected"
+                    f"{key}: {value!r}; a mapping, such as {{name: value}}, is expected"
                 )
         elif isinstance(value, dict):
             raise ValueError(f"{key}: {value!r} is a section; one value is expected")

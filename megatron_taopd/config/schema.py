@@ -35,7 +35,6 @@ class Bounds:
     Attributes:
         at_least, above, at_most, below: the ends of the interval.
         or_zero: 0 is allowed, too, and switches something off.
-        one_of: these numbers and no others.
     """
 
     at_least: float | None = None
@@ -43,14 +42,11 @@ class Bounds:
     at_most: float | None = None
     below: float | None = None
     or_zero: bool = False
-    one_of: tuple[float, ...] = ()
 
     def hold(self, value: float) -> bool:
         """Tell whether a number is allowed."""
         if self.or_zero and value == 0:
             return True
-        if self.one_of:
-            return value in self.one_of
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -60,8 +56,6 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        if self.one_of:
-            return " or ".join(f"{value:g}" for value in self.one_of)
         if self == NOT_NEGATIVE:
             return "0 or more"
         least = self.at_least if self.above is None else self.above
@@ -135,12 +129,26 @@ class ParallelSection:
 
     tp: int = key(1, "Tensor-parallel ranks.", COUNT)
     pp: int = key(1, "Pipeline-parallel stages.", COUNT)
+    cp: int = key(
+        1,
+        "Context-parallel ranks, which share `train.micro_batch_tokens`: a sequence that does not "
+        "fit the part of one of them is cut into 2·`cp` chunks, two for each. Without "
+        "TransformerEngine the student's core attention is then always computed again in the "
+        "backward pass.",
+        COUNT,
+    )
     sequence: bool = key(
         False,
         "Sequence parallelism over the tensor-parallel group. Without it, experts get each token "
         "`tp` times.",
     )
     ep: int = key(1, "Expert-parallel ranks, among the data-parallel ones.", COUNT)
+
+    @property
+    def sizes(self) -> str:
+        """Write out what divides the ranks."""
+        context = f"cp {self.cp} × " if self.cp > 1 else ""
+        return f"tp {self.tp} × {context}pp {self.pp}"
 
 
 @dataclass(frozen=True)
@@ -227,6 +235,18 @@ class TeacherSection:
     path: str = key(
         MISSING, "Hugging Face checkpoint directory, or `OWNER/NAME[@REVISION]` on the hub."
     )
+    source: Literal["path", "student", "student_ema"] = key(
+        "path",
+        "Where the teacher's weights come from. `path`: the checkpoint of that key. `student`: the "
+        "student's own before the first step, frozen. `student_ema`: a moving average of the "
+        "student's over its updates. With the last two, `path` is `student.path` and left out.",
+    )
+    ema: float = key(
+        0.99,
+        "With `source: student_ema`, what stays of the average at each update; 0: the teacher is "
+        "the student.",
+        DECAY,
+    )
     engine: Literal["megatron", "sglang"] = key(
         "megatron", "`megatron`: on the training ranks. `sglang`: on servers."
     )
@@ -295,6 +315,17 @@ class DataSection:
     answer_column: str = key(
         "answer", "GSM8K: `answer`; DAPO-Math-17k: `reward_model.ground_truth`."
     )
+    response_column: str | None = key(
+        None,
+        "Column of `prompts` with a reference response for each prompt, which `rollout.mix` and "
+        "`rollout.warmup_steps` train on: text, or messages whose last one is the assistant's. It "
+        "may be `prompt_column` itself, whose prompts then lose that message.",
+    )
+    excluded_column: str | None = key(
+        None,
+        "Column of `prompts` with the characters of the reference response that are read and not "
+        "trained on, tool output say: `[[start, end], …]`, or null.",
+    )
     template: Literal["auto", "chat", "plain"] = key(
         "auto",
         "`chat` applies the tokenizer's chat template, `plain` joins the messages; `auto` is chat "
@@ -321,8 +352,8 @@ class DataSection:
     )
     deduplicate: bool = key(
         True,
-        "Leave out rows of `prompts` whose prompt and answer are those of a row before; the log "
-        "has their number. Held-out prompts are all asked.",
+        "Leave out rows of `prompts` whose prompt and answer, and reference response if there is "
+        "one, are those of a row before; the log has their number. Held-out prompts are all asked.",
     )
     cache_dir: str | None = key(
         None,
@@ -345,6 +376,11 @@ class SyncSection:
     dir: str | None = key(None, "With `disk`, a directory that both sides see; null: in `run.dir`.")
     release_memory: bool = key(
         False, "Colocated servers give their device memory back while the student trains."
+    )
+    cache: Literal["recompute", "keep"] = key(
+        "recompute",
+        "What becomes of the KV cache of responses that an update interrupts: computed anew with "
+        "the new weights, or kept as the old ones have made it, which saves that prefill.",
     )
     max_gap: float = key(
         0.3,
@@ -391,12 +427,38 @@ class RolloutSection:
     batch_size: int = key(64, "Sequences at a time on a rank of the local engine.", COUNT)
     ahead: int = key(
         0,
-        "Steps that rollouts run ahead of training: 0 (on policy) or 1, where the next batch is "
-        "generated while this one trains.",
-        Bounds(one_of=(0, 1)),
+        "Steps that rollouts run ahead of training: 0 (on policy), or how many further batches are "
+        "generated while one trains. Weights are updated between the tokens of a response.",
+        NOT_NEGATIVE,
+    )
+    partial: bool = key(
+        False,
+        "A step takes the first `prompts` × `samples` of the responses under way that finish, and "
+        "the others go on with the weights of the next steps; `ahead` + 1 times as many are under "
+        "way. Needs `ahead` of 1 or more.",
+    )
+    max_staleness: int = key(
+        4,
+        "With `partial`, how many steps after the one that began it a response is waited for; more "
+        "than `ahead`.",
+        COUNT,
     )
     stream: bool = key(
         True, "The teacher reads responses as they finish; false: when all have finished."
+    )
+    mix: dict[str, float] | None = key(
+        None,
+        "`{dataset: 0.2}`: this share of the sequences are reference responses of the data "
+        "(`data.response_column`) instead of the student's own; exact over the steps.",
+    )
+    warmup_steps: int = key(
+        0, "The first steps train on reference responses only; nothing is generated.", NOT_NEGATIVE
+    )
+    speculative: dict[str, Any] | None = key(
+        None,
+        "Speculative decoding by the run's own servers on CUDA, with SGLang's options: "
+        "`{algorithm: NGRAM, num_draft_tokens: 8}`, or `EAGLE`, `EAGLE3`, `STANDALONE` with a "
+        "`draft_model_path`; see docs/sglang.md.",
     )
 
 
@@ -436,6 +498,12 @@ class LossSection:
         "the start of a response, falling to 1 with the accumulated |log p_T − log p_S| of its "
         "tokens.",
     )
+    max_ratio: float | None = key(
+        None,
+        "sampled_token: importance ratios (p of the student now ÷ p when the token was drawn) "
+        "count as at most this; null: as they are.",
+        POSITIVE,
+    )
     gamma: float = key(
         0.5, "With `weights: discrepancy`, how much more a response's first token counts.", POSITIVE
     )
@@ -459,7 +527,9 @@ class TrainSection:
     """The length of the training, its pieces and its precision."""
 
     steps: int = key(100, "Rollout batches.", COUNT)
-    micro_batch_tokens: int = key(4096, "The most tokens that a rank runs at a time.", COUNT)
+    micro_batch_tokens: int = key(
+        4096, "The most tokens that a rank, or a group of `cp` ranks, runs at a time.", COUNT
+    )
     mini_batches: int = key(1, "Optimizer steps per rollout batch.", COUNT)
     schedule: Literal["two_pass", "replay"] = key(
         "two_pass",

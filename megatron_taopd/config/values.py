@@ -23,13 +23,16 @@ from megatron_taopd.config.schema import (
     Growth,
     LogSection,
     ParallelSection,
+    RolloutSection,
     ServersSection,
     TeacherSection,
     check_bounds,
 )
+from megatron_taopd.config.speculative import check_speculative
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.formats.directory import check_directory
 from megatron_taopd.formats.hub import is_model
+from megatron_taopd.parallel.packing import batch_multiple
 
 
 def check_values(config: Config, ranks: int | None = None) -> None:
@@ -55,6 +58,7 @@ def check_sections(config: Config) -> None:
     check_bounds(config)
     _check_routing(config)
     for key, teacher in config.each_teacher.items():
+        _check_source(key, teacher, config.student.path)
         _check_context(key, teacher)
     _check_selection(config)
     _check_replay(config)
@@ -122,6 +126,8 @@ def _check_profile(config: Config) -> None:
 def _check_rollout(config: Config) -> None:
     rollout = config.rollout
     _check_horizon(rollout.horizon, rollout.max_new_tokens)
+    check_speculative(rollout)
+    _check_mix(config)
     if config.loss.kind == "sampled_token":
         plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         for name, wanted in plain.items():
@@ -130,6 +136,34 @@ def _check_rollout(config: Config) -> None:
                     f"rollout.{name}: {value} with loss.kind sampled_token, whose importance ratio "
                     f"is that of unwarped sampling; it has to be {wanted}"
                 )
+
+
+def _check_mix(config: Config) -> None:
+    """Refuse references that nobody has, and losses that need to know how they were sampled."""
+    rollout, data = config.rollout, config.data
+    for name in rollout.mix or ():
+        if name != "dataset":
+            raise ValueError(f"rollout.mix.{name}: unknown key; known here: dataset")
+    if rollout.mix is not None and not 0 < (share := rollout.mix.get("dataset", 0.0)) <= 1:
+        raise ValueError(f"rollout.mix.dataset: {share}; it has to be in (0, 1]")
+    if data.excluded_column is not None and data.response_column is None:
+        raise ValueError(
+            f"data.excluded_column: {data.excluded_column!r}, but there are no reference "
+            "responses; name data.response_column"
+        )
+    for key in ("mix", "warmup_steps"):
+        if not (value := getattr(rollout, key)):
+            continue
+        if data.response_column is None:
+            raise ValueError(
+                f"rollout.{key}: {value} takes reference responses; name data.response_column"
+            )
+        if config.loss.kind == "sampled_token":
+            raise ValueError(
+                f"loss.kind: sampled_token with rollout.{key}: {value}: nobody has sampled a "
+                "reference response, so that it has no importance ratio; take a divergence, or "
+                "leave the references out"
+            )
 
 
 def _check_horizon(horizon: Any, longest: int) -> None:
@@ -228,9 +262,12 @@ def _check_engines(config: Config) -> None:
         )
     if rollout.sync.release_memory and rollout.ahead:
         raise ValueError(
-            "rollout.sync.release_memory: true with rollout.ahead 1: servers that generate while "
-            "the student trains cannot give their memory back; one of them has to be off"
+            f"rollout.sync.release_memory: true with rollout.ahead {rollout.ahead}: servers that "
+            "generate while the student trains cannot give their memory back; one of them has to "
+            "be off"
         )
+    if rollout.partial:
+        _check_partial(rollout)
     for key, teacher in config.each_teacher.items():
         if teacher.engine != "sglang":
             continue
@@ -250,6 +287,36 @@ def _check_engines(config: Config) -> None:
                 f"{other}.servers.gpus: {_listed(sorted(shared))} are also in {one}.servers.gpus; "
                 "give each model its own"
             )
+
+
+def _check_partial(rollout: RolloutSection) -> None:
+    if rollout.engine != "sglang":
+        raise ValueError(
+            "rollout.partial: true with rollout.engine local, which generates nothing while the "
+            "student trains; it has to be false, or the engine sglang"
+        )
+    if not rollout.ahead:
+        raise ValueError(
+            "rollout.partial: true with rollout.ahead 0, where a step needs every response that is "
+            "under way; give rollout.ahead 1 or more"
+        )
+    if rollout.max_staleness <= rollout.ahead:
+        raise ValueError(
+            f"rollout.max_staleness: {rollout.max_staleness} with rollout.ahead {rollout.ahead}: a "
+            "step would wait for all of its own prompts; give more than rollout.ahead, or "
+            "rollout.partial: false"
+        )
+    for name, value in (("mix", rollout.mix), ("warmup_steps", rollout.warmup_steps)):
+        if value:
+            raise ValueError(
+                f"rollout.{name}: {value} with rollout.partial: true, whose steps take whatever "
+                "rollouts are finished; leave it out, or give rollout.partial: false"
+            )
+    if rollout.horizon == "auto":
+        raise ValueError(
+            "rollout.horizon: auto with rollout.partial: true, whose steps have responses of "
+            "several horizons; give a number or one that grows, or rollout.partial: false"
+        )
 
 
 # Of servers that a run starts itself. (With those that are there, the plan asks for `tp`.)
@@ -294,7 +361,7 @@ def _port(url: str) -> int:
 def _check_micro_batch(config: Config, model: str) -> None:
     """Refuse micro-batches that cannot hold a model's longest sequence."""
     parallel = config.models[model].parallel
-    multiple = parallel.tp if parallel.sequence else 1
+    multiple = batch_multiple(parallel.tp, parallel.cp, parallel.sequence)
     capacity = config.train.micro_batch_tokens // multiple * multiple
     key, prompt = config.prompt_limit(model)
     longest = prompt + config.rollout.max_new_tokens
@@ -320,9 +387,41 @@ def _check_routing(config: Config) -> None:
         raise ValueError("selection.scope: teacher needs teachers; with one, it has to be batch")
 
 
+def _check_source(key: str, teacher: TeacherSection, student: str) -> None:
+    """Refuse a teacher that is the student and something else as well, or has nothing to teach."""
+    if teacher.source != "path" and teacher.path != student:
+        raise ValueError(
+            f"{key}.path: {teacher.path} with {key}.source {teacher.source}, which takes the "
+            f"weights of student.path {student}; leave one of them out"
+        )
+    if teacher.source == "student_ema":
+        if key != "teacher":
+            raise ValueError(
+                f"{key}.source: student_ema is of a run with one teacher; give source student"
+            )
+        if teacher.engine == "sglang":
+            raise ValueError(
+                "teacher.source: student_ema with teacher.engine sglang, whose servers keep the "
+                "weights that they start with; give teacher.engine megatron, or source student"
+            )
+    elif teacher.ema != TeacherSection.ema:
+        raise ValueError(
+            f"{key}.ema: {teacher.ema} with {key}.source {teacher.source}, which has no "
+            f"average; give {key}.source student_ema, or leave it out"
+        )
+    own = teacher.context_column, teacher.system, teacher.template_kwargs
+    if teacher.source != "path" and own == (None, None, None):
+        raise ValueError(
+            f"{key}.source: {teacher.source}, and the teacher reads what the student reads, so "
+            f"that it has nothing to teach; name {key}.context_column, or give it its own "
+            f"{key}.system or {key}.template_kwargs"
+        )
+
+
 def _check_context(key: str, teacher: TeacherSection) -> None:
     """Refuse keys of a teacher's own reading that would have no effect."""
     own = {
+        "template_kwargs": teacher.template_kwargs,
         "system": teacher.system,
         "context_column": teacher.context_column,
         "max_prompt_tokens": teacher.max_prompt_tokens,
@@ -363,16 +462,16 @@ def check_layouts(config: Config, ranks: int | None, whose: str = "the number of
     for model, section in config.models.items():
         parallel = section.parallel
         _check_micro_batch(config, model)
-        size = parallel.tp * parallel.pp
+        size = parallel.tp * parallel.cp * parallel.pp
         if ranks is not None and ranks % size:
             raise ValueError(
-                f"{model}.parallel: tp {parallel.tp} × pp {parallel.pp} = {size} does not divide "
+                f"{model}.parallel: {parallel.sizes} = {size} does not divide "
                 f"{whose} {ranks}; start a multiple of {size}"
             )
     if ranks is None:
         return
     rollout, parallel = config.rollout, config.student.parallel
-    data_parallel = ranks // (parallel.tp * parallel.pp)
+    data_parallel = ranks // (parallel.tp * parallel.cp * parallel.pp)
     if rollout.prompts * rollout.samples < data_parallel:
         raise ValueError(
             f"rollout.prompts: {rollout.prompts} × rollout.samples {rollout.samples} are fewer "

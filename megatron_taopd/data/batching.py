@@ -10,14 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_taopd.data.chunks import Chunks, Pieces, chunk_tokens
 from megatron_taopd.parallel.copies import to_device
+from megatron_taopd.parallel.packing import shared_multiple
 from megatron_taopd.types import RolloutBatch, Sequences, WantedRows, ranges
 
 if TYPE_CHECKING:
@@ -42,8 +44,13 @@ def split_mini_batches(batch: RolloutBatch, kept: WantedRows, n: int) -> list[Wa
     return [kept.within(batch, group == index) for index in range(n)]
 
 
-def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
+def balance(
+    costs: Sequence[int], parts: int, loads: Sequence[int] | None = None
+) -> list[list[int]]:
     """Deal items into `parts` lists of near-equal total cost: longest first to the least loaded.
+
+    Args:
+        loads: what each part costs already; None: nothing.
 
     Returns:
         The item indices of each part, ascending; every index once. Totals differ by at most the
@@ -51,7 +58,8 @@ def balance(costs: Sequence[int], parts: int) -> list[list[int]]:
         lowest number.
     """
     dealt: list[list[int]] = [[] for _ in range(parts)]
-    heap = [(0, 0, part) for part in range(parts)]
+    heap = [(load, 0, part) for part, load in enumerate(loads or [0] * parts)]
+    heapify(heap)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, items, part = heappop(heap)
         dealt[part].append(index)
@@ -102,48 +110,84 @@ def plan(
     world_size: int,
     micro_batch_tokens: int,
     multiple: int = 1,
+    cp: int = 1,
     teachers: Tensor | None = None,
 ) -> list[list[tuple[int, ...]]]:
-    """Plan which sequences every data-parallel rank runs, in which micro-batches.
+    """Plan which sequences every data rank runs, in which micro-batches.
+
+    A context-parallel group shares the tokens of a micro-batch. Sequences that fit the part of one
+    rank are run by one rank, as by ranks of data parallelism. All of the group share longer ones,
+    which come first, in micro-batches of their own.
 
     Invariants:
-        1. every sequence of length > 0 is in exactly one micro-batch of one rank, no other is;
-        2. no micro-batch exceeds `micro_batch_tokens`, its padding to `multiple` included;
+        1. every sequence of length > 0 is in exactly one micro-batch of one rank, or of each rank
+           of one context-parallel group; no other is;
+        2. no rank's part of a micro-batch exceeds `micro_batch_tokens` / cp, padding included;
         3. every rank has the same number of micro-batches, at least one: pipeline schedules and
            gradient reductions need equal counts;
         4. the ranks' token totals differ by at most the longest sequence;
         5. a micro-batch is empty only on a rank that has fewer sequences than micro-batches;
         6. the same arguments give the same plan, everywhere;
         7. the sequences of a micro-batch have one teacher, and on every rank those of one teacher
-           come before those of the next.
+           come before those of the next, first of the shared ones, then of the others.
 
     Args:
         lengths: [N] tokens to run of each sequence (`WantedRows`).
         world_size: data-parallel size.
         multiple: what the token count of a micro-batch is padded to.
+        cp: context-parallel size.
         teachers: [N] int64, the teacher of each sequence; None: all have the same.
 
     Returns:
-        For each rank, its micro-batches: tuples of ascending sequence indices.
+        For each data rank, its micro-batches: tuples of ascending sequence indices.
 
     Raises:
         ValueError: a sequence is longer than a micro-batch.
     """
-    lengths = torch.as_tensor(lengths).tolist()
-    wanted = [index for index, length in enumerate(lengths) if length > 0]
-    of_teacher = [0] * len(lengths) if teachers is None else teachers.tolist()
-    ranks = []
-    for part in balance([lengths[i] for i in wanted], world_size):
-        own = sorted((wanted[i] for i in part), key=of_teacher.__getitem__)
-        ranks.append(
-            [
-                micro_batch
-                for _, group in groupby(own, key=of_teacher.__getitem__)
-                for micro_batch in pack(lengths, [*group], micro_batch_tokens, multiple)
-            ]
-        )
-    count = max(1, *map(len, ranks))
-    return [_split(micro_batches, lengths, count) for micro_batches in ranks]
+    lengths = torch.as_tensor(lengths)
+    of_teacher = (torch.zeros_like(lengths) if teachers is None else teachers).tolist()
+    long = splits(lengths, micro_batch_tokens, multiple, cp).tolist()
+    padded = (chunk_tokens(lengths, cp) * 2 * cp).tolist()
+    lengths = lengths.tolist()
+
+    def packed(costs: list[int], part: list[int], tokens: int, multiple: int):
+        """Pack the sequences of one teacher after those of another."""
+        own = sorted(part, key=of_teacher.__getitem__)
+        groups = groupby(own, key=of_teacher.__getitem__)
+        return [each for _, group in groups for each in pack(costs, [*group], tokens, multiple)]
+
+    shared = _deal_out([i for i, is_long in enumerate(long) if is_long], padded, world_size)
+    shared_packs = [
+        packed(padded, part, micro_batch_tokens, shared_multiple(multiple, cp)) for part in shared
+    ]
+    loads = [sum(padded[i] for i in part) // cp for part in shared for _ in range(cp)]
+    wanted = [i for i, length in enumerate(lengths) if length > 0 and not long[i]]
+    whole = _deal_out(wanted, lengths, world_size * cp, loads)
+    whole_packs = [packed(lengths, part, micro_batch_tokens // cp, multiple) for part in whole]
+    before = [shared_packs[rank // cp] for rank in range(world_size * cp)]
+    count = max(1, *(len(a) + len(b) for a, b in zip(before, whole_packs, strict=True)))
+    return [
+        group + _split(own, lengths, count - len(group))
+        for group, own in zip(before, whole_packs, strict=True)
+    ]
+
+
+def splits(lengths: Tensor, micro_batch_tokens: int, multiple: int, cp: int) -> Tensor:
+    """Mark, [N] bool, the sequences that the ranks of a context-parallel group share.
+
+    They are those that do not fit the part of one rank: keys and values of the others need not be
+    sent to anyone.
+    """
+    if cp == 1:
+        return torch.zeros_like(lengths, dtype=torch.bool)
+    return lengths > micro_batch_tokens // cp // multiple * multiple
+
+
+def _deal_out(
+    sequences: list[int], costs: Sequence[int], parts: int, loads: Sequence[int] | None = None
+) -> list[list[int]]:
+    dealt = balance([costs[i] for i in sequences], parts, loads)
+    return [[sequences[i] for i in part] for part in dealt]
 
 
 def _split(
@@ -179,6 +223,8 @@ class MicroBatch:
             vectors.
         targets: [r] int64, the token after each row: the response token that it predicts.
         teacher: the number of its sequences' teacher; of padding alone any that the batch has.
+        pieces: of sequences that a context-parallel group shares: all above but `sequences`,
+            `cu_seqlens` and `max_seqlen` is of this rank's chunks; None where it has all of them.
     """
 
     tokens: Tensor
@@ -190,6 +236,7 @@ class MicroBatch:
     row_ids: Tensor
     targets: Tensor
     teacher: int = 0
+    pieces: Pieces | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """Return it with what a model reads on the device, without waiting for it."""
@@ -199,7 +246,11 @@ class MicroBatch:
 
 
 def build_micro_batch(
-    batch: Sequences, sequences: Sequence[int], wanted: WantedRows, multiple: int = 1
+    batch: Sequences,
+    sequences: Sequence[int],
+    wanted: WantedRows,
+    multiple: int = 1,
+    each: int = 1,
 ) -> MicroBatch:
     """Pack the first `wanted.lengths[i]` tokens of each sequence i, with its wanted rows.
 
@@ -210,17 +261,20 @@ def build_micro_batch(
             known here there are tokens, but no rows.
         multiple: the token count is padded to it (the tensor-parallel size under sequence
             parallelism).
+        each: every sequence is padded to it at its end, and `multiple` is one of it.
     """
     assert all(a < b for a, b in pairwise(sequences)), "not ascending"
     first = sequences[0] if sequences else 0
     chosen = torch.tensor(sequences, dtype=torch.int64)
     lengths = wanted.lengths[chosen]
-    num_tokens = int(lengths.sum())
+    padded = -(-lengths // each) * each
+    num_tokens = int(padded.sum())
     padding = -num_tokens % multiple if num_tokens else multiple
-    segments = torch.cat([lengths, lengths.new_tensor([padding] if padding else [])])
+    segments = torch.cat([padded, lengths.new_tensor([padding] if padding else [])])
     cu_seqlens = _starts(segments)
-    sources = ranges(batch.cu_seqlens[chosen], lengths)
-    tokens = torch.nn.functional.pad(batch.tokens[sources], (0, padding))
+    tokens = batch.tokens.new_zeros(num_tokens + padding)
+    places = ranges(cu_seqlens[: len(lengths)], lengths)
+    tokens[places] = batch.tokens[ranges(batch.cu_seqlens[chosen], lengths)]
 
     row_ids = wanted.of(batch, chosen)
     segment = torch.searchsorted(chosen, batch.sequences_of(row_ids))
@@ -239,27 +293,101 @@ def build_micro_batch(
     )
 
 
+def share(whole: MicroBatch, cp: int, rank: int) -> MicroBatch:
+    """Return what a rank of a context-parallel group has of a micro-batch.
+
+    Args:
+        whole: all segments of which are multiples of 2·cp.
+    """
+    chunks = Chunks(whole.cu_seqlens.long().diff(), cp)
+    tokens = chunks.of(rank)
+    place = torch.full_like(whole.tokens, -1)
+    place[tokens] = torch.arange(len(tokens))
+    rows = place[whole.rows]
+    return replace(
+        whole,
+        tokens=whole.tokens[tokens],
+        position_ids=whole.position_ids[tokens],
+        rows=rows[rows >= 0],
+        row_ids=whole.row_ids[rows >= 0],
+        targets=whole.targets[rows >= 0],
+        pieces=chunks.pieces(rank),
+    )
+
+
 @dataclass(frozen=True)
-class Assignment:
-    """Who runs what in one pass of a model over the wanted rows of a batch.
+class Placement:
+    """Which rank runs which tokens in one pass of a model over a batch; the same on every rank.
 
     Attributes:
         lengths: [N] int64, tokens run of each sequence, 0 for those without a wanted row.
-        owner: [N] int64, the data-parallel rank that runs each sequence (0 for those not run).
-        micro_batches: those of this rank; every rank has equally many.
+        owner: [N] int64, the data rank that runs each sequence (0 for those not run); of a shared
+            one the first of its context-parallel group.
+        shared: [N] bool, the sequences that a context-parallel group shares, in chunks.
+        cp: ranks of such a group.
     """
 
     lengths: Tensor
     owner: Tensor
+    shared: Tensor
+    cp: int
+
+    def runs(self, batch: Sequences) -> tuple[Tensor, Tensor]:
+        """Cut all rows of the batch into runs of one rank each.
+
+        Returns:
+            [p] int64, the row that each starts with, ascending; [p] int64, the data rank that has
+            it.
+        """
+        if not self.shared.any():
+            return batch.cu_rows[:-1], self.owner
+        chunks = torch.where(self.shared, 2 * self.cp, 1)
+        sequence = torch.arange(len(chunks)).repeat_interleave(chunks)
+        chunk = ranges(torch.zeros_like(chunks), chunks)
+        lengths = self.lengths[sequence]
+        first = batch.cu_seqlens[sequence] + chunk * chunk_tokens(lengths, self.cp)
+        rows = torch.arange(batch.num_rows)
+        starts = torch.searchsorted(
+            batch.cu_seqlens[batch.row_sequences()] + batch.positions_of(rows), first
+        )
+        own = self.shared[sequence] * torch.minimum(chunk, 2 * self.cp - 1 - chunk)
+        return starts, self.owner[sequence] + own
+
+    def tokens_by_rank(self, data_ranks: int) -> Tensor:
+        """Count the tokens that each data rank runs: [data_ranks] int64."""
+        tokens = torch.zeros(data_ranks, dtype=torch.int64)
+        whole, shared = (~self.shared).nonzero()[:, 0], self.shared.nonzero()[:, 0]
+        tokens.index_add_(0, self.owner[whole], self.lengths[whole])
+        parts = 2 * chunk_tokens(self.lengths[shared], self.cp)
+        for rank in range(self.cp):
+            tokens.index_add_(0, self.owner[shared] + rank, parts)
+        return tokens
+
+
+@dataclass(frozen=True)
+class Assignment(Placement):
+    """Who runs what, and what this rank runs.
+
+    Attributes:
+        micro_batches: those of this rank; every rank has equally many.
+    """
+
     micro_batches: list[MicroBatch]
 
     def sequences(self) -> Tensor:
-        """[n] int64, ascending: the sequences that this rank runs."""
+        """[n] int64, ascending: the sequences that this rank runs, or a part of."""
         return torch.tensor(sorted(i for m in self.micro_batches for i in m.sequences)).long()
 
     def most_rows(self, wanted: WantedRows) -> int:
-        """Count the wanted rows of the micro-batch of this rank that has most."""
-        return max(int(wanted.counts[list(m.sequences)].sum()) for m in self.micro_batches)
+        """Count the wanted rows of the micro-batch of this rank that has most.
+
+        Of a shared one it has, about, its part.
+        """
+        counts = [int(wanted.counts[list(m.sequences)].sum()) for m in self.micro_batches]
+        return max(
+            -(-count // self.cp) if m.pieces else count
+            for m, count in zip(self.micro_batches, counts, strict=True)
+        )
 
 
 def deal(
@@ -268,28 +396,30 @@ def deal(
     layout: Layout,
     micro_batch_tokens: int,
     rows_held: Tensor | None = None,
-) -> tuple[Tensor, list[tuple[int, ...]]]:
+) -> tuple[Placement, list[tuple[int, ...]]]:
     """Balance and pack the batch for a model's layout; the same plan on every rank.
 
     Args: those of `assign`.
 
     Returns:
-        [N] int64, the data-parallel rank that runs each sequence (0 for those not run); and this
-        rank's micro-batches, ascending sequence indices each.
+        Who runs which sequence; and this rank's micro-batches, ascending sequence indices each.
 
     Raises:
         ValueError: a sequence is longer than a micro-batch.
     """
-    multiple = _multiple(layout)
-    ranks = plan(wanted.lengths, layout.dp, micro_batch_tokens, multiple, batch.teachers)
+    cp, multiple = layout.cp, _multiple(layout)
+    ranks = plan(wanted.lengths, layout.dp, micro_batch_tokens, multiple, cp, batch.teachers)
     if rows_held is not None:
         rows = batch.cu_rows.diff().tolist()
-        sizes = [sum(rows[i] for packed in share for i in packed) for share in ranks]
-        ranks = hand_out(ranks, sizes, rows_held.tolist())
+        groups = [ranks[i : i + cp] for i in range(0, len(ranks), cp)]
+        run = [{i for share in group for packed in share for i in packed} for group in groups]
+        sizes = [sum(rows[i] for i in sequences) for sequences in run]
+        ranks = [share for g in hand_out(groups, sizes, rows_held.tolist()) for share in g]
     owner = torch.zeros_like(wanted.lengths)
-    for rank, micro_batches in enumerate(ranks):
-        owner[[sequence for packed in micro_batches for sequence in packed]] = rank
-    return owner, ranks[layout.dp_rank]
+    for rank in reversed(range(len(ranks))):  # so that the first of a group has what it shares
+        owner[[sequence for packed in ranks[rank] for sequence in packed]] = rank
+    shared = splits(wanted.lengths, micro_batch_tokens, multiple, cp)
+    return Placement(wanted.lengths, owner, shared, cp), ranks[layout.data_rank]
 
 
 def assign(
@@ -310,25 +440,37 @@ def assign(
     Raises:
         ValueError: a sequence is longer than a micro-batch.
     """
-    owner, own = deal(batch, wanted, layout, micro_batch_tokens, rows_held)
-    return build(batch, owner, own, wanted, layout)
+    placement, own = deal(batch, wanted, layout, micro_batch_tokens, rows_held)
+    return build(batch, placement, own, wanted, layout)
 
 
 def build(
     batch: Sequences,
-    owner: Tensor,
+    placement: Placement,
     own: Sequence[tuple[int, ...]],
     wanted: WantedRows,
     layout: Layout,
 ) -> Assignment:
     """Build the micro-batches that `deal` has dealt to this rank."""
-    multiple = _multiple(layout)
-    micro_batches = [build_micro_batch(batch, packed, wanted, multiple) for packed in own]
-    return Assignment(wanted.lengths, owner, micro_batches)
+    micro_batches = [
+        _build(batch, packed, wanted, layout, any(placement.shared[list(packed)])) for packed in own
+    ]
+    return Assignment(**vars(placement), micro_batches=micro_batches)
+
+
+def _build(
+    batch: Sequences, packed: Sequence[int], wanted: WantedRows, layout: Layout, shared: bool
+) -> MicroBatch:
+    """Build a micro-batch of this rank, or its part of one that its group shares."""
+    if not shared:
+        return build_micro_batch(batch, packed, wanted, _multiple(layout))
+    multiple = shared_multiple(_multiple(layout), layout.cp)
+    whole = build_micro_batch(batch, packed, wanted, multiple, 2 * layout.cp)
+    return share(whole, layout.cp, layout.cp_rank)
 
 
 def _multiple(layout: Layout) -> int:
-    """Return what the tokens of a micro-batch are padded to a multiple of."""
+    """Return what the tokens of a rank's micro-batch are padded to a multiple of."""
     return layout.tp if layout.sequence else 1
 
 
@@ -370,24 +512,34 @@ def shorten(
 ) -> tuple[Assignment, list[Tensor]]:
     """Cut an assignment's sequences after their last wanted row; nothing is re-packed.
 
+    What is left of a sequence that a context-parallel group shares is cut into chunks anew.
+
     Args:
         assigned: of a pass over these sequences at no shorter lengths.
 
     Returns:
         The assignment, some of whose micro-batches may be padding only; and for each of its
-        micro-batches [T'] int64, where each token stood in the longer one, −1 for padding.
+        micro-batches [T'] int64, where each token stood in the longer one, −1 for padding. Tokens
+        of a shared one are counted through all ranks of the group, one rank after another.
     """
     lengths, micro_batches, places = wanted.lengths, [], []
     for longer in assigned.micro_batches:
         starts = dict(zip(longer.sequences, longer.cu_seqlens.tolist(), strict=False))
         sequences = [i for i in longer.sequences if lengths[i] > 0]
-        shorter = build_micro_batch(batch, sequences, wanted, _multiple(layout))
+        shorter = _build(batch, sequences, wanted, layout, longer.pieces is not None)
         first = torch.tensor([starts[i] for i in sequences], dtype=torch.int64)
-        place = ranges(first, lengths[sequences])
-        padding = len(shorter.tokens) - len(place)
-        places.append(torch.nn.functional.pad(place, (0, padding), value=-1))
+        place = torch.full((int(shorter.cu_seqlens[-1]),), -1)
+        own = ranges(shorter.cu_seqlens[: len(first)].long(), lengths[sequences])
+        place[own] = ranges(first, lengths[sequences])
+        if longer.pieces is not None:
+            before, after = (
+                Chunks(m.cu_seqlens.long().diff(), layout.cp) for m in (longer, shorter)
+            )
+            place[own] = before.places()[place[own]]
+            place = place[after.of(layout.cp_rank)]
+        places.append(place)
         micro_batches.append(shorter)
-    return Assignment(lengths, assigned.owner, micro_batches), places
+    return replace(assigned, lengths=lengths, micro_batches=micro_batches), places
 
 
 def _starts(lengths: Tensor) -> Tensor:

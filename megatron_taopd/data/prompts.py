@@ -21,6 +21,7 @@ from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data import cache
 from megatron_taopd.data.context import TeacherContext, longest_that_fits
 from megatron_taopd.data.records import content_of
+from megatron_taopd.data.references import ReferenceReader
 from megatron_taopd.data.rendering import Message, Renderer
 from megatron_taopd.data.rows import Router, Row, Rows
 from megatron_taopd.data.sources import Source, sources_of
@@ -45,6 +46,9 @@ class Prompts:
         contexts: how many of the prompts have a context for the teacher.
         cut: how many of these contexts have lost their end.
         parts: of files with weights, in their order: (how many of the prompts are its own, weight).
+        references: the ids of each prompt's reference response, its end included; None where no
+            column has them.
+        valid: which of these tokens are valid; None where all are.
         teachers: the number of each prompt's teacher, −1 where none is known (of held-out prompts
             only); None: there is one teacher.
     """
@@ -59,6 +63,8 @@ class Prompts:
     contexts: int = 0
     cut: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    references: cache.Ragged[list[int]] | None = None
+    valid: cache.Ragged[list[bool]] | None = None
     teachers: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -139,12 +145,20 @@ def tokenised(
     answer_column: str | None = None,
     teachers: TeacherReader | Mapping[str, TeacherReader | None] | None = None,
     routed: bool = True,
+    end: int | None = None,
 ) -> Path:
     """Return the cache entry of prompts, which is made if need be; see `load_prompts`.
 
     Args:
         routed: every prompt has to be for one of several teachers.
+        end: the id that ends a reference response; None: `data.response_column` is not read.
+
+    Raises:
+        ValueError: also where a prompt has no reference response and `end` is given; how many have
+            none, and the first of them.
     """
+    if end is None:
+        data = replace(data, response_column=None)
     student = Renderer(tokenizer, data.template, data.template_kwargs)
     named = isinstance(teachers, Mapping)
     readers = teachers if isinstance(teachers, Mapping) else {"": teachers}
@@ -164,6 +178,7 @@ def tokenised(
             "renderers": [student.fingerprint()]
             + [reading.renderer and reading.renderer.fingerprint() for reading in readings],
             "columns": [data.prompt_column, data.answer_column, answer_column],
+            "references": [data.response_column, data.excluded_column, end],
             "context": [astuple(reading.context) for reading in readings],
             "teachers": routing if named else None,
             "deduplicate": data.deduplicate,
@@ -177,7 +192,8 @@ def tokenised(
     if cache.about(entry) is None:
         with cache.written(entry) as (aside, about):
             router = Router([*readers], data.teacher_column, routed) if named else None
-            writer = _Writer(aside, student, readings, data, answer_column, router)
+            references = None if end is None else ReferenceReader(tokenizer, end)
+            writer = _Writer(aside, student, readings, data, answer_column, router, references)
             for source, own in zip(sources, files, strict=True):
                 writer.add(source, own)
             about |= writer.close([source.weight for source in sources])
@@ -228,6 +244,7 @@ class _Writer:
         student: how the student reads.
         readings: how each teacher does, by its number.
         router: says which teacher a prompt is for; None: there is one.
+        reader: of reference responses; None: none are asked for.
     """
 
     def __init__(
@@ -238,8 +255,10 @@ class _Writer:
         data: DataSection,
         answer_column: str | None,
         router: Router | None,
+        reader: ReferenceReader | None,
     ):
         self.student, self.readings, self.router = student, readings, router
+        self.reader, self.masked = reader, reader is not None and data.excluded_column is not None
         self.data, self.answer_column = data, answer_column
         self.sizes = list[int]()
         self.counts = {"rows": 0, "duplicates": 0, "dropped": 0, "contexts": 0, "cut": 0}
@@ -255,6 +274,8 @@ class _Writer:
             self.answers = cache.Column(directory, "answers", "u1")
         if router is not None:
             self.teachers = cache.Column(directory, "teachers", "<i4")
+        self.references = cache.Column(directory, "references", "<i4") if reader else None
+        self.valid = cache.Column(directory, "valid", "u1") if self.masked else None
 
     def add(self, source: Source, files: Sequence[Path]) -> None:
         """Read, tokenise and write the prompts of a source. Raises as `load_prompts`."""
@@ -267,6 +288,7 @@ class _Writer:
         with progress.phase(f"tokenising {name}", unit="rows") as shown:
             while batch := [*islice(each, self._room(found))]:
                 ours = _rendered(self.student, batch, [row.messages for row in batch])
+                fitting = []
                 for row, *renderings in zip(batch, ours, self._theirs(batch, ours), strict=True):
                     contexts.setdefault(row.teacher, 0)
                     contexts[row.teacher] += row.context is not None
@@ -274,8 +296,16 @@ class _Writer:
                         dropped += 1
                         continue
                     found += 1
+                    fitting.append(row)
                     self._write(row, renderings)
+                self._write_references(fitting)
                 shown.advance(rows.read - shown.done)
+        if rows.unanswered:
+            raise ValueError(
+                f"{rows.unanswered[0]}: column {self.data.response_column!r} "
+                f"(data.response_column) has no reference response, and so it is with "
+                f"{len(rows.unanswered)} of {rows.read} rows; give each one, or take them out"
+            )
         if not rows.read:
             raise ValueError(f"{name}: no prompt is left: it is empty; give a file with records")
         if not found:
@@ -352,11 +382,21 @@ class _Writer:
         if self.answers is not None and row.answer is not None:
             self.answers.append(row.answer.encode())
 
+    def _write_references(self, rows: Sequence[Row]) -> None:
+        references = [row.reference for row in rows if row.reference is not None]
+        if self.reader is None or self.references is None or not references:
+            return
+        for ids, valid in self.reader(references):
+            self.references.append(ids)
+            if self.valid is not None:
+                self.valid.append(bytes(valid))
+
     def close(self, weights: Sequence[Any]) -> dict[str, Any]:
         """Return what is to be known of the entry. Raises ValueError as `Router.check`."""
         if self.router is not None:
             self.router.check(self.of_teacher)
-        for column in (*self.ids, self.messages, self.answers, self.teachers):
+        columns = self.messages, self.answers, self.teachers, self.references, self.valid
+        for column in (*self.ids, *columns):
             if column is not None:
                 column.close()
         parts = []
@@ -369,6 +409,8 @@ class _Writer:
             "teacher": self.differ,
             "answers": self.answers is not None,
             "routed": self.teachers is not None,
+            "references": self.references is not None,
+            "valid": self.valid is not None,
         }
 
 
@@ -403,6 +445,11 @@ def open_prompts(entry: Path) -> Prompts:
         teacher = cache.column(entry, "teacher_ids", "<i4", np.ndarray.tolist)
     if about["routed"]:
         teachers = cache.column(entry, "teachers", "<i4", np.ndarray.item)
+    references = valid = None
+    if about["references"]:
+        references = cache.column(entry, "references", "<i4", np.ndarray.tolist)
+    if about["valid"]:
+        valid = cache.column(entry, "valid", "u1", _flags)
     return Prompts(
         token_ids=ids,
         texts=cache.Ragged(messages.values, messages.offsets, _last_text),
@@ -414,8 +461,14 @@ def open_prompts(entry: Path) -> Prompts:
         contexts=about["contexts"],
         cut=about["cut"],
         parts=tuple((size, weight) for size, weight in about["parts"]),
+        references=references,
+        valid=valid,
         teachers=teachers,
     )
+
+
+def _flags(values: np.ndarray) -> list[bool]:
+    return values.astype(bool).tolist()
 
 
 def _text(values: np.ndarray) -> str:

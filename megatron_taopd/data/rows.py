@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_taopd.config.schema import DataSection
 from megatron_taopd.data.records import read_records
+from megatron_taopd.data.references import Reference, as_spans
 from megatron_taopd.data.rendering import Message, strings
 from megatron_taopd.data.sources import sources_of
 
@@ -28,6 +29,7 @@ class Row(NamedTuple):
         answer: None if none was asked for.
         context: of the teacher alone; None: the row has none, or none was asked for.
         teacher: the number of its teacher.
+        reference: its response; None: the row has none, or none was asked for.
     """
 
     where: str
@@ -35,14 +37,15 @@ class Row(NamedTuple):
     answer: str | None
     context: str | None = None
     teacher: int = 0
+    reference: Reference | None = None
 
 
 class Rows:
     """The prompts of files, one at a time.
 
     With `data.deduplicate`, a row is left out whose prompt, answer, if the file has answers,
-    context, if one is asked for, and teacher are those of a row before it. What of it would be
-    refused was refused there. So is a row whose teacher is not known (`Router`).
+    context and reference, if they are asked for, and teacher are those of a row before it. What of
+    it would be refused was refused there. So is a row whose teacher is not known (`Router`).
 
     Args:
         router: says which teacher a row is for; None: the only one.
@@ -50,6 +53,7 @@ class Rows:
 
     Attributes:
         read: rows so far.
+        unanswered: where those of them stand that lack a reference which is asked for.
         duplicates: of these, those that were left out.
 
     Raises:
@@ -68,6 +72,7 @@ class Rows:
         self.files, self.data, self.router = files, data, router
         self.answer_column, self.context_columns = answer_column, context_columns
         self.read = self.duplicates = 0
+        self.unanswered = list[str]()
 
     def __iter__(self) -> Iterator[Row]:
         data, seen = self.data, set()
@@ -84,8 +89,9 @@ class Rows:
                 if data.deduplicate:
                     answer = _value(record, data.answer_column)
                     row = [prompt, answer, teacher]
-                    if column is not None:
-                        row.append(_value(record, column))
+                    for each in (column, data.response_column):
+                        if each is not None:
+                            row.append(_value(record, each))
                     said = blake2b(_canonical(row).encode(), digest_size=16).digest()
                     if said in seen:
                         self.duplicates += 1
@@ -100,11 +106,43 @@ class Rows:
         messages = _as_messages(prompt, column, where)
         if (answers := self.answer_column) is not None:
             answer = as_answer(_column(record, answers, where), answers, where)
+        reference = self._reference(record, messages, where)
         where = f"{where}: column {column!r}"
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
             where += " (after data.system)"
-        return Row(where, messages, answer)
+        return Row(where, messages, answer, reference=reference)
+
+    def _reference(
+        self, record: dict[str, Any], messages: list[Message], where: str
+    ) -> Reference | None:
+        """Return a row's reference; taken off the messages of its prompt if it is their last one.
+
+        Without one the row is noted.
+        """
+        if (column := self.data.response_column) is None:
+            return None
+        value, in_prompt = _column(record, column, where), column == self.data.prompt_column
+        if in_prompt or isinstance(value, list):
+            said = _as_messages(value, column, where)
+            value = said[-1]["content"] if said[-1]["role"] == "assistant" else None
+            if in_prompt and value is not None and len(messages) > 1:
+                messages.pop()
+        if value is None or (isinstance(value, str) and not value.strip()):
+            self.unanswered.append(where)
+            return None
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{where}: column {column!r} is {json.dumps(value, default=str)[:40]}; a reference "
+                "response is text, or messages whose last one is the assistant's"
+            )
+        _check_unicode(value, column, where)
+        if (spans := self.data.excluded_column) is None:
+            return Reference(value)
+        try:
+            return Reference(value, as_spans(_column(record, spans, where), value))
+        except ValueError as error:
+            raise ValueError(f"{where}: column {spans!r} is {error}") from None
 
 
 class Router:
@@ -180,6 +218,37 @@ def _context(record: dict[str, Any], column: str | None, where: str) -> str | No
         )
     _check_unicode(context, column, where)
     return context
+
+    def _reference(
+        self, record: dict[str, Any], messages: list[Message], where: str
+    ) -> Reference | None:
+        """Return a row's reference; taken off the messages of its prompt if it is their last one.
+
+        Without one the row is noted.
+        """
+        if (column := self.data.response_column) is None:
+            return None
+        value, in_prompt = _column(record, column, where), column == self.data.prompt_column
+        if in_prompt or isinstance(value, list):
+            said = _as_messages(value, column, where)
+            value = said[-1]["content"] if said[-1]["role"] == "assistant" else None
+            if in_prompt and value is not None and len(messages) > 1:
+                messages.pop()
+        if value is None or (isinstance(value, str) and not value.strip()):
+            self.unanswered.append(where)
+            return None
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{where}: column {column!r} is {json.dumps(value, default=str)[:40]}; a reference "
+                "response is text, or messages whose last one is the assistant's"
+            )
+        _check_unicode(value, column, where)
+        if (spans := self.data.excluded_column) is None:
+            return Reference(value)
+        try:
+            return Reference(value, as_spans(_column(record, spans, where), value))
+        except ValueError as error:
+            raise ValueError(f"{where}: column {spans!r} is {error}") from None
 
 
 def read_texts(prompts: Any, prompt_column: str, answer_column: str, limit: int) -> Iterator[str]:

@@ -52,6 +52,11 @@ class Texts:
         if prompts.dropped:
             limits = dict.fromkeys(config.prompt_limit(model)[0] for model in config.models)
             yield f"{prompts.dropped} prompts dropped: over {' or '.join(limits)}"
+        if prompts.references is not None:
+            longest = config.rollout.max_new_tokens
+            over = int((prompts.references.lengths() > longest).sum())
+            cut = f"; {over} of them are cut at rollout.max_new_tokens {longest}" if over else ""
+            yield f"{len(prompts)} reference responses in {config.data.response_column!r}{cut}"
         if columns:
             cut = f"; {prompts.cut} of these are cut" if prompts.cut else ""
             named = " or ".join(map(repr, sorted(columns)))
@@ -137,12 +142,21 @@ def held_out_prompts(config: Config, student: Vocabulary) -> Prompts:
 
 
 def _training(config: Config, student: Vocabulary, teachers: Mapping[str, Vocabulary]) -> Path:
+    data, end = config.data, None
     readers = {
         teacher_name(key): teacher_reader(section, teachers[key])
         for key, section in config.each_teacher.items()
     }
     those = readers if config.teachers else readers["teacher"]
-    return tokenised(config.data.prompts, student.tokenizer, config.data, teachers=those)
+    if data.response_column is not None:
+        end = student.ending_at(config.rollout.stop_token_ids).roles().get("end of turn")
+        if end is None:
+            raise ValueError(
+                f"data.response_column: {data.response_column!r}: no special token ends a response "
+                "of the student, so that a reference response would have no end; name one in "
+                "rollout.stop_token_ids"
+            )
+    return tokenised(data.prompts, student.tokenizer, data, teachers=those, end=end)
 
 
 def teacher_reader(section: TeacherSection, teacher: Vocabulary) -> TeacherReader | None:

@@ -217,7 +217,7 @@ class VocabMap:
         if same:
             return batch, metrics
 
-        sequences = batch.row_sequences()
+        sequences = torch.repeat_interleave(batch.response_lengths)  # of each response token
         if prompts is None:
             own = [batch.sequence(i)[:n] for i, n in enumerate(batch.prompt_lengths.tolist())]
         else:
@@ -228,24 +228,25 @@ class VocabMap:
         counts[spelled] = torch.tensor([len(ids) for ids in spellings], dtype=torch.int64)
 
         extra = pad((counts - 1).cumsum(0), (1, 0))
-        extra = extra[1:] - extra[batch.cu_rows[:-1]][sequences]
+        extra = extra[1:] - extra[batch.cu_responses[:-1]][sequences]
         room = max_tokens - prompt_lengths - batch.response_lengths
         cut = (counts > 1) & (extra > room[sequences])
         metrics["teacher/cut_spellings"] = int(cut.sum())
         counts[cut] = 1
 
         starts = pad(counts.cumsum(0), (1, 0))
-        cu_responses = starts[batch.cu_rows]
+        cu_responses = starts[batch.cu_responses]
         read = ids.repeat_interleave(counts)
         pieces = zip(spellings, counts[spelled].tolist(), strict=True)
         read[read < 0] = torch.tensor([i for spelling, n in pieces for i in spelling[:n]]).long()
         responses = read.split(cu_responses.diff().tolist())
         offset = prompt_lengths - 1 - cu_responses[:-1]
+        row_positions = starts[:-1] + offset[sequences]
         return TeacherSequences(
             tokens=torch.cat([part for pair in zip(own, responses, strict=True) for part in pair]),
             cu_seqlens=pad((prompt_lengths + cu_responses.diff()).cumsum(0), (1, 0)),
             cu_rows=batch.cu_rows,
-            row_positions=starts[:-1] + offset[sequences],
+            row_positions=row_positions if batch.valid is None else row_positions[batch.valid],
         ), metrics
 
 

@@ -170,7 +170,7 @@ class Pair:
         """
         layout = self.student.layout
         assigned = batching.assign(batch, WantedRows.all(batch), layout, self.micro_batch_tokens)
-        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned.owner)
+        teacher_rows = self.teacher.hidden_states(teacher_inputs, layout, assigned)
 
         def columns(micro_batch: batching.MicroBatch, hidden_states: Tensor) -> Tensor:
             chunks = compare_hidden(
@@ -319,9 +319,9 @@ def place(contexts: Contexts) -> dict[str, Tensor]:
     columns = (
         batch.prompts[sequences],
         sequences + contexts.first,
-        torch.arange(batch.num_rows) - batch.cu_rows[sequences],
+        batch.row_positions - batch.prompt_lengths[sequences] + 1,
         batch.response_lengths[sequences],
-        batch.response_tokens(),
+        batch.row_tokens(),
     )
     return {name: c.int().numpy() for name, c in zip(PLACE, columns, strict=True)}
 
@@ -350,7 +350,7 @@ def view_of(contexts: Contexts, tops: Tensor, tokenizer) -> list[dict]:
         tops: [4·TOP, R] of `likeliest`.
     """
     batch = contexts.batch
-    shown, tokens = [], batch.response_tokens().tolist()
+    shown, tokens = [], batch.row_tokens().tolist()
     student, student_p, teacher, teacher_p = tops.t().split(TOP, dim=1)
 
     def candidates(ids: Tensor, probabilities: Tensor) -> list[list]:

@@ -7,12 +7,17 @@ sequence parallelism. With these, one data path, always packed, serves every dev
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.tensor_parallel import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import attention
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
@@ -35,12 +40,17 @@ class Packing(PackedSeqParams):
     every layer.
 
     Attributes:
-        lengths: tokens of each segment.
+        lengths: queries of each segment.
+        key_lengths: keys of each segment, the last of which stand where its queries do.
+        keys: [Σ key_lengths] int64, of sequences that a context-parallel group shares: where a
+            segment's keys lie among those of all its ranks. None: they are the queries' own.
         rotation: RoPE's cosines and sines at the tokens' positions, [T, 1, d] in the parameters'
             dtype; none with TransformerEngine, whose kernels read `cu_seqlens` on the device.
     """
 
     lengths: list[int] = field(default_factory=list)
+    key_lengths: list[int] = field(default_factory=list)
+    keys: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
 
 
@@ -50,6 +60,10 @@ class PackedAttention(torch.nn.Module):
     The `core_attention` of a Megatron layer: query [T, heads, d] and key, value [T, groups, d] of
     this tensor-parallel rank in, [T, heads × d] out. Half precision on CUDA takes torch's variable
     length flash attention, everything else `scaled_dot_product_attention` segment by segment.
+
+    Collectives, of sequences that a context-parallel group shares: over it, forward an all-gather
+    of keys and values (2 · T · groups · d elements, T being all its tokens), backward a
+    reduce-scatter.
     """
 
     def __init__(self, config, softmax_scale: float | None = None, **_unused):
@@ -66,30 +80,49 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: Packing,
         **_unused,
     ) -> Tensor:
-        query, key = (_rotate(x, *packed_seq_params.rotation) for x in (query, key))
+        packing = packed_seq_params
+        query, key = (_rotate(x, *packing.rotation) for x in (query, key))
+        if packing.keys is not None:
+            key, value = _gather(key, value, packing)
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            starts, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            # A segment's mask is aligned at its end, as flash attention has it.
             out = varlen_attn(
-                query, key, value, starts, starts, longest, longest,
+                query, key, value, packing.cu_seqlens_q, packing.cu_seqlens_kv,
+                packing.max_seqlen_q, packing.max_seqlen_kv,
                 scale=self.scale, window_size=(-1, 0), enable_gqa=True,
             )  # fmt: skip
         else:
-            out = self._per_segment(query, key, value, packed_seq_params.lengths)
+            out = self._per_segment(query, key, value, packing)
         return out.flatten(1)
 
-    def _per_segment(self, query, key, value, lengths: list[int]) -> Tensor:
+    def _per_segment(self, query, key, value, packing: Packing) -> Tensor:
         outputs = []
         for q, k, v in zip(
-            query.split(lengths), key.split(lengths), value.split(lengths), strict=True
+            query.split(packing.lengths),
+            key.split(packing.key_lengths),
+            value.split(packing.key_lengths),
+            strict=True,
         ):
+            before, mask = len(k) - len(q), None
+            if before:
+                mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before)
             out = F.scaled_dot_product_attention(
                 *(x.transpose(0, 1)[None] for x in (q, k, v)),
-                is_causal=True,
+                attn_mask=mask,
+                is_causal=not before,
                 scale=self.scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
             outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
+
+
+def _gather(key: Tensor, value: Tensor, packing: Packing) -> list[Tensor]:
+    """Return the keys and values of this rank's segments, from all ranks of the group."""
+    gathered = gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=1), tensor_parallel_output_grad=True, group=packing.cp_group
+    )
+    return gathered.index_select(0, packing.keys).chunk(2, dim=1)
 
 
 def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -98,13 +131,29 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return x * cosines + torch.cat([-second, first], dim=-1) * sines
 
 
+_ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # all that RoPE asks of a group
+
+
 class SelfAttention(attention.SelfAttention):
     """Megatron's self-attention, for TP ranks that share a key-value head in any process groups.
+
+    With TransformerEngine, Megatron turns queries and keys as if every micro-batch were shared by
+    the context-parallel group; one that this rank has alone is turned as such.
 
     Where there are more ranks than key-value heads (a multiple of them), Megatron's own gathers the
     projections over the global groups, which are the student's. Collectives, then: an all-gather of
     the projections over the TP group forward, a reduce-scatter backward.
     """
+
+    def forward(self, *args, packed_seq_params: Packing, **options):
+        groups = self.pg_collection
+        if packed_seq_params.local_cp_size == 1:
+            self.pg_collection = copy(groups)
+            self.pg_collection.cp = _ALONE
+        try:
+            return super().forward(*args, packed_seq_params=packed_seq_params, **options)
+        finally:
+            self.pg_collection = groups
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, **options

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_taopd.data.chunks import Pieces
 from megatron_taopd.formats import hf_map
 from megatron_taopd.models.attention import PackedAttention, Packing, RMSNorm, SelfAttention
 from megatron_taopd.parallel import platform
@@ -71,7 +72,8 @@ def transformer_config(
     Args:
         hf: of a family in `hf_map.FAMILIES`.
         dtype: of the parameters, torch.float32 or torch.bfloat16.
-        recompute: "none", "selective" (core attention) or "full" (every layer).
+        recompute: "none", "selective" (core attention) or "full" (every layer). Under context
+            parallelism without TransformerEngine "none" is "selective".
 
     Raises:
         ValueError: the model does something that the trunk does not, one line with the key.
@@ -80,6 +82,9 @@ def transformer_config(
     engine = use_transformer_engine()
     if engine:
         let_engine_accumulate()
+    elif layout.cp > 1 and recompute == "none":
+        # What attention would keep are all ranks' keys and values; TransformerEngine keeps its own.
+        recompute = "selective"
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -99,6 +104,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -202,6 +208,10 @@ class Trunk(HiddenStatesModel):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: Packing, **options
     ) -> Tensor:
+        if packed_seq_params.keys is not None:
+            packed_seq_params.cp_group = self.layout.groups.cp
+        elif self.layout.cp > 1:
+            packed_seq_params.local_cp_size = 1
         if self.position_embedding_type == "none":
             packed_seq_params.rotation = self._rotation(position_ids[0])
         return super().forward(
@@ -232,7 +242,12 @@ class Trunk(HiddenStatesModel):
 
 
 def packed_forward(
-    model, tokens: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    model,
+    tokens: Tensor,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    pieces: Pieces | None = None,
 ) -> Tensor:
     """Return this stage's hidden states of one packed micro-batch, from a trunk or what wraps one.
 
@@ -240,15 +255,26 @@ def packed_forward(
         tokens, position_ids: [T] int64.
         cu_seqlens: [S+1] int32 on the host, padding being a segment of its own.
         max_seqlen: tokens of the longest segment.
+        pieces: of segments that a context-parallel group shares: this rank's.
     """
-    starts = to_device(cu_seqlens, tokens.device)
+    lengths = keys = cu_seqlens.diff().tolist()
+    starts = [cu_seqlens, cu_seqlens]
+    longest = [max_seqlen, max_seqlen]
+    if pieces is not None:
+        lengths, keys = pieces.queries, pieces.keys
+        if not use_transformer_engine():  # which finds its pieces itself
+            starts = [torch.tensor([0, *n]).cumsum(0).int() for n in (lengths, keys)]
+            longest = [max(lengths), max(keys)]
+    of_queries = to_device(starts[0], tokens.device)
     packing = Packing(
         qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        lengths=cu_seqlens.diff().tolist(),
+        cu_seqlens_q=of_queries,
+        cu_seqlens_kv=to_device(starts[1], tokens.device) if pieces else of_queries,
+        max_seqlen_q=longest[0],
+        max_seqlen_kv=longest[1],
+        lengths=lengths,
+        key_lengths=keys,
+        keys=to_device(pieces.places, tokens.device) if pieces else None,
     )
     return model(
         input_ids=tokens[None],

@@ -64,6 +64,7 @@ def _run(model, layout, micro_batches, last_stage, forward_only: bool) -> list:
             micro_batch.position_ids,
             micro_batch.cu_seqlens,
             micro_batch.max_seqlen,
+            micro_batch.pieces,
         )
         return hidden_states, lambda output, **kwargs: last_stage(micro_batch, output, **kwargs)
 

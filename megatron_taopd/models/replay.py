@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -68,9 +69,10 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
         kept: from `keep_outputs`, of a pass with the same weights.
         wanted: by micro-batch, [T'] int64, where each token of the new micro-batch stood in the
             kept one; −1 for padding; on any device. Under sequence parallelism T' is a multiple of
-            tp.
+            tp. Tokens that a context-parallel group shares are counted through all its ranks.
 
-    Collectives: under sequence parallelism, an all-gather per layer of the kept outputs.
+    Collectives: under sequence parallelism, and over a context-parallel group that shares a
+    micro-batch, an all-gather per layer of the kept outputs.
     """
     config, layers = trunk.config, trunk.decoder.layers
     turn = iter(zip(kept, wanted, strict=True))
@@ -82,7 +84,8 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
             current["wanted"] = to_device(places, outputs[0].device)
             current["outputs"] = list(outputs)
             outputs.clear()
-        output = _pick(trunk, current["outputs"].pop(0), current["wanted"])
+        shared = options["packed_seq_params"].cp_group
+        output = _pick(trunk, current["outputs"].pop(0), current["wanted"], shared)
         return _Replayed.apply(hidden_states, output, partial(forward, **options)), None
 
     # Full recomputation would wrap the look-ups; each layer is recomputed as it is.
@@ -99,12 +102,14 @@ def replay_outputs(trunk: Trunk, kept: list[list[Tensor]], wanted: list[Tensor])
             del layer.forward
 
 
-def _pick(trunk: Trunk, output: Tensor, wanted: Tensor) -> Tensor:
+def _pick(trunk: Trunk, output: Tensor, wanted: Tensor, shared: dist.ProcessGroup | None) -> Tensor:
     """Return [T', 1, D], 0 for padding, or, under sequence parallelism, this rank's part of it."""
     group = trunk.layout.groups.tp
     with torch.no_grad():
         if trunk.layout.sequence:
             output = gather_from_sequence_parallel_region(output, group=group)
+        if shared is not None:
+            output = gather_from_sequence_parallel_region(output, group=shared)
         picked = output[wanted] * (wanted >= 0)[:, None, None]
         if trunk.layout.sequence:
             picked = scatter_to_sequence_parallel_region(picked, group=group)

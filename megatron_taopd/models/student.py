@@ -21,6 +21,7 @@ from megatron_taopd.config.schema import MoeSection, OptimizerSection
 from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.models import experts, gpt, pipeline, replay, weights
+from megatron_taopd.models.average import WeightAverage
 from megatron_taopd.parallel.compat.megatron_internals import keep_norms_on_the_device
 from megatron_taopd.parallel.faults import Fault, by_rank, listed
 from megatron_taopd.parallel.layout import Layout
@@ -110,6 +111,9 @@ class Student(FrozenStudent):
         common_vocabulary: ids from here on never take part (the teacher does not have them).
         absent: [n] int64, ids below that do not either.
         moe: how the routers of a mixture of experts learn; None: as by default.
+
+    Attributes:
+        average: of the weights over the updates; None unless `keep_average` is called.
     """
 
     def __init__(
@@ -176,6 +180,12 @@ class Student(FrozenStudent):
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+        self.average: WeightAverage | None = None
+
+    def keep_average(self, decay: float) -> WeightAverage:
+        """Keep an exponential moving average of the weights, from what they are now on."""
+        self.average = WeightAverage(self.model, self.optimizer.chained_optimizers, decay)
+        return self.average
 
     def go_on_after(self, updates: int) -> None:
         """Go on with the schedule of the learning rate after so many updates."""
@@ -221,6 +231,8 @@ class Student(FrozenStudent):
             if parameters and most > 0:
                 clip_grad_by_total_norm_fp32(parameters, most, grad_norm)
         self.optimizer.step_with_ready_grads()
+        if self.average is not None:
+            self.average.update()
         return grad_norm, self.optimizer.param_groups[0]["lr"]
 
     def broken_weights(self) -> Fault | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from math import prod
 from pathlib import Path
 
@@ -63,6 +63,22 @@ def load_weights(model: Trunk, hf_dir: str | Path) -> None:
             mapping = known[name].mapping
             whole = mapping.merge([checkpoint[n] for n in mapping.names], model.hf)
             parameter.copy_(mapping.shard(whole, layout.tp_rank, layout.tp))
+
+
+def load_tensors(model: Trunk, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill the trunk's parameters on this rank from whole tensors, in place.
+
+    Args:
+        named: by Hugging Face name, in the order of `export_weights`, of a model of the same
+            architecture and in whatever layout. Every rank calls this.
+    """
+    layout, own, tensors = model.layout, dict(named_parameters(model)), iter(named)
+    for name, parameter in hf_map.parameters(model.hf).items():
+        mapping = parameter.mapping
+        found = dict(islice(tensors, len(mapping.names)))
+        if name in own:
+            whole = mapping.merge([found[n] for n in mapping.names], model.hf)
+            own[name].data.copy_(mapping.shard(whole, layout.tp_rank, layout.tp))
 
 
 def load_megatron(model: Trunk, directory: str | Path) -> None:

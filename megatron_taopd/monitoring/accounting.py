@@ -69,6 +69,8 @@ class Work:
         num_rows, kept_rows: response rows of the batch, and those trained on.
         replayed: the training pass found the layers' outputs (`models.replay`).
         recompute: none, selective (core attention) or full.
+        generated: [N] response tokens of each sequence that the engine has generated, 0 of
+            references.
     """
 
     scored: Tensor
@@ -78,14 +80,16 @@ class Work:
     kept_rows: int
     replayed: bool
     recompute: str
+    generated: Tensor
 
 
 def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[str, float]:
     """Count the operations of one step, over all ranks.
 
     Returns:
-        flops/{rollout,teacher,scoring,training}: rollout as one forward pass over all tokens and a
-            head per row; scoring with both heads on all rows.
+        flops/{rollout,teacher,scoring,training}: rollout as one forward pass over all tokens of the
+            sequences that were generated and a head for each such token; scoring with both heads on
+            all rows.
         flops/recomputed: the part of training that `recompute` computes a second time.
         flops/full_opd: teacher and training on all rows and tokens, with the same recomputation and
             no scoring.
@@ -109,9 +113,11 @@ def step_operations(student: ModelCost, teacher: ModelCost, work: Work) -> dict[
     if not work.replayed or work.recompute == "selective":
         recomputed = again(work.trained)
     training += recomputed
+    rolled_out = student.trunk(work.scored * (work.generated > 0))
+    rolled_out += int(work.generated.sum()) * student.per_row
     full = reading + 3 * student.trunk(work.scored) + again(work.scored) + work.num_rows * heads
     return {
-        "flops/rollout": float(student.trunk(work.scored) + work.num_rows * student.per_row),
+        "flops/rollout": float(rolled_out),
         "flops/teacher": float(reading),
         "flops/scoring": float(scoring),
         "flops/training": float(training),

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from megatron_taopd.config.schema import Config
+from megatron_taopd.config.schema import Config, TeacherSection
 from megatron_taopd.data.sources import sources_of
 from megatron_taopd.evaluation.in_loop import grader_name
 from megatron_taopd.formats.hf import CARD
@@ -53,7 +53,7 @@ def model_card(
     records = [record for record in records if record["step"] <= step]
     before, now = (_evaluation(records, at) for at in (0, step))
     name = config.run.name or Path(config.run.dir).name
-    student, teacher = hub_name(config.student.path), teachers_of(config)
+    student = hub_name(config.student.path)
     held_out = ", ".join(_data_names(config.eval.prompts)) if config.eval.prompts else None
     data_sets = [name for name in _data_names(config.data.prompts) if "/" in name]
     data = ModelCardData(
@@ -72,7 +72,7 @@ def model_card(
         str(_TEMPLATE),
         name=name,
         student=student,
-        teacher=teacher,
+        teacher=teachers_of(config),
         step=step,
         steps=config.train.steps,
         held_out=held_out,
@@ -88,6 +88,15 @@ def model_card(
         versions=_versions(config),
     )
     return card.content
+
+
+def _teacher(section: TeacherSection) -> str:
+    """Name the teacher, or say which of the student's own weights it has."""
+    if section.source == "student":
+        return "its own weights before training"
+    if section.source == "student_ema":
+        return f"a moving average of its own weights ({section.ema:g} stays at each update)"
+    return hub_name(section.path)
 
 
 def hub_name(path: str) -> str:
@@ -153,7 +162,7 @@ def _drawn(config: Config) -> str:
 
 def teachers_of(config: Config) -> str:
     """Name the teacher, or all of them."""
-    return ", ".join(hub_name(section.path) for section in config.each_teacher.values())
+    return ", ".join(map(_teacher, config.each_teacher.values()))
 
 
 def _training(

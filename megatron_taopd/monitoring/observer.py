@@ -11,7 +11,7 @@ from megatron_taopd.config.schema import Config, teacher_name
 from megatron_taopd.evaluation.in_loop import Evaluation
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.monitoring.accounting import ModelCost, Work, added, step_operations
-from megatron_taopd.monitoring.metrics import rollout_metrics
+from megatron_taopd.monitoring.metrics import rollout_metrics, source_metrics
 from megatron_taopd.monitoring.monitor import Monitor
 from megatron_taopd.monitoring.samples import Snapshot, take
 from megatron_taopd.monitoring.throughput import Devices, device_peak, throughput
@@ -21,6 +21,7 @@ from megatron_taopd.step.distiller import Lesson, replay_mib
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.step.selection import budget
+from megatron_taopd.step.training import OF_REFERENCES
 from megatron_taopd.teacher.teachers import Inputs
 from megatron_taopd.types import WantedRows
 
@@ -70,6 +71,9 @@ class Observer:
         metrics |= self.horizon.observe(batch, scores.learnable, length, scores.held)
         metrics |= selection.metrics
         metrics |= rollout_metrics(batch, scored.gap, step)
+        if OF_REFERENCES in metrics:
+            of_data = metrics.pop(OF_REFERENCES)
+            metrics |= source_metrics(batch, selection.kept.counts, metrics["loss"], of_data)
         metrics |= {"train/replayed": int(scored.kept_outputs is not None)}
         metrics |= self._head_memory(scored, head_rows)
         work = {each.teacher: _work(lesson, each, config.train.recompute) for each in read}
@@ -82,8 +86,8 @@ class Observer:
         self._warn_of_replay(scored)
         self._warn_of_small_q3(batch.num_rows, selection.kept.num_rows, step)
         self._warn_of_gap(scored.gap, step)
+        truncated = metrics.get("rollout/truncated_share", 0.0)  # nothing, where none is generated
         if length == config.rollout.max_new_tokens:  # a shorter horizon cuts them on purpose
-            truncated = metrics["rollout/truncated_share"]
             self._warn_of_endless("rollout.max_new_tokens", truncated, f"step {step}")
         tokenizer, count = self.tokenizer, config.log.samples
         return metrics, lambda: take(step, batch, selection, tokenizer, count)
@@ -131,6 +135,7 @@ class Observer:
 
     def _warn_of_gap(self, gap: Tensor, step: int) -> None:
         """Warn of an engine that samples from another policy; ahead, it is an older one."""
+        gap = gap[~gap.isnan()]  # of references
         mean, most = gap.mean().item(), self.config.rollout.gap_warning
         if mean > most and not self.config.rollout.ahead:
             self.monitor.note(
@@ -166,6 +171,7 @@ class Observer:
 def _work(lesson: Lesson, inputs: Inputs, recompute: str) -> Work:
     """Return what was run in a step of a teacher's sequences."""
     scored, kept, own = lesson.scored, lesson.selection.kept, inputs.places
+    batch = scored.batch
     return Work(
         scored=scored.assigned.lengths[own],
         read=inputs.sequences.reach(),
@@ -174,4 +180,5 @@ def _work(lesson: Lesson, inputs: Inputs, recompute: str) -> Work:
         kept_rows=int(kept.counts[own].sum()),
         replayed=scored.kept_outputs is not None,
         recompute=recompute,
+        generated=(batch.response_lengths * ~batch.is_reference)[own],
     )

@@ -42,14 +42,14 @@ class Response:
     """One response, token by token.
 
     Attributes:
-        tokens: the text of each.
+        tokens: the text of each that has a row.
         kinds: a key of KINDS for each.
         kept: whether each was trained on.
         scores: of each token D, C, d and c (D̃ and C̃), rank, log_p and log_q (the engine's and the
             teacher's log-probability of it, in nats), and student and teacher (entropies, in nats).
             `rank` is None where the selector has none; one log_q where only the student knows the
             token.
-        length: of the whole response, of which the first tokens are shown.
+        length: how many these are in the whole response, of which the first are shown.
     """
 
     prompt: str
@@ -183,7 +183,7 @@ def take(
     if not rows.first_rank:
         return None
 
-    tokens, plane = batch.response_tokens(), []
+    tokens, plane = batch.row_tokens(), []
     for row in points:
         of = seen[row]
         place, raw = ([of[name] for name in names] for names in (("c", "d"), ("C", "D")))
@@ -194,13 +194,15 @@ def take(
     responses = []
     for i, span in spans.items():
         prompt, response = batch.sequence(i).tensor_split([int(batch.prompt_lengths[i])])
+        places = (batch.positions_of(torch.tensor(span)) - len(prompt) + 1).tolist()
+        texts = texts_of(response[: places[-1] + 1], tokenizer)
         columns = {name: [_short(seen[row][name]) for row in span] for name in COLUMNS}
         columns["rank"] = ranks and [ranks[row] for row in span]
         columns["log_p"] = [_short(p) for p in batch.log_probs[span.start : span.stop].tolist()]
         responses.append(
             Response(
                 shortened(tokenizer.decode(prompt, skip_special_tokens=True)),
-                texts_of(response[: len(span)], tokenizer),
+                [texts[place] for place in places],
                 "".join(seen[row]["kind"] for row in span),
                 [bool(seen[row]["kept"]) for row in span],
                 columns,

@@ -97,8 +97,8 @@ def throughput(
 
     Args:
         record: with `time/step`, `time/<phase>`, `flops/<phase>`, `flops/recomputed`,
-            `tokens_rolled_out`, `tokens_read`, `tokens_scored`, `tokens_trained` and `valid_rows`,
-            as far as the step has them.
+            `tokens_rolled_out`, `tokens_read`, `tokens_scored`, `tokens_trained`, and
+            `tokens_generated` or else `valid_rows`, as far as the step has them.
         peak_tflops: of one GPU in the run's precision; None: there will be no MFU.
 
     Returns:
@@ -107,7 +107,7 @@ def throughput(
         record does not tell is left out.
     """
     tokens = {
-        "rollout": record.get("valid_rows"),
+        "rollout": record.get("tokens_generated", record.get("valid_rows")),
         "teacher": record.get("tokens_read"),
         "scoring": record.get("tokens_scored"),
         "training": record.get("tokens_trained"),
@@ -143,9 +143,10 @@ def _seconds(record: Mapping[str, float]) -> dict[str, float]:
     waited for them, which is less where other things were done meanwhile.
     """
     times = {phase: record.get(f"time/{phase}") for phase in PHASES}
-    for phase, tokens in ("rollout", "valid_rows"), ("teacher", "tokens_read"):
+    generated = record.get("tokens_generated", record.get("valid_rows", 0))
+    for phase, tokens in ("rollout", generated), ("teacher", record.get("tokens_read", 0)):
         if rate := record.get(f"{phase}/tokens_per_second"):
-            times[phase] = record.get(tokens, 0) / rate
+            times[phase] = tokens / rate
         elif phase == "rollout":
             times[phase] = None
     times[""] = record.get("time/step")

@@ -75,14 +75,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Routes:
-    """Which rank sends the rows of which sequence to which: the same on every rank.
+    """Which rank sends which runs of consecutive rows to which: the same on every rank.
 
     Attributes:
-        sequences, source, destination: [P] int64 on the CPU; a sequence may go to several ranks.
-        rows: [P] int64, how many rows each has that go.
+        first, end: [P] int64 on the CPU, the rows of each run; a run may go to several ranks.
+        source, destination: [P] int64, ranks.
+        rows: [P] int64, how many rows of each go.
     """
 
-    sequences: Tensor
+    first: Tensor
+    end: Tensor
     source: Tensor
     destination: Tensor
     rows: Tensor
@@ -93,18 +95,49 @@ class Routes:
         sent, received = (self._by_rank(each) for each in (self.source, self.destination))
         return rounds(int(torch.maximum(sent, received).max()))
 
+    @classmethod
+    def between(
+        cls, num_rows: int, sources: tuple[Tensor, Tensor], destinations: tuple[Tensor, Tensor]
+    ) -> Routes:
+        """Route all rows: of two ways to cut them into runs, the runs that both have whole.
+
+        Args:
+            sources, destinations: [p] int64 the row that each run starts with, ascending from 0 on,
+                and [p] the rank that has it.
+        """
+        first = torch.cat([sources[0], destinations[0]]).unique()
+        first = first[first < num_rows]
+        end = torch.cat([first[1:], first.new_tensor([num_rows])])[: len(first)]
+        source, destination = (
+            ranks[torch.searchsorted(starts, first, right=True) - 1]
+            for starts, ranks in (sources, destinations)
+        )
+        return cls(first, end, source, destination, end - first)
+
+    def only(self, runs: Tensor) -> Routes:
+        """Return the routes of some of the runs, [P] bool."""
+        return Routes(*(values[runs] for values in vars(self).values()))
+
     def outgoing(self) -> tuple[Tensor, Tensor]:
-        """Return the sequences that this rank sends, by partner, and [world_size] rows to each."""
+        """Return the runs that this rank sends, by partner, and [world_size] rows to each."""
         return self._of_own(self.source, self.destination)
 
     def incoming(self) -> tuple[Tensor, Tensor]:
-        """Return the sequences that come here, by partner, and [world_size] rows of each."""
+        """Return the runs that come here, by partner, and [world_size] rows of each."""
         return self._of_own(self.destination, self.source)
 
     def _of_own(self, own: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
         places = (own == dist.get_rank()).nonzero()[:, 0]
         places = places[partner[places].argsort(stable=True)]
-        return self.sequences[places], self._by_rank(partner, places)
+        return places, self._by_rank(partner, places)
+
+    def send_all(self, held: list[RowShard]) -> RowShard:
+        """Move all rows of the runs: `send_rows`, of which both sides know the numbers."""
+        outgoing, incoming = (
+            Traffic(ranges(self.first[runs], self.rows[runs]), counts)
+            for runs, counts in (self.outgoing(), self.incoming())
+        )
+        return send_rows(held, outgoing, incoming, self.rounds)
 
     def _by_rank(self, ranks: Tensor, places: Tensor | slice = slice(None)) -> Tensor:
         total = torch.zeros(dist.get_world_size(), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Where each rank stands in a model's tensor-, pipeline-, data- and expert-parallel grid.
+"""Where each rank stands in a model's grid of tensor, context, data and pipeline parallelism.
 
 Student and teacher have a layout each, over the same ranks. The student's process groups are
 Megatron's own (`parallel_state`); the teacher's are its own `ProcessGroupCollection`.
@@ -17,15 +17,20 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 @dataclass(frozen=True)
 class Layout:
-    """One model's layout. Ranks are numbered tensor first, then data, then pipeline.
+    """One model's layout. Ranks are numbered tensor first, then context, data and pipeline.
+
+    A *data rank* is a context-parallel rank of a data-parallel one: ranks of different data ranks
+    have different tokens.
 
     Attributes:
-        tp, pp, dp: tensor-, pipeline- and data-parallel sizes; their product is the world size.
+        tp, pp, dp: tensor-, pipeline- and data-parallel sizes; with cp, their product is the world
+            size.
         sequence: sequence parallelism, activations cut along the sequence over the TP group.
         rank: this process.
         groups: the process groups that contain this process.
         ep: expert-parallel size; it divides dp, and consecutive data-parallel ranks share a layer's
             experts.
+        cp: context-parallel size: ranks that share the tokens of long sequences.
     """
 
     tp: int
@@ -35,19 +40,33 @@ class Layout:
     rank: int
     groups: ProcessGroupCollection
     ep: int = 1
+    cp: int = 1
 
     def __str__(self) -> str:
+        context = f"-CP({self.cp})" if self.cp > 1 else ""
         experts = f"-EP({self.ep})" if self.ep > 1 else ""
         sequence = "-SP" if self.sequence else ""
-        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){experts}{sequence}"
+        return f"TP({self.tp}){context}-PP({self.pp})-DP({self.dp}){experts}{sequence}"
 
     @property
     def tp_rank(self) -> int:
         return self.rank % self.tp
 
     @property
+    def data_ranks(self) -> int:
+        return self.dp * self.cp
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tp % self.data_ranks
+
+    @property
+    def cp_rank(self) -> int:
+        return self.data_rank % self.cp
+
+    @property
     def dp_rank(self) -> int:
-        return self.rank // self.tp % self.dp
+        return self.data_rank // self.cp
 
     @property
     def ep_rank(self) -> int:
@@ -55,7 +74,7 @@ class Layout:
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // (self.tp * self.dp)
+        return self.rank // (self.tp * self.data_ranks)
 
     @property
     def is_first_stage(self) -> bool:
@@ -65,57 +84,61 @@ class Layout:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
-    def last_stage_rank(self, dp_rank, tp_rank):
-        """Return the global rank at (dp_rank, tp_rank) of the last stage; takes ints or tensors."""
-        return tp_rank + self.tp * (dp_rank + self.dp * (self.pp - 1))
+    def last_stage_rank(self, data_rank, tp_rank):
+        """Return the global rank at these places of the last stage; takes ints or tensors."""
+        return tp_rank + self.tp * (data_rank + self.data_ranks * (self.pp - 1))
 
 
-def data_parallel_size(tp: int, pp: int, ep: int) -> int:
+def data_parallel_size(tp: int, pp: int, ep: int, cp: int = 1) -> int:
     """Return how many data-parallel ranks a layout leaves of the world.
 
     Raises:
-        ValueError: tp × pp does not divide the world size, or ep what it leaves.
+        ValueError: tp × cp × pp does not divide the world size, or ep what it leaves.
     """
-    world_size = dist.get_world_size()
-    if world_size % (tp * pp):
+    world_size, size = dist.get_world_size(), tp * cp * pp
+    sizes = f"tp {tp} × " + (f"cp {cp} × " if cp > 1 else "") + f"pp {pp}"
+    if world_size % size:
         raise ValueError(
-            f"tp {tp} × pp {pp} does not divide the world size {world_size}: start a multiple of "
-            f"{tp * pp} processes or change the layout"
+            f"{sizes} does not divide the world size {world_size}: start a multiple of "
+            f"{size} processes or change the layout"
         )
-    dp = world_size // (tp * pp)
+    dp = world_size // size
     if dp % ep:
         raise ValueError(
             f"ep {ep} does not divide the data-parallel size {dp}, which is the world size "
-            f"{world_size} / (tp {tp} × pp {pp})"
+            f"{world_size} / ({sizes})"
         )
     return dp
 
 
-def student_layout(tp: int, pp: int, sequence: bool = False, seed: int = 0, ep: int = 1) -> Layout:
+def student_layout(
+    tp: int, pp: int, sequence: bool = False, seed: int = 0, ep: int = 1, cp: int = 1
+) -> Layout:
     """Create Megatron's global process groups and random states for the model that trains.
 
     Raises:
-        ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
+        ValueError: tp × cp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = data_parallel_size(tp, pp, ep)
+    dp = data_parallel_size(tp, pp, ep, cp)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
     )
     model_parallel_cuda_manual_seed(seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep))
+    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep, cp))
 
 
-def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Layout:
+def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1, cp: int = 1) -> Layout:
     """Create process groups for a model that only runs forward, next to those of the student.
 
     Raises:
-        ValueError: tp × pp does not divide the world size, or ep the data-parallel size.
+        ValueError: tp × cp × pp does not divide the world size, or ep the data-parallel size.
     """
-    dp = data_parallel_size(tp, pp, ep)
-    grid = HyperCommGrid([tp, 1, ep, dp // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
+    dp = data_parallel_size(tp, pp, ep, cp)
+    grid = HyperCommGrid([tp, cp, ep, dp // ep, pp], ["tp", "cp", "ep", "expt_dp", "pp"])
     groups = ProcessGroupCollection(
         tp=grid.create_pg("tp"),
         cp=grid.create_pg("cp"),
@@ -129,9 +152,10 @@ def forward_layout(tp: int, pp: int, sequence: bool = False, ep: int = 1) -> Lay
         pos_embd=None,
         tp_dp_cp=None,
     )
-    groups.dp_cp = groups.dp
-    groups.tp_cp = groups.expt_tp = groups.tp
-    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep))
+    groups.dp_cp = grid.create_pg(["cp", "ep", "expt_dp"]) if cp > 1 else groups.dp
+    groups.tp_cp = grid.create_pg(["tp", "cp"]) if cp > 1 else groups.tp
+    groups.expt_tp = groups.tp
+    return _checked(Layout(tp, pp, dp, sequence, dist.get_rank(), groups, ep, cp))
 
 
 def _checked(layout: Layout) -> Layout:
@@ -139,6 +163,7 @@ def _checked(layout: Layout) -> Layout:
     groups = layout.groups
     for group, size, rank in (
         (groups.tp, layout.tp, layout.tp_rank),
+        (groups.cp, layout.cp, layout.cp_rank),
         (groups.dp, layout.dp, layout.dp_rank),
         (groups.ep, layout.ep, layout.ep_rank),
         (groups.pp, layout.pp, layout.pp_rank),

@@ -1,20 +1,23 @@
 """Every collective of a step: which ranks, how often, how many bytes.
 
-Exact where sequences are of one length and divide evenly over the data-parallel ranks, as
+Exact where sequences are of one length and divide evenly over the ranks that they are dealt to, as
 `Workload` has them; benchmarks/scaling compares it with what a rank of 64 really calls.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from megatron_taopd.parallel import exchange, packing
 from megatron_taopd.parallel.vocab.projection import rows_within
 from megatron_taopd.plan import links
-from megatron_taopd.plan.setup import Servers, Setup
+from megatron_taopd.plan.setup import Servers, Setup, Workload, rows_by_rank
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
@@ -77,6 +80,8 @@ class _Pass:
     Attributes:
         tokens: of all its micro-batches, padding included.
         rows: response rows of all its micro-batches.
+        sequences: that it runs, or its part of.
+        cp: ranks that share each of them; 1: they are whole.
     """
 
     model: Architecture
@@ -86,6 +91,8 @@ class _Pass:
     micro_batches: int
     tokens: int
     rows: int
+    sequences: int
+    cp: int
 
     @classmethod
     def of(cls, setup: Setup, model: Architecture, grid: Grid, rank: int, length: int, rows: int):
@@ -93,16 +100,20 @@ class _Pass:
 
         Args:
             length: tokens of a sequence.
-            rows: of a sequence.
+            rows: of a sequence, the last of its tokens.
         """
-        sequences = setup.workload.sequences_of(grid.dp)
-        together = max(1, setup.micro_batch_tokens // length)
-        full, rest = divmod(sequences, together)
-        tokens = full * _padded(together * length, grid.shards) + _padded(
-            rest * length, grid.shards
-        )
-        count = full + (rest > 0)
-        return cls(model, grid, rank, setup.itemsize, count, tokens, sequences * rows)
+        work = replace(setup.workload, prompt=length - rows, response=rows)
+        share = work.share(grid, setup.micro_batch_tokens)
+        multiple = grid.shards
+        if share.cp > 1:
+            rows = rows_by_rank(length, length - rows, grid.cp)[grid.cp_rank(rank)]
+            multiple = math.lcm(2, multiple)
+        full, rest = divmod(share.sequences, share.together)
+        tokens = full * _padded(share.together * share.length, multiple)
+        tokens += _padded(rest * share.length, multiple)
+        count, rows = full + (rest > 0), share.sequences * rows
+        sizes = count, tokens, rows, share.sequences, share.cp
+        return cls(model, grid, rank, setup.itemsize, *sizes)
 
     @property
     def stage(self) -> int:
@@ -141,15 +152,23 @@ class _Pass:
         bytes_ = self.micro_batches * SHAPE_BYTES + links.pipeline_bytes(
             self.tokens, self.model.hidden, self.itemsize, self.grid.shards
         )
-        span = self.grid.tp * self.grid.dp * self.grid.pp
+        span = self.grid.tp * self.grid.data_ranks * self.grid.pp
         return Collective(
             phase, "send", f"{who} pp", self.grid.pp, span, 2 * self.micro_batches, bytes_
         )
+
+    def over_cp(self, phase: str, op: str, who: str = "student") -> Collective:
+        """Describe an all-gather of all layers' keys and values, or their gradients' way back."""
+        keys = self.model.head_dim * max(1, self.model.groups // self.grid.tp)
+        bytes_ = links.key_value_bytes(self.tokens, keys, self.layers, self.itemsize, self.cp)
+        calls = self.layers * self.micro_batches
+        return Collective(phase, op, f"{who} cp", self.cp, self.grid.tp * self.cp, calls, bytes_)
 
     def forward(self, phase: str, who: str = "student") -> list[Collective]:
         return [
             *self.embedding(phase, who),
             *self.through_layers(phase, who),
+            self.over_cp(phase, "all_gather", who),
             *self.picked(phase, who),
             *([] if self.last else [self.over_pp(phase, who)]),
         ]
@@ -195,9 +214,11 @@ class _Pass:
     def backward(self, phase: str) -> list[Collective]:
         """List those of the backward pass: as in the forward one, inputs gathered once more.
 
-        Experts' inputs are kept as they have come.
+        Attention over shared sequences is always computed again. Experts' inputs are kept as they
+        have come.
         """
         found = self.through_layers(phase)
+        found += [self.over_cp(phase, op) for op in ("all_gather", "reduce_scatter")]
         if self.grid.sequence:
             again = (1 if self.model.experts else 2) * self.layers
             found.append(self.over_tp(phase, "all_gather", again, self.activations))
@@ -235,15 +256,23 @@ def _rollout(setup: Setup) -> list[Collective]:
 
 
 def _teacher(setup: Setup, rank: int) -> list[Collective]:
-    found, grid, work = [], setup.teacher_grid, setup.workload.as_read
+    found, grid, work = _average(setup, rank), setup.teacher_grid, setup.workload.as_read
     if grid is not None:
         read = _Pass.of(setup, setup.teacher, grid, rank, work.length - 1, work.response)
-        found = read.forward("teacher", "teacher")
+        found += read.forward("teacher", "teacher")
     world = setup.gpus
     moved = rows_moved(setup)
     sent = moved.sent[rank] * teacher_row(setup)
     calls = exchange.rounds(moved.most)
     return [*found, Collective("exchange", "all_to_all", "world", world, world, calls, sent)]
+
+
+def _average(setup: Setup, rank: int) -> list[Collective]:
+    """List those of `models.average.WeightAverage.fill`."""
+    if not setup.average:
+        return []
+    there_and_back = _over_dp(setup, rank, "teacher", "all_gather", setup.itemsize, times=2)
+    return [*there_and_back, *_export(setup, rank, "teacher")]
 
 
 def teacher_row(setup: Setup) -> int:
@@ -272,7 +301,8 @@ def rows_moved(setup: Setup) -> RowsMoved:
     to the ranks that ask. Every rank of the scoring TP group takes its copy
     from itself or from a holder.
     """
-    grid, own = setup.student_grid, setup.teacher_grid
+    grid, own, work = setup.student_grid, setup.teacher_grid, setup.workload
+    micro, read = setup.micro_batch_tokens, work.as_read
     asked_by: list[int] = []
     if own is None:
         asks = asking(setup, setup.teacher_servers)
@@ -282,23 +312,59 @@ def rows_moved(setup: Setup) -> RowsMoved:
     sources, destinations = Counter(), Counter()
     sent, received = Counter(), Counter()
     for sequence in range(setup.workload.sequences):
-        if own is None:
-            holders = [asked_by[sequence]]
-        else:
-            holders = [_last_stage_rank(own, sequence, t) for t in range(own.tp)]
-        for t in range(grid.tp):
-            destination = _last_stage_rank(grid, sequence, t)
-            source = destination if destination in holders else holders[t % len(holders)]
-            sources[source] += setup.workload.response
-            destinations[destination] += setup.workload.response
-            if source != destination:
-                sent[source] += setup.workload.response
-                received[destination] += setup.workload.response
+        scored = _runs(grid, micro, work.length - 1, work.prompt - 1, sequence)
+        readers = [(0, 0)]
+        if own is not None:
+            readers = _runs(own, micro, read.length - 1, read.prompt - 1, sequence)
+        for rows, reader, scorer in _pieces(readers, scored, 0, work.response):
+            if own is None:
+                holders = [asked_by[sequence]]
+            else:
+                holders = [_last_stage_rank(own, reader, t) for t in range(own.tp)]
+            for t in range(grid.tp):
+                destination = _last_stage_rank(grid, scorer, t)
+                source = destination if destination in holders else holders[t % len(holders)]
+                sources[source] += rows
+                destinations[destination] += rows
+                if source != destination:
+                    sent[source] += rows
+                    received[destination] += rows
     return RowsMoved(sent, received, max([*sources.values(), *destinations.values()]))
 
 
-def _last_stage_rank(grid: Grid, sequence: int, tp_rank: int) -> int:
-    return tp_rank + grid.tp * (sequence % grid.dp + grid.dp * (grid.pp - 1))
+def _last_stage_rank(grid: Grid, data_rank: int, tp_rank: int) -> int:
+    return tp_rank + grid.tp * (data_rank + grid.data_ranks * (grid.pp - 1))
+
+
+def _runs(
+    grid: Grid, micro_batch_tokens: int, length: int, first: int, sequence: int
+) -> list[tuple[int, int]]:
+    """Cut a sequence's rows into runs of one data rank each (`data.batching.Placement`).
+
+    Args:
+        length: tokens that are run of it.
+        first: position of its first row.
+
+    Returns:
+        (row that it starts with, data rank) of each, the former ascending from 0 or less on.
+    """
+    cp = Workload(1, length, 0, 0.0).share(grid, micro_batch_tokens).cp
+    if cp == 1:
+        return [(0, sequence % grid.data_ranks)]
+    base, chunk = sequence % grid.dp * cp, -(-length // (2 * cp))
+    return [(k * chunk - first, base + min(k, 2 * cp - 1 - k)) for k in range(2 * cp)]
+
+
+def _pieces(
+    sources: list[tuple[int, int]], destinations: list[tuple[int, int]], start: int, end: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (rows, source, destination) of the runs in [start, end) that both sides have whole."""
+    cuts = {start, end, *(row for row, _ in (*sources, *destinations) if start < row < end)}
+    for first, last in pairwise(sorted(cuts)):
+        ranks = [
+            [rank for row, rank in runs if row <= first][-1] for runs in (sources, destinations)
+        ]
+        yield last - first, ranks[0], ranks[1]
 
 
 def _chunk_rows(setup: Setup) -> int:
@@ -314,7 +380,14 @@ def _scoring(setup: Setup, rank: int) -> list[Collective]:
     chunk = _chunk_rows(setup)
     a_row = 12 * setup.k + 12 if setup.columns_only else 24 * setup.k + 28
     told = links.all_reduce_bytes(4 * (1 + -(-rows // stride)), world)
+    whole: list[Collective] = []
+    if scored.cp > 1:  # the scores of whole sequences to the first rank of each group
+        leaves = scored.last and rank % grid.tp == 0 and grid.cp_rank(rank) > 0
+        sent = 4 * (8 + setup.weighted) * scored.rows * leaves
+        calls = exchange.rounds(scored.sequences * work.response)
+        whole = [Collective("scoring", "all_to_all", "world", world, world, calls, sent)]
     return [
+        *whole,
         *scored.forward("scoring"),
         *scored.heads("scores", chunk, a_row),
         *probed.heads("probe", chunk, 12),
@@ -335,8 +408,12 @@ def _selection(setup: Setup, rank: int) -> list[Collective]:
     bytes_ += [8 * work.sequences + 8, 24 * work.sequences, 9 * 8]
     sent = sum(links.all_reduce_bytes(each, world) for each in bytes_)
     found = [Collective("selection", "all_reduce", "world", world, world, len(bytes_), sent)]
+    share = work.share(grid, setup.micro_batch_tokens)
     if grid.stage(rank) == grid.pp - 1:
-        rows = work.sequences_of(grid.dp) * work.response
+        rows = share.sequences * work.response
+        if rank % grid.tp == 0:
+            cp, span = share.cp, grid.tp * share.cp
+            found.append(Collective("selection", "broadcast", "student cp", cp, span, 1, rows))
         found.append(Collective("selection", "broadcast", "student tp", grid.tp, grid.tp, 1, rows))
     return found
 
@@ -352,11 +429,13 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
         told = 8 * (setup.student.layers * setup.student.experts + 3)
         told = links.all_reduce_bytes(told, world)
         found.append(Collective("training", "all_reduce", "world", world, world, 1, told))
-    if setup.weighted:  # every rank learns those of all kept rows
-        told = links.all_reduce_bytes(4 * work.sequences * kept, world)
-        found.append(Collective("weights", "all_reduce", "world", world, world, 1, told))
+    if setup.weighted:  # every rank learns those of all kept rows, and which rows are shared
+        shared = work.share(grid, setup.micro_batch_tokens).cp > 1
+        told = links.all_reduce_bytes((4 + 8 * shared) * work.sequences * kept, world)
+        found.append(Collective("weights", "all_reduce", "world", world, world, 1 + shared, told))
     if setup.recompute == "full" and not setup.replay:
         found += trained.through_layers("training")
+    found += _rows_follow(setup, rank, int(length), kept)
     found += trained.backward("training")
     found += trained.heads("loss", _chunk_rows(setup), a_row)
     if moved and trained.last:
@@ -365,11 +444,47 @@ def _training(setup: Setup, rank: int, moved: float) -> list[Collective]:
     return found
 
 
+def _rows_follow(setup: Setup, rank: int, length: int, kept: int) -> list[Collective]:
+    """List what takes kept rows to who trains them, where cut sequences have other chunks.
+
+    Args:
+        length, kept: tokens that are trained of a sequence; its kept rows, the last of these.
+    """
+    grid, work, world = setup.student_grid, setup.workload, setup.gpus
+    runs, leave, sent = 0, Counter[int](), 0
+    if work.share(grid, setup.micro_batch_tokens).cp == 1:
+        return []
+    arrive = Counter[int]()
+    for sequence in range(work.sequences):
+        scored, trained = (
+            _runs(grid, setup.micro_batch_tokens, n, work.prompt - 1, sequence)
+            for n in (work.length - 1, length)
+        )
+        runs += sum(1 for _ in _pieces(scored, trained, 0, work.response))
+        end = length - work.prompt + 1
+        for rows, source, destination in _pieces(scored, trained, end - kept, end):
+            leave[source] += rows
+            arrive[destination] += rows
+            here = grid.data_rank(rank) == source and grid.stage(rank) == grid.pp - 1
+            sent += rows * (here and source != destination)
+        moves = scored != trained
+    if not moves:
+        return []
+    calls = 1 + exchange.rounds(max([*leave.values(), *arrive.values()]))
+    told = links.all_reduce_bytes(8 * runs, world)
+    return [
+        Collective("training", "all_reduce", "world", world, world, 1, told),
+        Collective(
+            "training", "all_to_all", "world", world, world, calls, sent * (8 + teacher_row(setup))
+        ),
+    ]
+
+
 def _gradients(setup: Setup, rank: int) -> list[Collective]:
     model, grid = setup.student, setup.student_grid
     stage = grid.stage(rank)
     last = stage == grid.pp - 1
-    found = _over_dp(setup, rank, "gradients", "reduce_scatter", 4)
+    found = _over_dp(setup, rank, "gradients", "reduce_scatter", 4, setup.mini_batches)
     # What every rank of the TP group has whole, and has seen a part of the tokens or heads for.
     norms = model.layers // grid.pp * 2 * model.head_dim * model.qk_norm
     if grid.sequence:
@@ -386,50 +501,57 @@ def _gradients(setup: Setup, rank: int) -> list[Collective]:
 
 
 def _optimizer(setup: Setup, rank: int) -> list[Collective]:
-    return _over_dp(setup, rank, "optimizer", "all_gather", setup.itemsize)
+    return _over_dp(setup, rank, "optimizer", "all_gather", setup.itemsize, setup.mini_batches)
 
 
-def _over_dp(setup: Setup, rank: int, phase: str, op: str, itemsize: int) -> list[Collective]:
-    """List those of each buffer of the student, a call a bucket and optimizer step."""
-    grid, steps = setup.student_grid, setup.mini_batches
+def _over_dp(
+    setup: Setup, rank: int, phase: str, op: str, itemsize: int, times: int
+) -> list[Collective]:
+    """List those of each buffer of the student, so many times a call a bucket."""
+    grid = setup.student_grid
     return [
         Collective(
             phase,
             op,
             "student dp" if buffer.apart == 1 else "student experts' dp",
             buffer.ranks,
-            grid.tp * grid.dp,
-            steps * len(buffer.buckets),
-            steps * links.gather_bytes(itemsize * buffer.elements, buffer.ranks),
+            grid.tp * grid.data_ranks,
+            times * len(buffer.buckets),
+            times * links.gather_bytes(itemsize * buffer.elements, buffer.ranks),
         )
         for buffer in student_buffers(setup.student, grid, grid.stage(rank))
     ]
 
 
-def _sync(setup: Setup, rank: int) -> list[Collective]:
-    """List those of `models.weights.export_weights`, and of a rank's groups with its servers."""
+def _export(setup: Setup, rank: int, phase: str) -> list[Collective]:
+    """List those of `models.weights.export_weights`."""
     model, grid, e = setup.student, setup.student_grid, setup.itemsize
     parameters = exported(model, grid)
     sizes = [e * p.elements for p in parameters]
     calls = len([*packing.pack(sizes, [p.owner for p in parameters], packing.EXPORT_BYTES)])
     shards = sum(p.shard for p in parameters)
     over_tp, over_pp = links.export_bytes(shards, e, grid.tp, grid.pp)
-    span = grid.tp * grid.dp * grid.pp
+    span = grid.tp * grid.data_ranks * grid.pp
     stage = grid.stage(rank)
     own = [p for p in parameters if p.owner[0] == stage and p.owner[1] is not None]
     of_experts = len(
         [*packing.pack([e * p.elements for p in own], [p.owner for p in own], packing.EXPORT_BYTES)]
     )
     over_ep = e * sum(p.shard for p in own)
-    found = [
+    return [
         Collective(
-            "sync", "broadcast", "student ep", grid.ep, grid.tp * grid.ep, of_experts, over_ep
+            phase, "broadcast", "student ep", grid.ep, grid.tp * grid.ep, of_experts, over_ep
         ),
-        Collective("sync", "broadcast", "student pp", grid.pp, span, calls, over_pp),
-        Collective("sync", "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
+        Collective(phase, "broadcast", "student pp", grid.pp, span, calls, over_pp),
+        Collective(phase, "all_gather", "student tp", grid.tp, grid.tp, calls, over_tp),
     ]
+
+
+def _sync(setup: Setup, rank: int) -> list[Collective]:
+    """List those of the weights' export, and of a rank's groups with its servers."""
+    found = _export(setup, rank, "sync")
     if servers := sources(setup)[rank]:
-        whole = e * model.elements
+        whole = setup.itemsize * setup.student.elements
         calls = servers * -(-whole // setup.sync_bucket)
         ranks = setup.rollout.tp + 1  # a group with each server
         found.append(

@@ -42,6 +42,12 @@ def sized(config: Config, local_ranks: int, device_bytes: int | None) -> Config:
         if servers.max_total_tokens is not None or min(devices_of(servers)) >= local_ranks:
             continue
         model = config.models["student" if name == "rollout" else name]
+        if name == "rollout" and "draft_model_path" in (config.rollout.speculative or {}):
+            raise ValueError(
+                "rollout.servers.max_total_tokens: null with rollout.speculative.draft_model_path "
+                "on devices of ranks: the memory of the draft model is not known; give the tokens "
+                "of the cache"
+            )
         hf = load_config(model.path)
         if hf.model_type not in FAMILIES:
             continue

@@ -35,6 +35,16 @@ def trunk_backward_bytes(
     return trunk_forward_bytes(tokens, hidden, layers, itemsize, tp) + layers * again
 
 
+def key_value_bytes(tokens: int, keys: int, layers: int, itemsize: int, cp: int) -> float:
+    """Count keys and values of sequences that a context-parallel group shares, to all its ranks.
+
+    Args:
+        tokens: of a rank.
+        keys: elements of a token's keys, on a tensor-parallel rank.
+    """
+    return layers * gather_bytes(2 * tokens * cp * keys * itemsize, cp)
+
+
 def pick_rows_bytes(
     tokens: int, rows: int, hidden: int, itemsize: int, tp: int, sequence: bool, backward: bool
 ) -> float:

@@ -16,7 +16,7 @@ from megatron_taopd.parallel.exchange import rounds
 from megatron_taopd.parallel.packing import EXPORT_BYTES
 from megatron_taopd.parallel.vocab.projection import logits_bytes, rows_within
 from megatron_taopd.plan.collectives import asking
-from megatron_taopd.plan.setup import Servers, Setup
+from megatron_taopd.plan.setup import Servers, Setup, Share
 from megatron_taopd.plan.shapes import (
     Architecture,
     Grid,
@@ -35,6 +35,8 @@ REMEDIES = {
     "student weights": "student.parallel.tp or pp",
     "gradients": "student.parallel.tp or pp",
     "optimizer states": "student.parallel.tp or pp, or more GPUs",
+    "moving average": "student.parallel.tp or pp, or more GPUs",
+    "average on its way": "student.parallel.tp or pp, or more GPUs",
     "gather buffer": "train.micro_batch_tokens",
     "teacher trunk": "teacher.parallel.tp, pp or ep, or teacher.offload: true",
     "other teachers": "teachers.NAME.offload: true, or servers.gpus",
@@ -45,15 +47,15 @@ REMEDIES = {
     "KV cache": "rollout.batch_size",
     "prefill": "rollout.batch_size",
     "sampling": "rollout.batch_size",
-    "forward pass": "train.micro_batch_tokens",
-    "rows read": "rollout.prompts, or more data parallelism of the teacher",
+    "forward pass": "train.micro_batch_tokens, or parallel.cp",
+    "rows read": "rollout.prompts, or more data or context parallelism of the teacher",
     "rows in transit": "rollout.prompts",
-    "teacher rows": "rollout.prompts, or more data parallelism of the student",
+    "teacher rows": "rollout.prompts, or more data or context parallelism of the student",
     "kept teacher rows": "selection.ratio",
     "logits": "train.head_memory_mib",
     "kept layer outputs": "train.replay_memory_mib, or train.schedule: two_pass",
-    "activations": "train.recompute: full, or train.micro_batch_tokens",
-    "backward of a layer": "train.micro_batch_tokens",
+    "activations": "train.recompute: full, or train.micro_batch_tokens, or parallel.cp",
+    "backward of a layer": "train.micro_batch_tokens, or parallel.cp",
     "Adam's temporaries": "Apex or TransformerEngine, or student.parallel.tp",
     "whole tensors": "rollout.sync.bucket_mib",
     "cached by torch": "rollout.sync.bucket_mib",
@@ -138,17 +140,20 @@ def _phases(
     """Count the bytes by phase with one teacher, while others have so many on the device."""
     student, teacher, work, e = setup.student, setup.teacher, setup.workload, setup.itemsize
     grid, own = setup.student_grid, setup.teacher_grid
-    tokens = work.tokens_at_a_time(grid.dp, setup.micro_batch_tokens)
+    share = work.share(grid, setup.micro_batch_tokens)
+    tokens = share.tokens_at_a_time
     last = place.stage == grid.pp - 1
 
     buffers = student_buffers(student, grid, place.stage)
     elements = buffer_elements(buffers)
-    owned = optimizer_elements(buffers, grid.dp)
+    owned = optimizer_elements(buffers, grid.data_ranks)
     resident = {
         "student weights": elements * e,
         "gradients": elements * 4,
         "optimizer states": optimizer_bytes(owned, e),
     }
+    if setup.average:
+        resident["moving average"] = owned * 4
     if grid.sequence:  # one buffer for all layers' gathered inputs, which Megatron keeps
         resident["gather buffer"] = tokens * student.hidden * e
     if last and not setup.columns_only:
@@ -176,42 +181,46 @@ def _phases(
     if place.asks:
         reads, sends = round(place.asks * work.sequences * work.response) * row, grid.tp
     elif own is not None and place.teacher_stage == own.pp - 1:
-        reads, sends = work.rows_of(own.dp) * row, -(-grid.tp // own.tp)
+        read_here = work.as_read.share(own, setup.micro_batch_tokens)
+        reads, sends = read_here.rows * row, -(-grid.tp // own.tp)
     read = {"teacher trunk": trunk, "rows read": reads}
-    scored = {"teacher rows": work.rows_of(grid.dp) * row} if last else {}
+    scored = {"teacher rows": share.rows * row} if last else {}
     found = {"rollout": resident | servers | (read if setup.stream else {})}
     if setup.rollout is None:
         found["rollout"] |= _rollout(setup)
     if own is not None:
         # Servers give memory back once every answer is read (`engine.offload`), streamed or not.
-        tokens_read = work.as_read.tokens_at_a_time(own.dp, setup.micro_batch_tokens)
-        forward = {"forward pass": forward_bytes(teacher, own, tokens_read, e)}
-        found["teacher"] = resident | servers | read | forward
+        by_teacher = work.as_read.share(own, setup.micro_batch_tokens)
+        at_a_time = by_teacher.tokens_at_a_time
+        at_hand = {"forward pass": forward_bytes(teacher, own, at_a_time, e, by_teacher.cp)}
+        # Before it, the student's own weights are put aside.
+        if setup.average and (moved := owned * e + _export(setup)) > at_hand["forward pass"]:
+            at_hand = {"average on its way": moved}
+        found["teacher"] = resident | servers | read | at_hand
     most = max(sends * reads, *scored.values(), row) // row
     in_transit = sends * reads // rounds(most)
     found["exchange"] = resident | {"rows read": reads} | scored | {"rows in transit": in_transit}
 
-    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    rows = share.rows_at_a_time
     columns = student.vocab // grid.tp
     chunk = rows_within(setup.head_memory, columns)
     # The heads' turn is when the layers are done.
-    work_at_hand = {"forward pass": forward_bytes(student, grid, tokens, e)}
+    work_at_hand = {"forward pass": forward_bytes(student, grid, tokens, e, share.cp)}
     if last:
         picked = rows * (student.hidden * e + row) + tokens * student.hidden * e
         logits = logits_bytes(rows, chunk, columns) + picked
         if logits > work_at_hand["forward pass"]:
             work_at_hand = {"logits": logits}
     kept = {}
-    all_tokens = work.sequences_of(grid.dp) * work.length
     if setup.replay:
-        outputs = replay_bytes(student, grid, all_tokens, e)
+        outputs = replay_bytes(student, grid, share.tokens, e)
         if outputs <= setup.replay_memory:
             kept = {"kept layer outputs": outputs}
     found["scoring"] = resident | scored | kept | work_at_hand
     base = resident | scored | kept
-    if last and not kept and grid.dp > 1:  # at the ranks that train their sequences
-        base["kept teacher rows"] = round(work.kept * work.rows_of(grid.dp)) * row
-    found["training"] = base | _training(setup, place.stage, tokens, bool(kept), cuda)
+    if last and not kept and grid.data_ranks > 1:  # at the ranks that train their sequences
+        base["kept teacher rows"] = round(work.kept * share.rows) * row
+    found["training"] = base | _training(setup, place.stage, share, bool(kept), cuda)
     found["optimizer"] = resident | scored | {"Adam's temporaries": owned * 4}
     found["sync"] = resident | servers | scored | _sync(setup)
     found["checkpoint"] = resident
@@ -241,13 +250,13 @@ def host_bytes(setup: Setup, place: Place) -> dict[str, int]:
     """Count what a rank holds in the memory of its host, by item.
 
     A save keeps 12 bytes of every element that the rank's optimizer owns, its fp32 weight and
-    moments, and the model's own weight (`checkpoints.shards`), in pinned memory that stays for the
-    next one. An offloaded teacher stays in pinned memory for the whole run, and so do the heads of
-    several. None is rounded up (`parallel.copies.HostCopies`).
+    moments, 4 more of a moving average, and the model's own weight (`checkpoints.shards`), in
+    pinned memory that stays for the next one. An offloaded teacher stays in pinned memory for the
+    whole run, and so do the heads of several. None is rounded up (`parallel.copies.HostCopies`).
     """
     student, grid = setup.student, setup.student_grid
-    owned = optimizer_elements(student_buffers(student, grid, place.stage), grid.dp)
-    found = {"a save": owned * (12 + setup.itemsize)}
+    owned = optimizer_elements(student_buffers(student, grid, place.stage), grid.data_ranks)
+    found = {"a save": owned * (12 + 4 * setup.average + setup.itemsize)}
     offloaded = heads = 0
     for each in setup.each:
         own = each.teacher_grid
@@ -355,12 +364,30 @@ def stage_activation_bytes(
     return total
 
 
-def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
+def recomputed(recompute: str, grid: Grid) -> str:
+    """Return what is computed again: without TransformerEngine, attention over shared sequences."""
+    return "selective" if grid.cp > 1 and recompute == "none" else recompute
+
+
+def shared_keys(model: Architecture, grid: Grid, cp: int) -> int:
+    """Count the elements of gathered keys and values for each token of a rank.
+
+    All ranks' keys and values, and those that this rank's two chunks attend to, in their order.
+    """
+    if cp == 1:
+        return 0
+    return (4 * cp + 1) * model.head_dim * max(1, model.groups // grid.tp)
+
+
+def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int, cp: int = 1) -> int:
     """Count the most bytes that a layer has alive without a graph, its input included.
 
     In the MLP: the input, the residual, its norm, gate and up, SiLU, up + 0, their product. In
     attention: the projections, normed, rotated. Routed tokens are counted evenly spread over the
     experts: sent, received, sorted by expert, and their results.
+
+    Args:
+        cp: ranks that share the sequences; 1: they are whole.
     """
     hidden = model.hidden // grid.shards
     gathered = model.hidden if grid.sequence else 0
@@ -370,23 +397,27 @@ def forward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -
         experts = routed * (grid.tp if grid.sequence else 1) * 4 * model.hidden
         per_expert = experts // 4 // model.hidden * grid.ep // model.experts
         inner = per_expert * 5 * model.ffn // grid.tp
-        return (tokens * 3 * hidden + experts + inner) * itemsize
+        keys = tokens * shared_keys(model, grid, cp)
+        return (tokens * 3 * hidden + max(experts + inner, keys)) * itemsize
     attention = 3 * (model.queries + 2 * model.keys) // min(grid.tp, model.groups)
+    attention += shared_keys(model, grid, cp)
     mlp = 5 * model.ffn // grid.tp
     return tokens * (4 * hidden + gathered + max(attention, mlp)) * itemsize
 
 
-def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
+def backward_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int, cp: int = 1) -> int:
     """Count the bytes of gradients that a layer has alive in addition to what autograd kept.
 
     In the MLP these are the output's, the residual's, and those of gate and up; with experts, the
-    last of each choice of a token, and its own.
+    last of each choice of a token, and its own; in attention over shared sequences gathered keys
+    and values, and their gradients.
     """
     gathered = model.hidden if grid.sequence else 0
     mlp = 2 * model.ffn // grid.tp
     if model.experts:
         mlp = model.experts_per_token * (model.hidden + mlp)
-    return tokens * (2 * model.hidden // grid.shards + gathered + mlp) * itemsize
+    inner = max(mlp, 2 * shared_keys(model, grid, cp))
+    return tokens * (2 * model.hidden // grid.shards + gathered + inner) * itemsize
 
 
 def replay_bytes(model: Architecture, grid: Grid, tokens: int, itemsize: int) -> int:
@@ -402,12 +433,12 @@ def in_flight(grid: Grid, stage: int, micro_batches: int) -> int:
 # --------------------------------------------------------------------------------------- details
 
 
-def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool) -> dict[str, int]:
+def _training(setup: Setup, stage: int, share: Share, replayed: bool, cuda: bool) -> dict[str, int]:
     student, grid, work, e = setup.student, setup.student_grid, setup.workload, setup.itemsize
-    last = stage == grid.pp - 1
-    micro_batches = work.micro_batches(grid.dp, setup.micro_batch_tokens)
-    flying = in_flight(grid, stage, micro_batches)
-    recompute = "full" if replayed else setup.recompute
+    last, tokens = stage == grid.pp - 1, share.tokens_at_a_time
+    flying = in_flight(grid, stage, share.micro_batches)
+    own = recomputed(setup.recompute, grid)
+    recompute = "full" if replayed else own
     activations = stage_activation_bytes(student, grid, stage, tokens, e, recompute, cuda)
     if replayed:  # outputs are handed over from the kept ones as they are looked up
         activations -= (student.layers - 1) * tokens * student.hidden // grid.shards * e
@@ -415,14 +446,13 @@ def _training(setup: Setup, stage: int, tokens: int, replayed: bool, cuda: bool)
         (elements // grid.tp if cut else elements for _, elements, cut, _ in student.layer)
     )
     # A layer's gradients, and the graph of one that runs again.
-    layer = backward_bytes(student, grid, tokens, e) + largest * e
+    layer = backward_bytes(student, grid, tokens, e, share.cp) + largest * e
     if recompute == "full":
-        inner = setup.recompute if replayed else "none"
-        inner = "none" if inner == "full" else inner
+        inner = recomputed("none", grid) if own == "full" or not replayed else own
         layer += activation_bytes(student, grid, tokens, e, inner, cuda)
     items = {"activations": activations * flying}
     if last:
-        rows = max(1, round(work.kept * work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)))
+        rows = max(1, round(work.kept * share.rows_at_a_time))
         columns = student.vocab // grid.tp
         chunk = rows_within(setup.head_memory, columns)
         logits = logits_bytes(rows, chunk, columns)
@@ -450,11 +480,8 @@ def _rollout(setup: Setup) -> dict[str, int]:
     }
 
 
-def _sync(setup: Setup) -> dict[str, int]:
-    """Count the bytes of a bucket of the export, its shards and a whole parameter, and of buckets.
-
-    A rank that broadcasts to servers has two of these: one on its way, one being filled.
-    """
+def _export(setup: Setup) -> int:
+    """Count the bytes of a bucket of the export, its shards and a whole parameter."""
     e, grid = setup.itemsize, setup.student_grid
     whole = setup.student.largest * e
     together = min(max(whole, EXPORT_BYTES), setup.student.elements * e)
@@ -463,9 +490,18 @@ def _sync(setup: Setup) -> dict[str, int]:
         found += together // grid.tp
     if grid.tp > 1:
         found += together + whole
+    return found
+
+
+def _sync(setup: Setup) -> dict[str, int]:
+    """Count the bytes of the export, and of buckets on their way to servers.
+
+    A rank that broadcasts to servers has two of these: one on its way, one being filled.
+    """
+    found = _export(setup)
     if setup.rollout is not None:
         buckets = 1 + (setup.sync_way == "distributed")
-        found += buckets * min(setup.sync_bucket, setup.student.elements * e)
+        found += buckets * min(setup.sync_bucket, setup.student.elements * setup.itemsize)
     return {"whole tensors": found}
 
 

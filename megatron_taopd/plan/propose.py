@@ -29,6 +29,7 @@ class Proposal:
         found = {
             "student.parallel.tp": self.setup.student_grid.tp,
             "student.parallel.pp": self.setup.student_grid.pp,
+            "student.parallel.cp": self.setup.student_grid.cp,
             "student.parallel.sequence": self.setup.student_grid.sequence,
             "student.parallel.ep": self.setup.student_grid.ep,
         }
@@ -36,6 +37,7 @@ class Proposal:
             found |= {
                 "teacher.parallel.tp": own.tp,
                 "teacher.parallel.pp": own.pp,
+                "teacher.parallel.cp": own.cp,
                 "teacher.parallel.ep": own.ep,
                 "teacher.parallel.sequence": own.sequence,
                 "teacher.offload": self.setup.offload,
@@ -49,8 +51,8 @@ class Proposal:
 def grids(hf: PretrainedConfig, gpus: int, gpus_per_node: int, stages: int = 8) -> Iterator[Grid]:
     """Yield the layouts that divide a model and the GPUs.
 
-    TP stays inside a node; there are a few stages and, of a mixture of experts, every EP. With TP,
-    a layout comes with and without sequence parallelism.
+    TP stays inside a node; nothing is context parallel; there are a few stages and, of a mixture of
+    experts, every EP. With TP, a layout comes with and without sequence parallelism.
     """
     for tp, pp in product(divisors(gpus_per_node), range(1, stages + 1)):
         if gpus % (tp * pp):
@@ -114,7 +116,7 @@ def proposals(
         if (peak := peak_bytes(varied, cluster.memory_gib)) <= usable:
             found.append((varied, peak))
     ranked = [
-        Proposal(varied, step_seconds(step_phases(varied, cluster), setup.ahead), peak)
+        Proposal(varied, step_seconds(step_phases(varied, cluster), setup.waits), peak)
         for varied, peak in found
     ]
     return sorted(ranked, key=lambda proposal: (round(proposal.seconds, 3), proposal.peak))

@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return step_seconds(self.time, self.setup.ahead)
+        return step_seconds(self.time, self.setup.waits)
 
     @property
     def throughput(self) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Workload:
         kept: share of response rows that is trained on.
         trained: share of tokens that training runs, after the cuts.
         context: tokens that the teacher reads besides the prompt (`teacher.context_column`).
+        references: share of the sequences that are not generated (`rollout.mix`).
     """
 
     sequences: int
@@ -47,6 +48,12 @@ class Workload:
     kept: float
     trained: float = 1.0
     context: int = 0
+    references: float = 0.0
+
+    @property
+    def generated(self) -> int:
+        """Return how many of the sequences are the student's own."""
+        return round(self.sequences * (1 - self.references))
 
     @property
     def length(self) -> int:
@@ -57,23 +64,65 @@ class Workload:
         """Return the same step as the teacher's trunk reads it."""
         return replace(self, prompt=self.prompt + self.context, context=0)
 
-    def sequences_of(self, dp: int) -> int:
-        """Count the sequences of the data-parallel rank that has most."""
-        return -(-self.sequences // dp)
+    def share(self, grid: Grid, micro_batch_tokens: int) -> Share:
+        """Say what the data rank that has most has of this step (`data.batching.plan`)."""
+        capacity = micro_batch_tokens // grid.cp
+        if grid.cp == 1 or self.length <= capacity // grid.shards * grid.shards:
+            sequences = -(-self.sequences // grid.data_ranks)
+            together = min(sequences, max(1, capacity // self.length))
+            return Share(grid.data_ranks, 1, sequences, together, self.length, self.response)
+        padded = -(-self.length // (2 * grid.cp)) * 2 * grid.cp
+        sequences = -(-self.sequences // grid.dp)
+        together = min(sequences, max(1, micro_batch_tokens // padded))
+        rows = max(rows_by_rank(self.length - 1, self.prompt - 1, grid.cp))
+        return Share(grid.dp, grid.cp, sequences, together, padded // grid.cp, rows)
 
-    def rows_of(self, dp: int) -> int:
-        return self.sequences_of(dp) * self.response
 
-    def micro_batches(self, dp: int, capacity: int) -> int:
-        """Count a data-parallel rank's micro-batches, sequences being packed whole."""
-        return -(-self.sequences_of(dp) // max(1, capacity // self.length))
+@dataclass(frozen=True)
+class Share:
+    """What a data rank has of a pass over sequences of one length, packed whole or in chunks.
 
-    def rows_at_a_time(self, dp: int, capacity: int) -> int:
-        """Count the response rows of the fullest micro-batch."""
-        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.response
+    Attributes:
+        ranks: data ranks, or groups of them that share sequences, to which sequences are dealt.
+        cp: ranks of such a group; 1: sequences are whole.
+        sequences: that it runs, or its part of.
+        together: of the fullest micro-batch.
+        length, response: tokens and rows of each that are here.
+    """
 
-    def tokens_at_a_time(self, dp: int, capacity: int) -> int:
-        return min(self.sequences_of(dp), max(1, capacity // self.length)) * self.length
+    ranks: int
+    cp: int
+    sequences: int
+    together: int
+    length: int
+    response: int
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.response
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.sequences // self.together)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        return self.together * self.response
+
+    @property
+    def tokens_at_a_time(self) -> int:
+        return self.together * self.length
+
+
+def rows_by_rank(length: int, first: int, cp: int) -> list[int]:
+    """Count the rows from position `first` to the end of a sequence that each rank has of it."""
+    chunk = -(-length // (2 * cp))
+    counts = [max(0, min((k + 1) * chunk, length) - max(k * chunk, first)) for k in range(2 * cp)]
+    return [counts[rank] + counts[-1 - rank] for rank in range(cp)]
 
 
 @dataclass(frozen=True)
@@ -83,7 +132,11 @@ class Setup:
     Attributes:
         teacher, teacher_grid: the grid is None of a served teacher.
         columns_only: the teacher gives its top-K, so that no head of it is here.
+        average: the teacher follows a moving average of the student (`teacher.source`).
         weighted: kept rows have weights of their own (`loss.weights`).
+        waits: steps after the one that begins a response in which it can still be used
+            (`rollout.ahead`, or with `rollout.partial` `max_staleness`).
+        keep_cache: responses under way keep their cache when weights come.
         rollout, teacher_servers: None where there are no such servers.
         stream: the teacher reads answers while servers generate others, so that its trunk is on the
             device and its rows gather meanwhile. The in-process engine has finished by then.
@@ -99,6 +152,7 @@ class Setup:
     workload: Workload
     longest: int  # tokens of the longest sequence
     longest_response: int  # also of evaluations
+    horizon: int  # tokens of the longest response that is trained on
     itemsize: int
     recompute: str
     replay: bool
@@ -109,6 +163,7 @@ class Setup:
     k: int
     offload: bool
     columns_only: bool
+    average: bool
     weighted: bool
     batch_size: int
     rollout: Servers | None
@@ -117,6 +172,8 @@ class Setup:
     sync_bucket: int
     release_memory: bool
     ahead: int
+    waits: int
+    keep_cache: bool
     stream: bool
     checkpoint_every: int
     used: Devices
@@ -186,13 +243,15 @@ class Setup:
         _, longest_prompt = config.prompt_limit(key)
         horizon = rollout.horizon["end"] if isinstance(rollout.horizon, dict) else rollout.horizon
         horizon = horizon if isinstance(horizon, int) else rollout.max_new_tokens
+        horizon = min(horizon, rollout.max_new_tokens)
         workload = Workload(
             rollout.prompts * rollout.samples,
             _length("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens),
-            _length("--response-tokens", response_tokens, min(horizon, rollout.max_new_tokens)),
+            _length("--response-tokens", response_tokens, horizon),
             1.0 if config.selection.selector == "full" else config.selection.ratio,
             min(trained_share, 1 - config.selection.concentrate),
             max(0, longest_prompt - config.data.max_prompt_tokens),
+            (rollout.mix or {}).get("dataset", 0.0),
         )
         prompt = max(config.data.max_prompt_tokens, longest_prompt)
         longest = prompt + rollout.max_new_tokens
@@ -206,6 +265,7 @@ class Setup:
             workload=workload,
             longest=longest,
             longest_response=max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),
+            horizon=horizon,
             itemsize=4 if train.precision == "fp32" else 2,
             recompute=train.recompute,
             replay=train.schedule == "replay",
@@ -216,6 +276,7 @@ class Setup:
             k=config.selection.k,
             offload=teacher.offload,
             columns_only=served and teacher.form == "topk",
+            average=teacher.source == "student_ema",
             weighted=config.loss.weights != "none",
             batch_size=rollout.batch_size,
             rollout=_servers(rollout.servers) if rollout.engine == "sglang" else None,
@@ -224,6 +285,8 @@ class Setup:
             sync_bucket=rollout.sync.bucket_mib << 20,
             release_memory=rollout.sync.release_memory,
             ahead=rollout.ahead,
+            waits=rollout.max_staleness if rollout.partial else rollout.ahead,
+            keep_cache=rollout.sync.cache == "keep",
             stream=rollout.stream and rollout.engine == "sglang",
             checkpoint_every=config.checkpoint.every,
             used=Devices.of(config, gpus, min(gpus, gpus_per_node)),
@@ -247,7 +310,7 @@ def _read_model(name: str, path: str, served: bool):
 def _grid(name: str, section, hf, gpus: int) -> Grid:
     parallel: ParallelSection = section.parallel
     dp = rules.check_grid(name, section.path, parallel, hf, gpus)
-    return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep)
+    return Grid(parallel.tp, parallel.pp, dp, parallel.sequence, parallel.ep, parallel.cp)
 
 
 def _length(key: str, given: int | None, longest: int) -> int:

@@ -156,7 +156,7 @@ def exported(model: Architecture, grid: Grid) -> list[Exported]:
 class Grid:
     """One model's layout, without ranks and groups; `parallel.layout.Layout` has those.
 
-    Ranks are numbered tensor first, then data, then pipeline.
+    Ranks are numbered tensor first, then context, data and pipeline.
     """
 
     tp: int = 1
@@ -164,9 +164,20 @@ class Grid:
     dp: int = 1
     sequence: bool = False
     ep: int = 1
+    cp: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.cp
+
+    def data_rank(self, rank: int) -> int:
+        return rank // self.tp % self.data_ranks
+
+    def cp_rank(self, rank: int) -> int:
+        return self.data_rank(rank) % self.cp
 
     def stage(self, rank: int) -> int:
-        return rank // (self.tp * self.dp)
+        return rank // (self.tp * self.data_ranks)
 
     @property
     def shards(self) -> int:
@@ -174,9 +185,10 @@ class Grid:
         return self.tp if self.sequence else 1
 
     def __str__(self) -> str:
+        context = f"-CP({self.cp})" if self.cp > 1 else ""
         experts = f"-EP({self.ep})" if self.ep > 1 else ""
         sequence = "-SP" if self.sequence else ""
-        return f"TP({self.tp})-PP({self.pp})-DP({self.dp}){experts}{sequence}"
+        return f"TP({self.tp}){context}-PP({self.pp})-DP({self.dp}){experts}{sequence}"
 
 
 @cache
@@ -310,7 +322,7 @@ def student_buffers(model: Architecture, grid: Grid, stage: int) -> tuple[Buffer
         (expert_sizes(model, grid), grid.ep),
     ):
         if sizes:
-            ranks = grid.dp // apart
+            ranks = grid.data_ranks // apart
             bucket_size = default_bucket_size(ranks, stage)
             found.append(Buffer(gradient_buckets(sizes, ranks, bucket_size), ranks, apart))
     return tuple(found)

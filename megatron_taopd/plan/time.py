@@ -101,6 +101,7 @@ def _work(setup: Setup) -> Work:
         kept_rows=max(1, round(work.kept * work.sequences * work.response)),
         replayed=is_replayed(setup),
         recompute=setup.recompute,
+        generated=(torch.arange(work.sequences) < work.generated) * work.response,
     )
 
 
@@ -118,36 +119,44 @@ def step_throughput(setup: Setup, cluster: Cluster, phases: dict[str, Phase]) ->
         "time/teacher": seconds["teacher"] + seconds["exchange"],
         "time/scoring": seconds["scoring"],
         "time/training": seconds["training"] + seconds["optimizer"],
-        "time/step": step_seconds(phases, setup.ahead),
-        "rollout/tokens_per_second": run.num_rows / seconds["rollout"],
+        "time/step": step_seconds(phases, setup.waits),
         "valid_rows": run.num_rows,
+        "tokens_generated": (generated := int(run.generated.sum())),
         "tokens_rolled_out": setup.workload.sequences * setup.workload.length,
         "tokens_read": int(run.read.sum()),
         "tokens_scored": int(run.scored.sum()),
         "tokens_trained": int(run.trained.sum()),
     }
+    if generated:
+        record["rollout/tokens_per_second"] = generated / seconds["rollout"]
     if all(each.teacher_grid is None for each in setup.each):
         record["teacher/tokens_per_second"] = record["tokens_read"] / seconds["teacher"]
     peak = cluster.fp32_tflops if setup.itemsize == 4 else cluster.bf16_tflops
     return throughput(record, setup.used, peak)
 
 
-def step_seconds(phases: dict[str, Phase], ahead: int = 0) -> float:
-    """Add a step's phases up, without checkpoints.
+def step_seconds(phases: dict[str, Phase], waits: int = 0) -> float:
+    """Return a step's time, without checkpoints.
+
+    Servers that generate while the student trains are kept from it by an update of the weights
+    alone, and the longest response has so many steps to end in, and the rollout of one more.
 
     Args:
-        ahead: steps that the rollout runs ahead of training, at the same time as it.
+        waits: `Setup.waits`; 0: one phase after the other.
     """
     generated = phases["rollout"].seconds
     rest = sum(p.seconds for name, p in phases.items() if name not in ("rollout", "checkpoint"))
-    return max(generated, rest) if ahead else generated + rest
+    if not waits:
+        return generated + rest
+    busy = generated - phases["rollout"].parts["longest response"] + phases["sync"].seconds
+    return max(rest, busy, (generated + rest) / (waits + 1))
 
 
 def is_replayed(setup: Setup) -> bool:
     """Tell whether training replays the layers' outputs: asked for, and within their memory."""
-    work, grid = setup.workload, setup.student_grid
-    tokens = work.sequences_of(grid.dp) * work.length
-    outputs = replay_bytes(setup.student, grid, tokens, setup.itemsize)
+    grid = setup.student_grid
+    share = setup.workload.share(grid, setup.micro_batch_tokens)
+    outputs = replay_bytes(setup.student, grid, share.tokens, setup.itemsize)
     return setup.replay and outputs <= setup.replay_memory
 
 
@@ -179,7 +188,11 @@ def pipeline_seconds(stage: float, last: float, pp: int, micro_batches: int) -> 
 
 
 def rollout(setup: Setup, cluster: Cluster) -> Phase:
-    """Estimate prefill by operations, decoding by the weights and cache read for every token."""
+    """Estimate prefill by operations, decoding by the weights and cache read for every token.
+
+    Where the average response is shorter than the longest, that one is waited for alone. What is
+    under way when weights come has its cache computed again, unless it is kept.
+    """
     model, work, served = setup.student, setup.workload, setup.rollout
     replicas, tp, at_once = setup.gpus, 1, setup.batch_size
     if served is not None:
@@ -187,7 +200,9 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
     layer_seconds = cluster.local_layer_us * 1e-6 if served is None else 0.0
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction) * tp
     memory_rate = cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction * tp
-    pending = -(-work.sequences // replicas)
+    pending = -(-work.generated // replicas)
+    if not pending:
+        return Phase(0.0, {"prefill": 0.0, "decode": 0.0})
     batch = min(at_once, pending)
     waves = -(-pending // batch)
     prompts = torch.full((pending,), work.prompt)
@@ -203,7 +218,16 @@ def rollout(setup: Setup, cluster: Cluster) -> Phase:
     )
     step = max((weights + cache) / memory_rate, operations / rate, layer_seconds * model.layers)
     decode = waves * work.response * step
-    return Phase(prefill + decode, {"prefill": prefill, "decode": decode})
+    alone = setup.horizon * max(weights / memory_rate, layer_seconds * model.layers)
+    parts = {
+        "prefill": prefill,
+        "decode": decode,
+        "longest response": max(0.0, alone - decode),
+    }
+    if setup.ahead and not setup.keep_cache:
+        half_done = torch.full((setup.ahead * pending,), work.prompt + work.response // 2)
+        parts["cache again"] = model.cost.trunk(half_done) / rate
+    return Phase(sum(parts.values()), parts)
 
 
 def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
@@ -225,9 +249,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
         operations += (grid.tp - 1) * inner * work.sequences * work.length
     forward = _forward(setup, cluster, model, grid, operations)
     parts = {"compute": forward.compute, "tensor parallel": forward.tensor}
+    if grid.cp > 1:
+        parts["context parallel"] = forward.context
     if grid.ep > 1:
         parts["experts"] = forward.experts
     stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage, grid.pp, forward.micro_batches)
     parts = {name: forward.micro_batches * value for name, value in parts.items()}
     parts["bubble"] = seconds - forward.micro_batches * stage
@@ -239,6 +266,12 @@ def teacher(setup: Setup, cluster: Cluster, operations: float) -> Phase:
             resident * setup.itemsize / (cluster.pcie_gb_s * 1e9 * cluster.link_fraction)
         )
         seconds += parts["weights to the device"]
+    if setup.average:
+        # Gathered over the data-parallel ranks and put back; between that, as in `sync`.
+        parts["average"] = 2 * _gather_weights(setup, cluster) + sum(
+            _export(setup, cluster).values()
+        )
+        seconds += parts["average"]
     return Phase(seconds, parts)
 
 
@@ -248,10 +281,10 @@ def exchange(setup: Setup, cluster: Cluster) -> Phase:
     width = setup.teacher.hidden
     if setup.columns_only:
         width = (2 * setup.k + 1) * 4 // setup.itemsize
-    teacher_dp, teacher_tp = (own.dp, own.tp) if own is not None else (1, 1)
+    readers, teacher_tp = (own.data_ranks, own.tp) if own is not None else (1, 1)
     rows = work.sequences * work.response
     sent, received = links.hidden_state_bytes(
-        rows, width, setup.itemsize, grid.tp, grid.dp, teacher_dp, teacher_tp
+        rows, width, setup.itemsize, grid.tp, grid.data_ranks, readers, teacher_tp
     )
     seconds = max(sent, received) / _link_rate(setup, cluster, setup.gpus)
     return Phase(seconds, {"all-to-all": seconds})
@@ -262,7 +295,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
     model, grid, work = setup.student, setup.student_grid, setup.workload
     lengths = torch.full((work.sequences,), work.length - 1)
     forward = _forward(setup, cluster, model, grid, model.cost.trunk(lengths))
-    rows = work.rows_at_a_time(grid.dp, setup.micro_batch_tokens)
+    rows = work.share(grid, setup.micro_batch_tokens).rows_at_a_time
     per_row = model.cost.per_row + (0 if setup.columns_only else setup.teacher.cost.per_row)
     heads = rows * per_row / grid.tp / _compute_rate(setup, cluster, cluster.head_fraction)
     collective = links.score_bytes(rows, setup.k, grid.tp) + links.pick_rows_bytes(
@@ -270,6 +303,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
     )
     heads += collective / _link_rate(setup, cluster, grid.tp)
     stage = forward.compute + forward.tensor + forward.experts + forward.pipeline
+    stage += forward.context
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, forward.micro_batches)
     count = forward.micro_batches
     return Phase(
@@ -277,6 +311,7 @@ def scoring(setup: Setup, cluster: Cluster) -> Phase:
         {
             "compute": count * forward.compute,
             "tensor parallel": count * forward.tensor,
+            **({"context parallel": count * forward.context} if grid.cp > 1 else {}),
             **({"experts": count * forward.experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": seconds - count * (stage + heads),
@@ -304,15 +339,18 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     ) + links.trunk_backward_bytes(tokens, model.hidden, layers, e, grid.tp, grid.sequence)
     tensor = tensor_bytes / _link_rate(setup, cluster, grid.tp)
     count = forward.micro_batches
-    rows = -(-kept // (grid.dp * count))
-    heads = head_operations / (grid.dp * grid.tp * count)
+    rows = -(-kept // (grid.data_ranks * count))
+    heads = head_operations / (grid.data_ranks * grid.tp * count)
     heads /= _compute_rate(setup, cluster, cluster.head_fraction)
     picked = links.pick_rows_bytes(
         tokens, rows, model.hidden, e, grid.tp, grid.sequence, backward=True
     )
     heads += (links.loss_bytes(rows, grid.tp) + picked) / _link_rate(setup, cluster, grid.tp)
+    # Keys and values are gathered for the attention that is computed again, too, and their
+    # gradients reduced.
+    context = 3 * forward.context * work.trained
     experts = (2 + again) * forward.experts * work.trained  # forward, again, and backward
-    stage = forward.compute + tensor + experts + 2 * forward.pipeline * work.trained
+    stage = forward.compute + tensor + experts + context + 2 * forward.pipeline * work.trained
     seconds = pipeline_seconds(stage, stage + heads, grid.pp, count)
     bubble = seconds - count * (stage + heads)
 
@@ -321,7 +359,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
     reduce, exposed = 0.0, 0.0
     for index in range(grid.pp):
         buffers = student_buffers(model, grid, index)
-        own = links.buffer_bytes(buffers, 4) / _link_rate(setup, cluster, grid.tp * grid.dp)
+        own = links.buffer_bytes(buffers, 4) / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
         buckets = sum(len(buffer.buckets) for buffer in buffers)
         hidden = own * (1 - 1 / buckets) if index == 0 else 0.0
         reduce = max(reduce, own)
@@ -332,6 +370,7 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
         {
             "compute": count * forward.compute,
             "tensor parallel": count * tensor,
+            **({"context parallel": count * context} if grid.cp > 1 else {}),
             **({"experts": count * experts} if grid.ep > 1 else {}),
             "heads": count * heads,
             "bubble": bubble,
@@ -344,16 +383,38 @@ def training(setup: Setup, cluster: Cluster, operations: float, kept: int) -> Ph
 def optimizer(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate Adam over a rank's share, and the weights' all-gather, which nothing overlaps."""
     model, grid = setup.student, setup.student_grid
-    update = gather = 0.0
+    update, gather = 0.0, _gather_weights(setup, cluster)
     for stage in range(grid.pp):
         buffers = student_buffers(model, grid, stage)
         # Gradient, weight and moments read, all but the gradient written; the norm reads once more.
-        moved = optimizer_elements(buffers, grid.dp) * (4 * 8 + setup.itemsize)
+        # An average reads the weight, and is read and written.
+        moved = optimizer_elements(buffers, grid.data_ranks) * (
+            4 * (11 if setup.average else 8) + setup.itemsize
+        )
         update = max(update, moved / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction))
-        bytes_ = links.buffer_bytes(buffers, setup.itemsize)
-        gather = max(gather, bytes_ / _link_rate(setup, cluster, grid.tp * grid.dp))
     parts = {"update": setup.mini_batches * update, "weights": setup.mini_batches * gather}
     return Phase(sum(parts.values()), parts)
+
+
+def _gather_weights(setup: Setup, cluster: Cluster) -> float:
+    """Return the seconds of the weights' all-gather over the data-parallel ranks."""
+    grid = setup.student_grid
+    bytes_ = max(
+        links.buffer_bytes(student_buffers(setup.student, grid, stage), setup.itemsize)
+        for stage in range(grid.pp)
+    )
+    return bytes_ / _link_rate(setup, cluster, grid.tp * grid.data_ranks)
+
+
+def _export(setup: Setup, cluster: Cluster) -> dict[str, float]:
+    """Return the seconds until whole tensors are on every rank."""
+    shards = sum(p.shard for p in exported(setup.student, setup.student_grid))
+    grid = setup.student_grid
+    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
+    return {
+        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
+        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
+    }
 
 
 def sync(setup: Setup, cluster: Cluster) -> Phase:
@@ -362,14 +423,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
     The next bucket is gathered while this one is sent; what goes down the pipeline shares the
     network with what goes to servers.
     """
-    model, grid = setup.student, setup.student_grid
-    shards = sum(parameter.shard for parameter in exported(model, grid))
-    tensor, pipeline = links.export_bytes(shards, setup.itemsize, grid.tp, grid.pp)
-    parts = {
-        "over TP": tensor / _link_rate(setup, cluster, grid.tp),
-        "over the pipeline": pipeline / _link_rate(setup, cluster, setup.gpus),
-    }
-    whole = model.elements * setup.itemsize
+    parts = _export(setup, cluster)
+    whole = setup.student.elements * setup.itemsize
     if setup.rollout is None:
         parts["copy"] = 2 * whole / (cluster.hbm_gb_s * 1e9 * cluster.hbm_fraction)
     elif setup.sync_way == "disk":
@@ -387,7 +442,8 @@ def sync(setup: Setup, cluster: Cluster) -> Phase:
 
 def checkpoint(setup: Setup, cluster: Cluster) -> Phase:
     """Estimate writing weights and optimizer states to the file system, all ranks together."""
-    bytes_ = setup.student.elements * (setup.itemsize + (8 if setup.itemsize == 4 else 12))
+    state = (8 if setup.itemsize == 4 else 12) + 4 * setup.average
+    bytes_ = setup.student.elements * (setup.itemsize + state)
     seconds = bytes_ / (cluster.storage_gb_s * 1e9)
     return Phase(seconds, {"written": seconds})
 
@@ -405,6 +461,7 @@ class _Forward:
     tensor: float
     experts: float
     pipeline: float
+    context: float
 
 
 def _forward(
@@ -416,20 +473,26 @@ def _forward(
         operations: of a pass over the whole batch, over all ranks.
     """
     work, e = setup.workload, setup.itemsize
-    count = work.micro_batches(grid.dp, setup.micro_batch_tokens)
-    tokens = -(-work.sequences_of(grid.dp) * work.length // count)
+    share = work.share(grid, setup.micro_batch_tokens)
+    count = share.micro_batches
+    tokens = -(-share.tokens // count)
     # The rank that has most sequences sets the pace.
-    uneven = work.sequences_of(grid.dp) * grid.dp / work.sequences
+    uneven = share.sequences * share.ranks / work.sequences
     rate = _compute_rate(setup, cluster, cluster.trunk_fraction)
     bytes_ = links.trunk_forward_bytes(tokens, model.hidden, model.layers // grid.pp, e, grid.tp)
+    layers = model.layers // grid.pp
+    keys = links.key_value_bytes(
+        tokens, model.keys // min(grid.tp, model.groups), layers, e, share.cp
+    )
     routed = links.routed_bytes(tokens * model.hidden * e, model.experts_per_token, grid)
     to_experts = links.expert_bytes(routed, model.layers // grid.pp, grid.ep)
     between = links.pipeline_bytes(tokens, model.hidden, e, grid.shards) if grid.pp > 1 else 0.0
     return _Forward(
         micro_batches=count,
         tokens=tokens,
-        compute=uneven * operations / (grid.tp * grid.pp * grid.dp * count * rate),
+        compute=uneven * operations / (grid.tp * grid.pp * grid.data_ranks * count * rate),
         tensor=bytes_ / _link_rate(setup, cluster, grid.tp),
         experts=to_experts / _link_rate(setup, cluster, grid.tp * grid.ep),
         pipeline=between / _link_rate(setup, cluster, setup.gpus),
+        context=keys / _link_rate(setup, cluster, grid.tp * grid.cp),
     )

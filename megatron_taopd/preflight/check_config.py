@@ -113,17 +113,12 @@ def _check_vocabulary(config: Config, key: str, student: Vocabulary) -> None:
             f"{section.path}; it has to be own"
         )
     data, own = config.data, section.template_kwargs
-    rendering = {config.student.path: (student, data.template_kwargs, "data")}
+    rendering = [(config.student.path, student, data.template_kwargs, "data")]
     if (reader := teacher_reader(section, teacher)) is not None:
         reader.context.check()
         kwargs = data.template_kwargs if own is None else own
-        rendering[section.path] = (teacher, kwargs, key)
-    elif own is not None:
-        raise ValueError(
-            f"{key}.template_kwargs: {own}, but the teacher reads the student's rendering "
-            f"({key}.prompt: student); take it out"
-        )
-    for path, (vocabulary, kwargs, whose) in rendering.items():
+        rendering.append((section.path, teacher, kwargs, key))
+    for path, vocabulary, kwargs, whose in rendering:
         if data.template == "chat" and not vocabulary.tokenizer.chat_template:
             raise ValueError(
                 f"data.template: chat, but the tokenizer of {path} has no chat template; use plain"

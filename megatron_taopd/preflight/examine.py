@@ -134,6 +134,7 @@ def before_run(config: Config) -> bool:
     sglang = bool(config.served)
     checks = [
         (machine.check_profile, config.train.profile),
+        (machine.check_speculative, config.rollout),
         *_check_ports(config),
         *([] if not sglang else _check_servers(config, listening=False)),
         (_check_weights, config),
@@ -245,6 +246,7 @@ def _check_space(config: Config) -> Iterator[Finding]:
         + (config.checkpoint.keep_best and config.eval.prompts is not None),
         config.checkpoint.export_hf,
         by_disk,
+        config.teacher.source == "student_ema",
     )
 
 
@@ -304,6 +306,7 @@ def _check_texts(config: Config) -> Iterator[Finding]:
             where, own, student, teacher, most, sys.maxsize if cut else of_teacher
         )
         yield from texts.check_contexts(key, section, own, teacher, of_teacher)
+    yield from texts.check_references(config.rollout, prompts)
     if config.eval.prompts is not None:
         held_out = held_out_prompts(whole, student)
         first, *_ = teachers.values()

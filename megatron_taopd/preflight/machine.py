@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from megatron_taopd.config.schema import ProfileSection
+from megatron_taopd.config.schema import ProfileSection, RolloutSection
 from megatron_taopd.preflight.findings import Finding, error, ok, warning
 
 DISTRIBUTION = "megatron-taopd"
@@ -42,6 +42,17 @@ def check_profile(section: ProfileSection) -> Iterator[Finding]:
         yield error(
             f"train.profile.kind: {section.kind} needs CUDA, which this machine has not",
             "take torch, or leave train.profile.steps empty",
+        )
+
+
+def check_speculative(section: RolloutSection) -> Iterator[Finding]:
+    """Refuse drafts where SGLang cannot verify them by sampling."""
+    if section.speculative is not None and not torch.cuda.is_available():
+        yield error(
+            f"rollout.speculative: {section.speculative} needs CUDA, which this machine has not: "
+            "on the CPU SGLang accepts the likeliest tokens only, whatever the temperature, and by "
+            "compiled kernels that are not installed here",
+            "leave it out",
         )
 
 

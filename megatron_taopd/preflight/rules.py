@@ -65,7 +65,11 @@ def check_grid(
             f"student.parallel.sequence: false with tp {parallel.tp} and the experts of {path}, "
             "whose gradients would count each token more than once; set it to true"
         )
-    data_parallel = ranks // (parallel.tp * parallel.pp)
+    if name == "student" and num_experts(hf) and parallel.cp > 1:
+        raise ValueError(
+            f"student.parallel.cp: {parallel.cp} with the experts of {path}; it has to be 1"
+        )
+    data_parallel = ranks // (parallel.tp * parallel.cp * parallel.pp)
     if data_parallel % parallel.ep:
         choices = divisors(math.gcd(num_experts(hf), data_parallel))
         raise ValueError(

@@ -109,7 +109,13 @@ def _unwritable(key: str, directory: Path, problem: OSError) -> Finding:
 
 
 def check_space(
-    directory: Path, parameters: int, itemsize: int, keep: int, export: bool, sync_copy: bool
+    directory: Path,
+    parameters: int,
+    itemsize: int,
+    keep: int,
+    export: bool,
+    sync_copy: bool,
+    average: bool = False,
 ) -> Iterator[Finding]:
     """Check that there is room for what a run leaves there.
 
@@ -118,8 +124,9 @@ def check_space(
         keep: checkpoints; one more is there while it is being written.
         export: the final student as a Hugging Face directory.
         sync_copy: weights go to servers by way of this disk.
+        average: a checkpoint has a moving average of the weights, too.
     """
-    state = 12  # Adam's moments and the parameter they belong to, fp32
+    state = 12 + 4 * average  # Adam's moments and the parameter they belong to, fp32
     checkpoint, weights = parameters * (itemsize + state), parameters * itemsize
     needed = (keep + 1) * checkpoint + (export + sync_copy) * weights
     there = sum(f.stat().st_size for f in directory.glob("checkpoints/step_*/**/*") if f.is_file())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from megatron_taopd.config.schema import TeacherSection
+from megatron_taopd.config.schema import RolloutSection, TeacherSection
 from megatron_taopd.data.prompts import Prompts
 from megatron_taopd.data.rendering import special_tokens
 from megatron_taopd.data.vocab_map import VocabMap, Vocabulary
@@ -182,6 +182,31 @@ def _shown(vocabulary: Vocabulary, ids: Sequence[int]) -> str:
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
     return repr(text)
+
+
+def check_references(section: RolloutSection, prompts: Prompts) -> Iterator[Finding]:
+    """Tell how long reference responses are, and what share of the sequences they will be."""
+    if prompts.references is None:
+        return
+    lengths, longest = prompts.references.lengths(), section.max_new_tokens
+    share, warmup = (section.mix or {}).get("dataset", 0.0), section.warmup_steps
+    valid = "all valid"
+    if prompts.valid is not None:
+        valid = f"{prompts.valid.values.mean():.1%} valid"
+    yield ok(
+        f"data.response_column: {lengths.mean():.0f} tokens on average, {valid}; "
+        f"{share:.1%} of the sequences are references"
+        + (f", and all of the first {warmup} steps" if warmup else "")
+    )
+    over = int((lengths > longest).sum())
+    if over > MANY_DROPPED * len(lengths):
+        yield warning(
+            f"data.response_column: {over / len(lengths):.1%} are longer than "
+            f"rollout.max_new_tokens {longest} and cut there",
+            "more of these",
+        )
+    elif over:
+        yield ok(f"data.response_column: {over} are cut at rollout.max_new_tokens {longest}")
 
 
 def check_contexts(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,34 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response, or what there is of it so far: n tokens.
+
+    Attributes:
+        tokens: [n] int32 ids.
+        log_probs: [n] float32.
+        versions: [n] int32, of the weights.
+        finished: nothing comes after them.
+        truncated: it was cut off at the longest length.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    versions: np.ndarray
+    finished: bool = True
+    truncated: bool = False
+
+    def followed_by(self, rest: Response) -> Response:
+        """Return this with the rest after it."""
+        names = ("tokens", "log_probs", "versions")
+        joined = [np.concatenate([getattr(self, name), getattr(rest, name)]) for name in names]
+        return Response(*joined, rest.finished, rest.truncated)
+
+
+NOTHING = Response(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int32), False)
 
 
 class Pending(Protocol):
@@ -83,7 +112,7 @@ class RolloutEngine(Protocol):
         """Begin to generate the responses to `prompts`.
 
         An engine with servers of its own returns at once, and generates while this process does
-        other things; weights may not be updated until the result has been taken.
+        other things. Weights may be updated meanwhile: what is not finished goes on with them.
 
         Args:
             prompts: token ids of each prompt.
@@ -130,6 +159,20 @@ class RolloutEngine(Protocol):
         ...
 
 
+def batch_of(
+    prompts: Sequence[Sequence[int]], indices: Sequence[int], responses: Sequence[Response]
+) -> RolloutBatch:
+    """Call `make_rollout_batch` of N finished responses."""
+    return make_rollout_batch(
+        prompts,
+        indices,
+        [torch.from_numpy(r.tokens) for r in responses],
+        [torch.from_numpy(r.log_probs) for r in responses],
+        [r.truncated for r in responses],
+        [torch.from_numpy(r.versions) for r in responses],
+    )
+
+
 def make_rollout_batch(
     prompts: Sequence[Sequence[int]],
     prompt_indices: Sequence[int],
@@ -137,6 +180,7 @@ def make_rollout_batch(
     log_probs: Sequence[Tensor],
     truncated: Sequence[bool],
     weight_versions: Sequence[Tensor],
+    valid: Sequence[Tensor] | None = None,
 ) -> RolloutBatch:
     """Lay N sequences end to end.
 
@@ -145,6 +189,7 @@ def make_rollout_batch(
         responses: N tensors [n] of token ids.
         log_probs: N tensors [n], the log-probability of each of these tokens.
         weight_versions: N tensors [n], the weights that generated it.
+        valid: N tensors [n] bool, the tokens that have rows; None: all.
     """
     pieces = [
         piece
@@ -152,12 +197,15 @@ def make_rollout_batch(
         for piece in (torch.tensor(prompt, dtype=torch.int64), response.to("cpu", torch.int64))
     ]
     lengths = torch.tensor([0] + [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    mask = None if valid is None else torch.cat([*valid])
+    rows = slice(None) if mask is None else mask
     return RolloutBatch(
         tokens=torch.cat(pieces),
         cu_seqlens=lengths.cumsum(0),
         prompt_lengths=torch.tensor([len(prompt) for prompt in prompts]),
-        log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs]),
+        log_probs=torch.cat([values.to("cpu", torch.float32) for values in log_probs])[rows],
         truncated=torch.tensor(truncated, dtype=torch.bool),
         prompts=torch.tensor(prompt_indices, dtype=torch.int64),
-        weight_versions=torch.cat([versions.long() for versions in weight_versions]),
+        weight_versions=torch.cat([versions.long() for versions in weight_versions])[rows],
+        valid=mask,
     )

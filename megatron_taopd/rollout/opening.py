@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_taopd.config.schema import Config, RolloutSection
+from megatron_taopd.config.speculative import server_args
 from megatron_taopd.data.prompts import PromptStream
 from megatron_taopd.data.texts import Texts
 from megatron_taopd.formats.hf import DTYPES
 from megatron_taopd.models.student import Student
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.rollout import weight_sync
-from megatron_taopd.rollout.engine import RolloutEngine, Sampling
+from megatron_taopd.rollout.engine import Sampling
 from megatron_taopd.rollout.local import LocalEngine
-from megatron_taopd.rollout.schedule import RolloutSchedule
+from megatron_taopd.rollout.mix import Mix
+from megatron_taopd.rollout.partial import PartialRollouts
+from megatron_taopd.rollout.schedule import Rollouts, RolloutSchedule
 from megatron_taopd.rollout.sglang import SGLangEngine, Updates
 from megatron_taopd.serving.begin import api_key_of, begin_servers, open_own, wait_for_servers
 from megatron_taopd.step.extensions.horizon import Horizon
@@ -48,6 +53,7 @@ def begin_rollout_servers(config: Config, fixed_weights: bool = False) -> Future
         DTYPES[config.train.precision],
         Path(config.run.dir) / "servers" / "rollout",
         fixed_weights=fixed_weights,
+        args=server_args(config.rollout.speculative),
     )
 
 
@@ -89,6 +95,7 @@ def open_engine(
         version=lambda: student.version,
         probe=weight_sync.Probe(log_probs, sync.max_gap, texts.prompts.token_ids),
         release_memory=sync.release_memory,
+        keep_cache=sync.cache == "keep",
     )
     tokens, ends = texts.common_vocabulary, texts.student.eos_token_ids
     return SGLangEngine(replicas, model, tokens, ends, updates, own)
@@ -97,25 +104,42 @@ def open_engine(
 def transport_of(config: Config) -> weight_sync.WeightSync:
     """Say how weights get to the servers: `rollout.sync.transport`."""
     sync, path = config.rollout.sync, config.student.path
-    bucket_bytes = sync.bucket_mib << 20
+    options: dict[str, Any] = {
+        "bucket_bytes": sync.bucket_mib << 20,
+        "keep_cache": sync.cache == "keep",
+    }
     if sync.transport == "distributed":
         api_key = api_key_of(config.rollout.servers)
-        return weight_sync.DistributedSync(path, bucket_bytes, api_key=api_key)
+        return weight_sync.DistributedSync(path, api_key=api_key, **options)
     if sync.transport == "tensor":
-        return weight_sync.TensorSync(path, bucket_bytes)
+        return weight_sync.TensorSync(path, **options)
     directory = sync.dir or Path(config.run.dir) / "weights"
-    return weight_sync.DiskSync(path, bucket_bytes, directory=directory)
+    return weight_sync.DiskSync(path, directory=directory, **options)
 
 
 def open_rollouts(
-    config: Config, engine: RolloutEngine, texts: Texts, horizon: Horizon, consumed: int
-) -> RolloutSchedule:
-    """Go on with the prompts after those that were consumed."""
+    config: Config,
+    engine: LocalEngine | SGLangEngine,
+    texts: Texts,
+    horizon: Horizon,
+    state: Mapping[str, Any],
+) -> Rollouts:
+    """Go on with the prompts after those that were consumed, and with what was under way.
+
+    Args:
+        state: what the run goes on from (`checkpoints.before.go_on`).
+    """
     prompts, section = texts.prompts, config.rollout
+    consumed = state["prompts_consumed"]
     stream = PromptStream(
         len(prompts), config.run.seed, config.data.shuffle, consumed, prompts.parts
     )
     sampling = sampling_of(section)
-    return RolloutSchedule(
-        engine, prompts.token_ids, stream, section.prompts, sampling, horizon, section.ahead
-    )
+    if section.partial:
+        assert isinstance(engine, SGLangEngine)  # `config.values`
+        under_way = state.get("rollouts")
+        return PartialRollouts(
+            engine, prompts.token_ids, stream, sampling, horizon, section, under_way
+        )
+    mix = Mix(section, prompts, config.run.seed)
+    return RolloutSchedule(engine, mix, stream, sampling, horizon, section.ahead)

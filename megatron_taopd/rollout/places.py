@@ -27,7 +27,7 @@ class Places:
     Args:
         store: of all ranks that ask.
         name: of the batch there.
-        count: of places.
+        places: of the batch, those that are to be asked for.
         slots: [ranks], how many requests the servers of each take at a time.
         rank: this one.
 
@@ -35,32 +35,40 @@ class Places:
         first: places that this rank begins with.
     """
 
-    def __init__(self, store: dist.Store, name: str, count: int, slots: Sequence[int], rank: int):
+    def __init__(
+        self,
+        store: dist.Store,
+        name: str,
+        places: Sequence[int],
+        slots: Sequence[int],
+        rank: int,
+    ):
         self._store, self._name = store, name
-        begun = min(count, sum(slots))
+        begun = min(len(places), sum(slots))
         self.first: list[int] = []
         if begun:
             owner = share_out(torch.ones(begun, dtype=torch.int64), slots)
-            self.first = (owner == rank).nonzero()[:, 0].tolist()
-        self._rest = range(begun, count)
+            self.first = [places[i] for i in (owner == rank).nonzero()[:, 0].tolist()]
+        self._rest = places[begun:]
         self._seen = 0  # of those handed on
         self._taking = asyncio.Lock()  # one looks for all
 
-    async def take(self, may: Callable[[], bool]) -> tuple[int, int] | None:
+    async def take(self, may: Callable[[], bool]) -> tuple[int, int, list] | None:
         """Wait for a place that no rank works on.
 
         Args:
             may: this rank can still do it.
 
         Returns:
-            The place, and the attempts at it so far; None: this rank may not any more.
+            The place, the attempts at it so far, and what there is of its response, as it was
+            handed on; None: this rank may not any more.
         """
         async with self._taking:
             while may():
                 if self._rest:
                     if (number := self._count("taken") - 1) < len(self._rest):
-                        return self._rest[number], 0
-                    self._rest = range(0)
+                        return self._rest[number], 0, []
+                    self._rest = []
                 while self._seen < self._count("handed on", 0):
                     self._seen += 1
                     if self._count(f"{self._seen} taken") == 1:
@@ -68,10 +76,10 @@ class Places:
                 await asyncio.sleep(POLL_S)
         return None
 
-    def hand_on(self, place: int, made: int) -> None:
-        """Leave a place to other ranks, after so many attempts."""
+    def hand_on(self, place: int, made: int, so_far: list) -> None:
+        """Leave a place to other ranks, after so many attempts, with what there is (JSON)."""
         number = self._count("handed on")
-        self._store.set(f"{self._name}/{number}", json.dumps([place, made]))
+        self._store.set(f"{self._name}/{number}", json.dumps([place, made, so_far]))
 
     def give_up(self) -> int:
         """Note that this rank has no servers left; return how many ranks have none."""

@@ -10,6 +10,7 @@ deterministic mode): two runs of one seed differ in their samples.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,9 +24,9 @@ from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.arrays import from_sources
 from megatron_taopd.parallel.compat.torch_internals import default_store
 from megatron_taopd.parallel.objects import broadcast_object, gather, on_rank_0
-from megatron_taopd.rollout.engine import Sampling
+from megatron_taopd.rollout.engine import Response, Sampling
 from megatron_taopd.rollout.places import Places
-from megatron_taopd.rollout.sglang_batch import Generating
+from megatron_taopd.rollout.sglang_batch import Generating, advance
 from megatron_taopd.rollout.weight_sync import Probe, WeightSync
 from megatron_taopd.serving.client import PUSHES, Replicas
 from megatron_taopd.serving.model import ServedModel
@@ -52,6 +53,8 @@ class Updates:
         version: of these weights; None: the last update's.
         probe: looks after each sync whether it took effect; None: nothing does.
         release_memory: `offload` has the servers give back their device memory.
+        keep_cache: responses that an update interrupts go on with the cache that the weights before
+            it have made; False: it is computed anew.
     """
 
     sync: WeightSync
@@ -59,6 +62,7 @@ class Updates:
     version: Callable[[], int] | None = None
     probe: Probe | None = None
     release_memory: bool = False
+    keep_cache: bool = False
 
 
 class SGLangEngine:
@@ -98,7 +102,8 @@ class SGLangEngine:
         self.updates = updates
         self.logit_bias = {str(token): BANNED for token in banned} or None
         self.version = 0  # of the last update
-        self.pending = 0  # batches
+        self.pending = 0  # batches that are not complete
+        self.stirred = threading.Event()  # this rank has something to tell
         self.failed_syncs = 0
         self.counts: Counter[str] = Counter()
         self.leads = replicas is not None
@@ -120,8 +125,12 @@ class SGLangEngine:
         prompt_indices: Sequence[int],
         step: int,
         sampling: Sampling,
+        so_far: Sequence[Response] | None = None,
     ) -> Generating:
         """See `RolloutEngine.submit`; `step` does not matter here.
+
+        Args:
+            so_far: of each response what there is of it, where they were begun before.
 
         Collective: a broadcast of some bytes, with several sources a gather of some bytes a rank,
         and where a server came back, its weights.
@@ -134,8 +143,14 @@ class SGLangEngine:
             self.model.check(name, prompt, sampling.max_new_tokens)
         if self.on_rank_0(lambda: bool(self.replicas.stale)):
             self.resync()
-        self.pending += 1
-        return Generating(self, prompts, prompt_indices, sampling)
+        return Generating(self, prompts, prompt_indices, sampling, so_far)
+
+    def wait_for_any(self, batches: Sequence[Generating]) -> None:
+        """Wait until responses of any of these batches have come, or some time.
+
+        Collective and errors: see `sglang_batch.advance`.
+        """
+        advance(self, batches)
 
     def generate(
         self,
@@ -150,10 +165,12 @@ class SGLangEngine:
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`. A server that is down gets them when it is back.
 
+        Responses under way are interrupted and go on with the new weights, each of their tokens
+        with its own version.
+
         Raises:
             RuntimeError: a server refused them, on every rank.
         """
-        assert not self.pending, "weights are updated between batches"
         self.version = version
         self._push(self.replicas.live if self.leads else None, lambda: named_tensors, version)
 
@@ -221,10 +238,17 @@ class SGLangEngine:
             logger.error(f"{replica.url} fell out of {PUSHES} pushes in a row; it is given up")
 
     def _hold(self, urls: Sequence[str]) -> None:
-        """Have the ranks that ask these servers leave them alone while they get weights."""
-        if not self.alone and self.asks is not None:
-            targets = [replica for replica in self.asks.all if replica.url in urls]
+        """Have the ranks that ask these servers leave them alone while they get weights.
+
+        What they are asked they answer with what there is.
+        """
+        if self.asks is None:
+            return
+        targets = [replica for replica in self.asks.all if replica.url in urls]
+        if not self.alone:
             self.asks.run(self.asks.begin_update(targets))
+        if self.pending:
+            self.asks.run(self.asks.interrupt(targets))
 
     def _follow(self) -> None:
         """Tell the ranks that ask servers which weights each of them has.
@@ -285,24 +309,29 @@ class SGLangEngine:
         """
         return work() if self.group is None else on_rank_0(work, self.group)
 
-    def places(self, count: int) -> Places:
-        """Deal the places of a batch over the ranks that ask servers.
+    def places(self, places: Sequence[int]) -> Places:
+        """Deal these places of a batch over the ranks that ask servers.
 
         Collective: with several of them, a gather of some bytes a rank.
         """
         self.batches += 1
         name = f"{self.prefix}/{self.batches}"
         if self.alone:
-            return Places(self.store, name, count, [count], 0 if self.leads else 1)
+            return Places(self.store, name, places, [len(places)], 0 if self.leads else 1)
         free = 0 if self.asks is None else self.asks.slots_of(self.asks.ready)
-        return Places(self.store, name, count, gather(free, self.group), dist.get_rank())
+        return Places(self.store, name, places, gather(free, self.group), dist.get_rank())
 
     def from_sources(self, own: Tensor) -> list[Tensor]:
         """Call `parallel.arrays.from_sources`. Collective."""
         return from_sources(own, self.sources, self.group)
 
-    def request(self, prompt: Sequence[int], sampling: Sampling) -> dict:
-        """Make the /generate request of one response; nothing is left to a server's defaults."""
+    def request(self, prompt: Sequence[int], sampling: Sampling, cache_key: str) -> dict:
+        """Make the /generate request of one response; nothing is left to a server's defaults.
+
+        Args:
+            cache_key: of the responses that may share a cache which outlives its weights.
+        """
+        kept = self.updates is not None and self.updates.keep_cache
         return {
             "input_ids": list(prompt),
             "sampling_params": {
@@ -323,6 +352,7 @@ class SGLangEngine:
             },
             "return_logprob": True,
             "stream": False,
+            **({"extra_key": cache_key} if kept else {}),
         }
 
     def stop_ids(self, sampling: Sampling) -> frozenset[int]:
@@ -334,7 +364,11 @@ class SGLangEngine:
             return {}
         counts, self.counts = self.counts, Counter()
         counts.update(self.replicas.take_counts())
-        return {
+        accepted = {}
+        if counts["verifications"]:
+            accepted["rollout/acceptance_length"] = counts["tokens"] / counts["verifications"]
+        return accepted | {
+            "rollout/interruptions": counts["interruptions"],
             "rollout/retries": counts["retries"],
             "rollout/timeouts": counts["timeouts"],
             "rollout/restarts": counts["restarts"],

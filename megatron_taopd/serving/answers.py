@@ -49,6 +49,7 @@ class Meta(msgspec.Struct):
     """SGLang's `meta_info`, by its names; None: the server does not say.
 
     Attributes:
+        spec_verify_ct: how many times drafts were verified, each of which ends in a token or more.
         hidden: what our hook packs (`serving.hidden_states`).
         hidden_states: SGLang's own nested lists.
     """
@@ -59,6 +60,7 @@ class Meta(msgspec.Struct):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     num_retractions: int = 0
+    spec_verify_ct: int = 0
     weight_version: Any = None
     weight_versions: list[VersionSpan] | None = None
     input_top_logprobs_shape: list[int] | None = None

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from megatron_taopd.serving.answers import Answer
@@ -31,6 +32,7 @@ from megatron_taopd.serving.protocol import (
 from megatron_taopd.serving.replica import Limits, Replica, Shared, State
 from megatron_taopd.serving.server import Server
 
+INTERRUPT_S = 0.5  # between aborts of requests that come to a server's scheduler only after one
 CANCEL_S = 0.2  # between cancellations of a task that does not end
 PUSHES = 3  # of weights, in a row, that a server may fall out of
 
@@ -183,6 +185,11 @@ class Replicas:
         counts, self.shared.counts = self.shared.counts, Counter()
         return counts
 
+    @property
+    def hopeful(self) -> list[Replica]:
+        """List those that can be asked, or will be in a moment: they are being given weights."""
+        return [r for r in self.all if r.syncing or r.state is State.READY]
+
     # Requests
 
     def slots_of(self, replicas: Sequence[Replica]) -> int:
@@ -199,7 +206,9 @@ class Replicas:
         """Answer a /generate request with one prompt as `input_ids`.
 
         The replica with the fewest outstanding tokens does it. A request that fails for no fault of
-        its own, or that the server aborts, begins anew, on another replica if there is one.
+        its own, or that the server aborts, begins anew, on another replica if there is one. One
+        that is aborted because its server gets weights is answered with what there is
+        (`finish_reason` abort).
 
         Args:
             made: attempts so far, on replicas of other ranks.
@@ -208,14 +217,14 @@ class Replicas:
         Raises:
             ValueError: the request is one that kills a server or that it would not do as asked.
             RuntimeError: it was refused (4xx), failed `attempts` times, or no replica is left.
-            Elsewhere: unless alone, no replica is ready, but the one that has failed.
+            Elsewhere: unless alone, no replica is hopeful, but the one that has failed.
         """
         ids, sampling = request["input_ids"], request.get("sampling_params", {})
         new, attempts = sampling.get("max_new_tokens", 128), self.limits.attempts
         self.model.check("the prompt", ids, new, request.get("top_logprobs_num", 0))
         failure = last = None
         for attempt in range(made, attempts):
-            if not alone and all(replica is last for replica in self.ready):
+            if not alone and all(replica is last for replica in self.hopeful):
                 raise Elsewhere(attempt)
             if attempt:
                 self.counts["retries"] += 1
@@ -230,16 +239,16 @@ class Replicas:
                 continue
             finally:
                 await self._release(last, len(ids) + new)
-            if answer.meta_info.finish_reason.type != "abort":
+            if answer.meta_info.finish_reason.type != "abort" or last.syncing:
                 return answer
             failure = Failed(f"{last.url}/generate: aborted")
         raise RuntimeError(f"a request failed {attempts} times, the last time: {failure}")
 
     async def _reserve(self, tokens: int, avoid: Replica | None, alone: bool) -> Replica | None:
-        """Wait for a replica that is free; None, unless alone, if none is ready."""
+        """Wait for a replica that is free; None, unless alone, if none is hopeful."""
 
         def free() -> list[Replica | None]:
-            if not alone and not self.ready:
+            if not alone and not self.hopeful:
                 return [None]
             if (troubles := self.troubles) is not None:
                 raise RuntimeError(f"no server is left: {troubles}")
@@ -258,7 +267,10 @@ class Replicas:
         async with self.shared.changed:
             replica.tokens -= tokens
             replica.requests -= 1
-            self.shared.changed.notify()
+            if replica.syncing:  # `interrupt` waits for this, and may not be the first to wait
+                self.shared.changed.notify_all()
+            else:
+                self.shared.changed.notify()
 
     # Control
 
@@ -313,6 +325,27 @@ class Replicas:
         for replica in held:
             replica.syncing, replica.state = True, State.STALE
         return held
+
+    async def interrupt(
+        self, targets: Sequence[Replica], timeout_s: float = CONTROL_TIMEOUT_S
+    ) -> None:
+        """Have these, which are held, answer what they are asked with what there is so far.
+
+        Returns when none is asked anything any more, or after `timeout_s`, or when it cannot be
+        told to: then the push that follows aborts the rest.
+        """
+
+        async def one(replica: Replica) -> None:
+            while replica.requests:
+                await self.post(replica, "/abort_request", {"abort_all": True}, timeout_s)
+                async with self.shared.changed:
+                    idle = self.shared.changed.wait_for(lambda: not replica.requests)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(idle, INTERRUPT_S)
+
+        requests = asyncio.gather(*map(one, targets), return_exceptions=True)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(requests, timeout_s)
 
     async def commit_update(self, targets: Iterable[Replica], version: int) -> None:
         """Let these serve: they have the current weights, with str(version) as weight_version."""

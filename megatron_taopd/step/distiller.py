@@ -14,6 +14,7 @@ from megatron_taopd.config.schema import LossSection, SelectionSection, TrainSec
 from megatron_taopd.data import batching
 from megatron_taopd.models.replay import kept_bytes
 from megatron_taopd.models.student import Student
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.faults import Fault
 from megatron_taopd.step.batch_scores import NAMES
@@ -134,7 +135,7 @@ class Distiller:
         self, parts: Parts, batch: RolloutBatch, assigned: batching.Assignment
     ) -> dict[int, RowShard]:
         """Send the teachers' rows to the ranks that score them (`Teachers.dispatch`)."""
-        return self.teachers.dispatch(parts, batch, self.student.layout, assigned.owner)
+        return self.teachers.dispatch(parts, batch, self.student.layout, assigned)
 
     def score(
         self, batch: RolloutBatch, assigned: batching.Assignment, teacher_rows: dict[int, RowShard]
@@ -149,8 +150,9 @@ class Distiller:
         """Pick the rows to train on (`selection.choose`, or with a scope `choose_by_teacher`).
 
         Collectives: those of `choose` and `look` over all ranks, of several teachers also those of
-        `metrics_by_teacher`; on the last stage a broadcast of a
-        byte for each row that a data-parallel rank has scored, over TP.
+        `metrics_by_teacher`; on the last stage a broadcast of a byte for each row that a
+        data-parallel rank has scored, over TP, and before that of those that a context-parallel
+        group shares, over it.
         """
         section = self.selection
         scores, teachers = scored.scores, scored.batch.teachers
@@ -167,25 +169,48 @@ class Distiller:
         return Selection(choice, kept, metrics)
 
     def _kept_here(self, scored: ScoredBatch, mask: Tensor) -> Tensor:
-        """Return [k] int64, the kept rows of the sequences that this rank has scored.
+        """Return [k] int64, the kept rows of the sequences that this rank has scored, or a part of.
 
-        The first rank of a TP group has the mask, so that the others cannot differ by a bit.
+        The first rank of a TP group has the mask, so that the others cannot differ by a bit; of
+        rows that a context-parallel group shares, the group's first.
         """
-        layout, batch = self.student.layout, scored.batch
+        layout, assigned = self.student.layout, scored.assigned
         if not layout.is_last_stage:
             return torch.empty(0, dtype=torch.int64)
-        ids = batch.rows_of(scored.assigned.sequences())
+        ids = scored.batch.rows_of(assigned.sequences())
+        if layout.tp_rank == 0 and assigned.shared.any():
+            mask = self._with_shared(mask.byte(), assigned.shared[scored.batch.sequences_of(ids)])
         if layout.tp > 1:
             mask = mask.byte() if len(mask) else mask.new_empty(len(ids), dtype=torch.uint8)
-            first = layout.last_stage_rank(layout.dp_rank, 0)
+            first = layout.last_stage_rank(layout.data_rank, 0)
             dist.broadcast(mask, src=first, group=layout.groups.tp)
         return ids[mask.bool().cpu()]
+
+    def _with_shared(self, mask: Tensor, shared: Tensor) -> Tensor:
+        """Tell a context-parallel group the mask of the rows that it shares.
+
+        Args:
+            mask: [r] uint8, of all rows on the first of the group, of those not shared on others.
+            shared: [R] bool on the CPU, those shared among the rows of this rank's sequences.
+
+        Returns:
+            [R] uint8, of all of these.
+        """
+        layout, shared = self.student.layout, to_device(shared, mask.device)
+        whole = mask.new_empty(len(shared))
+        whole[slice(None) if layout.cp_rank == 0 else ~shared] = mask
+        told = whole[shared]
+        first = layout.last_stage_rank(layout.dp_rank * layout.cp, 0)
+        dist.broadcast(told, src=first, group=layout.groups.cp)
+        whole[shared] = told
+        return whole
 
     def weigh(self, scored: ScoredBatch, kept: WantedRows) -> RowWeights | None:
         """Weigh the kept rows, if that is asked for (`RowWeights.by_discrepancy`)."""
         if self.loss.weights == "none":
             return None
-        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma)
+        shared = bool(scored.assigned.shared.any())
+        return RowWeights.by_discrepancy(scored.scores, scored.batch, kept, self.loss.gamma, shared)
 
     def train_on(self, scored: ScoredBatch, kept: WantedRows) -> dict[str, float]:
         """Take the optimizer steps of a batch (`training.train_on`).
@@ -208,6 +233,5 @@ class Distiller:
 
 def replay_mib(student: Student, assigned: batching.Assignment) -> float:
     """Return the MiB that the layers' outputs of a batch take on the rank that has the most."""
-    tokens = torch.zeros(student.layout.dp, dtype=torch.int64)
-    most = int(tokens.index_add(0, assigned.owner, assigned.lengths).max())
+    most = int(assigned.tokens_by_rank(student.layout.data_ranks).max())
     return kept_bytes(student.trunk, most) / 2**20

@@ -22,7 +22,7 @@ LOSSES = (*DIVERGENCES, "sampled_token")
 
 def metric_names(kind: str) -> tuple[str, ...]:
     """Return the names of what `kept_row_loss` says of rows besides their loss."""
-    return ("log_ratio", "importance_ratio") if kind == "sampled_token" else ()
+    return ("log_ratio", "importance_ratio", "truncated_ratio") if kind == "sampled_token" else ()
 
 
 def kept_row_loss(
@@ -49,7 +49,8 @@ def kept_row_loss(
         The scalar loss, differentiable in student_hidden (this shard's part: see
         `linear_divergence`) and the student's head; and the detached fp32 scalars of
         `metric_names`, without weights. For sampled_token `log_ratio`, Σ log p_S(y) − log p_T(y),
-        which is the one-sample estimate of the reverse KL; and `importance_ratio`, Σ p_S(y)/μ(y). A
+        which is the one-sample estimate of the reverse KL; `importance_ratio`, Σ p_S(y)/μ(y), not
+        truncated; and `truncated_ratio`, the number of rows whose ratio is above loss.max_ratio. A
         teacher that reports its top-K only has a log p_T that is not renormalised over the common
         vocabulary.
 
@@ -70,6 +71,7 @@ def kept_row_loss(
         heads.teacher_log_probs(teacher_rows, tokens),
         rollout_log_probs,
         weights,
+        loss.max_ratio,
     )
 
 
@@ -78,15 +80,17 @@ def sampled_token_loss(
     teacher_log_probs: Tensor,
     rollout_log_probs: Tensor,
     weights: Tensor,
+    max_ratio: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Reverse KL from the sampled token alone, as a policy gradient.
 
     The advantage is A = −(log p_S(y) − log p_T(y)), detached, and the loss −Σ (p_S(y)/μ(y))·A with
     μ the policy that sampled y. Its gradient, Σ (p_S/μ)·(log p_S − log p_T)·∇log p_S, is unbiased
     for that of KL(p_S ‖ p_T) at the contexts given, whatever the age of μ, as long as μ is the full
-    distribution at temperature 1; on policy the ratio is 1. No clipping: it would bias. (The
-    log-ratio back-propagated directly has the gradient ∇log p_S(y), zero on average whatever the
-    teacher says.)
+    distribution at temperature 1; on policy the ratio is 1. A ratio above `max_ratio` counts as
+    `max_ratio` (truncated importance sampling), which bounds what one stale token weighs and biases
+    the estimate by what it cuts off. (The log-ratio back-propagated directly has the gradient
+    ∇log p_S(y), zero on average whatever the teacher says.)
 
     A token outside the common vocabulary (log-probabilities −inf) has p_S(y)/μ(y) = 0 and
     contributes nothing.
@@ -94,6 +98,7 @@ def sampled_token_loss(
     Args:
         student_log_probs: [R], differentiable.
         teacher_log_probs, rollout_log_probs, weights: [R], constants.
+        max_ratio: None: no ratio is truncated.
 
     Returns:
         The scalar loss, and the sums described at `kept_row_loss`.
@@ -101,5 +106,13 @@ def sampled_token_loss(
     known = student_log_probs.detach() > -torch.inf
     log_ratio = (student_log_probs - teacher_log_probs).detach().where(known, 0.0)
     importance = (student_log_probs - rollout_log_probs.detach()).exp()
-    loss = (weights * importance * log_ratio).sum()
-    return loss, {"log_ratio": log_ratio.sum(), "importance_ratio": importance.detach().sum()}
+    ratio = importance.detach()
+    bound = torch.inf if max_ratio is None else max_ratio
+    # A constant factor: `clamp` of the ratio itself would take the truncated rows' gradient away.
+    factor = torch.where(ratio > bound, bound / ratio, 1.0)
+    loss = (weights * factor * importance * log_ratio).sum()
+    return loss, {
+        "log_ratio": log_ratio.sum(),
+        "importance_ratio": ratio.sum(),
+        "truncated_ratio": (ratio > bound).sum().float(),
+    }

@@ -15,7 +15,7 @@ from megatron_taopd.models.gpt import pick_rows
 from megatron_taopd.models.student import FrozenStudent
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.copies import to_device
-from megatron_taopd.parallel.exchange import RowShard
+from megatron_taopd.parallel.exchange import Routes, RowShard
 from megatron_taopd.parallel.faults import Fault, by_rank
 from megatron_taopd.parallel.layout import Layout
 from megatron_taopd.parallel.vocab import token_log_probs
@@ -79,7 +79,9 @@ def score(
 
     Collectives: the trunk's forward; those of the heads' scores, 24K+28 bytes (12K+12 of top-K
     rows) per row and rank over TP, and 12 with `sampled`; an all-reduce of 4 bytes per probed row
-    and 4 more over all ranks. The scores stay where they are.
+    and 4 more over all ranks. The scores stay where they are; those of a sequence that a
+    context-parallel group shares go to its first rank, in all-to-alls of 32 bytes a row (36 with
+    `sampled`).
     """
     layout = student.layout
     stride = max(1, batch.num_rows // PROBED_ROWS)
@@ -118,7 +120,12 @@ def score(
         columns = student.forward(assigned.micro_batches, score_micro_batch)
 
     held = HeldRows(batch.cu_rows, _sequences_held(assigned, layout), dist.group.WORLD)
-    *scores, log_probs, faults = _in_canonical_order(columns, assigned, held, 8 + sampled)
+    height = 8 + sampled
+    if assigned.shared.any():
+        table = _of_whole_sequences(columns, assigned, layout, batch, held, height)
+    else:
+        table = _in_canonical_order(columns, assigned, held, height)
+    *scores, log_probs, faults = table
     ids = held.ids()
     probed = (ids % stride == 0).nonzero()[:, 0]
     told = torch.zeros(1 + -(-batch.num_rows // stride), device=platform.device())
@@ -137,7 +144,29 @@ def score(
 def _sequences_held(assigned: batching.Assignment, layout: Layout) -> Tensor:
     """Return [n] int64, ascending: the sequences whose scores this rank alone has."""
     sequences = assigned.sequences()
+    if layout.cp_rank > 0:
+        sequences = sequences[~assigned.shared[sequences]]
     return sequences if layout.is_last_stage and layout.tp_rank == 0 else sequences[:0]
+
+
+def _of_whole_sequences(
+    columns: list[Tensor], assigned: batching.Assignment, layout: Layout, batch: RolloutBatch,
+    held: HeldRows, height: int,
+) -> Tensor:  # fmt: skip
+    """Send what was found of shared sequences to the first rank of each context-parallel group.
+
+    Returns:
+        [height, r] fp32, of the rows that are held, in their order.
+    """
+    ids, rows = torch.empty(0, dtype=torch.int64), torch.empty(0, height, device=platform.device())
+    if columns and layout.tp_rank == 0:
+        ids = torch.cat([m.row_ids for m in assigned.micro_batches])
+        rows = torch.cat(columns, dim=1).T.contiguous()
+    starts, data_ranks = assigned.runs(batch)
+    scored = starts, layout.last_stage_rank(data_ranks, 0)
+    wanted = batch.cu_rows[:-1], layout.last_stage_rank(assigned.owner, 0)
+    routes = Routes.between(batch.num_rows, scored, wanted)
+    return routes.send_all([RowShard(ids, rows)]).at(held.ids()).T
 
 
 def _in_canonical_order(

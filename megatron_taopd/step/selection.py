@@ -228,8 +228,8 @@ class Look:
 
     def wanted(self, batch: RolloutBatch, ids: Tensor) -> WantedRows:
         """Say what training needs of a batch; ids: [k] int64, the kept rows that are known here."""
-        # The last row of a sequence sees its prompt, and the tokens of the rows before it.
-        lengths = (batch.prompt_lengths - 1 + self.last) * (self.last > 0)
+        lengths, found = torch.zeros_like(self.last), self.last > 0
+        lengths[found] = 1 + batch.positions_of((batch.cu_rows[:-1] + self.last - 1)[found])
         return WantedRows(self.counts, lengths, ids)
 
 

@@ -29,6 +29,8 @@ from megatron_taopd.step.output_heads import Heads
 from megatron_taopd.step.scoring import ScoredBatch
 from megatron_taopd.types import RolloutBatch, WantedRows
 
+OF_REFERENCES = "loss_of_references"
+
 
 def train_on(
     scored: ScoredBatch,
@@ -101,7 +103,8 @@ def backward(
 ) -> dict[str, float]:
     """Form the gradients of the mean loss over the kept rows of the **whole** batch (Eq. 6–7).
 
-    With the layers' outputs of the scoring pass the sequences stay where they are, and only the
+    With the layers' outputs of the scoring pass the sequences stay where they are (those that a
+    context-parallel group shares, in the group, where they are cut into chunks anew), and only the
     backward pass runs the layers; without, the kept tokens are balanced and packed anew and run
     forward and backward.
 
@@ -115,25 +118,27 @@ def backward(
 
     Returns:
         `loss`, further means over the kept rows, `kept_rows` and `tokens_trained`; the same on
-        every rank. Of several teachers `loss/NUMBER`, the part of the loss that is each one's.
+        every rank. Of a batch with references also OF_REFERENCES, what their rows add to the loss;
+        of several teachers `loss/NUMBER`, the part of the loss that is each one's.
         `head_rows`, the most rows of a micro-batch on this data-parallel rank.
 
     Raises:
         Fault: the loss is not finite, on every rank alike.
 
-    Collectives: where a sequence is trained on another rank than scored, all-to-alls that take the
+    Collectives: where a row is trained on another rank than scored, all-to-alls that take the
     kept teacher rows (D_t elements and a number of 8 bytes each, per TP rank) there; the trunk's
     and the loss's own.
     """
     layout, batch, teacher_rows = student.layout, scored.batch, scored.teacher_rows
     if scored.kept_outputs is None:
-        trainer, own = batching.deal(batch, kept, layout, micro_batch_tokens)
-        owners = scored.assigned.owner, trainer
-        kept, teacher_rows = _follow(teacher_rows, batch, kept, *owners, layout)
-        assigned = batching.build(batch, trainer, own, kept, layout)
+        trainers, own = batching.deal(batch, kept, layout, micro_batch_tokens)
+        kept, teacher_rows = _follow(teacher_rows, batch, kept, scored.assigned, trainers, layout)
+        assigned = batching.build(batch, trainers, own, kept, layout)
         outputs = nullcontext()
     else:
         assigned, places = batching.shorten(batch, scored.assigned, kept, layout)
+        # A cut sequence that a context-parallel group shares has other chunks.
+        _, teacher_rows = _follow(teacher_rows, batch, kept, scored.assigned, assigned, layout)
         outputs = student.replay_outputs(scored.kept_outputs, places)
 
     device = platform.device()
@@ -141,21 +146,38 @@ def backward(
 
     def loss_func(micro_batch: batching.MicroBatch, hidden_states: Tensor):
         assert heads is not None  # on the last stage, which alone comes here
-        total, metrics = kept_row_loss(
-            loss,
-            heads.of(micro_batch.teacher),
-            pick_rows(hidden_states, micro_batch.rows, layout),
-            teacher_rows[micro_batch.teacher].at(micro_batch.row_ids),
-            micro_batch.targets,
-            to_device(batch.log_probs[micro_batch.row_ids], device),
-            None if weights is None else to_device(weights.of(micro_batch.sequences), device),
-        )
+        own_heads, held = heads.of(micro_batch.teacher), teacher_rows[micro_batch.teacher]
+        hidden = pick_rows(hidden_states, micro_batch.rows, layout)
+        read = held.at(micro_batch.row_ids)
+        log_probs = to_device(batch.log_probs[micro_batch.row_ids], device)
+        own = None if weights is None else to_device(weights.of_rows(micro_batch), device)
+
+        def over(rows: Tensor | slice) -> tuple[Tensor, dict[str, Tensor]]:
+            return kept_row_loss(
+                loss,
+                own_heads,
+                hidden[rows],
+                read[rows],
+                micro_batch.targets[rows],
+                log_probs[rows],
+                None if own is None else own[rows],
+            )
+
+        if batch.references is None:
+            total, metrics = over(slice(None))
+        else:  # one source after the other, so that the loss of each is known
+            of_data = batch.references[batch.sequences_of(micro_batch.row_ids)]
+            ours, _ = over(to_device((~of_data).nonzero()[:, 0], device))
+            theirs, _ = over(to_device(of_data.nonzero()[:, 0], device))
+            total, metrics = ours + theirs, {OF_REFERENCES: theirs.detach()}
         count = torch.full((), len(micro_batch.rows), dtype=torch.int, device=device)
         return total, count, {"loss": total.detach(), **metrics}
 
     with outputs:
         sums = student.forward_backward(assigned.micro_batches, loss_func, num_rows, num_tokens)
     names = "loss", *metric_names(loss.kind)
+    if batch.references is not None:
+        names = *names, OF_REFERENCES
     totals = _global_sums(sums, names, layout)
     means = {name: total / max(num_rows, 1) for name, total in zip(names, totals, strict=True)}
     if not math.isfinite(means["loss"]):
@@ -191,36 +213,49 @@ def _follow(
     held: dict[int, RowShard],
     batch: RolloutBatch,
     kept: WantedRows,
-    owner: Tensor,
-    trainer: Tensor,
+    scorers: batching.Placement,
+    trainers: batching.Placement,
     layout: Layout,
 ) -> tuple[WantedRows, dict[int, RowShard]]:
-    """Send the kept rows of each teacher to the data-parallel rank that trains their sequence.
+    """Send the kept rows of each teacher to the data rank that trains them.
 
     Returns:
         The kept rows, of which those are known here that this rank trains, and what the teachers
-        say of them. Where no sequence has moved that is what was given.
+        say of them. Where none has moved that is what was given.
+
+    Collectives, besides those that move rows: of sequences that a context-parallel group shares, an
+    all-reduce of 8 bytes for each run of rows, of which each has 4·cp at most.
     """
-    trained = kept.counts > 0
-    if torch.equal(owner[trained], trainer[trained]):
+    routes = Routes.between(batch.num_rows, scorers.runs(batch), trainers.runs(batch))
+    sequences = batch.sequences_of(routes.first)
+    of_kept = kept.counts[sequences] > 0
+    if torch.equal(routes.source[of_kept], routes.destination[of_kept]):
         return kept, held
-    ids, rows, tp_ranks = [], {}, range(layout.tp)
+    moved = routes.only(of_kept)
+    rows = kept.counts[sequences[of_kept]]
+    if scorers.shared.any() or trainers.shared.any():
+        here = layout.last_stage_rank(moved.source, 0) == layout.rank
+        rows = _count(kept, moved.first, moved.end, here)
+    moved = replace(moved, rows=rows)
+    ids, found, tp_ranks = [], {}, range(layout.tp)
     for teacher, shard in held.items():
-        own = trained if batch.teachers is None else trained & (batch.teachers == teacher)
-        sequences = own.nonzero()[:, 0]
+        own = moved
+        if batch.teachers is not None:
+            own = moved.only(batch.teachers[batch.sequences_of(moved.first)] == teacher)
         routes = Routes(
-            sequences.repeat(layout.tp),
-            torch.cat([layout.last_stage_rank(owner[sequences], tp) for tp in tp_ranks]),
-            torch.cat([layout.last_stage_rank(trainer[sequences], tp) for tp in tp_ranks]),
-            kept.counts[sequences].repeat(layout.tp),
+            own.first.repeat(layout.tp),
+            own.end.repeat(layout.tp),
+            torch.cat([layout.last_stage_rank(own.source, tp) for tp in tp_ranks]),
+            torch.cat([layout.last_stage_rank(own.destination, tp) for tp in tp_ranks]),
+            own.rows.repeat(layout.tp),
         )
         leaving, counts = routes.outgoing()
-        outgoing = Traffic(kept.of(batch, leaving), counts)
+        outgoing = Traffic(kept.between(routes.first[leaving], routes.end[leaving]), counts)
         incoming = tell_ids(outgoing, routes.incoming()[1])
         # Later mini-batches need what is here.
-        rows[teacher] = send_rows([shard], outgoing, incoming, routes.rounds)
+        found[teacher] = send_rows([shard], outgoing, incoming, routes.rounds)
         ids.append(incoming.ids)
-    return replace(kept, ids=torch.cat(ids).sort().values), rows
+    return replace(kept, ids=torch.cat(ids).sort().values), found
 
 
 def _sums_by_teacher(
@@ -239,6 +274,21 @@ def _sums_by_teacher(
             total[micro_batch.teacher] += metrics["loss"]
     dist.all_reduce(total)
     return total.tolist()
+
+
+def _count(kept: WantedRows, first: Tensor, end: Tensor, here: Tensor) -> Tensor:
+    """Return [p] int64: the kept rows of each run, of which each is known to the rank it is on.
+
+    Args:
+        here: [p] bool, the runs that this rank counts.
+    """
+    runs = here.nonzero()[:, 0]
+    starts, ends = (torch.searchsorted(kept.known_ids, rows[runs]) for rows in (first, end))
+    counts = torch.zeros(len(first), dtype=torch.int64)
+    counts[runs] = ends - starts
+    counts = to_device(counts, platform.device())
+    dist.all_reduce(counts)
+    return counts.cpu()
 
 
 def _global_sums(

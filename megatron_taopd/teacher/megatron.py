@@ -11,14 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_taopd.data import batching
+from megatron_taopd.data.batching import Placement
 from megatron_taopd.formats.hf import load_config
 from megatron_taopd.formats.hf_map import longest_sequence
 from megatron_taopd.models import gpt, weights
+from megatron_taopd.models.average import WeightAverage
 from megatron_taopd.models.pipeline import forward
 from megatron_taopd.parallel import platform, watchdog
 from megatron_taopd.parallel.copies import HostCopies
 from megatron_taopd.parallel.exchange import RowShard
 from megatron_taopd.parallel.layout import Layout
+from megatron_taopd.parallel.packing import batch_multiple
 from megatron_taopd.teacher.dispatch import ReadRows, dispatch
 from megatron_taopd.types import Sequences, WantedRows
 
@@ -26,7 +29,10 @@ _CHECKSUM_BLOCK = 1 << 22  # bytes
 
 
 class MegatronTeacher:
-    """A frozen trunk; its head is read apart (`weights.load_head`), in the student's shards.
+    """A trunk that does not learn; its head is read apart, in the student's shards.
+
+    Its weights are those of a directory (`weights.load_head` has the head's), or they `follow` the
+    student's.
 
     Args:
         hf_dir: Hugging Face checkpoint directory.
@@ -53,6 +59,8 @@ class MegatronTeacher:
         self.trunk = gpt.Trunk(hf, config, layout, head=False).requires_grad_(False).eval()
         weights.load_weights(self.trunk, hf_dir)
         self.rows_held = torch.zeros(layout.dp, dtype=torch.int64)  # by `read`, since `resident`
+        self._followed: tuple[WeightAverage, Tensor | None] | None = None
+        self._is_behind = False  # since the `resident` block began
         self.host = None
         if offload:
             self.host, wait = HostCopies().take([p.detach() for p in self.trunk.parameters()])
@@ -63,7 +71,8 @@ class MegatronTeacher:
     @property
     def longest_sequence(self) -> int:
         """The longest sequence, in tokens, that a micro-batch and the model's positions take."""
-        multiple = self.layout.tp if self.layout.sequence else 1
+        layout = self.layout
+        multiple = batch_multiple(layout.tp, layout.cp, layout.sequence)
         capacity = self.micro_batch_tokens // multiple * multiple
         return min(capacity, longest_sequence(self.trunk.hf))
 
@@ -73,11 +82,11 @@ class MegatronTeacher:
         return 0 if self.host is None else sum(copy.nbytes for copy in self.host)
 
     @torch.no_grad()
-    def hidden_states(self, batch: Sequences, student: Layout, owner: Tensor) -> RowShard:
+    def hidden_states(self, batch: Sequences, student: Layout, scorers: Placement) -> RowShard:
         """Run `read` and `dispatch` for a batch that is whole."""
         with self.resident():
             parts = [(torch.arange(batch.num_sequences), self.read(batch))]
-        return dispatch(parts, batch, student, owner)
+        return dispatch(parts, batch, student, scorers)
 
     @torch.no_grad()
     def read(self, sequences: Sequences) -> ReadRows:
@@ -91,18 +100,25 @@ class MegatronTeacher:
             sequences: in the teacher's ids; the same on every rank. The weights are `resident`, or
                 on their way.
 
-        Collectives: those of the trunk's forward.
+        Collectives: those of the trunk's forward; before those of a batch's first part those of
+        `WeightAverage.fill`, if the weights follow the student's.
         """
         everything = WantedRows.all(sequences)
         own = batching.assign(
             sequences, everything, self.layout, self.micro_batch_tokens, self.rows_held
         )
-        self.rows_held += batching.rows_by_rank(sequences, own.owner, self.layout.dp)
+        ranks = own.owner // self.layout.cp
+        self.rows_held += batching.rows_by_rank(sequences, ranks, self.layout.dp)
         self._await_weights()
+        if self._followed is not None and self._is_behind:
+            average, head = self._followed
+            average.fill(self.trunk, head)
+            self._is_behind = False
         held = self._forward(own.micro_batches)
         tp_ranks = torch.arange(self.layout.tp)
-        holders = self.layout.last_stage_rank(own.owner[:, None], tp_ranks)
-        return ReadRows(held, holders)
+        starts, data_ranks = own.runs(sequences)
+        holders = self.layout.last_stage_rank(data_ranks[:, None], tp_ranks)
+        return ReadRows(held, holders, starts)
 
     def _forward(self, micro_batches: list[batching.MicroBatch]) -> RowShard:
         """Copy each micro-batch's rows to where they stay, so that there is one copy of them."""
@@ -127,11 +143,24 @@ class MegatronTeacher:
 
     # -- weights -------------------------------------------------------------------------------
 
+    def follow(self, average: WeightAverage, head: Tensor | None) -> None:
+        """Read with the average as it is when the first part of a batch is read.
+
+        Args:
+            head: [V, D], this rank's rows of the teacher's head, which are filled as well; None: it
+                has none.
+        """
+        self._followed = average, head
+
     def fingerprint(self) -> int:
         """Return a checksum of all ranks' weights that changes with any bit of any of them.
 
+        Those that follow the student's change with each update, and have none: 0.
+
         Collectives: an all-reduce of 8 bytes.
         """
+        if self._followed is not None:
+            return 0
         total = torch.zeros(1, dtype=torch.int64, device=platform.device())
         place = self.layout.rank + 1
         for parameter in self.trunk.parameters():
@@ -176,6 +205,7 @@ class MegatronTeacher:
         is the device's again.
         """
         self.rows_held.zero_()
+        self._is_behind = self._followed is not None
         if self.host is None:
             yield
             return

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_taopd.data.batching import Placement
 from megatron_taopd.data.vocab_map import VocabMap
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.exchange import RowShard
@@ -150,10 +151,12 @@ class Teachers:
             yield Reading(self)
 
     def dispatch(
-        self, parts: Parts, batch: RolloutBatch, student: Layout, owner: Tensor
+        self, parts: Parts, batch: RolloutBatch, student: Layout, scorers: Placement
     ) -> dict[int, RowShard]:
         """Send each teacher's rows to the ranks that score them: by its number (`dispatch`)."""
-        return {number: dispatch(parts[number], batch, student, owner) for number in sorted(parts)}
+        return {
+            number: dispatch(parts[number], batch, student, scorers) for number in sorted(parts)
+        }
 
     # -- what the run asks ---------------------------------------------------------------------
 

@@ -301,7 +301,7 @@ def of_values_together(run_dir: Path) -> Iterator[Case]:
         "student.parallel.tp=4": ("student.parallel", "4"),
         "teacher.parallel.pp=2": ("teacher.parallel", "2"),
         "student.parallel.sequence=true": ("student.parallel.sequence", "true"),
-        "student.parallel.cp=2": ("student.parallel.cp", "2"),
+        "student.parallel.cp=4": ("student.parallel", "4"),
         "selection.k=99999": ("selection.k", "99999"),
         "rollout.stop_token_ids=[99999]": ("rollout.stop_token_ids", "99999"),
         "data.template=chat": ("data.template", "chat"),

@@ -16,6 +16,7 @@ import yaml
 ANY = "…"  # a value that the test chooses: a path, a port
 LOST: str | None = None  # a key that no test gets (tests/faults/lost_keys.py)
 
+GOES_ON = "test_partial.py::test_a_killed_run_loses_no_response_and_repeats_none"
 STEP = "test_keys_step.py::test_a_step_is_that_of_dense_float64"
 MINI_BATCHES = "test_keys_step.py::test_mini_batches_are_steps_with_their_own_means"
 WEIGHTS = "test_keys_step.py::test_rows_count_by_the_discrepancy_before_them"
@@ -23,6 +24,8 @@ BF16 = "test_keys_step.py::test_everything_is_in_the_precision_of_the_run"
 RECOMPUTE = "test_keys_step.py::test_recomputation_runs_parts_of_the_layers_twice"
 BOUNDS = "test_keys_step.py::test_micro_batches_and_logits_stay_within_their_bounds"
 OFFLOAD = "test_keys_step.py::test_an_offloaded_teacher_moves"
+SELF = "test_keys_step.py::test_the_student_teaches_itself_with_its_first_weights"
+AVERAGE = "test_keys_step.py::test_the_teacher_is_an_average_of_the_student"
 ADAM = "test_keys_step.py::test_the_optimizer_is_adamw"
 ROLLOUT = "test_keys_rollout.py::test_prompts_and_responses_are_those_asked_for"
 SEED = "test_keys_rollout.py::test_the_seed_orders_prompts_and_draws_another_mask_each_step"
@@ -37,11 +40,14 @@ PROMPT = "test_keys_rollout.py::test_a_teacher_reads_the_students_prompt"
 GRADER = "test_keys_rollout.py::test_the_grader_that_was_asked_for"
 STREAM = "test_keys_rollout.py::test_without_streaming_the_teacher_reads_once"
 LAYOUT = "test_keys_run.py::test_models_lie_in_their_layouts"
+SHARED = "test_keys_run.py::test_ranks_share_long_sequences"
 EXPERTS = "test_keys_run.py::test_experts_lie_on_several_ranks"
 CHECKPOINTS = "test_keys_run.py::test_checkpoints_come_and_go"
 TRUST = "test_keys_run.py::test_a_checkpoint_without_checksums_has_to_be_trusted"
 PROFILE = "test_profiling.py::test_a_trace_has_the_spans_of_the_step_that_was_asked_for"
 NO_CUDA = "test_profiling.py::test_profiles_of_cuda_are_refused_without_it"
+MIX = "test_mix.py::test_a_step_of_both_sources_is_that_of_dense_float64"
+DRAFTS = "test_speculative.py::test_drafts_are_refused_without_cuda"
 PEAK = "test_throughput.py::test_a_run_is_measured_against_a_peak"
 LOGS = "test_keys_run.py::test_where_a_run_is_logged"
 GAP = "test_keys_run.py::test_a_gap_above_its_bound_is_told"
@@ -63,11 +69,14 @@ KEYS: dict[str, dict[str, str]] = {
     "student.path": {ANY: STEP},
     "student.parallel.tp": {"2": LAYOUT},
     "student.parallel.pp": {"2": LAYOUT},
+    "student.parallel.cp": {"2": SHARED},
     "student.parallel.sequence": {"true": LAYOUT},
     "student.parallel.ep": {"2": EXPERTS},
     "student.moe.router": {"frozen": EXPERTS},
     "student.moe.aux_loss": {"0.3": EXPERTS},
     "teacher.path": {ANY: STEP},
+    "teacher.source": {"student": SELF, "student_ema": AVERAGE},
+    "teacher.ema": {"0.6": AVERAGE},
     "teacher.engine": {"sglang": OWN},
     "teacher.servers.urls": {ANY: FOUND},
     "teacher.servers.replicas": {"3": OWN},
@@ -95,6 +104,7 @@ KEYS: dict[str, dict[str, str]] = {
     "teacher.max_prompt_tokens": {"26": CONTEXT},
     "teacher.parallel.tp": {"2": LAYOUT},
     "teacher.parallel.pp": {"2": LAYOUT},
+    "teacher.parallel.cp": {"2": SHARED},
     "teacher.parallel.sequence": {"true": LAYOUT},
     "teacher.parallel.ep": {"2": EXPERTS},
     "teacher.offload": {"true": OFFLOAD},
@@ -102,6 +112,8 @@ KEYS: dict[str, dict[str, str]] = {
     "data.prompts": {ANY: ROLLOUT},
     "data.prompt_column": {"task.asks": ROLLOUT},
     "data.answer_column": {"task.says": ROLLOUT},
+    "data.response_column": {"solution": MIX},
+    "data.excluded_column": {"hidden": MIX},
     "data.template": {"plain": ROLLOUT, "chat": CHAT},
     "data.template_kwargs": {"{ends: gets}": KWARGS},
     "data.system": {"Tom has nuts .": ROLLOUT},
@@ -131,6 +143,7 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.sync.bucket_mib": {"1": OWN},
     "rollout.sync.dir": {ANY: FOUND},
     "rollout.sync.release_memory": {"true": FOUND},
+    "rollout.sync.cache": {"keep": GOES_ON},
     "rollout.sync.max_gap": {"0.9": OWN},
     "rollout.gap_warning": {"1.0e-09": GAP},
     "rollout.prompts": {"4": ROLLOUT},
@@ -149,7 +162,12 @@ KEYS: dict[str, dict[str, str]] = {
     "rollout.stop_token_ids": {"[7]": ROLLOUT},
     "rollout.batch_size": {"5": ROLLOUT},
     "rollout.ahead": {"1": OWN},
+    "rollout.partial": {"true": GOES_ON},
+    "rollout.max_staleness": {"3": GOES_ON},
     "rollout.stream": {"false": STREAM},
+    "rollout.mix": {"{dataset: 0.25}": MIX},
+    "rollout.warmup_steps": {"1": MIX},
+    "rollout.speculative": {"{algorithm: NGRAM, num_draft_tokens: 8}": DRAFTS},
     "selection.selector": {
         name: STEP
         for name in (
@@ -168,6 +186,7 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "loss.beta": {"0.2": STEP},
     "loss.alpha": {"0.4": STEP},
+    "loss.max_ratio": {"0.9": STEP},
     "loss.weights": {"discrepancy": WEIGHTS},
     "loss.gamma": {"2.0": WEIGHTS},
     "train.steps": {"3": ROLLOUT},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
@@ -72,6 +74,20 @@ def make_batch(vocab_size, num_sequences=12, seed=0) -> RolloutBatch:
         truncated=torch.zeros(num_sequences, dtype=torch.bool),
         prompts=torch.arange(num_sequences),
         weight_versions=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def with_invalid_tokens(batch, seed=0) -> RolloutBatch:
+    """The batch with two fifths of the response tokens invalid, and all of its third response."""
+    generator = torch.Generator().manual_seed(seed)
+    valid = torch.rand(len(batch.log_probs), generator=generator) > 0.4
+    first, end = batch.response_lengths.cumsum(0)[1:3].tolist()
+    valid[first:end] = False
+    return replace(
+        batch,
+        valid=valid,
+        log_probs=batch.log_probs[valid],
+        weight_versions=batch.weight_versions[valid],
     )
 
 
@@ -218,6 +234,8 @@ def row_logits(
     """Logits of both models at all response rows, whole models, a sequence at a time, for the
     tokens that both models have; and the student."""
     vocab_map = vocab_map or VocabMap(torch.arange(size))
+    valid = slice(None) if batch.valid is None else batch.valid
+    batch = replace(batch, valid=None)  # every response token has a row, and then some are dropped
     teacher_inputs, _ = vocab_map.read(batch, teacher_prompts, 128)
     columns = vocab_map.common, vocab_map.teacher_ids[vocab_map.common]
     student = AutoModelForCausalLM.from_pretrained(
@@ -236,7 +254,7 @@ def row_logits(
                 0, teacher_inputs.row_positions[rows]
             ]
         teacher_logits.append(logits[:, columns[1]])
-    return torch.cat(student_logits), torch.cat(teacher_logits), student
+    return torch.cat(student_logits)[valid], torch.cat(teacher_logits)[valid], student
 
 
 def dense_gradients(loss, *models_and_batch, **vocabularies):
@@ -298,17 +316,19 @@ def dense_step(
     d, c = dense.disagreement(z_s, z_t, 5), dense.compatibility(z_s, z_t, 5)
     h_s, h_t = dense.entropy(z_s), dense.entropy(z_t)
     vocab_map = vocabularies.get("vocab_map") or VocabMap(torch.arange(size))
-    log_q = torch.full((batch.num_rows, size), -torch.inf, dtype=torch.float64)
+    valid = torch.ones(len(batch.response_tokens())).bool() if batch.valid is None else batch.valid
+    tokens = batch.response_tokens()[valid]
+    log_q = torch.full((len(tokens), size), -torch.inf, dtype=torch.float64)
     log_q[:, vocab_map.common] = dense.log_probs(z_t)
     log_p = torch.full_like(log_q, -torch.inf)
     log_p[:, vocab_map.common] = dense.log_probs(z_s)
-    log_p, log_q = (v.gather(1, batch.response_tokens()[:, None])[:, 0] for v in (log_p, log_q))
+    log_p, log_q = (v.gather(1, tokens[:, None])[:, 0] for v in (log_p, log_q))
     if mask is None:
         mask = dense.select(dense.selector_scores("teachability", d, c, h_s), ratio)
     loss = {"kind": "reverse_kl", "weights": "none", "gamma": 0.5} | (loss or {})
-    weights = torch.ones(batch.num_rows, dtype=torch.float64)
+    weights = torch.ones(len(tokens), dtype=torch.float64)
     if loss["weights"] == "discrepancy":
-        lengths = batch.response_lengths.tolist()
+        lengths = [int(own.sum()) for own in valid.split(batch.response_lengths.tolist())]
         weights = dense.discrepancy_weights(log_p, log_q, lengths, loss["gamma"])
 
     def weighted_mean(z_s, z_t):

@@ -102,13 +102,21 @@ class BucketSync:
         bucket_bytes: the most bytes on their way at a time; a larger tensor goes alone.
         timeout_s: the most that a request may take. A server may hang where nobody can see it, so
             those that move one bucket or nothing have less.
+        keep_cache: servers keep what weights before have cached, for requests that go on with it.
     """
 
-    def __init__(self, hf_dir: str | Path, bucket_bytes: int, timeout_s: float = TIMEOUT_S):
+    def __init__(
+        self,
+        hf_dir: str | Path,
+        bucket_bytes: int,
+        timeout_s: float = TIMEOUT_S,
+        keep_cache: bool = False,
+    ):
         self.hf_dir = Path(hf_dir)
         self.shapes = tensor_shapes(load_config(hf_dir))
         self.bucket_bytes = bucket_bytes
         self.timeout_s, self.control_s = timeout_s, min(timeout_s, CONTROL_TIMEOUT_S)
+        self.keep_cache = keep_cache
         self._checked_ahead = False
         self._lost: dict[str, str] = {}  # servers that fell out of this push, and why
         # Servers, by url, that gave memory back and are still without it.
@@ -205,8 +213,9 @@ class BucketSync:
 
     def _finish(self, client: Client, targets: Sequence[Replica], version: int) -> None:
         self._last(client, targets)
-        # Not with the update itself: there it asserts that the server is idle, and kills it.
-        self._post_all(client, targets, f"/flush_cache?timeout={self.control_s:g}", {})
+        if not self.keep_cache:
+            # Not with the update itself: there it asserts that the server is idle, and kills it.
+            self._post_all(client, targets, f"/flush_cache?timeout={self.control_s:g}", {})
         new = {"new_version": str(version), "abort_all_requests": False}
         self._post_all(client, targets, "/update_weight_version", new)
         self._resume(client, targets, self._without_cache, CACHE_TAGS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_taopd.config.schema import Growth, RolloutSection
+from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.order import all_reduce
 from megatron_taopd.step.batch_scores import HeldRows
 from megatron_taopd.types import RolloutBatch
@@ -108,9 +109,12 @@ class Horizon:
             return metrics
         held = held or HeldRows.all(batch.cu_rows)
         mass = torch.zeros(length, dtype=torch.float64, device=teachability.device)
+        rows, counts = held.ids(), held.counts.tolist()
+        places = batch.positions_of(rows) - (batch.prompt_lengths - 1)[batch.sequences_of(rows)]
+        places = to_device(places, mass.device)
         # One response after another: a sum in the same order every time.
-        for response in teachability.split(held.counts.tolist()):
-            mass[: len(response)] += response
+        for at, response in zip(places.split(counts), teachability.split(counts), strict=True):
+            mass[at] += response
         mass = all_reduce(mass, held.group).cpu()
         ended = torch.bincount(batch.response_lengths, minlength=length + 1).cumsum(0)
         reach = (batch.num_sequences - ended[:length]).double()

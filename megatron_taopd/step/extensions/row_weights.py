@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_taopd.data.batching import MicroBatch
 from megatron_taopd.parallel import platform
 from megatron_taopd.parallel.copies import to_device
 from megatron_taopd.parallel.order import all_reduce
@@ -33,31 +34,46 @@ class RowWeights:
     Attributes:
         values: [n] float32 on the CPU, of the kept rows in canonical order.
         counts: [N] int64, how many of them each sequence has.
+        ids: [n] int64 on the CPU, these rows, where ranks share sequences; otherwise None.
     """
 
     values: Tensor
     counts: Tensor
+    ids: Tensor | None = None
 
     @classmethod
     def by_discrepancy(
-        cls, scores: BatchScores, batch: RolloutBatch, kept: WantedRows, gamma: float
+        cls,
+        scores: BatchScores,
+        batch: RolloutBatch,
+        kept: WantedRows,
+        gamma: float,
+        shared: bool = False,
     ) -> RowWeights:
         """Tell every rank the weights of the kept rows.
 
         Args:
             scores: with the log-probabilities of the sampled tokens by both models.
             kept: those are known here whose sequence this rank has scored.
+            shared: some of the sequences are trained by several ranks, a part by each.
 
-        Collectives: of the scores' group, an all-reduce of 4 bytes for each kept row.
+        Collectives: of the scores' group, an all-reduce of 4 bytes for each kept row; of shared
+        sequences another of 8.
         """
         held = scores.held
         values = torch.zeros(kept.num_rows, device=platform.device())
         starts = kept.counts.cumsum(0) - kept.counts
         places = ranges(starts[held.sequences], kept.counts[held.sequences])
-        own = torch.searchsorted(held.ids(), kept.of(batch, held.sequences))
+        rows = kept.of(batch, held.sequences)
+        own = torch.searchsorted(held.ids(), rows)
         weights = discrepancy_weights(scores, gamma)
         values[to_device(places, values.device)] = weights[to_device(own, weights.device)]
-        return cls(all_reduce(values, held.group).cpu(), kept.counts)
+        ids = None
+        if shared:
+            ids = torch.zeros(kept.num_rows, dtype=torch.int64, device=values.device)
+            ids[to_device(places, ids.device)] = to_device(rows, ids.device)
+            ids = all_reduce(ids, held.group).cpu()
+        return cls(all_reduce(values, held.group).cpu(), kept.counts, ids)
 
     @property
     def mean(self) -> float:
@@ -71,6 +87,13 @@ class RowWeights:
         """
         chosen = (part.counts > 0).nonzero()[:, 0].tolist()
         return replace(self, values=self.values / self.of(chosen).double().mean())
+
+    def of_rows(self, micro_batch: MicroBatch) -> Tensor:
+        """Return [r] float32: those of a micro-batch's kept rows."""
+        if micro_batch.pieces is None:
+            return self.of(micro_batch.sequences)
+        assert self.ids is not None
+        return self.values[torch.searchsorted(self.ids, micro_batch.row_ids)]
 
     def of(self, sequences: Sequence[int]) -> Tensor:
         """Return [r] float32: those of these sequences' kept rows, one after the other."""
