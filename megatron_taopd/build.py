@@ -30,12 +30,13 @@ from megatron_taopd.parallel.objects import on_rank_0
 from megatron_taopd.plan.colocated import sized
 from megatron_taopd.rollout.opening import begin_rollout_servers, open_engine, open_rollouts
 from megatron_taopd.run import Run
-from megatron_taopd.step.distiller import Distiller, Teacher
+from megatron_taopd.step.distiller import Distiller
 from megatron_taopd.step.extensions.horizon import Horizon
 from megatron_taopd.step.guard import Guard
 from megatron_taopd.step.output_heads import Heads, OutputHeads, open_all_heads
 from megatron_taopd.teacher.megatron import MegatronTeacher
 from megatron_taopd.teacher.opening import begin_teacher_servers, head_directory, open_teachers
+from megatron_taopd.teacher.teachers import Teacher
 
 logger = logging.getLogger(__name__)
 

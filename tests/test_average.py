@@ -43,7 +43,7 @@ def follow(distiller, decay=DECAY):
     from megatron_taopd.build import follow as follow_student
 
     average = distiller.student.keep_average(decay)
-    follow_student(distiller.teacher, average, distiller.heads)
+    follow_student(distiller.teachers[0], average, distiller.heads)
     return average
 
 
@@ -70,7 +70,7 @@ def distil(student_dir, student_parallel, teacher_parallel, offload=False):
         )  # fmt: skip
         follow(distiller)
         distiller.selection = SelectionSection(ratio=0.3, k=5)
-        student, teacher = distiller.student, distiller.teacher
+        student, teacher = distiller.student, distiller.teachers[0]
         gradients, update = [], student.step
 
         def step():
