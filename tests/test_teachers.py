@@ -101,6 +101,18 @@ def test_a_step_of_three_teachers_agrees_with_dense_float64(student, teachers, o
         assert_agrees(result, oracle, teachers)
 
 
+@pytest.mark.parametrize("scope", ["batch", "teacher"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_long_sequences_of_several_teachers_are_shared(student, teachers, scope, replay):
+    """CP2: those of more than 15 tokens, whose rows come of their own teachers."""
+    assert (BATCH.lengths > 16).any()
+    expected = dense_step_of_several(student, teachers, BATCH, PROMPTS, OF_PROMPT, scope)
+    step = partial(step_of_several, scope=scope, replay=replay, micro_batch_tokens=30)
+    parallel = 1, 1, False, 0, 1, 2
+    for result in run_ranks(2, step, student, parallel, teachers, BATCH, PROMPTS, OF_PROMPT):
+        assert_agrees(result, expected, teachers)
+
+
 @pytest.mark.parametrize("name", ["TP2", "DP2"])
 def test_a_budget_within_each_teachers_rows(student, teachers, oracle, name):
     expected = dense_step_of_several(student, teachers, BATCH, PROMPTS, OF_PROMPT, "teacher")

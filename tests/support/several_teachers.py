@@ -67,7 +67,7 @@ def open_several(student_dir, student_parallel, teachers, prompts, of_prompt, tr
 
 def step_of_several(
     student_dir, student_parallel, teachers, batch, prompts, of_prompt, *,
-    scope="batch", mini_batches=1, replay=False, look=None,
+    scope="batch", mini_batches=1, replay=False, look=None, micro_batch_tokens=40,
 ):  # fmt: skip
     """Score, select and back-propagate one batch; on every rank the global results."""
     from megatron.core import parallel_state
@@ -77,7 +77,7 @@ def step_of_several(
 
     platform.emulate_cuda()
     train = TrainSection(
-        micro_batch_tokens=40,
+        micro_batch_tokens=micro_batch_tokens,
         mini_batches=mini_batches,
         schedule="replay" if replay else "two_pass",
     )
