@@ -137,6 +137,7 @@ LAYOUTS = {  # world size, student (tp, pp, sequence), teacher
     "PP2 | PP2": (2, (1, 2, False), (1, 2, False)),
     "DP2 | DP2": (2, (1, 1, False), (1, 1, False)),
     "DP2 | TP2": (2, (1, 1, False), (2, 1, False)),
+    "CP2 | TP2": (2, (1, 1, False, 0, 1, 2), (2, 1, False)),
     "TP2 PP2 | PP2 DP2": (4, (2, 2, False), (1, 2, False)),
     "TP2 DP2 | PP4": (4, (2, 1, False), (1, 4, False)),
 }
