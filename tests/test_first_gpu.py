@@ -291,8 +291,8 @@ def test_items_on_a_pretended_device(on_cuda, tmp_path, name):
 # Mistakes: each calls a function of the product otherwise than it should be.
 
 
-def of_other_tokens(pick, trunk, output, wanted):
-    return pick(trunk, output, wanted.roll(1))
+def of_other_tokens(pick, trunk, output, wanted, shared):
+    return pick(trunk, output, wanted.roll(1), shared)
 
 
 def steeper(init, attention, *arguments, **options):

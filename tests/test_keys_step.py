@@ -239,7 +239,7 @@ def test_an_offloaded_teacher_moves(tmp_path):
 
 def weights_of(run):
     """By name: copies of what there is at first, and the run's own memory, as it is at the end."""
-    found = {"student": run.student.trunk, "teacher": run.distiller.teacher.trunk}
+    found = {"student": run.student.trunk, "teacher": run.distiller.teachers[0].trunk}
     live = {whose: dict(trunk.state_dict()) for whose, trunk in found.items()}
     live = {w: {n: t for n, t in named.items() if t is not None} for w, named in live.items()}
     first = {w: {name: t.clone() for name, t in named.items()} for w, named in live.items()}

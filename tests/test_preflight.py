@@ -500,7 +500,7 @@ def test_contexts(tiny, tmp_path, overflow, what):
     reader = teacher_reader(section, tiny)
     section_of_data = DataSection(max_prompt_tokens=10**6)
     prompts = load_prompts(file, tiny.tokenizer, section_of_data, None, reader)
-    findings = list(texts.check_contexts(section, prompts, tiny, 20))
+    findings = list(texts.check_contexts("teacher", section, prompts, tiny, 20))
     assert levels(findings) == {"ok": 2, "warning": 1}
     found("warning", findings, "1 make the prompt longer than 20 tokens", what)
     seen = "\n".join(finding.what for finding in findings)
@@ -509,7 +509,7 @@ def test_contexts(tiny, tmp_path, overflow, what):
 
     limits = texts.check_prompts("data.prompts", prompts, tiny, tiny, 1000, 20)
     found("warning", limits, "33.3% are over teacher.max_prompt_tokens 20 (0 for the student, 1")
-    assert not list(texts.check_contexts(TeacherSection("teacher"), prompts, tiny, 20))
+    assert not list(texts.check_contexts("teacher", TeacherSection("teacher"), prompts, tiny, 20))
 
 
 def test_references_are_measured(tiny):

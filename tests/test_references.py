@@ -128,8 +128,8 @@ def test_the_end_is_what_ends_the_students_own_responses(tmp_path):
         TINY, ["run.dir=runs/none", f"data.prompts={path}", "data.response_column=says"]
     )
     student = Vocabulary.from_pretrained(TINY_STUDENT)
-    prompts = training_prompts(config, student, student)
+    prompts = training_prompts(config, student, {"teacher": student})
     assert prompts.references[0][-1] == 1 == student.tokenizer.eos_token_id
     endless = replace(student, eos_token_ids=())
     with pytest.raises(ValueError, match=r"data.response_column: 'says': no special token ends"):
-        training_prompts(config, endless, student)
+        training_prompts(config, endless, {"teacher": student})

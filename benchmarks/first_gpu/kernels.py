@@ -53,7 +53,7 @@ def attention(setting: Setting) -> Result:
     starts = torch.tensor([0, *lengths]).cumsum(0).int().to(platform.device())
     packing = Packing(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths), lengths=lengths, rotation=rotation,
+        max_seqlen_kv=max(lengths), lengths=lengths, key_lengths=lengths, rotation=rotation,
     )  # fmt: skip
     module = PackedAttention(Shape(width))
 

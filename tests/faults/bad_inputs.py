@@ -101,13 +101,13 @@ def wrong_values(kinds: tuple, bounds: Any) -> Iterator[tuple[str, str]]:
     whole = int in kinds
     if bounds is not None:
         lowest = bounds.at_least if bounds.above is None else bounds.above
-        low = (min(bounds.one_of) if bounds.one_of else lowest) - 1
+        low = lowest - 1
         if bounds.or_zero:
             low = lowest / 2
         yield "below", f"{low:g}" if whole else f"{low}"
         highest = bounds.at_most if bounds.below is None else bounds.below
-        if bounds.one_of or highest is not None:
-            high = (max(bounds.one_of) if bounds.one_of else highest) + 1
+        if highest is not None:
+            high = highest + 1
             yield "above", f"{high:g}" if whole else f"{high}"
         elif not whole:
             yield "infinite", ".inf"

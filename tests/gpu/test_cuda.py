@@ -32,7 +32,8 @@ def test_varlen_attention_agrees_with_segment_by_segment():
         sum(lengths), 1, 64, device="cuda"
     ).bfloat16()  # turns, which round nothing
     packing = SimpleNamespace(
-        cu_seqlens_q=cu_seqlens, max_seqlen_q=max(lengths), lengths=lengths,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths), lengths=lengths, key_lengths=lengths, keys=None,
         rotation=(0 * quarter, quarter),
     )  # fmt: skip
     attention = PackedAttention(SimpleNamespace(kv_channels=64))

@@ -421,8 +421,10 @@ def _patch_kernels() -> None:
     def varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, *, scale, **options):
         assert options == {"window_size": (-1, 0), "enable_gqa": True}, options  # causal
         assert cu_q.is_cuda and cu_q.dtype == torch.int32 and type(longest_q) is int
-        lengths = cu_q.host.diff().tolist()  # which the kernel reads where they are
+        # Which the kernel reads where they are.
+        lengths, key_lengths = (starts.host.diff().tolist() for starts in (cu_q, cu_k))
+        packing = SimpleNamespace(lengths=lengths, key_lengths=key_lengths)
         module = SimpleNamespace(scale=scale)
-        return attention.PackedAttention._per_segment(module, query, key, value, lengths)
+        return attention.PackedAttention._per_segment(module, query, key, value, packing)
 
     attention.varlen_attn = varlen_attn
