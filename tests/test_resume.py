@@ -359,7 +359,7 @@ def changed_at(config, key):
 def test_every_key_is_refused_or_counts():
     before = {"config": tree(), "files": {}}
     for key in SCHEMA:
-        now = {"config": changed_at(tree(), key), "files": {}}
+        now = {"config": changed_at(before["config"], key), "files": {}}
         lines = [*resume.refusals(before, now, "RUN")]
         assert len(lines) == (key in resume.FIXED), key
         assert all(what.startswith(f'{key}: "another", and ') for what, _ in lines)
