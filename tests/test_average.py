@@ -19,6 +19,7 @@ from support.step import (
     make_batch,
     make_model,
     open_distiller,
+    train_step,
     whole_mask,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -219,15 +220,6 @@ def put_aside(student_dir, parallel):
         return kept, all(torch.equal(taught[name], by_hand[name]) for name in by_hand)
     finally:
         parallel_state.destroy_model_parallel()
-
-
-def train_step(student, seed):
-    """With made-up gradients, the same on all layouts."""
-    student.model.zero_grad_buffer()
-    for parameter in student.model.parameters():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + parameter.numel())
-        parameter.main_grad.copy_(torch.rand(parameter.shape, generator=generator))
-    student.step()
 
 
 @pytest.mark.parametrize("parallel", [(1, 1), (2, 1)], ids=["DP2", "TP2"])

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from support.patience import wait_for
 from support.ranks import run_ranks
-from support.step import OPTIMIZER, make_model
+from support.step import OPTIMIZER, make_model, train_step
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_taopd.checkpoints import files
@@ -61,15 +61,6 @@ def make_student(student_dir, tp=1, pp=1):
     parallel_state.destroy_model_parallel()  # of a student before this one
     layout = layouts.student_layout(tp, pp)
     return Student(student_dir, layout, torch.float32, "none", OPTIMIZER, 100, 96)
-
-
-def train_step(student, seed):
-    """With made-up gradients, the same for both copies of tied embeddings; all moments move."""
-    student.model.zero_grad_buffer()
-    for parameter in student.model.parameters():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + parameter.numel())
-        parameter.main_grad.copy_(torch.rand(parameter.shape, generator=generator))
-    student.step()
 
 
 def contents(student):

@@ -15,7 +15,7 @@ from support.ranks import run_ranks
 from support.step import (
     dense_step,
     make_batch,
-    make_model,
+    make_pair,
     row_logits,
     step_on_ranks,
     with_invalid_tokens,
@@ -293,11 +293,7 @@ SIZE, TOKENS = 200, 24  # of the vocabulary; of a micro-batch
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return (
-        make_model(root / "student", SIZE, 32, layers=4, seed=0),
-        make_model(root / "teacher", 216, 48, layers=4, seed=1, tied=False),
-    )
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

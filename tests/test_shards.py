@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.step import OPTIMIZER, make_model
+from support.step import OPTIMIZER, make_model, train_step
 from torch.distributed.checkpoint import FileSystemReader
 
 from benchmarks.checkpoint import gathered
@@ -59,11 +59,7 @@ def trained(student_dir, parallel, dtype):
     """After two steps with made-up gradients; all moments move."""
     student = make_student(student_dir, parallel, dtype)
     for seed in (1, 2):
-        student.model.zero_grad_buffer()
-        for parameter in student.model.parameters():
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + parameter.numel())
-            parameter.main_grad.copy_(torch.rand(parameter.shape, generator=generator))
-        student.step()
+        train_step(student, seed)
     return student
 
 

@@ -17,6 +17,7 @@ from support.step import (
     dense_step,
     make_batch,
     make_model,
+    make_pair,
     row_logits,
     step_on_ranks,
     with_invalid_tokens,
@@ -37,11 +38,7 @@ SIZE = 200  # the student's vocabulary; the teacher has 216 tokens, of which the
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return (
-        make_model(root / "student", SIZE, 32, layers=4, seed=0),
-        make_model(root / "teacher", 216, 48, layers=4, seed=1, tied=False),
-    )
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")

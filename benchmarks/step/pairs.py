@@ -82,7 +82,7 @@ def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, p
     dtype, tp = DTYPES[arguments.precision], dist.get_world_size()
     student = Student(
         paths["student"], student_layout(tp, 1), dtype, "full", OPTIMIZER, 1,
-        vocab_map.size, vocab_map.absent,
+        vocab_map.size,
     )  # fmt: skip
     tokens = arguments.micro_batch_tokens
     teacher = MegatronTeacher(paths["teacher"], forward_layout(tp, 1), dtype, tokens)
@@ -90,8 +90,8 @@ def build(paths: dict, vocab_map, arguments, generate=None, teacher_head=None, p
     if teacher_head is None:
         heads = open_heads(student, paths["teacher"], vocab_map, chunk_rows)
     else:
-        own = student.head_weight, teacher_head(teacher), student.shard
-        heads = OutputHeads(*own, chunk_rows)
+        shard = student.trunk.vocab_shard(vocab_map.size, vocab_map.absent)
+        heads = OutputHeads(student.head_weight, teacher_head(teacher), shard, chunk_rows)
     return Models(
         student,
         teacher,

@@ -219,37 +219,6 @@ def _context(record: dict[str, Any], column: str | None, where: str) -> str | No
     _check_unicode(context, column, where)
     return context
 
-    def _reference(
-        self, record: dict[str, Any], messages: list[Message], where: str
-    ) -> Reference | None:
-        """Return a row's reference; taken off the messages of its prompt if it is their last one.
-
-        Without one the row is noted.
-        """
-        if (column := self.data.response_column) is None:
-            return None
-        value, in_prompt = _column(record, column, where), column == self.data.prompt_column
-        if in_prompt or isinstance(value, list):
-            said = _as_messages(value, column, where)
-            value = said[-1]["content"] if said[-1]["role"] == "assistant" else None
-            if in_prompt and value is not None and len(messages) > 1:
-                messages.pop()
-        if value is None or (isinstance(value, str) and not value.strip()):
-            self.unanswered.append(where)
-            return None
-        if not isinstance(value, str):
-            raise ValueError(
-                f"{where}: column {column!r} is {json.dumps(value, default=str)[:40]}; a reference "
-                "response is text, or messages whose last one is the assistant's"
-            )
-        _check_unicode(value, column, where)
-        if (spans := self.data.excluded_column) is None:
-            return Reference(value)
-        try:
-            return Reference(value, as_spans(_column(record, spans, where), value))
-        except ValueError as error:
-            raise ValueError(f"{where}: column {spans!r} is {error}") from None
-
 
 def read_texts(prompts: Any, prompt_column: str, answer_column: str, limit: int) -> Iterator[str]:
     """Yield what the messages of the first `limit` records say, and the answers that there are.

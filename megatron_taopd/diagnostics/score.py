@@ -146,7 +146,6 @@ class Pair:
             layout,
             options.dtype,
             vocab_map.size,
-            vocab_map.absent,
             None if is_hf(checkpoint) else checkpoint,
         )
         rows = self.student.rows_within(options.head_memory_mib)

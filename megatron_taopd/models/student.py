@@ -38,7 +38,6 @@ class FrozenStudent:
         layout: from `student_layout`.
         dtype: of the parameters.
         common_vocabulary: ids from here on never take part (the teacher does not have them).
-        absent: [n] int64, ids below that do not either.
         megatron: a Megatron distributed checkpoint, to take the weights from.
 
     Attributes:
@@ -51,12 +50,11 @@ class FrozenStudent:
         layout: Layout,
         dtype: torch.dtype,
         common_vocabulary: int,
-        absent: Tensor | None = None,
         megatron: str | Path | None = None,
     ):
         self._open(hf_dir, layout, dtype, "none", megatron)
         self.trunk.requires_grad_(False).eval()
-        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
+        self.shard = self.trunk.vocab_shard(common_vocabulary)
 
     def _open(
         self,
@@ -109,7 +107,6 @@ class Student(FrozenStudent):
         optimizer: learning rate, decay, betas, clipping.
         steps: optimizer steps of the whole run, the end of the learning-rate decay.
         common_vocabulary: ids from here on never take part (the teacher does not have them).
-        absent: [n] int64, ids below that do not either.
         moe: how the routers of a mixture of experts learn; None: as by default.
 
     Attributes:
@@ -125,7 +122,6 @@ class Student(FrozenStudent):
         optimizer: OptimizerSection,
         steps: int,
         common_vocabulary: int,
-        absent: Tensor | None = None,
         moe: MoeSection | None = None,
     ):
         self._open(hf_dir, layout, dtype, recompute)
@@ -135,7 +131,7 @@ class Student(FrozenStudent):
             if self.moe.router == "frozen":
                 for router in experts.routers(self.trunk):
                     router.requires_grad_(False)
-        self.shard = self.trunk.vocab_shard(common_vocabulary, absent)
+        self.shard = self.trunk.vocab_shard(common_vocabulary)
         self.version = 0  # the run's step whose weights these are; the loop counts
         self.last_step = steps
         min_lr = optimizer.lr if optimizer.min_lr is None else optimizer.min_lr

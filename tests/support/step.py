@@ -56,6 +56,24 @@ def make_model(
     return str(path)
 
 
+def make_pair(root):
+    """A student of 200 tokens and a teacher of 216, of which these are common."""
+    return (
+        make_model(root / "student", 200, 32, layers=4, seed=0),
+        make_model(root / "teacher", 216, 48, layers=4, seed=1, tied=False),
+    )
+
+
+def train_step(student, seed):
+    """With made-up gradients, the same on all layouts and for both copies of tied embeddings; all
+    moments move."""
+    student.model.zero_grad_buffer()
+    for parameter in student.model.parameters():
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + parameter.numel())
+        parameter.main_grad.copy_(torch.rand(parameter.shape, generator=generator))
+    student.step()
+
+
 def make_batch(vocab_size, num_sequences=12, seed=0) -> RolloutBatch:
     """Random prompts of 2–6 and responses of 1–14 tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -190,7 +208,7 @@ def open_distiller(student, teacher, vocab_map, train, chunk_rows=7, offload=Fal
     teacher_dir, teacher_parallel = teacher
     model = Student(
         student_dir, layouts.student_layout(*student_parallel), torch.float32, train.recompute,
-        OPTIMIZER, 100, vocab_map.size, vocab_map.absent, moe,
+        OPTIMIZER, 100, vocab_map.size, moe,
     )  # fmt: skip
     reader = MegatronTeacher(
         teacher_dir, layouts.forward_layout(*teacher_parallel), torch.float32,
